@@ -1,0 +1,86 @@
+"""Sharpness-aware training for PyTorch: every method one composable optimizer around your own."""
+
+from steppe import schedule
+from steppe.batch import Batch
+from steppe.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.geometry import Adaptive, Euclidean, Everything, Fisher, Matrices, Named, Scaled, Unified, Unnormalised
+from steppe.methods import (
+    ASAM,
+    ESAM,
+    FSAM,
+    GSAM,
+    METHODS,
+    NSAM,
+    RWSAM,
+    SAM,
+    USAM,
+    WSAM,
+    CoupledWSAM,
+    FisherSAM,
+    LookSAM,
+    UnifiedSAM,
+    VaSSO,
+)
+from steppe.optimizer import SharpnessAware
+from steppe.oracle import Oracle
+from steppe.rule import Every, Micro, Plain, Rule
+from steppe.sample import FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.select import All, Sharpest
+from steppe.telemetry import Telemetry
+from steppe.update import Update
+from steppe.vector import Vector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASAM",
+    "ESAM",
+    "FSAM",
+    "GSAM",
+    "METHODS",
+    "NSAM",
+    "RWSAM",
+    "SAM",
+    "USAM",
+    "WSAM",
+    "Adaptive",
+    "All",
+    "Batch",
+    "Coupled",
+    "CoupledWSAM",
+    "Euclidean",
+    "Every",
+    "Everything",
+    "FiniteDifference",
+    "Fisher",
+    "FisherSAM",
+    "Friendly",
+    "LookSAM",
+    "Masked",
+    "Matrices",
+    "Mean",
+    "Micro",
+    "Named",
+    "OnFull",
+    "Oracle",
+    "Perturbed",
+    "Plain",
+    "RememberOrthogonal",
+    "ReuseOrthogonal",
+    "Reweighted",
+    "Rule",
+    "Scaled",
+    "Sharpest",
+    "SharpnessAware",
+    "Smoothed",
+    "SurrogateGap",
+    "Telemetry",
+    "Unified",
+    "UnifiedSAM",
+    "Unnormalised",
+    "Update",
+    "VaSSO",
+    "Vector",
+    "Weighted",
+    "schedule",
+]

@@ -1,0 +1,32 @@
+"""Arguments are checked before anything is changed; every error names the argument and what was expected."""
+
+import math
+
+
+def number(name: str, value: float, expected: str, *, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise ``ValueError`` unless ``low <= value < below``; ``TypeError`` if ``value`` is no real number."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not low <= value < below:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def share(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 <= value <= 1``."""
+    number(name, value, "a number in [0, 1]", below=math.nextafter(1.0, 2.0))
+
+
+def positive_share(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 < value <= 1``."""
+    number(name, value, "a number in (0, 1]", low=math.nextafter(0.0, 1.0), below=math.nextafter(1.0, 2.0))
+
+
+def non_negative(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 <= value < inf``."""
+    number(name, value, "a finite number >= 0")
+
+
+def positive_integer(name: str, value: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")

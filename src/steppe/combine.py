@@ -1,0 +1,128 @@
+"""What becomes of ``g`` and ``g_adv``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from steppe import check
+from steppe.oracle import Oracle
+from steppe.update import Update
+from steppe.vector import TINY, Vector
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """``g_adv`` to the base optimizer (SAM)."""
+
+    uses_g: ClassVar[bool] = False
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        """``g_adv``."""
+        return Update(g_adv)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """``g`` to the base, ``gamma / (1 - gamma) (g_adv - g)`` beside it: WSAM, algorithm 2 (arXiv 2305.15817).
+
+    ``w <- w - lr (B^-1 m + gamma / (1 - gamma) (g_adv - g))`` with ``m`` and ``B`` from the history of ``g`` alone.
+
+    Raises:
+        ValueError: ``gamma`` is not in [0, 1).
+    """
+
+    gamma: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_gamma(self.gamma)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        """``g`` and, beside the base, the weighted sharpness."""
+        return Update(f.g, beside=_odds(self.gamma) * (g_adv - f.g))
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """``g + gamma / (1 - gamma) (g_adv - g)`` to the base: Coupled-WSAM, algorithm 4 (arXiv 2305.15817).
+
+    Raises:
+        ValueError: ``gamma`` is not in [0, 1).
+    """
+
+    gamma: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_gamma(self.gamma)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        """``g + gamma / (1 - gamma) (g_adv - g)``."""
+        return Update(f.g + _odds(self.gamma) * (g_adv - f.g))
+
+
+@dataclass(frozen=True)
+class SurrogateGap:
+    """``g_adv - alpha (g - proj(g, g_adv))``: GSAM, algorithm 1 (arXiv 2203.08065).
+
+    Ascends ``g`` orthogonally to ``g_adv``, which narrows the surrogate gap ``L(w + eps) - L(w)``.
+
+    Raises:
+        ValueError: ``alpha`` is negative.
+    """
+
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        check.non_negative("alpha", self.alpha)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        """``g_adv - alpha g_orthogonal``."""
+        return Update(g_adv - self.alpha * (f.g - projection(f.g, onto=g_adv)))
+
+
+@dataclass(frozen=True)
+class RememberOrthogonal:
+    """``g_adv``, and its part orthogonal to ``g`` is remembered: the k-th steps of LookSAM (arXiv 2203.02714)."""
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        """``g_adv``."""
+        f.remember("orthogonal", g_adv - projection(g_adv, onto=f.g))
+        return Update(g_adv)
+
+
+@dataclass(frozen=True)
+class ReuseOrthogonal:
+    """``g + alpha norm(g) / norm(g_v) g_v``, ``g_v`` remembered: a rule, LookSAM's steps between (arXiv 2203.02714).
+
+    Norms are over all parameters together. One pass.
+
+    Raises:
+        ValueError: ``alpha`` is negative.
+    """
+
+    alpha: float = 0.7
+
+    def __post_init__(self) -> None:
+        check.non_negative("alpha", self.alpha)
+
+    def __call__(self, f: Oracle) -> Update:
+        """``g`` and the remembered direction, as long as ``alpha norm(g)``."""
+        g_v = f.recall("orthogonal", default=0.0 * f.g).where(t is not None for t in f.g.tensors)
+        return Update(f.g + self.alpha * f.g.norm() / (g_v.norm() + TINY) * g_v)
+
+
+def projection(a: Vector, onto: Vector) -> Vector:
+    """``<a, b> / norm(b)^2 b``; zero where ``b`` is."""
+    square = onto.norm() ** 2
+    return torch.where(square > 0, a.dot(onto) / square, 0.0) * onto
+
+
+def _odds(gamma: float) -> float:
+    """``gamma / (1 - gamma)``, the weight of sharpness against the loss."""
+    return gamma / (1 - gamma)
+
+
+def _check_gamma(gamma: float) -> None:
+    check.number("gamma", gamma, "a number in [0, 1)", below=1.0)

@@ -1,0 +1,166 @@
+"""The unit step of steepest ascent along ``d``, in the norm that each method chose; rho multiplies it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steppe import check
+from steppe.oracle import Oracle
+from steppe.vector import TINY, Vector
+
+
+@dataclass(frozen=True)
+class Euclidean:
+    """``d / norm(d)``, the norm over all perturbed parameters together (SAM, arXiv 2010.01412, equation 2)."""
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``d / norm(d)``."""
+        return d / (d.norm() + TINY)
+
+
+@dataclass(frozen=True)
+class Unnormalised:
+    """``d`` itself: USAM. Scaling the loss scales the perturbation."""
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``d``."""
+        return d
+
+
+@dataclass(frozen=True)
+class Unified:
+    """``(1 - lam + lam / norm(d)) d``: unified SAM (arXiv 2503.02225); ``lam`` 1 is SAM, 0 is USAM.
+
+    Raises:
+        ValueError: ``lam`` is not in [0, 1].
+    """
+
+    lam: float = 0.5
+
+    def __post_init__(self) -> None:
+        check.share("lam", self.lam)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``(1 - lam + lam / norm(d)) d``."""
+        return (1 - self.lam + self.lam / (d.norm() + TINY)) * d
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """``factor`` times another geometry; ESAM's is ``1 / beta``.
+
+    Raises:
+        ValueError: ``factor`` is negative.
+    """
+
+    factor: float
+    of: Callable[[Oracle, Vector], Vector] = Euclidean()
+
+    def __post_init__(self) -> None:
+        check.non_negative("factor", self.factor)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``factor * of(d)``."""
+        return self.factor * self.of(f, d)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Parameters with two or more dimensions: weights of linear, convolution and embedding layers."""
+
+    def __call__(self, f: Oracle) -> list[bool]:
+        """One truth value a parameter."""
+        return [p.dim() > 1 for p in f.point.parameters]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Parameters whose name contains ``part``: with "weight" the ASAM authors' choice, normalisation weights included.
+
+    Raises:
+        TypeError: in ``step``, where the base optimizer was not made from ``model.named_parameters()``.
+    """
+
+    part: str = "weight"
+
+    def __call__(self, f: Oracle) -> list[bool]:
+        """One truth value a parameter."""
+        if f.names is None:
+            raise TypeError(
+                f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
+            )
+        return [self.part in name for name in f.names]
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Every parameter, biases included: the choice of the widely copied davda54/sam. Its rho is not ASAM's."""
+
+    def __call__(self, f: Oracle) -> list[bool]:
+        """One truth value a parameter."""
+        return [True] * len(f.point.parameters)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """``T^2 d / norm(T d)``, ``T = abs(w) + eta`` on the parameters ``on``, 1 on the rest: ASAM (arXiv 2102.11600).
+
+    Then ``norm(T^-1 eps) = rho``: the ball follows the scale of each weight, so rho is some ten times SAM's.
+
+    The authors adapt parameters whose name contains "weight" and leave biases plain. The default chooses by dimension,
+    which needs no names: it differs for the weights of normalisation layers, which the authors adapt too
+    (``on=Named("weight")`` is theirs to the letter, ``on=Everything()`` with ``eta=0`` is davda54/sam's).
+
+    Raises:
+        ValueError: ``eta`` is negative.
+    """
+
+    eta: float = 0.01
+    on: Callable[[Oracle], list[bool]] = Matrices()
+
+    def __post_init__(self) -> None:
+        check.non_negative("eta", self.eta)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``T^2 d / norm(T d)``."""
+        T = self.operator(f)
+        Td = T * d
+        return T * Td / (Td.norm() + TINY)
+
+    def operator(self, f: Oracle) -> Vector:
+        """``T``, a diagonal."""
+        adaptive = self.on(f)
+        T = [
+            p.detach().abs() + self.eta if a else torch.ones_like(p)
+            for p, a in zip(f.point.parameters, adaptive, strict=True)
+        ]
+        return f.movable(Vector(T))
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """``F^-1 d / sqrt(d F^-1 d)``, ``F = diag(1 + eta d^2)``: Fisher SAM (arXiv 2206.04920). Then ``eps F eps = rho^2``.
+
+    The Fisher matrix is the diagonal of the batch gradient's square, regularised by the identity. It is not invariant
+    to the scale of the loss.
+
+    Raises:
+        ValueError: ``eta`` is negative.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.non_negative("eta", self.eta)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        """``F^-1 d / sqrt(d F^-1 d)``."""
+        F_inverse_d = d.map(self._precondition)
+        return F_inverse_d / (d.dot(F_inverse_d).sqrt() + TINY)
+
+    def _precondition(self, d: Tensor) -> Tensor:
+        return d / (1 + self.eta * d * d)

@@ -1,0 +1,256 @@
+"""The methods, one row each: which pieces make it.
+
+Notation: ``g`` gradient of the batch's mean loss at ``w``; ``eps`` perturbation; ``g_adv`` gradient at ``w + eps``; ``u``
+what the base optimizer sees. Norms are Euclidean over all parameters together. Every method takes ``base``, an optimizer
+instance; ``rho``, a number or a schedule; ``m``, the micro-batch size (``None`` is the whole batch; otherwise ``step``
+needs a :class:`~steppe.Batch`); and the options of :class:`~steppe.SharpnessAware`, whose errors it raises. The defaults
+of rho are the papers'.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+
+from steppe.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.geometry import Adaptive, Fisher, Scaled, Unified, Unnormalised
+from steppe.optimizer import Options, SharpnessAware
+from steppe.oracle import Closure
+from steppe.rule import Every, Rule, micro
+from steppe.sample import FiniteDifference, Friendly, Masked, OnFull, Reweighted, Smoothed
+from steppe.schedule import Schedule
+from steppe.select import Sharpest
+
+Base = torch.optim.Optimizer
+Radius = float | Schedule
+
+
+class SAM(SharpnessAware):
+    """``eps = rho g / norm(g)``, ``u = g_adv`` (Foret et al. 2021, arXiv 2010.01412); with ``m=`` it is m-SAM.
+
+    Two passes.
+
+    Example:
+        >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
+        >>> loss = optimizer.step(closure)
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, *, m: int | None = None, **options: Unpack[Options]) -> None:
+        super().__init__(base, micro(m, Rule()), rho, **options)
+
+
+class USAM(SharpnessAware):
+    """``eps = rho g``, ``u = g_adv``: unnormalised SAM (Andriushchenko and Flammarion 2022, arXiv 2206.06232).
+
+    Two passes. The perturbation scales with the gradient, and with the scale of the loss.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, *, m: int | None = None, **options: Unpack[Options]) -> None:
+        super().__init__(base, micro(m, Rule(geometry=Unnormalised())), rho, **options)
+
+
+class UnifiedSAM(SharpnessAware):
+    """``eps = rho (1 - lam + lam / norm(g)) g``, ``u = g_adv`` (arXiv 2503.02225); ``lam`` 1 is SAM, 0 is USAM.
+
+    Two passes. Raises ``ValueError`` for ``lam`` outside [0, 1].
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, lam: float = 0.5, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(geometry=Unified(lam))), rho, **options)
+
+
+class ASAM(SharpnessAware):
+    """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases (Kwon et al. 2021, arXiv 2102.11600).
+
+    Two passes. Weights are the parameters with two or more dimensions; see :class:`~steppe.Adaptive` for the choice by
+    name, which is the authors' to the letter, and for davda54/sam's. Raises ``ValueError`` for a negative ``eta``.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.5, eta: float = 0.01, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta))), rho, **options)
+
+
+class FisherSAM(SharpnessAware):
+    """``eps = rho F^-1 g / sqrt(g F^-1 g)``, ``F = diag(1 + eta g^2)`` (Kim et al. 2022, arXiv 2206.04920).
+
+    Two passes. Raises ``ValueError`` for a negative ``eta``.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.1, eta: float = 1.0, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(geometry=Fisher(eta))), rho, **options)
+
+
+class GSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = g_adv - alpha (g - proj(g, g_adv))`` (Zhuang et al. 2022, arXiv 2203.08065).
+
+    Two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``. Raises
+    ``ValueError`` for a negative ``alpha``.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, alpha: float = 0.4, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(combine=SurrogateGap(alpha))), rho, **options)
+
+
+class ESAM(SharpnessAware):
+    """SAM's ``eps`` on a random share ``beta`` of the tensors, ``g_adv`` on the sharpest share ``gamma`` of the examples (Du
+    et al. 2022, arXiv 2110.03141).
+
+    ``norm(eps) = rho / beta``, as in the authors' code. The sharpest examples are those whose loss rises most. Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Three forwards and 1 + ``gamma`` backwards, the first of them
+    partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        beta: float = 0.6,
+        gamma: float = 0.5,
+        *,
+        m: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        rule = Rule(sample=Masked(beta), geometry=Scaled(1 / beta), select=Sharpest(gamma))
+        super().__init__(base, micro(m, rule), rho, **options)
+
+
+class WSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = g``, and ``w <- w - lr gamma / (1 - gamma) (g_adv - g)`` beside the base (Yue et al. 2023,
+    arXiv 2305.15817, algorithm 2).
+
+    Two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady weight
+    against the loss is ``(1 - mu) gamma / (1 - gamma)``. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(combine=Weighted(gamma))), rho, **options)
+
+
+class CoupledWSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = g + gamma / (1 - gamma) (g_adv - g)`` (Yue et al. 2023, arXiv 2305.15817, algorithm 4).
+
+    Two passes. ``gamma`` 1/2 is SAM beside any base. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(combine=Coupled(gamma))), rho, **options)
+
+
+class NSAM(SharpnessAware):
+    """``eps = rho g_full / norm(g_full)``, ``u = g_adv`` on the batch: n-SAM (Luo et al. 2025, arXiv 2509.18001).
+
+    ``full`` is a closure over the full data or a larger batch; it runs once a step, and ``step`` returns its loss. The
+    normalisation statistics see its pass.
+
+    Args:
+        base: the base optimizer.
+        rho: the radius.
+        full: zero, forward, backward over the larger batch, and return its loss.
+        m: micro-batches of the second gradient.
+        options: see :class:`~steppe.SharpnessAware`.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, *, full: Closure, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        if not callable(full):
+            raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
+        super().__init__(base, micro(m, Rule(sample=OnFull())), rho, full=full, **options)
+
+
+class RWSAM(SharpnessAware):
+    """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv`` (Luo et al. 2025,
+    arXiv 2509.18001).
+
+    Needs a :class:`~steppe.Batch`. Three forwards and two backwards. See :class:`~steppe.Reweighted` for what the paper
+    says, what is inferred and what is our choice. Raises ``ValueError`` for a negative ``lam``.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, lam: float = 0.5, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        rule = Rule(sample=Reweighted(lam, FiniteDifference()))
+        super().__init__(base, micro(m, rule), rho, **options)
+
+
+class LookSAM(SharpnessAware):
+    """SAM every ``k``-th step, keeping ``g_v = g_adv - proj(g_adv, g)``; between, ``u = g + alpha norm(g) / norm(g_v) g_v``
+    (Liu et al. 2022, arXiv 2203.02714).
+
+    ``1 + 1 / k`` passes. Raises ``ValueError`` for ``k`` below 1 or a negative ``alpha``.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.1,
+        k: int = 10,
+        alpha: float = 0.7,
+        *,
+        m: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        rule = Every(k, micro(m, Rule(combine=RememberOrthogonal())), between=ReuseOrthogonal(alpha))
+        super().__init__(base, rule, rho, **options)
+
+
+class FSAM(SharpnessAware):
+    """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly
+    SAM (Li et al. 2024, arXiv 2403.12350).
+
+    Two passes. Raises ``ValueError`` for a negative ``sigma`` or ``decay`` outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        sigma: float = 1.0,
+        decay: float = 0.9,
+        *,
+        m: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, micro(m, Rule(sample=Friendly(sigma, decay))), rho, **options)
+
+
+class VaSSO(SharpnessAware):
+    """``eps = rho d / norm(d)``, ``d <- (1 - theta) d + theta g``, ``u = g_adv`` (Li and Giannakis 2023, arXiv 2309.15639).
+
+    Two passes. Raises ``ValueError`` for ``theta`` outside (0, 1].
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, theta: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, micro(m, Rule(sample=Smoothed(theta))), rho, **options)
+
+
+METHODS = (
+    SAM,
+    USAM,
+    UnifiedSAM,
+    ASAM,
+    FisherSAM,
+    GSAM,
+    ESAM,
+    WSAM,
+    CoupledWSAM,
+    NSAM,
+    RWSAM,
+    LookSAM,
+    FSAM,
+    VaSSO,
+)

@@ -1,0 +1,294 @@
+"""The ``torch.optim.Optimizer`` around a base optimizer and a rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from steppe import check
+from steppe.oracle import Closure, Oracle, Point, Rho, Seen
+from steppe.rule import AnyRule, Plain, looks_inside
+from steppe.schedule import Schedule, as_schedule
+from steppe.telemetry import Telemetry
+from steppe.update import Update
+from steppe.vector import Vector, shift_
+
+STEP = "sharpness_step"  # in every group: steps so far
+MEMORY = "sharpness."  # prefix of a rule's memory in state[p]
+
+
+class Options(TypedDict, total=False):
+    """What every method takes beside its own parameters."""
+
+    check_finite: bool
+    cosine: bool
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Any base optimizer, made sharpness-aware by a rule.
+
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
+    the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
+    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit.
+
+    Args:
+        base: an optimizer instance; it sees the combined gradient, once a step.
+        rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
+        rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
+        full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
+        check_finite: skip steps whose gradients are not finite; the one place where a step waits for its device.
+        cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
+
+    Raises:
+        TypeError: ``base`` is no optimizer instance, or one that calls the closure itself (L-BFGS).
+        ValueError: ``rho`` is negative, or a group maximises.
+
+    Example:
+        >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = SharpnessAware(base, Rule(geometry=Adaptive(), combine=Weighted(0.9)), rho=0.5)
+        >>> loss = optimizer.step(Batch.supervised(model, criterion, inputs, targets))
+    """
+
+    base: torch.optim.Optimizer
+    rule: AnyRule
+    telemetry: Telemetry  #: what the last step saw
+    full: Closure | None
+    _schedule: Schedule
+    _own_rho: set[int]  # indices of groups that were given a rho
+    _check_finite: bool
+    _keep_g: bool
+    _warned: set[str]
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        rule: AnyRule,
+        rho: float | Schedule = 0.05,
+        *,
+        full: Closure | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        _check_base(base)
+        if not callable(rule):
+            raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
+        schedule = as_schedule(rho)
+        for group in base.param_groups:
+            _check_group(group)
+        own = {i for i, group in enumerate(base.param_groups) if "rho" in group}
+        super().__setstate__(  # the hooks of an Optimizer without groups of its own: those are the base's
+            {
+                "base": base,
+                "rule": rule,
+                "full": full,
+                "telemetry": Telemetry(),
+                "_schedule": schedule,
+                "_own_rho": own,
+                "_check_finite": options.pop("check_finite", True),
+                "_keep_g": options.pop("cosine", False),
+                "_warned": set(),
+            }
+        )
+        if options:
+            raise TypeError(f"unknown argument {', '.join(options)}; there are check_finite and cosine")
+        for group in base.param_groups:
+            group.setdefault(STEP, 0)
+            if "rho" not in group:
+                group["rho"] = float(schedule(0, group))
+
+    # ---- an Optimizer whose parameters and state are the base's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups, each with its ``rho``."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state, with the rule's memory beside it."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults."""
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
+        _check_group(param_group)
+        own = "rho" in param_group
+        self.base.add_param_group(param_group)
+        group = self.param_groups[-1]
+        group[STEP] = self._steps
+        if own:
+            self._own_rho.add(len(self.param_groups) - 1)
+        else:
+            group["rho"] = float(self._schedule(self._steps, group))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("base", "rule", "full", "telemetry", "_schedule", "_own_rho", "_check_finite", "_keep_g", "_warned")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" in state:  # unpickled or copied
+            super().__setstate__(state)
+        else:  # load_state_dict
+            for new, old in zip(state["param_groups"], self.param_groups, strict=True):
+                new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
+                new.setdefault(STEP, 0)
+            self.base.__setstate__(state)
+
+    def __repr__(self) -> str:
+        rho = self.param_groups[0]["rho"] if len(self.param_groups) == 1 else [g["rho"] for g in self.param_groups]
+        return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One sharpness-aware step.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
+                needs. A :class:`~steppe.Batch` for methods that look inside the batch. Without one, the base steps on
+                the gradients that are there, with one warning.
+
+        Returns:
+            The loss at ``w`` (``L(w)``, not that at ``w + eps``); ``None`` without a closure.
+
+        Raises:
+            TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
+            ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
+        """
+        if closure is None:
+            return self._base_step()
+        rho = self._update_rho()
+        f = self._oracle(closure, rho)
+        if rho.largest() == 0:
+            rule: AnyRule = Plain()
+        else:
+            rule = self.rule
+            if looks_inside(rule):
+                f.batch(f"{type(self).__name__} is {rule!r}")
+        update = rule(f)
+        skip = self._check_finite and not _finite(f.seen)
+        if not skip:
+            self._apply(update, f)
+        self._report(f.seen, rho, skip)
+        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss"))
+
+    def _oracle(self, closure: Closure, rho: Rho) -> Oracle:
+        groups = self.param_groups
+        names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
+        point = Point([p for g in groups for p in g["params"]], rho, names)
+
+        def recall(name: str) -> Sequence[Tensor | None]:
+            return [self.state[p].get(MEMORY + name) if p in self.state else None for p in point.parameters]
+
+        return Oracle(closure, point, step=self._steps, recall=recall, full=self.full, keep_g=self._keep_g)
+
+    def _update_rho(self) -> Rho:
+        rho = [
+            g["rho"] if i in self._own_rho else float(self._schedule(self._steps, g))
+            for i, g in enumerate(self.param_groups)
+        ]
+        for r in rho:
+            check.non_negative("rho", r)
+        for g, r in zip(self.param_groups, rho, strict=True):
+            g["rho"] = r
+        return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
+
+    def _apply(self, update: Update, f: Oracle) -> None:
+        grads = update.grad.materialised()
+        memory = {name: _apart(v.materialised(), grads) for name, v in f.seen.memory.items()}
+        if update.beside is not None and any("lr" not in group for group in self.param_groups):
+            raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
+        for p, g in zip(f.point.parameters, grads, strict=True):
+            p.grad = None if g is None else g.to(p.dtype)
+        self.base.step()
+        if update.beside is not None:
+            self._move_beside(update.beside)
+        for name, kept in memory.items():
+            self._keep(MEMORY + name, kept, f.point.parameters)
+        self._count_step()
+
+    def _move_beside(self, beside: Vector) -> None:
+        """``w <- w - lr beside``, each group with its own learning rate."""
+        entries = iter(beside.tensors)
+        for group in self.param_groups:
+            for p in group["params"]:
+                s = next(entries)
+                if s is not None:
+                    shift_(p, s, -group["lr"] * beside.scale)
+
+    def _keep(self, name: str, kept: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        for p, t in zip(parameters, kept, strict=True):
+            if t is None or p.grad is None:  # the base has not seen p: a foreign key would keep it from initialising
+                continue
+            old = self.state[p].get(name)
+            if old is None:
+                self.state[p][name] = t.detach().to(p.dtype, copy=True)
+            else:
+                old.copy_(t)
+
+    # ---- around the step
+
+    @property
+    def _steps(self) -> int:
+        return int(self.param_groups[0][STEP])
+
+    def _count_step(self) -> None:
+        for group in self.param_groups:
+            group[STEP] += 1
+
+    def _base_step(self) -> None:
+        if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
+            self._warn_once(
+                "step() was called without a closure: this step is the base optimizer's, not sharpness-aware. "
+                "Pass a closure, or a steppe.Batch, to step()."
+            )
+            self._count_step()
+        self.base.step()
+        self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
+
+    def _report(self, seen: Seen, rho: Rho, skip: bool) -> None:
+        numbers: dict[str, Any] = {k: v for k, v in seen.numbers.items() if k != "full_loss"}
+        if "full_loss" in seen.numbers:
+            numbers.setdefault("loss", seen.numbers["full_loss"])
+        skipped = self.telemetry.skipped + skip
+        self.telemetry = Telemetry(rho=rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
+        if not seen.any_gradient:
+            self._warn_once("no parameter received a gradient: does the closure call backward()?")
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``kept``, with a copy where it is the gradient itself, which the base may change in place."""
+    return [t.clone() if t is not None and t is g else t for t, g in zip(kept, grads, strict=True)]
+
+
+def _finite(seen: Seen) -> bool:
+    return not seen.norms or bool(torch.stack([n.to(seen.norms[0].device) for n in seen.norms]).isfinite().all())
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
+        )
+    if isinstance(base, torch.optim.LBFGS | SharpnessAware):
+        raise TypeError(f"base must be a first-order optimizer that takes no closure, got {type(base).__name__}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if "rho" in group:
+        check.non_negative("rho", group["rho"])
+    if group.get("maximize"):
+        raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")

@@ -1,0 +1,126 @@
+"""The template of every method, and rules made of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import reduce
+from operator import add
+from typing import ClassVar
+
+from torch import Tensor
+
+from steppe import check
+from steppe.combine import Perturbed
+from steppe.geometry import Euclidean
+from steppe.oracle import Oracle
+from steppe.sample import Mean
+from steppe.select import All
+from steppe.update import Update
+from steppe.vector import Vector
+
+AnyRule = Callable[[Oracle], Update]  # any function from oracle to update is a rule
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Look, see, move: the template that all methods share.
+
+    ``eps = rho * geometry(sample)``, ``g_adv`` = the gradient at ``w + eps`` on ``select``, and ``combine`` makes the
+    update of both. The default pieces are SAM (Foret et al. 2021, arXiv 2010.01412). Every piece is a function whose
+    first argument is the :class:`~steppe.oracle.Oracle`.
+
+    Args:
+        sample: ``(f) -> Vector``, the stochastic gradient to ascend by.
+        geometry: ``(f, d) -> Vector``, the unit step of steepest ascent along ``d``.
+        select: ``(f) -> indices | None``, asked at ``w + eps``: the examples of the second gradient.
+        combine: ``(f, g_adv) -> Update``.
+
+    Example:
+        >>> rule = Rule(sample=Reweighted(lam=0.5), geometry=Adaptive(eta=0.01), combine=Weighted(gamma=0.9))
+        >>> optimizer = SharpnessAware(base, Micro(16, rule), rho=0.05)
+    """
+
+    sample: Callable[[Oracle], Vector] = Mean()
+    geometry: Callable[[Oracle, Vector], Vector] = Euclidean()
+    select: Callable[[Oracle], Tensor | None] = All()
+    combine: Callable[[Oracle, Vector], Update] = Perturbed()
+
+    def __call__(self, f: Oracle) -> Update:
+        """One step's update."""
+        keep = {"keep_g": getattr(self.combine, "uses_g", True), "know_losses": looks_inside(self.select)}
+        with f.at(self.perturbation(f), **keep):  # look
+            g_adv = f.grad(on=self.select(f))  # see
+        f.compare(g_adv)
+        return self.combine(f, g_adv)  # move
+
+    def perturbation(self, f: Oracle) -> Vector:
+        """``eps``; parameters whose group has rho 0 take no part, not even in the norm."""
+        return f.rho * self.geometry(f, f.movable(self.sample(f)))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The base optimizer's own step: one pass."""
+
+    def __call__(self, f: Oracle) -> Update:
+        """The gradient at ``w``."""
+        return Update(f.g)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """m-SAM: the rule on every micro-batch of ``m`` examples by itself, averaged with weights ``size / n``.
+
+    ``u = sum_j |I_j| / |B| u(I_j)`` (Foret et al. 2021, section 4.1; arXiv 2509.18001). ``m`` at or above the batch
+    size is the rule itself. The passes run one micro-batch after the other: as many examples, ``n / m`` times as many
+    calls. Batch normalisation sees micro-batches, as in gradient accumulation.
+
+    Raises:
+        ValueError: ``m`` is no positive integer.
+        TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
+    """
+
+    m: int
+    rule: AnyRule = Rule()
+
+    per_example: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check.positive_integer("m", self.m)
+
+    def __call__(self, f: Oracle) -> Update:
+        """The weighted mean of the parts' updates."""
+        return reduce(add, (share * self.rule(part) for share, part in f.split(self.m)))
+
+
+def micro(m: int | None, rule: AnyRule) -> AnyRule:
+    """``rule`` on micro-batches of ``m``; ``None`` is the whole batch."""
+    return rule if m is None else Micro(m, rule)
+
+
+@dataclass(frozen=True)
+class Every:
+    """``rule`` at steps 0, k, 2k, ..., and ``between`` at the others.
+
+    Raises:
+        ValueError: ``k`` is no positive integer.
+    """
+
+    k: int
+    rule: AnyRule = Rule()
+    between: AnyRule = Plain()
+
+    def __post_init__(self) -> None:
+        check.positive_integer("k", self.k)
+
+    def __call__(self, f: Oracle) -> Update:
+        """This step's update."""
+        return (self.between if f.step % self.k else self.rule)(f)
+
+
+def looks_inside(piece: object) -> bool:
+    """Whether a rule, or any piece of it, needs the examples of the batch."""
+    if getattr(piece, "per_example", False):
+        return True
+    return is_dataclass(piece) and any(looks_inside(getattr(piece, field.name)) for field in fields(piece))

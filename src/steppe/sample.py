@@ -1,0 +1,208 @@
+"""Which gradient to ascend by: which examples, which weights on them, which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steppe import check
+from steppe.oracle import Oracle
+from steppe.vector import Vector, wide
+
+
+@dataclass(frozen=True)
+class Mean:
+    """``g``, the gradient of the mean loss on the batch (SAM)."""
+
+    def __call__(self, f: Oracle) -> Vector:
+        """``g``."""
+        return f.g
+
+
+@dataclass(frozen=True)
+class OnFull:
+    """The gradient on another, larger batch: n-SAM (arXiv 2509.18001). The optimizer's ``full=`` is its closure."""
+
+    def __call__(self, f: Oracle) -> Vector:
+        """The gradient of the closure ``full`` at ``w``."""
+        return f.grad_on_full()
+
+
+@dataclass(frozen=True)
+class Friendly:
+    """``d = g - sigma m``, then ``m <- decay m + (1 - decay) g``: F-SAM (arXiv 2403.12350; the authors' code).
+
+    ``m`` follows the full gradient; ascending without it follows the noise of the batch. As in the authors' code ``d``
+    uses the old ``m``, and at a parameter's first step ``d = g`` and ``m = g``. With sigma 1 and equal batches ``d`` is
+    rounding noise, which the Euclidean geometry scales up to length rho.
+
+    Raises:
+        ValueError: ``sigma`` is negative, ``decay`` is not in [0, 1].
+    """
+
+    sigma: float = 1.0
+    decay: float = 0.9
+    of: Callable[[Oracle], Vector] = Mean()
+
+    def __post_init__(self) -> None:
+        check.non_negative("sigma", self.sigma)
+        check.share("decay", self.decay)
+
+    def __call__(self, f: Oracle) -> Vector:
+        """``g - sigma m``."""
+        g = self.of(f)
+        m = f.recall("friendly", default=0.0 * g)
+        f.remember("friendly", self.decay * f.recall("friendly", default=g) + (1 - self.decay) * g)
+        return (g - self.sigma * m).where(t is not None for t in g.tensors)
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """``d <- (1 - theta) d + theta g``, first ``d = g``: VaSSO (arXiv 2309.15639).
+
+    Raises:
+        ValueError: ``theta`` is not in (0, 1].
+    """
+
+    theta: float = 0.9
+    of: Callable[[Oracle], Vector] = Mean()
+
+    def __post_init__(self) -> None:
+        check.positive_share("theta", self.theta)
+
+    def __call__(self, f: Oracle) -> Vector:
+        """``d``."""
+        g = self.of(f)
+        d = ((1 - self.theta) * f.recall("smoothed", default=g) + self.theta * g).where(
+            t is not None for t in g.tensors
+        )
+        f.remember("smoothed", d)
+        return d
+
+
+@dataclass(frozen=True)
+class Masked:
+    """``g`` on a random choice of tensors: the stochastic weight perturbation of ESAM (arXiv 2110.03141).
+
+    Every parameter tensor is kept with probability ``beta`` (at least one is), anew each step; the backward pass skips
+    the others' weight gradients. The choice is by tensor, as in the authors' code, and depends on ``seed`` and the step
+    alone, so ranks agree and resume is exact. The factor ``1 / beta`` is geometry: ``Scaled(1 / beta)``.
+
+    Raises:
+        ValueError: ``beta`` is not in (0, 1].
+    """
+
+    beta: float = 0.6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check.positive_share("beta", self.beta)
+
+    def __call__(self, f: Oracle) -> Vector:
+        """The gradient on the kept tensors."""
+        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, len(f.point.parameters)))
+
+    def kept(self, step: int, n: int) -> list[bool]:
+        """Which of ``n`` tensors take part at this step."""
+        random = generator(self.seed, step)
+        kept = (torch.rand(n, generator=random) < self.beta).tolist()
+        kept[int(torch.randint(n, (), generator=random))] |= not any(kept)
+        return kept
+
+
+def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on seed and step alone: the same on every rank and after a resume."""
+    return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """``norm(grad f_i) ~ abs(f_i(w + delta z) - f_i(w)) / delta`` with Rademacher ``z``: RW-SAM's probe.
+
+    The difference estimates ``abs(<z, grad f_i>)``: its square has mean ``norm(grad f_i)^2``, itself it has mean about
+    0.8 of the norm, and one probe's relative standard deviation is about 0.76. Several probes are joined by the root of
+    their mean square.
+
+    ``delta`` is no absolute number: ``norm(delta z) = length * rho`` with the largest rho of any group, that is
+    ``delta = length * rho / sqrt(d)`` for ``d`` perturbed coordinates. (A bare 1e-3 moves 11 M parameters by 3.3.)
+
+    Args:
+        length: the probe's length in units of rho.
+        probes: how many directions; one more forward each.
+        seed: of the directions, which depend on it and on the step alone.
+
+    Raises:
+        ValueError: ``length`` is not above 0, ``probes`` is no positive integer.
+        TypeError: in ``step``, where parameters are in low precision, which cannot hold so small a step.
+    """
+
+    length: float = 0.1
+    probes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check.number("length", self.length, "a finite number > 0", low=1e-30)
+        check.positive_integer("probes", self.probes)
+
+    def __call__(self, f: Oracle) -> Tensor:
+        """One norm an example, shape ``(n,)``."""
+        w = f.movable(f.w)
+        if any(wide(t) is not t for t in w.present()):
+            raise TypeError(
+                "FiniteDifference needs parameters in float32 or float64: low precision cannot hold its small step; "
+                "keep the parameters in float32 and run the model under torch.autocast"
+            )
+        d = sum(t.numel() for t in w.present())
+        delta = self.length * f.rho.largest() / d**0.5
+        moved = []
+        for k in range(self.probes):
+            with f.at(delta * self.direction(w, f.step * self.probes + k)):
+                moved.append(f.losses())
+        here = f.losses()  # last: the graph of this forward serves the backward that follows
+        return torch.stack([(there - here) / delta for there in moved]).square().mean(0).sqrt()
+
+    def direction(self, w: Vector, draw: int) -> Vector:
+        """``z``: +1 or -1 in every coordinate."""
+        random = {t.device: generator(self.seed, draw, t.device) for t in w.present()}
+        return w.map(lambda t: torch.empty_like(t).bernoulli_(0.5, generator=random[t.device]) * 2 - 1)
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """``d = sum_i p_i grad f_i``, ``p = softmax(lam norm(grad f_i))``: Reweighted SAM (arXiv 2509.18001).
+
+    What the paper says: the direction maximises ``<sum p_i grad f_i, eps> + H(P) / lam`` over weights ``p`` and unit
+    ``eps``, which after relaxing the norm of the sum gives ``p_i ~ exp(lam norm(grad f_i))`` over the mini-batch; the
+    norms are estimated by one finite difference with a Rademacher direction, one extra forward.
+    What is inferred: the weights act on the perturbation only, the second gradient is that of the uniform mean (it is
+    the "objective for the perturbation direction", and the reported cost of 7/6 of SAM then counts exactly).
+    What is our choice: raw norms, neither standardised nor clipped; ``lam``'s default; the probe's length relative to
+    rho; a softmax over the micro-batch under ``m``. The paper's values are not known to us.
+
+    Args:
+        lam: the inverse temperature, in units of 1 / norm(grad f_i); 0 is SAM.
+        probe: ``(f) -> norms``, shape ``(n,)``.
+
+    Raises:
+        ValueError: ``lam`` is negative.
+    """
+
+    lam: float = 0.5
+    probe: Callable[[Oracle], Tensor] = FiniteDifference()
+
+    per_example: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check.non_negative("lam", self.lam)
+
+    def __call__(self, f: Oracle) -> Vector:
+        """``d``: three forwards and one backward with the default probe, of which two forwards are SAM's own."""
+        return f.grad(weights=self.weights(self.probe(f)))
+
+    def weights(self, norms: Tensor) -> Tensor:
+        """``softmax(lam norms)``, shape ``(n,)``."""
+        return torch.softmax(self.lam * wide(norms), dim=0)

@@ -1,0 +1,143 @@
+"""The radius over time. A schedule is a frozen value, ``(step, group) -> rho``, given as ``rho=`` in place of a number.
+
+It is asked at every step with the number of steps before it and the parameter group, so it needs no state of its own:
+the optimizer's checkpoint resumes it. Where it answers 0 for every group, the step is the base optimizer's own, in one
+pass.
+
+Example:
+    >>> SAM(base, rho=Window(0.05, start=75_000))        # SAM in the last quarter of 100,000 steps only
+    >>> SAM(base, rho=Periodic(0.05, every=5))           # every fifth step
+    >>> GSAM(base, rho=ProportionalToLR(rho_max=0.6, rho_min=0.0, lr_max=3e-3, lr_min=3e-5), alpha=0.4)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steppe import check
+
+Group = Mapping[str, Any]  # a parameter group
+Schedule = Callable[[int, Group], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """``rho`` always; what a plain number means."""
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        check.non_negative("rho", self.rho)
+
+    def __call__(self, step: int, group: Group) -> float:
+        """``rho``."""
+        return self.rho
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From ``start`` at step 0 to ``end`` at step ``steps``, in a straight line; ``end`` from then on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_ramp(self.start, self.end, self.steps)
+
+    def __call__(self, step: int, group: Group) -> float:
+        """``start + (end - start) step / steps``."""
+        return self.start + (self.end - self.start) * min(1.0, step / self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From ``start`` at step 0 to ``end`` at step ``steps``, along half a cosine; ``end`` from then on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_ramp(self.start, self.end, self.steps)
+
+    def __call__(self, step: int, group: Group) -> float:
+        """``end + (start - end) (1 + cos(pi step / steps)) / 2``."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
+
+
+@dataclass(frozen=True)
+class ProportionalToLR:
+    """``rho_min + (rho_max - rho_min) (lr - lr_min) / (lr_max - lr_min)``: GSAM, algorithm 1 (arXiv 2203.08065).
+
+    Follows each group's learning rate, so rho is small while the learning rate warms up from below ``lr_min`` too, but
+    never below 0. Constant (``rho_max``) where ``lr_max == lr_min``.
+    """
+
+    rho_max: float
+    rho_min: float
+    lr_max: float
+    lr_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rho_max", "rho_min", "lr_max", "lr_min"):
+            check.non_negative(name, getattr(self, name))
+        if self.lr_min > self.lr_max:
+            raise ValueError(f"lr_min must be at most lr_max, got {self.lr_min!r} > {self.lr_max!r}")
+
+    def __call__(self, step: int, group: Group) -> float:
+        """Linear in the group's ``lr``."""
+        if self.lr_max == self.lr_min:
+            return self.rho_max
+        share = (float(group["lr"]) - self.lr_min) / (self.lr_max - self.lr_min)
+        return max(0.0, self.rho_min + (self.rho_max - self.rho_min) * share)
+
+
+@dataclass(frozen=True)
+class Window:
+    """``rho``, a number or a schedule, in steps ``start <= step < stop`` and 0 outside: outside, one pass a step."""
+
+    rho: float | Schedule
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        as_schedule(self.rho)
+        check.non_negative("start", self.start)
+        if self.stop is not None and not self.stop >= self.start:
+            raise ValueError(f"stop must be at least start ({self.start}), got {self.stop!r}")
+
+    def __call__(self, step: int, group: Group) -> float:
+        """``rho`` inside, 0 outside."""
+        inside = step >= self.start and (self.stop is None or step < self.stop)
+        return as_schedule(self.rho)(step, group) if inside else 0.0
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """``rho``, a number or a schedule, at steps 0, every, 2 every, ... and 0 between: between, one pass a step."""
+
+    rho: float | Schedule
+    every: int
+
+    def __post_init__(self) -> None:
+        as_schedule(self.rho)
+        check.positive_integer("every", self.every)
+
+    def __call__(self, step: int, group: Group) -> float:
+        """``rho`` at every multiple, 0 between."""
+        return 0.0 if step % self.every else as_schedule(self.rho)(step, group)
+
+
+def as_schedule(rho: float | Schedule) -> Schedule:
+    """A number as a constant schedule; a schedule as it is."""
+    return rho if callable(rho) else Constant(rho)
+
+
+def _check_ramp(start: float, end: float, steps: int) -> None:
+    check.non_negative("start", start)
+    check.non_negative("end", end)
+    check.positive_integer("steps", steps)

@@ -1,0 +1,49 @@
+"""On which examples the second gradient is taken; asked at ``w + eps``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steppe import check
+from steppe.oracle import Oracle
+
+
+@dataclass(frozen=True)
+class All:
+    """The whole batch."""
+
+    def __call__(self, f: Oracle) -> None:
+        """No choice."""
+        return
+
+
+@dataclass(frozen=True)
+class Sharpest:
+    """The share ``gamma`` of the batch whose loss rises most from ``w`` to ``w + eps``: ESAM (arXiv 2110.03141).
+
+    ``max(1, int(gamma n))`` examples exactly (the authors' code asks for more than the k-th rise, so takes one less).
+    It costs one more forward, unless ``gamma`` is 1.
+
+    Raises:
+        ValueError: ``gamma`` is not in (0, 1].
+    """
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        check.positive_share("gamma", self.gamma)
+
+    @property
+    def per_example(self) -> bool:
+        """Whether it looks at single examples at all."""
+        return self.gamma < 1
+
+    def __call__(self, f: Oracle) -> Tensor | None:
+        """Indices of the chosen examples."""
+        if self.gamma == 1:
+            return None
+        rise = f.losses() - f.losses_at_w()
+        return torch.topk(rise, max(1, int(self.gamma * len(rise)))).indices

@@ -1,0 +1,54 @@
+"""What the last step saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Numbers of the last step; tensors stay on their device until they are read.
+
+    Under micro-batches they are means over the parts, weighted by size. ``None`` is what the step did not see: a base
+    step has no perturbation, and the cosine needs ``g``, which SAM lets go of to save a copy of the parameters
+    (``cosine=True`` keeps it; methods that use ``g`` have it anyway).
+
+    Attributes:
+        rho: the largest radius of any group.
+        loss: ``L(w)``, on the batch (n-SAM: on the full batch).
+        loss_adv: ``L(w + eps)``, on the whole batch.
+        g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors').
+        eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
+        g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
+        cosine: of ``g`` and ``g_adv``.
+        forwards: forward passes over the batch.
+        backwards: backward passes over the batch.
+        steps: steps so far, as checkpointed; skipped ones do not count.
+        skipped: steps skipped for gradients that were not finite, since the optimizer was made.
+        was_skipped: whether the last step was.
+    """
+
+    rho: float = 0.0
+    loss: Tensor | float | None = None
+    loss_adv: Tensor | float | None = None
+    g_norm: Tensor | float | None = None
+    eps_norm: Tensor | float | None = None
+    g_adv_norm: Tensor | float | None = None
+    cosine: Tensor | float | None = None
+    forwards: float = 0.0
+    backwards: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    was_skipped: bool = False
+
+    @property
+    def gap(self) -> Tensor | float | None:
+        """The surrogate gap ``L(w + eps) - L(w)``, where one batch answered both."""
+        return None if self.loss is None or self.loss_adv is None else self.loss_adv - self.loss
+
+    @property
+    def passes(self) -> float:
+        """The step's cost in ordinary forward-backward passes, a backward counted as two forwards."""
+        return (self.forwards + 2 * self.backwards) / 3
