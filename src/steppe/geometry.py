@@ -12,6 +12,8 @@ from steppe import check
 from steppe.oracle import Oracle
 from steppe.vector import TINY, Vector
 
+Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
+
 
 @dataclass(frozen=True)
 class Euclidean:
@@ -120,7 +122,7 @@ class Adaptive:
     """
 
     eta: float = 0.01
-    on: Callable[[Oracle], list[bool]] = Matrices()
+    on: Which = Matrices()
 
     def __post_init__(self) -> None:
         check.non_negative("eta", self.eta)
@@ -143,10 +145,10 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class Fisher:
-    """``F^-1 d / sqrt(d F^-1 d)``, ``F = diag(1 + eta d^2)``: Fisher SAM (arXiv 2206.04920). Then ``eps F eps = rho^2``.
+    """``F^-1 d / sqrt(d F^-1 d)``, ``F = diag(1 + eta d^2)``: Fisher SAM (arXiv 2206.04920).
 
-    The Fisher matrix is the diagonal of the batch gradient's square, regularised by the identity. It is not invariant
-    to the scale of the loss.
+    Then ``eps F eps = rho^2``. The Fisher matrix is the diagonal of the batch gradient's square, regularised by the
+    identity. It is not invariant to the scale of the loss.
 
     Raises:
         ValueError: ``eta`` is negative.

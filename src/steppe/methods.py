@@ -1,10 +1,10 @@
 """The methods, one row each: which pieces make it.
 
-Notation: ``g`` gradient of the batch's mean loss at ``w``; ``eps`` perturbation; ``g_adv`` gradient at ``w + eps``; ``u``
-what the base optimizer sees. Norms are Euclidean over all parameters together. Every method takes ``base``, an optimizer
-instance; ``rho``, a number or a schedule; ``m``, the micro-batch size (``None`` is the whole batch; otherwise ``step``
-needs a :class:`~steppe.Batch`); and the options of :class:`~steppe.SharpnessAware`, whose errors it raises. The defaults
-of rho are the papers'.
+Notation: ``g`` gradient of the batch's mean loss at ``w``; ``eps`` perturbation; ``g_adv`` gradient at ``w + eps``;
+``u`` what the base optimizer sees. Norms are Euclidean, over all parameters together. Every method takes ``base``, an
+optimizer instance; ``rho``, a number or a schedule; ``m``, the micro-batch size (``None`` is the whole batch; otherwise
+``step`` needs a :class:`~steppe.Batch`); and the options of :class:`~steppe.SharpnessAware`, whose errors it raises.
+Defaults are those of the papers or their code where these give one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Unpack
 import torch
 
 from steppe.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
-from steppe.geometry import Adaptive, Fisher, Scaled, Unified, Unnormalised
+from steppe.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
 from steppe.optimizer import Options, SharpnessAware
 from steppe.oracle import Closure
 from steppe.rule import Every, Rule, micro
@@ -24,12 +24,15 @@ from steppe.select import Sharpest
 
 Base = torch.optim.Optimizer
 Radius = float | Schedule
+MATRICES = Matrices()
 
 
 class SAM(SharpnessAware):
-    """``eps = rho g / norm(g)``, ``u = g_adv`` (Foret et al. 2021, arXiv 2010.01412); with ``m=`` it is m-SAM.
+    """``eps = rho g / norm(g)``, ``u = g_adv``; with ``m=`` it is m-SAM.
 
     Two passes.
+
+    Source: Foret et al. 2021, arXiv 2010.01412.
 
     Example:
         >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
@@ -41,9 +44,11 @@ class SAM(SharpnessAware):
 
 
 class USAM(SharpnessAware):
-    """``eps = rho g``, ``u = g_adv``: unnormalised SAM (Andriushchenko and Flammarion 2022, arXiv 2206.06232).
+    """``eps = rho g``, ``u = g_adv``: unnormalised SAM.
 
     Two passes. The perturbation scales with the gradient, and with the scale of the loss.
+
+    Source: Andriushchenko and Flammarion 2022, arXiv 2206.06232.
     """
 
     def __init__(self, base: Base, rho: Radius = 0.05, *, m: int | None = None, **options: Unpack[Options]) -> None:
@@ -51,9 +56,11 @@ class USAM(SharpnessAware):
 
 
 class UnifiedSAM(SharpnessAware):
-    """``eps = rho (1 - lam + lam / norm(g)) g``, ``u = g_adv`` (arXiv 2503.02225); ``lam`` 1 is SAM, 0 is USAM.
+    """``eps = rho (1 - lam + lam / norm(g)) g``, ``u = g_adv``; ``lam`` 1 is SAM, 0 is USAM.
 
     Two passes. Raises ``ValueError`` for ``lam`` outside [0, 1].
+
+    Source: arXiv 2503.02225.
     """
 
     def __init__(
@@ -63,22 +70,34 @@ class UnifiedSAM(SharpnessAware):
 
 
 class ASAM(SharpnessAware):
-    """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases (Kwon et al. 2021, arXiv 2102.11600).
+    """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases.
 
-    Two passes. Weights are the parameters with two or more dimensions; see :class:`~steppe.Adaptive` for the choice by
-    name, which is the authors' to the letter, and for davda54/sam's. Raises ``ValueError`` for a negative ``eta``.
+    Two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name, which
+    is the authors' code to the letter, and ``on=Everything()`` adapts biases too, as davda54/sam does. Raises
+    ``ValueError`` for a negative ``eta``.
+
+    Source: Kwon et al. 2021, arXiv 2102.11600.
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.5, eta: float = 0.01, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.5,
+        eta: float = 0.01,
+        on: Which = MATRICES,
+        *,
+        m: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta))), rho, **options)
+        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta, on))), rho, **options)
 
 
 class FisherSAM(SharpnessAware):
-    """``eps = rho F^-1 g / sqrt(g F^-1 g)``, ``F = diag(1 + eta g^2)`` (Kim et al. 2022, arXiv 2206.04920).
+    """``eps = rho F^-1 g / sqrt(g F^-1 g)``, ``F = diag(1 + eta g^2)``.
 
     Two passes. Raises ``ValueError`` for a negative ``eta``.
+
+    Source: Kim et al. 2022, arXiv 2206.04920.
     """
 
     def __init__(
@@ -88,10 +107,12 @@ class FisherSAM(SharpnessAware):
 
 
 class GSAM(SharpnessAware):
-    """SAM's ``eps``, ``u = g_adv - alpha (g - proj(g, g_adv))`` (Zhuang et al. 2022, arXiv 2203.08065).
+    """SAM's ``eps``, ``u = g_adv - alpha (g - proj(g, g_adv))``.
 
     Two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``. Raises
     ``ValueError`` for a negative ``alpha``.
+
+    Source: Zhuang et al. 2022, arXiv 2203.08065.
     """
 
     def __init__(
@@ -101,11 +122,14 @@ class GSAM(SharpnessAware):
 
 
 class ESAM(SharpnessAware):
-    """SAM's ``eps`` on a random share ``beta`` of the tensors, ``g_adv`` on the sharpest share ``gamma`` of the examples (Du
-    et al. 2022, arXiv 2110.03141).
+    """SAM's ``eps`` on a random share ``beta`` of the tensors, ``g_adv`` on the sharpest share ``gamma`` of the
+    examples.
 
-    ``norm(eps) = rho / beta``, as in the authors' code. The sharpest examples are those whose loss rises most. Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Three forwards and 1 + ``gamma`` backwards, the first of them
-    partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
+    ``norm(eps) = rho / beta``, as in the authors' code. The sharpest examples are those whose loss rises most.
+    Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Three forwards and 1 + ``gamma`` backwards, the first of
+    them partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
+
+    Source: Du et al. 2022, arXiv 2110.03141.
     """
 
     def __init__(
@@ -123,11 +147,12 @@ class ESAM(SharpnessAware):
 
 
 class WSAM(SharpnessAware):
-    """SAM's ``eps``, ``u = g``, and ``w <- w - lr gamma / (1 - gamma) (g_adv - g)`` beside the base (Yue et al. 2023,
-    arXiv 2305.15817, algorithm 2).
+    """SAM's ``eps``, ``u = g``, and ``w <- w - lr gamma / (1 - gamma) (g_adv - g)`` beside the base.
 
-    Two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady weight
-    against the loss is ``(1 - mu) gamma / (1 - gamma)``. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    Two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady
+    weight against the loss is ``(1 - mu) gamma / (1 - gamma)``. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+
+    Source: Yue et al. 2023, arXiv 2305.15817, algorithm 2.
     """
 
     def __init__(
@@ -137,9 +162,11 @@ class WSAM(SharpnessAware):
 
 
 class CoupledWSAM(SharpnessAware):
-    """SAM's ``eps``, ``u = g + gamma / (1 - gamma) (g_adv - g)`` (Yue et al. 2023, arXiv 2305.15817, algorithm 4).
+    """SAM's ``eps``, ``u = g + gamma / (1 - gamma) (g_adv - g)``.
 
     Two passes. ``gamma`` 1/2 is SAM beside any base. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+
+    Source: Yue et al. 2023, arXiv 2305.15817, algorithm 4.
     """
 
     def __init__(
@@ -149,10 +176,12 @@ class CoupledWSAM(SharpnessAware):
 
 
 class NSAM(SharpnessAware):
-    """``eps = rho g_full / norm(g_full)``, ``u = g_adv`` on the batch: n-SAM (Luo et al. 2025, arXiv 2509.18001).
+    """``eps = rho g_full / norm(g_full)``, ``u = g_adv`` on the batch: n-SAM.
 
-    ``full`` is a closure over the full data or a larger batch; it runs once a step, and ``step`` returns its loss. The
-    normalisation statistics see its pass.
+    ``full`` is a closure over the full data or a larger batch; it runs once a step, and ``step`` returns its loss.
+    The normalisation statistics see its pass.
+
+    Source: Luo et al. 2025, arXiv 2509.18001.
 
     Args:
         base: the base optimizer.
@@ -171,11 +200,12 @@ class NSAM(SharpnessAware):
 
 
 class RWSAM(SharpnessAware):
-    """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv`` (Luo et al. 2025,
-    arXiv 2509.18001).
+    """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv``.
 
-    Needs a :class:`~steppe.Batch`. Three forwards and two backwards. See :class:`~steppe.Reweighted` for what the paper
-    says, what is inferred and what is our choice. Raises ``ValueError`` for a negative ``lam``.
+    Needs a :class:`~steppe.Batch`. Three forwards and two backwards. See :class:`~steppe.Reweighted` for what the
+    paper says, what is inferred and what is our choice. Raises ``ValueError`` for a negative ``lam``.
+
+    Source: Luo et al. 2025, arXiv 2509.18001.
     """
 
     def __init__(
@@ -186,10 +216,12 @@ class RWSAM(SharpnessAware):
 
 
 class LookSAM(SharpnessAware):
-    """SAM every ``k``-th step, keeping ``g_v = g_adv - proj(g_adv, g)``; between, ``u = g + alpha norm(g) / norm(g_v) g_v``
-    (Liu et al. 2022, arXiv 2203.02714).
+    """SAM every ``k``-th step, keeping ``g_v = g_adv - proj(g_adv, g)``; between, ``u = g + alpha norm(g) /
+    norm(g_v) g_v``.
 
     ``1 + 1 / k`` passes. Raises ``ValueError`` for ``k`` below 1 or a negative ``alpha``.
+
+    Source: Liu et al. 2022, arXiv 2203.02714.
     """
 
     def __init__(
@@ -207,10 +239,11 @@ class LookSAM(SharpnessAware):
 
 
 class FSAM(SharpnessAware):
-    """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly
-    SAM (Li et al. 2024, arXiv 2403.12350).
+    """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly SAM.
 
     Two passes. Raises ``ValueError`` for a negative ``sigma`` or ``decay`` outside [0, 1].
+
+    Source: Li et al. 2024, arXiv 2403.12350.
     """
 
     def __init__(
@@ -227,9 +260,11 @@ class FSAM(SharpnessAware):
 
 
 class VaSSO(SharpnessAware):
-    """``eps = rho d / norm(d)``, ``d <- (1 - theta) d + theta g``, ``u = g_adv`` (Li and Giannakis 2023, arXiv 2309.15639).
+    """``eps = rho d / norm(d)``, ``d <- (1 - theta) d + theta g``, ``u = g_adv``.
 
     Two passes. Raises ``ValueError`` for ``theta`` outside (0, 1].
+
+    Source: Li and Giannakis 2023, arXiv 2309.15639.
     """
 
     def __init__(

@@ -105,6 +105,7 @@ class Oracle:
         self._recall = recall
         self._g: Vector | None = None
         self._full_g: Vector | None = None
+        self._whole: Oracle | None = None  # what this one is a part of
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._moved = self._counted = False
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
@@ -190,7 +191,7 @@ class Oracle:
         return g
 
     def losses(self) -> Tensor:
-        """Every example's loss here, shape ``(n,)``, detached. At ``w`` the forward's graph serves the next ``grad``."""
+        """Every example's loss here, shape ``(n,)``, detached; at ``w`` the next ``grad`` reuses its graph."""
         if self._moved or self._losses is None:
             batch = self.batch("losses")
             with self._pass(), torch.set_grad_enabled(not self._moved):
@@ -210,6 +211,9 @@ class Oracle:
 
     def grad_on_full(self) -> Vector:
         """The gradient at ``w`` of the closure over the larger batch; the pass runs once a step."""
+        if self._whole is not None:
+            self._full_g = self._whole.grad_on_full()
+            self._counted = True
         if self._full_g is None:
             if self.full is None:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
@@ -240,8 +244,7 @@ class Oracle:
         batch = self.batch("micro-batches, m=")
         for closure in batch.split(m):
             f = Oracle(closure, self.point, step=self.step, recall=self._recall, full=self.full, keep_g=self.keep_g)
-            if self.full is not None:
-                f._full_g, f._counted = self.grad_on_full(), self._counted
+            f._whole = self
             share = len(closure) / len(batch)
             yield share, f
             self.seen.add(share, f.seen)

@@ -45,7 +45,7 @@ class Vector:
         if "norm" not in self._memo:
             self._memo["norm"] = _norm(self.present())
         n = self._memo["norm"]
-        return n if _is_one(self.scale) else n * abs(self.scale)
+        return n * (self.scale.abs() if isinstance(self.scale, Tensor) else abs(self.scale))
 
     def dot(self, other: Vector) -> Tensor:
         """Inner product over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
@@ -123,7 +123,8 @@ def _sum(x: Tensor | None, cx: Scalar, y: Tensor | None, cy: Scalar) -> Tensor |
 
 def _whole(t: Tensor) -> Tensor:
     """A sharded tensor's reduction as one plain tensor, the same on every rank."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return full
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -1,0 +1,212 @@
+"""One table: every method and many combinations of pieces, with what is known of each.
+
+A row must pass every common property in ``test_common.py``. ``make(base, world, rho)`` builds the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steppe
+from steppe import (
+    Adaptive,
+    Coupled,
+    Euclidean,
+    Everything,
+    Every,
+    Fisher,
+    Friendly,
+    Masked,
+    Micro,
+    OnFull,
+    Reweighted,
+    Rule,
+    Scaled,
+    SharpnessAware,
+    Sharpest,
+    Smoothed,
+    SurrogateGap,
+    Unified,
+    Unnormalised,
+    Weighted,
+)
+
+N = 10  # examples in a batch: no multiple of 4
+
+
+@dataclass
+class World:
+    """A small problem: a model, one batch, and n-SAM's larger one."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    full_x: Tensor
+    full_y: Tensor
+    criterion: nn.Module = field(default_factory=lambda: nn.CrossEntropyLoss(reduction="none"))
+
+    @property
+    def batch(self) -> steppe.Batch:
+        return steppe.Batch.supervised(self.model, self.criterion, self.x, self.y)
+
+    @property
+    def full(self) -> steppe.Batch:
+        return steppe.Batch.supervised(self.model, self.criterion, self.full_x, self.full_y)
+
+    def batches(self, steps: int) -> list[steppe.Batch]:
+        """A different batch at every step."""
+        g = torch.Generator().manual_seed(5)
+        made = []
+        for _ in range(steps):
+            x = torch.randn(N, 5, generator=g, dtype=self.x.dtype)
+            made.append(
+                steppe.Batch.supervised(self.model, self.criterion, x, torch.randint(3, (N,), generator=g))
+            )
+        return made
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def world(dtype: torch.dtype = torch.float64, model: Callable[[], nn.Module] = mlp, seed: int = 0) -> World:
+    torch.manual_seed(9)
+    x, full_x = torch.randn(N, 5, dtype=dtype), torch.randn(3 * N, 5, dtype=dtype)
+    y, full_y = torch.randint(3, (N,)), torch.randint(3, (3 * N,))
+    torch.manual_seed(seed)  # of the model
+    return World(model().to(dtype), x, y, full_x, full_y)
+
+
+Make = Callable[[torch.optim.Optimizer, World, float], SharpnessAware]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row.
+
+    ``passes``: forwards and backwards of the first step, in whole batches of N. ``looks_inside``: needs a Batch.
+    ``rho_zero_is_base``: also for its rule run at rho = 0, without the shortcut. ``low``: works in bfloat16.
+    """
+
+    name: str
+    make: Make
+    passes: tuple[float, float] = (2, 2)
+    looks_inside: bool = False
+    low: bool = True
+    selects: bool = False  # its second gradient is on a part of the batch
+
+
+def named(method: type[SharpnessAware], **hyper: object) -> Make:
+    if method is steppe.NSAM:
+        return lambda base, world, rho: method(base, rho=rho, full=world.full, **hyper)
+    return lambda base, world, rho: method(base, rho=rho, **hyper)
+
+
+def composed(rule: Callable[..., object]) -> Make:
+    return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full)
+
+
+METHODS = [
+    Case("SAM", named(steppe.SAM)),
+    Case("USAM", named(steppe.USAM)),
+    Case("UnifiedSAM", named(steppe.UnifiedSAM, lam=0.3)),
+    Case("ASAM", named(steppe.ASAM)),
+    Case("FisherSAM", named(steppe.FisherSAM)),
+    Case("GSAM", named(steppe.GSAM)),
+    Case("ESAM", named(steppe.ESAM), passes=(2.5, 1.5), looks_inside=True, selects=True),
+    Case("ESAM-all", named(steppe.ESAM, gamma=1.0)),
+    Case("WSAM", named(steppe.WSAM)),
+    Case("CoupledWSAM", named(steppe.CoupledWSAM)),
+    Case("NSAM", named(steppe.NSAM)),
+    Case("RWSAM", named(steppe.RWSAM), passes=(3, 2), looks_inside=True, low=False),
+    Case("LookSAM", named(steppe.LookSAM, k=2)),
+    Case("FSAM", named(steppe.FSAM, sigma=0.7)),
+    Case("VaSSO", named(steppe.VaSSO, theta=0.4)),
+]
+
+MICRO = [
+    Case("m-" + name, named(getattr(steppe, name), m=4, **hyper), looks_inside=True, **known)
+    for name, hyper, known in [
+        ("SAM", {}, {}),
+        ("USAM", {}, {}),
+        ("UnifiedSAM", {}, {}),
+        ("ASAM", {}, {}),
+        ("FisherSAM", {}, {}),
+        ("GSAM", {}, {}),
+        ("ESAM", {"beta": 1.0}, {"passes": (2.5, 1.5), "selects": True}),
+        ("WSAM", {}, {}),
+        ("CoupledWSAM", {}, {}),
+        ("NSAM", {}, {}),
+        ("RWSAM", {}, {"passes": (3, 2), "low": False}),
+        ("LookSAM", {"k": 2}, {}),
+        ("FSAM", {}, {}),
+        ("VaSSO", {}, {}),
+    ]
+]
+
+COMBINATIONS = [
+    Case(
+        "RW+ASAM+WSAM on micro-batches",
+        composed(Micro(4, Rule(Reweighted(0.5), Adaptive(0.01), combine=Weighted(0.9)))),
+        passes=(4, 3),
+        looks_inside=True,
+        low=False,
+    ),
+    Case(
+        "masked Fisher, sharpest, coupled",
+        composed(Rule(Masked(0.5), Fisher(), steppe.Sharpest(0.5), Coupled(0.7))),
+        passes=(3.5, 2.5),
+        looks_inside=True,
+        selects=True,
+    ),
+    Case(
+        "friendly of smoothed, USAM, GSAM",
+        composed(Rule(Friendly(0.5, of=Smoothed(0.5)), Unnormalised(), combine=SurrogateGap(0.2))),
+    ),
+    Case("n-ASAM, weighted", composed(Rule(OnFull(), Adaptive(on=Everything()), combine=Weighted(0.5))), passes=(3, 3)),
+    Case(
+        "n-SAM, sharpest",
+        composed(Rule(OnFull(), select=Sharpest(0.5))),
+        passes=(3.5, 1.5),
+        looks_inside=True,
+        selects=True,
+    ),
+    Case("every second step", composed(Every(2, Rule(geometry=Scaled(0.5, of=Unified(0.2)))))),
+    Case("micro of every", composed(Micro(5, Every(2, Rule(geometry=Euclidean())))), looks_inside=True),
+]
+
+CASES = METHODS + MICRO + COMBINATIONS
+
+BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
+}
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+each_base = pytest.mark.parametrize("base", BASES)
+
+
+def optimizer(case: Case, world: World, base: str = "momentum", rho: float = 0.1) -> SharpnessAware:
+    return case.make(BASES[base](world.parameters()), world, rho)
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Equal bit for bit, also the signs of zeros."""
+    views = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    bits = lambda t: t.detach().contiguous().view(views[t.element_size()])  # noqa: E731
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,278 @@
+"""Properties that every row of the table has."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from tests.cases import BASES, CASES, N, Case, each_base, each_case, mlp, optimizer, same_bits, world
+
+EVALUABLE = {name: getattr(steppe, name) for name in steppe.__all__}
+
+
+def run(opt, batches):
+    return [float(opt.step(batch)) for batch in batches]
+
+
+class Faulty(nn.Module):
+    """Raises at a chosen forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls, self.fail_at, self.error = mlp(), 0, -1, RuntimeError("out of memory")
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise self.error
+        return self.net(x)
+
+
+@each_case
+def test_weights_do_not_move_when_lr_is_zero(case: Case) -> None:
+    w = world(torch.float32)
+    before, places = w.weights(), [p.data_ptr() for p in w.parameters()]
+    opt = case.make(torch.optim.SGD(w.parameters(), lr=0.0), w, 0.3)
+    run(opt, w.batches(3))
+    assert same_bits(before, w.parameters())
+    assert [p.data_ptr() for p in w.parameters()] == places
+
+
+@each_case
+def test_an_exception_in_any_forward_leaves_weights_and_state(case: Case) -> None:
+    w = world(torch.float32, Faulty)
+    opt = optimizer(case, w)
+    run(opt, w.batches(2))
+    w.model.calls = 0
+    copied = copy.deepcopy((w, opt))
+    copied[1].step(copied[0].batch)
+    forwards = copied[0].model.calls
+    assert forwards >= 1
+    for error in (RuntimeError("out of memory"), KeyboardInterrupt()):
+        for fail_at in range(1, forwards + 1):
+            before, state = w.weights(), copy.deepcopy(opt.state_dict())
+            w.model.calls, w.model.fail_at, w.model.error = 0, fail_at, error
+            with pytest.raises(type(error)):
+                opt.step(w.batch)
+            assert same_bits(before, w.parameters())
+            assert all(p.requires_grad for p in w.parameters())
+            assert_equal_states(opt.state_dict(), state)
+    w.model.fail_at = -1
+    assert opt.step(w.batch).isfinite()
+
+
+@each_case
+@each_base
+def test_rho_zero_is_the_base_optimizer(case: Case, base: str) -> None:
+    ours, theirs = world(), world()
+    opt, plain = optimizer(case, ours, base, rho=0.0), BASES[base](theirs.parameters())
+    for a, b in zip(ours.batches(5), theirs.batches(5), strict=True):
+        assert opt.step(a) == plain.step(b)
+        assert (opt.telemetry.forwards, opt.telemetry.backwards) == (1, 1)
+    assert same_bits(ours.parameters(), theirs.parameters())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.selects], ids=lambda case: case.name)
+def test_a_vanishing_rho_tends_to_the_base_optimizer(case: Case) -> None:
+    ours, theirs = world(), world()
+    opt, plain = optimizer(case, ours, "sgd", rho=1e-9), BASES["sgd"](theirs.parameters())
+    if case.name.endswith("LookSAM"):
+        opt.rule = opt.rule.rule  # between its SAM steps it adds what was remembered, at full length
+    for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
+        opt.step(a)
+        plain.step(b)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+
+
+@each_case
+def test_passes_are_as_documented(case: Case) -> None:
+    w = world(model=Faulty)
+    opt = optimizer(case, w)
+    opt.step(w.batch)
+    seen = opt.telemetry
+    assert (seen.forwards, seen.backwards) == pytest.approx(case.passes)
+    assert seen.passes == pytest.approx((case.passes[0] + 2 * case.passes[1]) / 3)
+
+
+@each_case
+def test_resume_is_bit_identical(case: Case) -> None:
+    ours = world(torch.float32)
+    opt = optimizer(case, ours, "adam")
+    run(opt, ours.batches(7)[:3])
+    file = io.BytesIO()
+    torch.save({"model": ours.model.state_dict(), "optimizer": opt.state_dict()}, file)
+    losses = run(opt, ours.batches(7)[3:])
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = world(torch.float32, seed=1)
+    resumed = optimizer(case, again, "adam")
+    again.model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert run(resumed, again.batches(7)[3:]) == losses
+    assert same_bits(ours.parameters(), again.parameters())
+    assert_equal_states(opt.state_dict(), resumed.state_dict())
+
+
+@each_case
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_the_same_way_by_themselves(case: Case, duplicate) -> None:
+    ours = world(torch.float32)
+    opt = optimizer(case, ours)
+    run(opt, ours.batches(6)[:3])
+    theirs, twin = duplicate((ours, opt))
+    assert type(twin) is type(opt)
+    before = theirs.weights()
+    losses = run(opt, ours.batches(6)[3:])
+    assert same_bits(before, theirs.parameters())
+    assert run(twin, theirs.batches(6)[3:]) == losses
+    assert same_bits(ours.parameters(), theirs.parameters())
+
+
+@each_case
+def test_repr_of_the_rule_evaluates_to_the_rule(case: Case) -> None:
+    rule = optimizer(case, world()).rule
+    assert eval(repr(rule), EVALUABLE) == rule
+    assert repr(rule) in repr(optimizer(case, world()))
+
+
+@each_case
+def test_parameters_without_gradient_stay_without(case: Case) -> None:
+    w = world(torch.float32)
+    unused, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+    base = torch.optim.AdamW([*w.parameters(), unused, frozen], lr=0.1, weight_decay=0.5)
+    opt = case.make(base, w, 0.1)
+    run(opt, w.batches(3))
+    for p in (unused, frozen):
+        assert torch.equal(p, torch.ones(3))
+        assert p.grad is None
+        assert not opt.state.get(p)
+
+
+class Branches(nn.Module):
+    """A branch that takes part in chosen forwards only, like a dropped layer or an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.pattern, self.calls = mlp(), nn.Linear(5, 3), [], 0
+
+    def forward(self, x):
+        takes_part = self.pattern[self.calls % len(self.pattern)] if self.pattern else True
+        self.calls += 1
+        return self.trunk(x) + (self.branch(x) if takes_part else 0)
+
+
+@each_case
+@pytest.mark.parametrize("pattern", [[1, 0], [0, 1], [1, 0, 0, 1, 1], [0, 0, 1]], ids=str)
+def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
+    w = world(torch.float32, Branches)
+    w.model.pattern = pattern
+    opt = case.make(torch.optim.Adam(w.parameters(), lr=0.0), w, 0.3)
+    before = w.weights()
+    run(opt, w.batches(8))
+    assert same_bits(before, w.parameters())  # nothing stays perturbed
+    for state in opt.state.values():
+        assert "exp_avg" in state  # Adam found its own state empty at its first step
+
+
+@each_case
+def test_bfloat16_parameters(case: Case) -> None:
+    w = world(torch.bfloat16)
+    opt = case.make(torch.optim.SGD(w.parameters(), lr=0.0), w, 0.5)
+    before = w.weights()
+    if not case.low:
+        with pytest.raises(TypeError, match="float32"):
+            opt.step(w.batch)
+    else:
+        assert opt.step(w.batch) < 10
+        assert opt.telemetry.eps_norm.dtype == torch.float32
+        assert opt.step(w.batch) < 10
+    assert same_bits(before, w.parameters())
+
+
+@each_case
+def test_the_loss_returned_is_the_one_at_w(case: Case) -> None:
+    w = world()
+    opt = optimizer(case, w)
+    on = w.full if "NSAM" in case.name or case.name == "n-SAM, sharpest" else w.batch
+    expected = on.losses().mean()
+    if case.name == "n-SAM, sharpest":
+        expected = w.batch.losses().mean()
+    torch.testing.assert_close(opt.step(w.batch), expected.detach())
+
+
+@each_case
+def test_a_plain_closure_is_enough_or_refused_before_anything_changes(case: Case) -> None:
+    w, calls = world(), []
+
+    def closure():
+        calls.append(1)
+        opt.zero_grad()
+        loss = w.criterion(w.model(w.x), w.y).mean()
+        loss.backward()
+        return loss
+
+    opt = optimizer(case, w)
+    before, state = w.weights(), copy.deepcopy(opt.state_dict())
+    if case.looks_inside:
+        with pytest.raises(TypeError, match=r"steppe\.Batch"):
+            opt.step(closure)
+        assert not calls
+        assert same_bits(before, w.parameters())
+        assert_equal_states(opt.state_dict(), state)
+    else:
+        other = world()
+        twin = optimizer(case, other)
+        assert opt.step(closure) == twin.step(other.batch)
+        for p, q in zip(w.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+@each_case
+def test_micro_batches_as_large_as_the_batch_change_nothing(case: Case) -> None:
+    ours, theirs = world(), world()
+    opt, twin = optimizer(case, ours), optimizer(case, theirs)
+    twin.rule = steppe.Micro(N, twin.rule)
+    for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
+        opt.step(a)
+        twin.step(b)
+    assert same_bits(ours.parameters(), theirs.parameters())
+
+
+@each_case
+def test_one_wait_for_the_device_a_step(case: Case) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+            self.n += func in (torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default)
+            self.n += func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
+            return func(*args, **(kwargs or {}))
+
+    for check_finite in (True, False):
+        w = world(torch.float32)
+        opt = case.make(torch.optim.SGD(w.parameters(), lr=0.1, momentum=0.9), w, 0.1)
+        opt._check_finite = check_finite
+        opt.step(w.batch)
+        with Waits() as waits:
+            opt.step(w.batch)
+        assert waits.n == check_finite
+
+
+def assert_equal_states(a, b) -> None:
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for key, state in a["state"].items():
+        assert state.keys() == b["state"][key].keys()
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][key][name])), name
