@@ -17,8 +17,8 @@ from steppe import (
     Adaptive,
     Coupled,
     Euclidean,
-    Everything,
     Every,
+    Everything,
     Fisher,
     Friendly,
     Masked,
@@ -27,8 +27,8 @@ from steppe import (
     Reweighted,
     Rule,
     Scaled,
-    SharpnessAware,
     Sharpest,
+    SharpnessAware,
     Smoothed,
     SurrogateGap,
     Unified,
@@ -64,9 +64,7 @@ class World:
         made = []
         for _ in range(steps):
             x = torch.randn(N, 5, generator=g, dtype=self.x.dtype)
-            made.append(
-                steppe.Batch.supervised(self.model, self.criterion, x, torch.randint(3, (N,), generator=g))
-            )
+            made.append(steppe.Batch.supervised(self.model, self.criterion, x, torch.randint(3, (N,), generator=g)))
         return made
 
     def parameters(self) -> list[Tensor]:

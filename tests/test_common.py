@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import BASES, CASES, N, Case, each_base, each_case, mlp, optimizer, same_bits, world
+from tests.cases import BASES, CASES, Case, N, each_base, each_case, mlp, optimizer, same_bits, world
 
 EVALUABLE = {name: getattr(steppe, name) for name in steppe.__all__}
 

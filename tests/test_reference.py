@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe import Masked, Reweighted, Rule, SharpnessAware, Sharpest
+from steppe import Masked, Reweighted, Rule, Sharpest, SharpnessAware
 from steppe.rule import micro
 from tests import reference
 from tests.cases import N, World, world

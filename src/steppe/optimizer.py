@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
@@ -57,8 +58,8 @@ class SharpnessAware(torch.optim.Optimizer):
     rule: AnyRule
     telemetry: Telemetry  #: what the last step saw
     full: Closure | None
-    _schedule: Schedule
-    _own_rho: set[int]  # indices of groups that were given a rho
+    _rho: float | Schedule
+    _own_rho: set[int]  # indices of groups that were given a rho: a schedule leaves them alone
     _check_finite: bool
     _keep_g: bool
     _warned: set[str]
@@ -75,7 +76,7 @@ class SharpnessAware(torch.optim.Optimizer):
         _check_base(base)
         if not callable(rule):
             raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
-        schedule = as_schedule(rho)
+        as_schedule(rho)  # checks a number
         for group in base.param_groups:
             _check_group(group)
         own = {i for i, group in enumerate(base.param_groups) if "rho" in group}
@@ -85,7 +86,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "rule": rule,
                 "full": full,
                 "telemetry": Telemetry(),
-                "_schedule": schedule,
+                "_rho": rho,
                 "_own_rho": own,
                 "_check_finite": options.pop("check_finite", True),
                 "_keep_g": options.pop("cosine", False),
@@ -97,7 +98,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for group in base.param_groups:
             group.setdefault(STEP, 0)
             if "rho" not in group:
-                group["rho"] = float(schedule(0, group))
+                group["rho"] = self._scheduled(group)
 
     # ---- an Optimizer whose parameters and state are the base's
 
@@ -126,10 +127,10 @@ class SharpnessAware(torch.optim.Optimizer):
         if own:
             self._own_rho.add(len(self.param_groups) - 1)
         else:
-            group["rho"] = float(self._schedule(self._steps, group))
+            group["rho"] = self._scheduled(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "rule", "full", "telemetry", "_schedule", "_own_rho", "_check_finite", "_keep_g", "_warned")
+        kept = ("base", "rule", "full", "telemetry", "_rho", "_own_rho", "_check_finite", "_keep_g", "_warned")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -190,9 +191,13 @@ class SharpnessAware(torch.optim.Optimizer):
 
         return Oracle(closure, point, step=self._steps, recall=recall, full=self.full, keep_g=self._keep_g)
 
+    def _scheduled(self, group: dict[str, Any]) -> float:
+        return float(as_schedule(self._rho)(self._steps, group))
+
     def _update_rho(self) -> Rho:
+        scheduled = callable(self._rho)  # a number lives in the groups, like lr
         rho = [
-            g["rho"] if i in self._own_rho else float(self._schedule(self._steps, g))
+            self._scheduled(g) if scheduled and i not in self._own_rho else g["rho"]
             for i, g in enumerate(self.param_groups)
         ]
         for r in rho:
@@ -255,9 +260,11 @@ class SharpnessAware(torch.optim.Optimizer):
         self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
 
     def _report(self, seen: Seen, rho: Rho, skip: bool) -> None:
-        numbers: dict[str, Any] = {k: v for k, v in seen.numbers.items() if k != "full_loss"}
-        if "full_loss" in seen.numbers:
-            numbers.setdefault("loss", seen.numbers["full_loss"])
+        numbers: dict[str, Any] = dict(seen.numbers)
+        full_loss = numbers.pop("full_loss", None)
+        if "loss" in numbers and "loss_adv" in numbers:
+            numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
+        numbers.setdefault("loss", full_loss)
         skipped = self.telemetry.skipped + skip
         self.telemetry = Telemetry(rho=rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
         if not seen.any_gradient:
@@ -266,12 +273,20 @@ class SharpnessAware(torch.optim.Optimizer):
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
 
 
 def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """``kept``, with a copy where it is the gradient itself, which the base may change in place."""
     return [t.clone() if t is not None and t is g else t for t, g in zip(kept, grads, strict=True)]
+
+
+def _level_of_caller() -> int:
+    """How far up the first frame outside torch and steppe is: hooks and schedulers wrap ``step`` in their own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _finite(seen: Seen) -> bool:

@@ -19,6 +19,7 @@ class Telemetry:
         rho: the largest radius of any group.
         loss: ``L(w)``, on the batch (n-SAM: on the full batch).
         loss_adv: ``L(w + eps)``, on the whole batch.
+        gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
         g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors').
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
@@ -33,6 +34,7 @@ class Telemetry:
     rho: float = 0.0
     loss: Tensor | float | None = None
     loss_adv: Tensor | float | None = None
+    gap: Tensor | float | None = None
     g_norm: Tensor | float | None = None
     eps_norm: Tensor | float | None = None
     g_adv_norm: Tensor | float | None = None
@@ -42,11 +44,6 @@ class Telemetry:
     steps: int = 0
     skipped: int = 0
     was_skipped: bool = False
-
-    @property
-    def gap(self) -> Tensor | float | None:
-        """The surrogate gap ``L(w + eps) - L(w)``, where one batch answered both."""
-        return None if self.loss is None or self.loss_adv is None else self.loss_adv - self.loss
 
     @property
     def passes(self) -> float:

@@ -133,7 +133,8 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     low = any(wide(t) is not t for t in tensors)
     norms = torch._foreach_norm(tensors, 2, **({"dtype": torch.float32} if low else {}))
     first = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([_whole(n).to(first) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([_whole(n).to(first) for n in norms]))
+    return total
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

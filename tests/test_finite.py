@@ -1,0 +1,104 @@
+"""Steps whose gradients are not finite change nothing and say so."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from tests.cases import CASES, METHODS, mlp, optimizer, same_bits, world
+from tests.test_common import assert_equal_states
+
+
+class Spoiled(nn.Module):
+    """Its output is spoiled at chosen forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls, self.spoil_at, self.value = mlp(), 0, (), torch.nan
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) * (self.value if self.calls in self.spoil_at else 1.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
+    w = world(torch.float32, Spoiled)
+    opt = optimizer(case, w, "adam")
+    for batch in w.batches(2):
+        opt.step(batch)
+    probe = copy.deepcopy((w, opt))
+    probe[0].model.calls = 0
+    probe[1].step(probe[0].batch)
+    forwards = probe[0].model.calls
+    before, state = w.weights(), copy.deepcopy(opt.state_dict())
+    skipped = 0
+    for spoil_at in range(1, forwards + 1):
+        w.model.calls, w.model.spoil_at, w.model.value = 0, (spoil_at,), value
+        trial = copy.deepcopy((w, opt))
+        trial[1].step(trial[0].batch)
+        if trial[1].telemetry.was_skipped:
+            skipped += 1
+            assert same_bits(before, trial[0].parameters())
+            assert_equal_states(trial[1].state_dict(), state)
+            assert all(p.grad is None for p in trial[0].parameters())
+            assert trial[1].telemetry.skipped == 1
+        assert all(p.isfinite().all() for p in trial[0].parameters())
+        trial[0].model.spoil_at = ()
+        trial[1].step(trial[0].batch)
+        assert not trial[1].telemetry.was_skipped
+    extra_forwards = case.selects and forwards > 2  # a spoiled probe of ESAM only spoils its choice
+    assert skipped == forwards if not extra_forwards else skipped >= 2
+
+
+def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
+    w = world(torch.float32)
+    w.x[7] = torch.inf
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4)
+    before = w.weights()
+    opt.step(w.batch)
+    assert opt.telemetry.was_skipped
+    assert same_bits(before, w.parameters())
+
+
+def test_without_the_check_nothing_is_skipped() -> None:
+    w = world(torch.float32)
+    w.x[7] = torch.inf
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), check_finite=False)
+    opt.step(w.batch)
+    assert opt.telemetry.skipped == 0
+    assert not all(p.isfinite().all() for p in w.parameters())
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
+def test_telemetry(case) -> None:
+    w = world()
+    opt = optimizer(case, w, rho=0.1)
+    assert opt.telemetry.gap is None
+    opt.step(w.batch)
+    seen = opt.telemetry
+    assert seen.rho == 0.1
+    assert seen.steps == 1
+    assert seen.g_norm > 0
+    assert seen.g_adv_norm > 0 or case.selects
+    assert seen.eps_norm > 0
+    own_loss = case.name != "NSAM"
+    assert (seen.gap is not None) == own_loss
+    if own_loss:
+        assert seen.gap > 0
+    assert (seen.cosine is not None) == (case.name in ("WSAM", "CoupledWSAM", "GSAM", "LookSAM"))
+
+
+def test_the_cosine_is_kept_when_asked_for() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.3, cosine=True)
+    w.batch()
+    g = torch.cat([p.grad.reshape(-1) for p in w.parameters()])
+    opt.step(w.batch)
+    g_adv = torch.cat([p.grad.reshape(-1) for p in w.parameters()])
+    torch.testing.assert_close(opt.telemetry.cosine, torch.cosine_similarity(g, g_adv, dim=0))
+    torch.testing.assert_close(opt.telemetry.g_norm, g.norm())
+    torch.testing.assert_close(opt.telemetry.eps_norm, torch.tensor(0.3, dtype=torch.float64))

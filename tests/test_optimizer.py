@@ -1,0 +1,430 @@
+"""The shell is a torch optimizer like any other, and refuses bad arguments before it changes anything."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import steppe
+from steppe import Rule, SharpnessAware
+from tests.cases import METHODS, World, named, optimizer, same_bits, world
+
+SGD = lambda w, **kw: torch.optim.SGD(w.parameters(), **{"lr": 0.1, "momentum": 0.9} | kw)  # noqa: E731
+
+
+def test_it_is_an_optimizer() -> None:
+    w = world()
+    base = SGD(w)
+    opt = steppe.SAM(base)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert opt.param_groups is base.param_groups
+    assert opt.state is base.state
+    assert opt.defaults is base.defaults
+    w.batch()
+    opt.zero_grad()
+    assert all(p.grad is None for p in w.parameters())
+    assert repr(opt).startswith("SAM(rule=Rule(sample=Mean(), geometry=Euclidean(), ")
+    assert "SGD" in repr(opt)
+
+
+SCHEDULERS = {
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 5)], [3]
+    ),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("on_base", [False, True], ids=["on the wrapper", "on the base"])
+def test_schedulers_work_without_warnings(name: str, on_base: bool) -> None:
+    ours, theirs = world(), world()
+    base, plain = SGD(ours), SGD(theirs)
+    opt = steppe.SAM(base)
+    scheduler, expected = SCHEDULERS[name](base if on_base else opt), SCHEDULERS[name](plain)
+    for a, b in zip(ours.batches(5), theirs.batches(5), strict=True):
+        opt.step(a)
+        plain.step(b)
+        scheduler.step()
+        expected.step()
+        for key in ("lr", "momentum"):
+            assert opt.param_groups[0][key] == plain.param_groups[0][key]
+
+
+def test_reduce_on_plateau() -> None:
+    w = world()
+    opt = steppe.SAM(SGD(w))
+    scheduler = lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
+    for batch in w.batches(3):
+        opt.step(batch)
+        scheduler.step(1.0)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_a_scheduler_survives_deepcopy_and_pickle_of_the_optimizer() -> None:
+    w = world()
+    opt = steppe.SAM(SGD(w))
+    lr_scheduler.StepLR(opt, 1)
+    other_w, other = copy.deepcopy((w, opt))
+    other.step(other_w.batch)
+    assert not same_bits(w.parameters(), other_w.parameters())
+
+
+def test_added_groups_get_a_rho_and_are_perturbed() -> None:
+    w, extra, more = world(), nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(2))
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.2)
+    opt.step(w.batch)
+    opt.add_param_group({"params": [extra], "lr": 0.5})
+    opt.add_param_group({"params": [more], "rho": 0.0})
+    assert [g["rho"] for g in opt.param_groups] == [0.2, 0.2, 0.0]
+    seen = []
+
+    def closure():
+        opt.zero_grad()
+        loss = w.batch.losses().mean() + (extra**2).sum()
+        loss.backward()
+        seen.append(extra.detach().clone())
+        return loss
+
+    opt.step(closure)
+    assert torch.equal(seen[0], torch.ones(3, dtype=torch.float64))
+    assert (seen[1] > 1).all()
+    g_adv = 2 * seen[1]
+    torch.testing.assert_close(extra.detach(), seen[0] - 0.5 * g_adv)
+    assert opt.param_groups[1]["lr"] == 0.5
+
+
+def test_a_group_with_rho_zero_is_not_perturbed_and_not_in_the_norm() -> None:
+    """SAM-ON: only normalisation layers are perturbed, all are trained."""
+    w = world()
+    norms = list(w.model[1].parameters())
+    rest = [p for p in w.parameters() if all(p is not q for q in norms)]
+    before = [p.detach().clone() for p in rest]
+    seen = []
+    w.model.register_forward_hook(lambda *_: seen.append(([p.clone() for p in rest], [p.clone() for p in norms])))
+    base = torch.optim.SGD([{"params": norms, "rho": 0.3}, {"params": rest, "rho": 0.0}], lr=0.1)
+    opt = steppe.SAM(base)
+    opt.step(w.batch)
+    (rest_0, norms_0), (rest_1, norms_1) = seen
+    assert same_bits(rest_0, rest_1)
+    moved = torch.cat([b - a for a, b in zip(norms_0, norms_1, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.3)
+    assert opt.telemetry.eps_norm.item() == pytest.approx(0.3)
+    assert all(not torch.equal(p, q) for p, q in zip(rest, before, strict=True))
+
+
+def test_step_without_closure_is_the_base_step_and_warns_once() -> None:
+    ours, theirs = world(), world()
+    opt, plain = steppe.SAM(SGD(ours)), SGD(theirs)
+    for w in (ours, theirs):
+        w.batch()
+    with pytest.warns(UserWarning, match="not sharpness-aware") as caught:
+        assert opt.step() is None
+    assert caught[0].filename == __file__
+    plain.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.batch()
+        theirs.batch()
+        opt.step(closure=None)
+    plain.step()
+    assert same_bits(ours.parameters(), theirs.parameters())
+
+
+def test_step_without_closure_at_lr_zero_is_silent() -> None:
+    w = world()
+    opt = steppe.WSAM(torch.optim.AdamW(w.parameters(), lr=0.0, weight_decay=0.1))
+    w.batch()
+    before = w.weights()
+    opt.step(closure=None)
+    assert same_bits(before, w.parameters())
+    assert opt.param_groups[0]["sharpness_step"] == 0
+
+
+def test_a_closure_without_backward_is_named() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"backward\(\)"):
+        opt.step(lambda: w.batch.losses().mean())
+    with pytest.raises(TypeError, match="return the loss"):
+        opt.step(lambda: w.batch() and None)
+
+
+def test_stale_gradients_do_not_enter() -> None:
+    """The published WSAM example runs a backward before step(closure): g must not count twice."""
+    ours, theirs = world(), world()
+    a, b = steppe.WSAM(SGD(ours)), steppe.WSAM(SGD(theirs))
+
+    def closure():  # without zeroing
+        loss = ours.batch.losses().mean()
+        loss.backward()
+        return loss
+
+    closure()
+    a.step(closure)
+    b.step(theirs.batch)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_hooks_run_once_a_step() -> None:
+    w, seen = world(), []
+    opt = steppe.SAM(SGD(w))
+    opt.register_step_pre_hook(lambda o, *_: seen.append(("pre", o is opt)))
+    opt.register_step_post_hook(lambda o, *_: seen.append(("post", o is opt)))
+    opt.base.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(w.parameters(), 1e-3) and None)
+    opt.register_state_dict_post_hook(lambda o, state: state.update(extra=1))
+    opt.register_load_state_dict_post_hook(lambda o: seen.append(("loaded", True)))
+    opt.step(w.batch)
+    assert seen == [("pre", True), ("post", True)]
+    norm = torch.cat([p.grad.reshape(-1) for p in w.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+    assert opt.state_dict()["extra"] == 1
+    opt.load_state_dict(opt.state_dict())
+    assert seen[-1] == ("loaded", True)
+
+
+def test_memory_is_apart_from_gradients_that_the_base_changes_in_place() -> None:
+    rule = Rule(sample=steppe.Friendly(0.5, 0.0), combine=steppe.Weighted(0.5))  # remembers g, feeds g to the base
+    w = world()
+    opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), rule, 0.1)
+    opt.base.register_step_pre_hook(lambda *_: [p.grad.zero_() for p in w.parameters()] and None)
+    w.batch()
+    g = [p.grad.clone() for p in w.parameters()]
+    opt.step(w.batch)
+    for p, expected in zip(w.parameters(), g, strict=True):
+        torch.testing.assert_close(opt.state[p]["sharpness.friendly"], expected)
+
+
+def test_a_checkpoint_of_the_base_alone_loads() -> None:
+    w = world()
+    plain = SGD(w)
+    plain.step(w.batch)
+    opt = steppe.SAM(SGD(w), rho=0.2)
+    opt.load_state_dict(plain.state_dict())
+    assert opt.param_groups[0]["rho"] == 0.2
+    opt.step(w.batch)
+    assert opt.telemetry.rho == 0.2
+
+
+def test_a_checkpoint_holds_the_moments_and_not_the_weights() -> None:
+    w = world()
+    opt = steppe.SAM(SGD(w))
+    opt.step(w.batch)
+    state = opt.state_dict()["state"]
+    assert all(set(s) == {"momentum_buffer"} for s in state.values())
+    fsam = steppe.FSAM(torch.optim.Adam(w.parameters()))
+    fsam.step(w.batch)
+    assert all(
+        set(s) == {"step", "exp_avg", "exp_avg_sq", "sharpness.friendly"} for s in fsam.state_dict()["state"].values()
+    )
+
+
+def test_a_failed_load_changes_nothing() -> None:
+    w, other = world(), world(model=lambda: nn.Linear(5, 3))
+    opt, small = steppe.SAM(SGD(w)), steppe.SAM(SGD(other))
+    opt.step(w.batch)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="parameter group"):
+        opt.load_state_dict(small.state_dict())
+    assert before["param_groups"] == opt.state_dict()["param_groups"]
+    opt.step(w.batch)
+
+
+BAD = [
+    ("rho", lambda w: steppe.SAM(SGD(w), rho=-0.1)),
+    ("rho", lambda w: steppe.SAM(SGD(w), rho=math.nan)),
+    ("rho", lambda w: steppe.SAM(SGD(w), rho=math.inf)),
+    ("gamma", lambda w: steppe.WSAM(SGD(w), gamma=1.0)),
+    ("gamma", lambda w: steppe.WSAM(SGD(w), gamma=-0.1)),
+    ("gamma", lambda w: steppe.CoupledWSAM(SGD(w), gamma=1.5)),
+    ("gamma", lambda w: steppe.ESAM(SGD(w), gamma=0.0)),
+    ("beta", lambda w: steppe.ESAM(SGD(w), beta=1.1)),
+    ("lam", lambda w: steppe.UnifiedSAM(SGD(w), lam=1.1)),
+    ("lam", lambda w: steppe.RWSAM(SGD(w), lam=-1.0)),
+    ("eta", lambda w: steppe.ASAM(SGD(w), eta=-1.0)),
+    ("eta", lambda w: steppe.FisherSAM(SGD(w), eta=-1.0)),
+    ("alpha", lambda w: steppe.GSAM(SGD(w), alpha=-1.0)),
+    ("alpha", lambda w: steppe.LookSAM(SGD(w), alpha=-1.0)),
+    ("k", lambda w: steppe.LookSAM(SGD(w), k=0)),
+    ("sigma", lambda w: steppe.FSAM(SGD(w), sigma=-1.0)),
+    ("decay", lambda w: steppe.FSAM(SGD(w), decay=1.5)),
+    ("theta", lambda w: steppe.VaSSO(SGD(w), theta=0.0)),
+    ("length", lambda w: steppe.FiniteDifference(length=0.0)),
+    ("probes", lambda w: steppe.FiniteDifference(probes=0)),
+    ("factor", lambda w: steppe.Scaled(-1.0)),
+    ("rho", lambda w: steppe.SAM(torch.optim.SGD([{"params": w.parameters(), "rho": -1.0}], lr=0.1))),
+    ("maximize", lambda w: steppe.SAM(SGD(w, maximize=True))),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_values_name_the_argument(name: str, make) -> None:
+    with pytest.raises(ValueError, match=rf"\b{name} must be"):
+        make(world())
+
+
+@pytest.mark.parametrize("method", steppe.METHODS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("m", [0, -3, 2.5, True, "4"])
+def test_m_must_be_a_positive_integer(method, m) -> None:
+    w = world()
+    with pytest.raises(ValueError, match="m must be a positive integer"):
+        named(method, m=m)(SGD(w), w, 0.1)
+    assert "rho" not in SGD(w).param_groups[0]
+
+
+def test_bad_types() -> None:
+    w = world()
+    with pytest.raises(TypeError, match="base must be an optimizer instance"):
+        steppe.SAM(torch.optim.SGD)
+    with pytest.raises(TypeError, match="LBFGS"):
+        steppe.SAM(torch.optim.LBFGS(w.parameters()))
+    with pytest.raises(TypeError, match="SAM"):
+        steppe.SAM(steppe.SAM(SGD(w)))
+    with pytest.raises(TypeError, match="rho"):
+        steppe.SAM(SGD(w), rho="0.05")
+    with pytest.raises(TypeError, match="full"):
+        steppe.NSAM(SGD(w), full=None)
+    with pytest.raises(TypeError, match="rule"):
+        SharpnessAware(SGD(w), "SAM")
+    with pytest.raises(TypeError, match="chek_finite"):
+        steppe.SAM(SGD(w), chek_finite=False)
+    with pytest.raises(TypeError, match="full="):
+        SharpnessAware(SGD(w), Rule(sample=steppe.OnFull())).step(w.batch)
+
+
+def test_nothing_of_the_base_is_changed_by_a_refused_argument() -> None:
+    w = world()
+    base = SGD(w)
+    before = copy.deepcopy(base.state_dict())
+    for method, bad in ((steppe.SAM, {"rho": -1.0}), (steppe.SAM, {"chek": 1}), (steppe.WSAM, {"gamma": 2.0})):
+        with pytest.raises((ValueError, TypeError)):
+            method(base, **bad)
+    assert base.state_dict() == before
+
+
+def test_a_bad_rho_set_later_is_refused_before_the_step() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD([{"params": w.parameters(), "rho": 0.1}], lr=0.1))
+    opt.param_groups[0]["rho"] = -0.1
+    before = w.weights()
+    with pytest.raises(ValueError, match="rho"):
+        opt.step(w.batch)
+    assert same_bits(before, w.parameters())
+
+
+def test_a_number_set_on_a_group_is_the_radius_from_then_on() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1)
+    opt.param_groups[0]["rho"] = 0.4
+    opt.step(w.batch)
+    assert opt.telemetry.eps_norm.item() == pytest.approx(0.4)
+
+
+def test_sparse_gradients_are_refused_with_weights_in_place() -> None:
+    embedding = nn.Embedding(4, 3, sparse=True)
+    opt = steppe.SAM(torch.optim.SGD(embedding.parameters(), lr=0.1))
+
+    def closure():
+        loss = embedding(torch.tensor([1, 2])).square().sum()
+        loss.backward()
+        return loss
+
+    before = embedding.weight.detach().clone()
+    with pytest.raises(TypeError, match="sparse=False"):
+        opt.step(closure)
+    assert torch.equal(before, embedding.weight)
+
+
+def test_a_base_without_lr_is_refused_by_wsam_before_the_step() -> None:
+    w = world()
+    opt = steppe.WSAM(SGD(w))
+    del opt.param_groups[0]["lr"]
+    before = w.weights()
+    with pytest.raises(TypeError, match="lr"):
+        opt.step(w.batch)
+    assert same_bits(before, w.parameters())
+
+
+def test_tied_weights_are_moved_once() -> None:
+    w = world()
+    tied = nn.Linear(6, 6, bias=False, dtype=torch.float64)
+    w.model = nn.Sequential(
+        nn.Linear(5, 6, dtype=torch.float64), tied, nn.Tanh(), tied, nn.Linear(6, 3, dtype=torch.float64)
+    )
+    seen = []
+    w.model.register_forward_hook(lambda *_: seen.append(torch.cat([p.reshape(-1) for p in w.parameters()])))
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.3)
+    opt.step(w.batch)
+    assert (seen[1] - seen[0]).norm().item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
+def test_frozen_half_way_and_thawed(case) -> None:
+    w = world(torch.float32)
+    opt = optimizer(case, w, "adamw")
+    for k, batch in enumerate(w.batches(6)):
+        w.parameters()[0].requires_grad_(not 2 <= k < 4)
+        before = w.parameters()[0].detach().clone()
+        opt.step(batch)
+        assert torch.equal(before, w.parameters()[0]) == (2 <= k < 4)
+
+
+def test_views_into_one_buffer_stay_views() -> None:
+    buffer = torch.randn(12)
+    p = nn.Parameter(buffer[:6].view(2, 3))
+    q = nn.Parameter(buffer[6:])
+
+    def closure():
+        loss = (p @ q[:3]).square().sum() + q.square().sum()
+        loss.backward()
+        return loss
+
+    opt = steppe.WSAM(torch.optim.SGD([p, q], lr=0.1), rho=0.5)
+    opt.step(closure)
+    assert torch.equal(torch.cat([p.detach().reshape(-1), q.detach()]), buffer)
+
+
+def test_gradients_that_live_in_a_bucket_are_copied() -> None:
+    """A later pass writes into the same bucket, as under DDP with gradient_as_bucket_view."""
+    w, theirs = world(), world()
+    bucket = torch.zeros(sum(p.numel() for p in w.parameters()), dtype=torch.float64)
+    opt, plain = steppe.WSAM(SGD(w), 0.3), steppe.WSAM(SGD(theirs), 0.3)
+
+    def closure():
+        loss = w.batch.losses().mean()
+        grads = torch.autograd.grad(loss, w.parameters())
+        bucket.copy_(torch.cat([g.reshape(-1) for g in grads]))
+        for p, view in zip(w.parameters(), bucket.split([p.numel() for p in w.parameters()]), strict=True):
+            p.grad = view.view_as(p)
+        return loss
+
+    opt.step(closure)
+    plain.step(theirs.batch)
+    for p, q in zip(w.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_other_optimizers_of_the_same_model_see_their_own_gradients() -> None:
+    w = world()
+    first, rest = w.parameters()[:2], w.parameters()[2:]
+    opt, other = steppe.SAM(torch.optim.SGD(first, lr=0.0)), torch.optim.SGD(rest, lr=0.1)
+    opt.step(w.batch)
+    before = [p.detach().clone() for p in rest]
+    other.step(w.batch)
+    twin = world()
+    twin.batch()
+    for p, b, q in zip(rest, before, twin.parameters()[2:], strict=True):
+        torch.testing.assert_close(p.detach(), b - 0.1 * q.grad)
+
+
+def test_world_is_what_the_tests_think() -> None:
+    assert isinstance(world(), World)
+    assert len({case.name for case in METHODS} & {m.__name__ for m in steppe.METHODS}) == len(steppe.METHODS)

@@ -1,0 +1,185 @@
+"""A further pass changes neither normalisation statistics nor the random stream."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from steppe.replay import frozen_statistics
+from tests.cases import CASES, N, World, optimizer, same_bits, world
+
+
+class OwnNorm(nn.Module):
+    """A custom normalisation with running statistics that binds a new tensor at every forward."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.seen += 1
+        return x - self.mean
+
+
+class Strange(nn.Module):
+    """Batch norm of every kind, instance norm, spectral norm, a custom norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.two = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2, momentum=None), nn.Tanh())
+        self.three = nn.InstanceNorm1d(2, track_running_stats=True)
+        self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+        self.own = OwnNorm(3)
+
+    def forward(self, x):
+        x = self.one(x).view(-1, 1, 2, 3)
+        x = self.three(self.two(x).flatten(2))
+        return self.own(self.last(x.flatten(1)))
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def closure_of(w: World, opt: torch.optim.Optimizer):
+    def closure():
+        opt.zero_grad()
+        loss = w.criterion(w.model(w.x), w.y).mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+WHOLE = [c for c in CASES if "m" not in c.name.split("-")[0] and "micro" not in c.name]
+no_full = [c for c in WHOLE if "NSAM" not in c.name and not c.name.startswith("n-")]
+
+
+@pytest.mark.parametrize("case", no_full, ids=lambda c: c.name)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain closure", "Batch"])
+def test_statistics_after_a_step_are_those_of_one_forward(case, plain: bool) -> None:
+    if plain and case.looks_inside:
+        case = CASES[0]
+    w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
+    opt = optimizer(case, w, rho=0.5)
+    for _ in range(3):
+        reference.model.load_state_dict(w.model.state_dict())
+        reference.model(w.x)
+        opt.step(closure_of(w, opt) if plain else w.batch)
+        for name, expected in buffers(reference.model).items():
+            assert torch.equal(w.model.get_buffer(name), expected), name
+
+
+def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
+    w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
+    steppe.NSAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, full=w.full).step(w.batch)
+    reference.model(w.full_x)
+    for name, expected in buffers(reference.model).items():
+        assert torch.equal(w.model.get_buffer(name), expected), name
+
+
+def test_micro_batches_count_every_example_once() -> None:
+    w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
+    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=4).step(w.batch)
+    for part in w.x.split(4):
+        reference.model(part)
+    for name, expected in buffers(reference.model).items():
+        assert torch.equal(w.model.get_buffer(name), expected), name
+
+
+class Exploding(nn.Module):
+    """Raises, or is fed infinity, when its weights are away from w."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm, self.home, self.mode = nn.Linear(5, 3), nn.BatchNorm1d(3), None, None
+
+    def forward(self, x):
+        away = self.home is not None and not torch.equal(self.net.weight, self.home)
+        y = self.norm(self.net(x) * (torch.inf if away and self.mode == "inf" else 1.0))
+        if away and self.mode == "raise":
+            raise RuntimeError("out of memory")
+        return y
+
+
+@pytest.mark.parametrize("mode", ["inf", "raise"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain closure", "Batch"])
+def test_statistics_survive_a_bad_second_pass(mode: str, plain: bool) -> None:
+    w = world(torch.float32, Exploding)
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+    closure = closure_of(w, opt) if plain else w.batch
+    opt.step(closure)
+    w.model.home, w.model.mode = w.model.net.weight.detach().clone(), mode
+    reference = copy.deepcopy(w)
+    reference.model.mode = None
+    reference.model(w.x)
+    before = w.weights()
+    if mode == "raise":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            opt.step(closure)
+    else:
+        opt.step(closure)
+        assert opt.telemetry.was_skipped
+    assert same_bits(before, w.parameters())
+    for name, expected in buffers(reference.model).items():
+        assert torch.equal(w.model.get_buffer(name), expected), name
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    assert not hooks  # the hook is active only during the pass
+
+
+def test_modules_in_eval_mode_are_left_alone() -> None:
+    model = nn.BatchNorm1d(3).eval()
+    with frozen_statistics():
+        model(torch.randn(4, 3))
+        model.running_mean.add_(1.0)  # somebody else's business
+    assert model.running_mean.tolist() == [1.0, 1.0, 1.0]
+
+
+class Dropout(nn.Module):
+    """Notes the masks that it drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop, self.head, self.masks = nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 3), []
+
+    def forward(self, x):
+        mask = self.drop(torch.ones(len(x), 40))
+        self.masks.append(mask)
+        return self.head(self.net(x) * mask)
+
+
+@pytest.mark.parametrize("case", no_full, ids=lambda c: c.name)
+def test_every_pass_drops_the_same_units_and_the_stream_goes_on_as_after_one(case) -> None:
+    w = world(torch.float32, Dropout)
+    opt = optimizer(case, w)
+    torch.manual_seed(7)
+    for _ in range(3):
+        opt.step(w.batch)
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    expected = [nn.functional.dropout(torch.ones(N, 40), 0.5) for _ in range(3)]
+    assert torch.equal(after, torch.rand(3))
+    whole = [m for m in w.model.masks if len(m) == N]
+    assert len(whole) >= 3
+    for mask in whole:
+        assert any(torch.equal(mask, e) for e in expected)
+    if not case.selects and "LookSAM" not in case.name and "every" not in case.name:
+        per_step = len(whole) // 3
+        assert per_step >= 2
+        for i, mask in enumerate(whole):
+            assert torch.equal(mask, expected[i // per_step])
+
+
+def test_micro_batches_have_their_own_masks_and_repeat_them() -> None:
+    w = world(torch.float32, Dropout)
+    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=5).step(w.batch)
+    a, a_again, b, b_again = w.model.masks
+    assert torch.equal(a, a_again)
+    assert torch.equal(b, b_again)
+    assert not torch.equal(a, b)
