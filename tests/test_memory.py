@@ -1,0 +1,104 @@
+"""How many copies of the parameters a step needs beside the parameters themselves."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import steppe
+
+SIDE, TENSORS = 200, 8
+COPY = TENSORS * SIDE * SIDE * 4  # bytes of one copy of the parameters
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages made inside and still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for t in _tensors(out):
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if storage.data_ptr() not in known and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for branch in tree for t in _tensors(branch)] if isinstance(tree, list | tuple) else []
+
+
+class Wide(nn.Module):
+    """Many parameters, no activations to speak of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(torch.randn(SIDE, SIDE) for _ in range(TENSORS))
+
+    def forward(self, x):
+        return sum((x @ p).square().mean(1) for p in self.layers)
+
+
+def copies(make) -> tuple[float, float]:
+    """Peak and what is left after the step, in copies of the parameters."""
+    torch.manual_seed(0)
+    model = Wide()
+    opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+    batch = steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE))
+    opt.step(batch)
+    opt.zero_grad()
+    gc.collect()
+    with Storages() as storages:
+        opt.step(batch)
+        opt.zero_grad()
+        left = sum(storages.alive.values())
+    return storages.peak / COPY, left / COPY
+
+
+SLACK = 0.4  # a temporary of one tensor or two (1/8 each), and activations
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda b: b, 1),  # the gradient
+        (lambda b: steppe.SAM(b), 2),  # and the saved weights
+        (lambda b: steppe.USAM(b), 2),
+        (lambda b: steppe.SAM(b, cosine=True), 3),  # and g
+        (lambda b: steppe.WSAM(b), 3),
+        (lambda b: steppe.SAM(b, rho=0.0), 1),
+        (lambda b: steppe.NSAM(b, full=lambda: None, rho=0.0), 1),
+    ],
+    ids=["plain", "SAM", "USAM", "SAM cosine", "WSAM", "rho 0", "NSAM rho 0"],
+)
+def test_copies_of_the_parameters(make, expected: int) -> None:
+    peak, left = copies(make)
+    assert expected - 0.1 < peak < expected + SLACK
+    assert left < 0.01  # nothing is kept between steps
+
+
+def test_what_a_method_remembers_is_all_that_it_keeps() -> None:
+    for make, kept in ((steppe.VaSSO, 1), (steppe.FSAM, 1), (lambda b: steppe.LookSAM(b, k=2), 1), (steppe.ASAM, 0)):
+        model = Wide()
+        opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+        with Storages() as storages:
+            opt.step(steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE)))
+            opt.zero_grad()
+            gc.collect()
+            left = sum(storages.alive.values())
+        assert left / COPY == pytest.approx(kept, abs=0.01)
