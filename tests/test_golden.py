@@ -7,7 +7,7 @@ import torch
 
 import steppe
 from steppe import Adaptive, Everything, FiniteDifference, Oracle, Reweighted, Rule, SharpnessAware
-from steppe.oracle import Point, Rho
+from steppe.point import Point, Rho
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
 SGD = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731

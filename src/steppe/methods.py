@@ -30,7 +30,7 @@ MATRICES = Matrices()
 class SAM(SharpnessAware):
     """``eps = rho g / norm(g)``, ``u = g_adv``; with ``m=`` it is m-SAM.
 
-    Two passes.
+    Costs two passes.
 
     Source: Foret et al. 2021, arXiv 2010.01412.
 
@@ -46,7 +46,7 @@ class SAM(SharpnessAware):
 class USAM(SharpnessAware):
     """``eps = rho g``, ``u = g_adv``: unnormalised SAM.
 
-    Two passes. The perturbation scales with the gradient, and with the scale of the loss.
+    Costs two passes. The perturbation scales with the gradient, and with the scale of the loss.
 
     Source: Andriushchenko and Flammarion 2022, arXiv 2206.06232.
     """
@@ -58,7 +58,7 @@ class USAM(SharpnessAware):
 class UnifiedSAM(SharpnessAware):
     """``eps = rho (1 - lam + lam / norm(g)) g``, ``u = g_adv``; ``lam`` 1 is SAM, 0 is USAM.
 
-    Two passes. Raises ``ValueError`` for ``lam`` outside [0, 1].
+    Costs two passes. Raises ``ValueError`` for ``lam`` outside [0, 1].
 
     Source: arXiv 2503.02225.
     """
@@ -72,7 +72,7 @@ class UnifiedSAM(SharpnessAware):
 class ASAM(SharpnessAware):
     """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases.
 
-    Two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name, which
+    Costs two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name, which
     is the authors' code to the letter, and ``on=Everything()`` adapts biases too, as davda54/sam does. Raises
     ``ValueError`` for a negative ``eta``.
 
@@ -95,7 +95,7 @@ class ASAM(SharpnessAware):
 class FisherSAM(SharpnessAware):
     """``eps = rho F^-1 g / sqrt(g F^-1 g)``, ``F = diag(1 + eta g^2)``.
 
-    Two passes. Raises ``ValueError`` for a negative ``eta``.
+    Costs two passes. Raises ``ValueError`` for a negative ``eta``.
 
     Source: Kim et al. 2022, arXiv 2206.04920.
     """
@@ -109,7 +109,7 @@ class FisherSAM(SharpnessAware):
 class GSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g_adv - alpha (g - proj(g, g_adv))``.
 
-    Two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``. Raises
+    Costs two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``. Raises
     ``ValueError`` for a negative ``alpha``.
 
     Source: Zhuang et al. 2022, arXiv 2203.08065.
@@ -126,8 +126,8 @@ class ESAM(SharpnessAware):
     examples.
 
     ``norm(eps) = rho / beta``, as in the authors' code. The sharpest examples are those whose loss rises most.
-    Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Three forwards and 1 + ``gamma`` backwards, the first of
-    them partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
+    Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Costs 2 + ``gamma`` forwards and 1 + ``gamma`` backwards,
+    the first backward partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
 
     Source: Du et al. 2022, arXiv 2110.03141.
     """
@@ -149,7 +149,7 @@ class ESAM(SharpnessAware):
 class WSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g``, and ``w <- w - lr gamma / (1 - gamma) (g_adv - g)`` beside the base.
 
-    Two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady
+    Costs two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady
     weight against the loss is ``(1 - mu) gamma / (1 - gamma)``. Raises ``ValueError`` for ``gamma`` outside [0, 1).
 
     Source: Yue et al. 2023, arXiv 2305.15817, algorithm 2.
@@ -164,7 +164,7 @@ class WSAM(SharpnessAware):
 class CoupledWSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g + gamma / (1 - gamma) (g_adv - g)``.
 
-    Two passes. ``gamma`` 1/2 is SAM beside any base. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    Costs two passes. ``gamma`` 1/2 is SAM beside any base. Raises ``ValueError`` for ``gamma`` outside [0, 1).
 
     Source: Yue et al. 2023, arXiv 2305.15817, algorithm 4.
     """
@@ -202,7 +202,7 @@ class NSAM(SharpnessAware):
 class RWSAM(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv``.
 
-    Needs a :class:`~steppe.Batch`. Three forwards and two backwards. See :class:`~steppe.Reweighted` for what the
+    Needs a :class:`~steppe.Batch`. Costs three forwards and two backwards. See :class:`~steppe.Reweighted` for what the
     paper says, what is inferred and what is our choice. Raises ``ValueError`` for a negative ``lam``.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
@@ -219,7 +219,7 @@ class LookSAM(SharpnessAware):
     """SAM every ``k``-th step, keeping ``g_v = g_adv - proj(g_adv, g)``; between, ``u = g + alpha norm(g) /
     norm(g_v) g_v``.
 
-    ``1 + 1 / k`` passes. Raises ``ValueError`` for ``k`` below 1 or a negative ``alpha``.
+    Costs ``1 + 1 / k`` passes. Raises ``ValueError`` for ``k`` below 1 or a negative ``alpha``.
 
     Source: Liu et al. 2022, arXiv 2203.02714.
     """
@@ -241,7 +241,7 @@ class LookSAM(SharpnessAware):
 class FSAM(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly SAM.
 
-    Two passes. Raises ``ValueError`` for a negative ``sigma`` or ``decay`` outside [0, 1].
+    Costs two passes. Raises ``ValueError`` for a negative ``sigma`` or ``decay`` outside [0, 1].
 
     Source: Li et al. 2024, arXiv 2403.12350.
     """
@@ -262,7 +262,7 @@ class FSAM(SharpnessAware):
 class VaSSO(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d <- (1 - theta) d + theta g``, ``u = g_adv``.
 
-    Two passes. Raises ``ValueError`` for ``theta`` outside (0, 1].
+    Costs two passes. Raises ``ValueError`` for ``theta`` outside (0, 1].
 
     Source: Li and Giannakis 2023, arXiv 2309.15639.
     """

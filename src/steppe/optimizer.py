@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from steppe import check
-from steppe.oracle import Closure, Oracle, Point, Rho, Seen
+from steppe.oracle import Closure, Oracle
+from steppe.point import Point, Rho, Seen
 from steppe.rule import AnyRule, Plain, looks_inside
 from steppe.schedule import Schedule, as_schedule
 from steppe.telemetry import Telemetry
@@ -35,6 +36,11 @@ class SharpnessAware(torch.optim.Optimizer):
     ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
     the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
     in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit.
+
+    Parameters in bfloat16 round the perturbed weights: norms and ``eps`` are computed in float32, but a weight moves
+    only where its ``eps`` exceeds half its last place. With standard-normal gradients on 25 M weights of size 0.02, rho
+    0.05 moves 12 % of them (length 0.6 rho, cosine 0.46 to the direction meant), rho 0.5 68 % (1.04 rho, 0.95): keep
+    the parameters in float32 under ``torch.autocast``, or take a larger rho.
 
     Args:
         base: an optimizer instance; it sees the combined gradient, once a step.

@@ -1,0 +1,60 @@
+"""The project's own promises: the README, the CI script, the public names."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import steppe
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import readme_table  # noqa: E402
+
+
+def test_the_readme_table_is_what_the_methods_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert readme_table.with_table(text) == text
+    assert text.count("\n| `") == len(steppe.METHODS)
+
+
+def test_ci_calls_the_readmes_commands() -> None:
+    commands = re.findall(r"^python -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [c.split("/")[-1] for c in commands] == ["steppe compare", "pytest"]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "readme_command 'steppe compare'" in script
+    assert "readme_command 'pytest'" in script
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    assert sorted(set(steppe.__all__)) == sorted(steppe.__all__)
+    for name in steppe.__all__:
+        thing = getattr(steppe, name)
+        if inspect.isclass(thing):
+            assert thing.__doc__, name
+            assert not thing.__doc__.startswith(f"{name}("), f"{name} has no docstring of its own"
+
+
+def test_methods_have_nothing_but_init() -> None:
+    for method in steppe.METHODS:
+        own = {name for name in vars(method) if name not in ("__module__", "__doc__", "__annotations__", "step")}
+        assert own - {"__firstlineno__", "__static_attributes__"} == {"__init__"}
+
+
+def test_the_core_needs_torch_alone() -> None:
+    code = "import sys, steppe; print([m for m in ('numpy', 'scipy', 'sklearn', 'rich', 'steppe.lab') if m in sys.modules])"
+    block = "import sys; [sys.modules.__setitem__(m, None) for m in ('scipy', 'sklearn', 'rich', 'typer', 'plotly')]; "
+    out = subprocess.run([sys.executable, "-c", block + "import steppe; steppe.SAM"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "steppe.lab" not in out.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src" / "steppe").glob("*.py")), ids=lambda p: p.name)
+def test_no_dot_data(path: Path) -> None:
+    allowed = re.compile(r"(self|batch|chosen)\.data\b")
+    assert ".data" not in allowed.sub("", path.read_text()).replace("steppe.data", "")
