@@ -72,8 +72,8 @@ class UnifiedSAM(SharpnessAware):
 class ASAM(SharpnessAware):
     """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases.
 
-    Costs two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name, which
-    is the authors' code to the letter, and ``on=Everything()`` adapts biases too, as davda54/sam does. Raises
+    Costs two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name,
+    which is the authors' code to the letter, and ``on=Everything()`` adapts biases too, as davda54/sam does. Raises
     ``ValueError`` for a negative ``eta``.
 
     Source: Kwon et al. 2021, arXiv 2102.11600.
@@ -178,8 +178,8 @@ class CoupledWSAM(SharpnessAware):
 class NSAM(SharpnessAware):
     """``eps = rho g_full / norm(g_full)``, ``u = g_adv`` on the batch: n-SAM.
 
-    ``full`` is a closure over the full data or a larger batch; it runs once a step, and ``step`` returns its loss.
-    The normalisation statistics see its pass.
+    Costs two passes, one over ``full``, a closure over the full data or a larger batch; ``step`` returns its loss. The
+    normalisation statistics see its pass.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
 
