@@ -120,14 +120,15 @@ def _map(f: Callable[[Tensor], Tensor], data: Data) -> Data:
     raise TypeError(f"data must be a nested tuple, list or dict of tensors, found {type(data).__name__}")
 
 
+def leaves(data: Data) -> list[Tensor]:
+    """The tensors of nested data, in order."""
+    found: list[Tensor] = []
+    _map(lambda t: found.append(t) or t, data)  # type: ignore[func-returns-value]
+    return found
+
+
 def _count(data: Data) -> int:
-    shapes: list[torch.Size] = []
-
-    def note(t: Tensor) -> Tensor:
-        shapes.append(t.shape)
-        return t
-
-    _map(note, data)
+    shapes = [t.shape for t in leaves(data)]
     if not shapes or any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(
             "data must hold tensors with a common first dimension, one row an example, "

@@ -18,6 +18,7 @@ class Perturbed:
     """``g_adv`` to the base optimizer (SAM)."""
 
     uses_g: ClassVar[bool] = False
+    linear: ClassVar[bool] = True  # in g and g_adv: of their means over micro-batches it is the mean
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g_adv``."""
@@ -36,6 +37,8 @@ class Weighted:
 
     gamma: float = 0.9
 
+    linear: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
 
@@ -53,6 +56,8 @@ class Coupled:
     """
 
     gamma: float = 0.9
+
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)

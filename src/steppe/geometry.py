@@ -21,7 +21,11 @@ class Euclidean:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``d / norm(d)``."""
-        return d / (d.norm() + TINY)
+        return self.radial(d.norm()) * d
+
+    def radial(self, norm: Tensor) -> Tensor:
+        """What ``d`` is multiplied by, from its norm alone."""
+        return 1 / (norm + TINY)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Unnormalised:
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``d``."""
         return d
+
+    def radial(self, norm: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(norm)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,11 @@ class Unified:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``(1 - lam + lam / norm(d)) d``."""
-        return (1 - self.lam + self.lam / (d.norm() + TINY)) * d
+        return self.radial(d.norm()) * d
+
+    def radial(self, norm: Tensor) -> Tensor:
+        """``1 - lam + lam / norm``."""
+        return 1 - self.lam + self.lam / (norm + TINY)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
 
     check_finite: bool
     cosine: bool
+    parallel: bool | str
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -68,6 +69,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _own_rho: set[int]  # indices of groups that were given a rho: a schedule leaves them alone
     _check_finite: bool
     _keep_g: bool
+    _parallel: bool | str
     _warned: set[str]
 
     def __init__(
@@ -96,6 +98,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_own_rho": own,
                 "_check_finite": options.pop("check_finite", True),
                 "_keep_g": options.pop("cosine", False),
+                "_parallel": options.pop("parallel", "auto"),
                 "_warned": set(),
             }
         )
@@ -136,7 +139,7 @@ class SharpnessAware(torch.optim.Optimizer):
             group["rho"] = self._scheduled(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "rule", "full", "telemetry", "_rho", "_own_rho", "_check_finite", "_keep_g", "_warned")
+        kept = ("base", "rule", "full", "telemetry", "_rho", "_own_rho", "_check_finite", "_keep_g", "_parallel", "_warned")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,7 +198,7 @@ class SharpnessAware(torch.optim.Optimizer):
         def recall(name: str) -> Sequence[Tensor | None]:
             return [self.state[p].get(MEMORY + name) if p in self.state else None for p in point.parameters]
 
-        return Oracle(closure, point, step=self._steps, recall=recall, full=self.full, keep_g=self._keep_g)
+        return Oracle(closure, point, step=self._steps, recall=recall, full=self.full, keep_g=self._keep_g, parallel=self._parallel)
 
     def _scheduled(self, group: dict[str, Any]) -> float:
         return float(as_schedule(self._rho)(self._steps, group))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Oracle:
         recall: the memory of a parameter by name, from ``optimizer.state``.
         full: the closure over the larger batch of n-SAM.
         keep_g: hold ``g`` until the end of the step, at the cost of one copy of the parameters.
+        parallel: whether micro-batches may, must or must not share two passes (``"auto"``, ``True``, ``False``).
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Oracle:
         recall: Callable[[str], Sequence[Tensor | None]] | None = None,
         full: Closure | None = None,
         keep_g: bool = False,
+        parallel: bool | str = "auto",
     ) -> None:
         self.closure, self.point, self.step, self.full = closure, point, step, full
         self.rho, self.names = point.rho, point.names
-        self.keep_g = keep_g
+        self.keep_g, self.parallel = keep_g, parallel
         self.seen = Seen()
         self._recall = recall
         self._g: Vector | None = None
@@ -96,6 +99,17 @@ class Oracle:
                     p.copy_(copy)
             self._moved = False
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Passes inside are not at ``w``, by other means than moving the weights."""
+        if self._moved:
+            raise RuntimeError("the weights are away from w already")
+        self._moved = True
+        try:
+            yield
+        finally:
+            self._moved = False
+
     def movable(self, v: Vector) -> Vector:
         """``v`` on the parameters whose rho is above 0: the others take no part in the ascent."""
         return v.where(self.rho.values)
@@ -112,7 +126,11 @@ class Oracle:
         return self._g
 
     def grad(
-        self, on: Tensor | None = None, weights: Tensor | None = None, wrt: Sequence[bool] | None = None
+        self,
+        on: Tensor | None = None,
+        weights: Tensor | None = None,
+        wrt: Sequence[bool] | None = None,
+        under: AbstractContextManager[Any] | None = None,
     ) -> Vector:
         """The gradient here: of the mean loss, of the mean over the examples ``on``, or of ``sum_i weights_i f_i``.
 
@@ -120,12 +138,13 @@ class Oracle:
             on: indices of examples, shape ``(k,)``.
             weights: one weight an example, shape ``(n,)``.
             wrt: which parameters to differentiate by; the others' entries are ``None`` and their backward is saved.
+            under: a context for the forward pass of a :class:`Batch`.
         """
-        with self._pass(), self._only(wrt):
+        with self.passing(), self._only(wrt):
             if on is not None:
                 self._run_subset(self.batch("a choice of examples"), on)
             elif isinstance(self.closure, Batch) or weights is not None:
-                self._run_batch(self.batch("weights on examples"), weights)
+                self._run_batch(self.batch("weights on examples"), weights, under or nullcontext())
             else:
                 self._run_closure()
             g = Vector([self._take(p) for p in self.point.parameters])
@@ -138,7 +157,7 @@ class Oracle:
         """Every example's loss here, shape ``(n,)``, detached; at ``w`` the next ``grad`` reuses its graph."""
         if self._moved or self._losses is None:
             batch = self.batch("losses")
-            with self._pass(), torch.set_grad_enabled(not self._moved):
+            with self.passing(), torch.set_grad_enabled(not self._moved):
                 losses = batch.losses()
             self.seen.count("forwards")
             self._see_loss(losses.detach().mean())
@@ -187,11 +206,21 @@ class Oracle:
         """Micro-batches of ``m`` examples, each with its share of the batch. What they see and remember is averaged."""
         batch = self.batch("micro-batches, m=")
         for closure in batch.split(m):
-            f = Oracle(closure, self.point, step=self.step, recall=self._recall, full=self.full, keep_g=self.keep_g)
+            f = Oracle(closure, self.point, step=self.step, recall=self._recall, full=self.full, keep_g=self.keep_g, parallel=self.parallel)
             f._whole = self
             share = len(closure) / len(batch)
             yield share, f
             self.seen.add(share, f.seen)
+
+    def keep(self, g: Vector) -> None:
+        """``g``, where a pass of one's own has made it."""
+        self._g = g
+
+    def note_parts(self, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
+        """Note the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
+        self.seen.norms.append(g_norms.sum())
+        self.seen.numbers["g_norm"] = g_norms @ shares
+        self.seen.numbers["eps_norm"] = eps_norms @ shares
 
     def compare(self, g_adv: Vector) -> None:
         """Note the cosine of ``g`` and ``g_adv``, where ``g`` is still held."""
@@ -216,8 +245,8 @@ class Oracle:
     # ---- passes
 
     @contextmanager
-    def _pass(self) -> Iterator[None]:
-        """Replay the random stream, freeze the statistics (but for the first pass at ``w``), start from no gradient."""
+    def passing(self) -> Iterator[None]:
+        """Around a pass: replay the random stream, freeze the statistics but for the first pass at ``w``, drop gradients."""
         for p in self.point.parameters:
             p.grad = None
         devices = self.point.devices()
@@ -255,11 +284,12 @@ class Oracle:
         self.seen.count("forwards", share)
         self.seen.count("backwards", share)
 
-    def _run_batch(self, batch: Batch, weights: Tensor | None) -> None:
+    def _run_batch(self, batch: Batch, weights: Tensor | None, under: AbstractContextManager[Any]) -> None:
         batch.zero_grad()
         losses = self._losses
         if self._moved or losses is None or losses.grad_fn is None:
-            losses = batch.losses()
+            with under:
+                losses = batch.losses()
             self.seen.count("forwards")
         batch.backward(losses, weights)
         self.seen.count("backwards")

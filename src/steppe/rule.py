@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steppe import check
 from steppe.combine import Perturbed
+from steppe.factored.micro import in_parallel
 from steppe.geometry import Euclidean
 from steppe.oracle import Oracle
 from steppe.sample import Mean
@@ -58,6 +59,11 @@ class Rule:
         """``eps``; parameters whose group has rho 0 take no part, not even in the norm."""
         return f.rho * self.geometry(f, f.movable(self.sample(f)))
 
+    def shares_passes(self) -> bool:
+        """Whether micro-batches of this rule can share two passes: the mean gradient, a radial geometry, linear after."""
+        plain = isinstance(self.sample, Mean) and isinstance(self.select, All)
+        return plain and hasattr(self.geometry, "radial") and getattr(self.combine, "linear", False)
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -91,6 +97,10 @@ class Micro:
 
     def __call__(self, f: Oracle) -> Update:
         """The weighted mean of the parts' updates."""
+        if f.parallel and isinstance(self.rule, Rule) and self.rule.shares_passes():
+            update = in_parallel(f, self.m, self.rule)
+            if update is not None:
+                return update
         return reduce(add, (share * self.rule(part) for share, part in f.split(self.m)))
 
 

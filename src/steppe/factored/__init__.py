@@ -1,0 +1,1 @@
+"""Per-micro-batch gradients held as factors, and what they make possible."""

@@ -1,0 +1,77 @@
+"""Multi-head attention through its linear maps."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from steppe.factored.tape import CannotFactor, Tape
+
+SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+
+
+class Attention:
+    """``torch.nn.MultiheadAttention``'s function, written so that its projections are seen."""
+
+    def run(self, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same attention; its own linear maps are recorded."""
+        call = SIGNATURE.bind(*args, **kwargs)
+        call.apply_defaults()
+        a = call.arguments
+        if tape.tracked.found(a.values()) is None:
+            return NotImplemented
+        odd = ("bias_k", "bias_v", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v")
+        used = [name for name in odd if a[name] is not None] + ["add_zero_attn"] * a["add_zero_attn"]
+        if used or a["query"].dim() != 3:
+            raise CannotFactor(f"multi-head attention with {', '.join(used) or 'unbatched input'} has no factored form")
+        with tape:
+            return self.attend(a)
+
+    look = see = run
+
+    def attend(self, a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Project, attend, project."""
+        heads = [self.heads(t, a["num_heads"]) for t in self.projected(a)]  # (n, heads, length, d)
+        mask, dropout = self.mask(a, heads[0]), a["dropout_p"] if a["training"] else 0.0
+        weights = None
+        if a["need_weights"]:
+            q, k, v = heads
+            scores = q @ k.mT / q.shape[-1] ** 0.5
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+            out = weights @ v
+        else:
+            out = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        out = out.permute(2, 0, 1, 3).flatten(2)
+        out = F.linear(out, a["out_proj_weight"], a["out_proj_bias"])
+        if weights is not None and a["average_attn_weights"]:
+            weights = weights.mean(1)
+        return out, weights
+
+    def projected(self, a: dict[str, Any]) -> list[Tensor]:
+        """Query, key and value through ``in_proj``."""
+        q, k, v, W, b = (a[name] for name in ("query", "key", "value", "in_proj_weight", "in_proj_bias"))
+        if q is k and k is v:
+            return list(F.linear(q, W, b).chunk(3, -1))
+        return [F.linear(t, W, b).chunk(3, -1)[i] for i, t in enumerate((q, k, v))]
+
+    @staticmethod
+    def heads(t: Tensor, heads: int) -> Tensor:
+        """``(length, n, heads d)`` as ``(n, heads, length, d)``."""
+        return t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+    @staticmethod
+    def mask(a: dict[str, Any], q: Tensor) -> Tensor | None:
+        """What is added to the scores."""
+        n, heads = q.shape[:2]
+        masks = []
+        if a["attn_mask"] is not None:
+            m = a["attn_mask"]
+            masks.append(m.unflatten(0, (n, heads)) if m.dim() == 3 else m)
+        if a["key_padding_mask"] is not None:
+            masks.append(a["key_padding_mask"][:, None, None])
+        added = [torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks]
+        return sum(added[1:], added[0]) if added else None

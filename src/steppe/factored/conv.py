@@ -1,0 +1,189 @@
+"""Convolutions: every micro-batch one group of a grouped convolution, or patches as rows of a matrix product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from steppe.factored.linear import low
+from steppe.factored.parts import Parts
+from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
+from steppe.factored.terms import Dense, cheaper_whole
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Stride, padding and dilation by dimension, groups, and the weight's shape."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    shape: torch.Size
+
+    def backward(self, delta: Tensor, x: Tensor, W: Tensor, groups: int, mask: list[bool]) -> Any:
+        """Gradients of input and weight, as ``mask`` asks."""
+        zero = [0] * len(self.stride)
+        where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
+        return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
+
+    def forward(self, x: Tensor, W: Tensor, groups: int) -> Tensor:
+        """The convolution without bias."""
+        zero = [0] * len(self.stride)
+        return torch.convolution(x, W, None, self.stride, self.padding, self.dilation, False, zero, groups)
+
+
+def side_by_side(x: Tensor, k: int) -> Tensor:
+    """``(k m, C, ...)`` as ``(m, k C, ...)``: the parts' channels beside each other."""
+    m = len(x) // k
+    return x.reshape(k, m, *x.shape[1:]).transpose(0, 1).reshape(m, -1, *x.shape[2:])
+
+
+def below(y: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`side_by_side`."""
+    return y.reshape(len(y), k, -1, *y.shape[2:]).transpose(0, 1).reshape(len(y) * k, -1, *y.shape[2:])
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """A convolution's term: ``x`` ``(n, q, C, ...)`` and ``left`` ``(n, q, C_out, ...)``, ``q`` inputs an example."""
+
+    x: Tensor
+    left: Tensor
+    spec: Spec
+
+    def full(self, parts: Parts) -> list[Tensor]:
+        """``G_k`` by chunk: ``(parts, C_out, C_in / groups * kernel)``."""
+        made = []
+        for x, delta in zip(parts.chunks(self.x), parts.chunks(self.left), strict=True):
+            k = len(x)
+            W = delta.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])  # for its shape alone
+            x, delta = side_by_side(x.flatten(0, 1), k), side_by_side(delta.flatten(0, 1), k)
+            G = self.spec.backward(delta, x, W, k * self.spec.groups, [False, True])[1]
+            made.append(G.reshape(k, self.spec.shape[0], -1))
+        return made
+
+    def dense(self) -> Dense:
+        """The same as a product of patches."""
+        left = self.left.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
+        patches = unfolded(self.x.flatten(0, 1), self.spec)
+        return Dense(left, patches.reshape(len(self.x), -1, patches.shape[-1]))
+
+
+def unfolded(x: Tensor, spec: Spec) -> Tensor:
+    """The patches of a 2-D convolution: ``(inputs, positions, C_in kernel)``."""
+    return F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
+
+
+class PartwiseConv(torch.autograd.Function):
+    """``y_k = conv(x_k, P_k)``; the gradient goes to ``x`` through ``P`` and to ``W`` as if it were every ``P_k``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, P: Tensor, W: Tensor, spec: Spec) -> Tensor:
+        """``x``: ``(k m, C, ...)``; ``P``: ``(k, *W.shape)``."""
+        ctx.save_for_backward(x, P)
+        ctx.spec, ctx.dtype = spec, W.dtype
+        k = len(P)
+        return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups), k)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+        """Gradients of ``x`` and ``W``."""
+        x, P = ctx.saved_tensors
+        spec, k, dx, dW = ctx.spec, len(P), None, None
+        if ctx.needs_input_grad[0]:
+            wide, groups = side_by_side(x, k), k * spec.groups
+            dx = below(spec.backward(side_by_side(delta, k), wide, P.flatten(0, 1), groups, [True, False])[0], k)
+        if ctx.needs_input_grad[2]:
+            dW = spec.backward(delta, x, P[0], spec.groups, [False, True])[1].to(ctx.dtype)
+        return dx, None, dW, None
+
+
+class Conv:
+    """``y = conv(x, W) + b`` in one, two or three dimensions."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def read(self, x: Tensor, W: Tensor, b: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Tensor, Tensor, Tensor | None, Spec]:  # fmt: skip
+        """The arguments, with one number a dimension."""
+        each = lambda v: (v,) * self.dims if isinstance(v, int) else tuple(v) * (self.dims // len(v))  # noqa: E731
+        if isinstance(padding, str):
+            reach = [d * (size - 1) for d, size in zip(each(dilation), W.shape[2:], strict=True)]
+            if padding == "same" and any(r % 2 for r in reach):
+                raise CannotFactor("a convolution with padding='same' and an even kernel has no factored form")
+            padding = tuple(r // 2 for r in reach) if padding == "same" else 0
+        return x, W, b, Spec(each(stride), each(padding), each(dilation), groups, W.shape)
+
+    def look(self, look: Look, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep the input."""
+        x, W, b, spec = self.read(*args, **kwargs)
+        weight, bias = look.tracked.index(W), look.tracked.index(b)
+        if weight is None and bias is None or x.dim() != self.dims + 2:
+            return NotImplemented
+        y = func(*args, **kwargs)
+        kept = None if weight is None else x.detach().to(y.dtype)
+        return look.record(y, Site(self, weight, bias, kept, (len(x),), (spec,)))
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """The term of the weight and the sums of the bias."""
+        delta = site.delta
+        if site.weight is not None:
+            term = Convolved(site.by_example(site.kept), delta, site.static[0])  # type: ignore[arg-type]
+            matrices.setdefault(site.weight, []).append(term)
+        if site.bias is not None:
+            small.setdefault(site.bias, []).append(delta.flatten(3).sum((1, 3)))
+
+    def see(self, see: See, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Each micro-batch with its own weights."""
+        x, W, b, spec = self.read(*args, **kwargs)
+        weight, bias = see.tracked.index(W), see.tracked.index(b)
+        if weight is None and bias is None or x.dim() != self.dims + 2:
+            return NotImplemented
+        site = see.next(self, weight, bias)
+        if weight is None:
+            y = func(x, W, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+        else:
+            y = self.perturbed(see, site, x, W, spec)
+        if b is not None:
+            rows = b if bias is None else see.rows_of(site, b, bias, y.shape[:1])
+            y = y + rows.reshape(*rows.shape, *[1] * self.dims)
+        return y.to(low(x))
+
+    def perturbed(self, see: See, site: Site, x: Tensor, W: Tensor, spec: Spec) -> Tensor:
+        """``conv(x, W + eps_k)``."""
+        gradient, scale = see.matrices[site.weight]  # type: ignore[index]
+        x = x.to(low(x))
+        if not gradient.whole:
+            return self.by_patches(see, site, x, W, spec)
+        x_e = site.by_example(x)
+        made = []
+        for x_k, s, g in zip(see.parts.chunks(x_e), see.parts.split(scale), gradient.full(), strict=True):
+            P = W.detach() + s.reshape(-1, *[1] * W.dim()) * g.reshape(-1, *W.shape)
+            y = PartwiseConv.apply(x_k.flatten(0, 1), P.to(x.dtype), W, spec)
+            made.append(y.reshape(len(x_k), -1, *y.shape[1:]))
+        return site.by_row(see.parts.join(made, x_e.shape[1]), (len(x),))
+
+    def by_patches(self, see: See, site: Site, x: Tensor, W: Tensor, spec: Spec) -> Tensor:
+        """``conv(x, W)`` and the perturbation as a product of patches."""
+        gradient, scale = see.matrices[site.weight]  # type: ignore[index]
+        y = spec.forward(x, W.to(x.dtype), spec.groups)
+        patches = site.by_example(unfolded(x, spec))  # (n, q, positions, columns)
+        q, positions = patches.shape[1:3]
+        chunks = see.parts.chunks(patches.flatten(1, 2))
+        extra = gradient.apply(lambda t: t.times(chunks, see.parts))
+        extra = [(s * e).to(y.dtype) for s, e in zip(see.parts.split(scale[:, None, None]), extra, strict=True)]
+        rows = see.parts.join(extra, q * positions).unflatten(1, (q, positions))
+        return y + site.by_row(rows, (len(x),)).mT.reshape(y.shape)
+
+
+def settle(term: Convolved, parts: Parts) -> Convolved | Dense:
+    """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
+    height, width = term.spec.shape[0], term.spec.shape[1:].numel()
+    rows = min(parts.m, parts.n) * term.left[0, :, 0].numel()
+    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cheaper_whole(2 * rows, height, width)
+    return term.dense() if by_patches else term

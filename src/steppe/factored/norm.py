@@ -1,0 +1,81 @@
+"""Normalisation with a learned scale and shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from steppe.factored.tape import Look, Matrices, See, Site, Small
+
+
+class Norm:
+    """``y = normalised(x) w + b``.
+
+    Args:
+        arguments: where weight and bias stand among the arguments of ``func``.
+        channels_first: channels are dimension 1 (group, instance, batch normalisation), not the last ones.
+    """
+
+    def __init__(self, arguments: tuple[int, int | None], names: tuple[str, str], channels_first: bool) -> None:
+        self.arguments, self.names, self.channels_first = arguments, names, channels_first
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], list[Any]]:
+        """The arguments without scale and shift, and these two."""
+        kept, rest, taken = list(args), dict(kwargs), []
+        for position, name in zip(self.arguments, self.names, strict=True):
+            value = rest.pop(name, None)
+            if position is not None and position < len(kept):
+                value, kept[position] = kept[position], None
+            taken.append(value)
+        return kept, rest, taken
+
+    def look(self, look: Look, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Normalise without, keep that, then scale and shift."""
+        rest, options, (w, b) = self.take(args, kwargs)
+        weight, bias = look.tracked.index(w), look.tracked.index(b)
+        if weight is None and bias is None:
+            return NotImplemented
+        x = func(*rest, **options)
+        leading = x.shape[:1] if self.channels_first else x.shape[: x.dim() - (w if w is not None else b).dim()]
+        y = x if w is None else x * self.shaped(w, x)
+        y = y if b is None else y + self.shaped(b, x)
+        site = Site(self, weight, bias, None if weight is None else x.detach(), tuple(leading))
+        return look.record(y.to(x.dtype), site)
+
+    def shaped(self, p: Tensor, x: Tensor) -> Tensor:
+        """A parameter with the dimensions that follow the leading ones."""
+        return p.reshape(*p.shape, *[1] * (x.dim() - 2)) if self.channels_first else p
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """``delta * x`` and ``delta``, summed over what an example shares."""
+        if site.weight is not None:
+            small.setdefault(site.weight, []).append(self.summed(site, site.deltas[0] * site.kept))
+        if site.bias is not None:
+            small.setdefault(site.bias, []).append(self.summed(site, site.deltas[0]))
+
+    def summed(self, site: Site, t: Tensor) -> Tensor:
+        """``(n, *shape of the parameter)``."""
+        if self.channels_first and t.dim() > 2:
+            t = t.flatten(2).sum(2)
+        return site.by_example(t).sum(1)
+
+    def see(self, see: See, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Scale and shift every micro-batch with its own."""
+        rest, options, (w, b) = self.take(args, kwargs)
+        weight, bias = see.tracked.index(w), see.tracked.index(b)
+        if weight is None and bias is None:
+            return NotImplemented
+        site = see.next(self, weight, bias)
+        x = func(*rest, **options)
+        leading = x.shape[: len(site.leading)]
+        y = x if w is None else x * self.spread(see, site, w, weight, x, leading)
+        return (y if b is None else y + self.spread(see, site, b, bias, x, leading)).to(x.dtype)
+
+    def spread(self, see: See, site: Site, p: Tensor, index: int | None, x: Tensor, leading: Any) -> Tensor:
+        """``p + eps_k`` of every row, with the dimensions of ``x``."""
+        if index is None:
+            return self.shaped(p, x)
+        rows = see.rows_of(site, p, index, leading)
+        return rows.reshape(*rows.shape, *[1] * (x.dim() - 2)) if self.channels_first else rows

@@ -1,0 +1,200 @@
+"""Whether and how a model's micro-batch gradients factor: rehearsed once, on real data, and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steppe.batch import Batch, leaves
+from steppe.factored.conv import Convolved, settle
+from steppe.factored.operations import OPERATIONS
+from steppe.factored.parts import Layout, Parts, layouts
+from steppe.factored.tape import CannotFactor, Look, Site, Tracked
+from steppe.factored.terms import Gradient, Lookup, Term, cheaper_whole
+from steppe.oracle import Oracle
+from steppe.vector import wide
+
+log = logging.getLogger("steppe")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of every use of a parameter, in order; or why there is none."""
+
+    tracked: Tracked
+    layouts: tuple[Layout, ...] = ()
+    reason: str = ""
+    mixes: bool = False  # examples influence one another: batch normalisation, a loss over pairs
+
+    def apply(self, look: Look) -> None:
+        """Give the sites of a pass their layouts.
+
+        Raises:
+            CannotFactor: the pass is not the one that was rehearsed.
+        """
+        look.check()
+        if len(look.sites) != len(self.layouts):
+            raise CannotFactor("the forward pass uses other parameters than when it was rehearsed")
+        for site, layout in zip(look.sites, self.layouts, strict=True):
+            site.layout = layout
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+
+
+def plan_for(f: Oracle, batch: Batch) -> Plan:
+    """The plan of this model, data shape and choice of perturbed parameters, rehearsed at first sight."""
+    plans = _plans.setdefault(batch.model, {})
+    key = _key(f, batch)
+    if key not in plans:
+        plans[key] = _rehearsed(f, batch)
+        if plans[key].reason:
+            log.info("micro-batches run one after the other: %s", plans[key].reason)
+    return plans[key]
+
+
+def forget(f: Oracle, batch: Batch, reason: str) -> None:
+    """Remember that this model does not factor after all."""
+    log.info("micro-batches run one after the other: %s", reason)
+    plans = _plans.setdefault(batch.model, {})
+    plans[_key(f, batch)] = Plan(tracked_of(f, batch), reason=reason)
+
+
+def _key(f: Oracle, batch: Batch) -> Any:
+    shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
+    perturbed = tuple(bool(r) and p.requires_grad for p, r in zip(f.point.parameters, f.rho.values, strict=True))
+    modes = tuple(module.training for module in batch.model.modules())
+    autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
+    return shapes, tuple(map(id, f.point.parameters)), perturbed, modes, autocast, id(getattr(batch.loss, "__code__", None))
+
+
+def tracked_of(f: Oracle, batch: Batch) -> Tracked:
+    """The perturbed parameters of the model."""
+    names = {id(p): name for name, p in batch.model.named_parameters()}
+    index = {
+        id(p): i
+        for i, (p, rho) in enumerate(zip(f.point.parameters, f.rho.values, strict=True))
+        if rho and p.requires_grad
+    }
+    return Tracked(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch))
+
+
+def _rehearsed(f: Oracle, batch: Batch) -> Plan:
+    tracked = tracked_of(f, batch)
+    for _ in range(2):
+        look = Look(tracked, OPERATIONS)
+        try:
+            g, weights = _two_backwards(f, batch, look)
+            free = _free(look, tracked.n)
+            if free - tracked.free:  # positions: repeat them for every example, and look again
+                tracked = replace(tracked, free=tracked.free | free)
+                continue
+            found = [_layout(site, weights, look) for site in look.sites]
+            plan = Plan(tracked, tuple(layout for layout, _ in found))
+            mixing = [label for _, label in found if label]
+            if mixing:
+                return replace(plan, mixes=True, reason=f"examples influence one another at {mixing[-1]}")
+            plan.apply(look)
+            _compare(look, f, g)
+            return plan
+        except CannotFactor as error:
+            return Plan(tracked, reason=str(error))
+        except Exception as error:  # the model does not run under the tape: the serial loop will say what is wrong
+            return Plan(tracked, reason=f"{type(error).__name__}: {error}")
+    return Plan(tracked, reason="rows of a parameter belong to no example")
+
+
+def _two_backwards(f: Oracle, batch: Batch, look: Look) -> tuple[list[Tensor | None], Tensor]:
+    """One forward; the mean's backward, and that of a sum with random weights, which tells whose rows are whose."""
+    with f.away(), f.passing():
+        with look:
+            losses = batch.losses()
+        random = torch.Generator().manual_seed(0)
+        weights = (torch.rand(len(batch), generator=random) + 0.1).to(losses)
+        losses.mean().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        g = [None if p.grad is None else p.grad.detach().clone() for p in f.point.parameters]
+        (losses @ weights / len(batch)).backward()
+    return g, weights
+
+
+def _free(look: Look, n: int) -> set[int]:
+    return {i for i, site in enumerate(look.sites) if not layouts(n, site.leading)}
+
+
+def _layout(site: Site, weights: Tensor, look: Look) -> tuple[Layout, str]:
+    """The layout in which the second backward is the first times each example's weight; and who mixes, if none is."""
+    if len(site.deltas) != 2:
+        raise CannotFactor(f"{look.label(site)} has no gradient in this pass")
+    first, second = (wide(d.reshape(-1, *d.shape[len(site.leading) :])).flatten(1) for d in site.deltas)
+    best: tuple[float, Layout] | None = None
+    for layout in layouts(len(weights), site.leading):
+        w = wide(weights)[layout.example_of_row(len(first), first.device), None]
+        error = float((second - w * first).norm() / second.norm().clamp_min(1e-30))
+        if best is None or error < best[0]:
+            best = error, layout
+    assert best is not None
+    tolerance = 1e-3 if wide(site.deltas[0]) is site.deltas[0] else 3e-2
+    return best[1], "" if best[0] < tolerance else look.label(site)
+
+
+def _compare(look: Look, f: Oracle, g: list[Tensor | None]) -> None:
+    """The factors' gradients add up to autograd's, for every parameter."""
+    parts = Parts(look.tracked.n, look.tracked.n)
+    matrices, small = gradients(look, parts, whole=True)
+    total = sum(float(wide(t).norm()) ** 2 for t in g if t is not None) ** 0.5
+    low = any(wide(site.deltas[0]) is not site.deltas[0] for site in look.sites)
+    for i, name in look.tracked.names.items():
+        if i in matrices:
+            ours = matrices[i].full()[0][0]
+        elif i in small:
+            ours = small[i][0]
+        else:
+            ours = None
+        if (ours is None) != (g[i] is None):
+            raise CannotFactor(f"{name} takes part in a way that was not seen")
+        expected = g[i]
+        if ours is None or expected is None:
+            continue
+        error = float((wide(ours).reshape(expected.shape) - wide(expected)).norm())
+        if not error <= (5e-2 if low else 1e-3) * (float(wide(expected).norm()) + 1e-3 * total):
+            raise CannotFactor(f"the factors of {name} do not add up to its gradient")
+
+
+def gradients(
+    look: Look, parts: Parts, whole: bool | None = None
+) -> tuple[Mapping[int, Gradient], Mapping[int, Tensor]]:
+    """Every micro-batch's gradient of every perturbed parameter: matrices as factors, the rest ``(k, *shape)``.
+
+    The losses' mean over the batch was differentiated: these are its parts, ``n / m`` times too small as means over
+    ``m``.
+    """
+    terms: dict[int, list[Term]] = {}
+    by_example: dict[int, list[Tensor]] = {}
+    for site in look.sites:
+        site.operation.collect(site, terms, by_example)
+    small = {i: parts.sums(sum(ts[1:], ts[0])) for i, ts in by_example.items() if i not in terms}
+    matrices = {}
+    for i, ts in terms.items():
+        ts = [settle(t, parts) if isinstance(t, Convolved) and whole is None else t for t in ts]
+        for extra in by_example.get(i, ()):
+            raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly ({tuple(extra.shape)})")
+        matrices[i] = Gradient(ts, parts, _whole(ts, parts) if whole is None else whole)
+    return matrices, small
+
+
+def _whole(terms: Iterable[Term], parts: Parts) -> bool:
+    """Hold ``G_k`` where a convolution needs it or it is cheaper; never only for lookups."""
+    terms = list(terms)
+    if any(isinstance(t, Convolved) for t in terms):
+        return True
+    dense = [t for t in terms if not isinstance(t, Lookup)]
+    rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
+    return bool(dense) and cheaper_whole(rows, dense[0].left.shape[-1], dense[0].right.shape[-1])
+
+

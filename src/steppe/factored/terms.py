@@ -1,0 +1,160 @@
+"""A micro-batch's gradient of one parameter, held as factors.
+
+The gradient of a matrix of shape ``(rows, columns)`` for micro-batch ``k`` is ``G_k = sum_r left_r right_r^T`` over the
+rows ``r`` of its examples: for ``y = W a``, ``left`` is the gradient of the output and ``right`` the input. A
+:class:`Lookup` has one-hot ``left``, given by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steppe.factored.parts import Parts
+from steppe.vector import wide
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``."""
+
+    left: Tensor
+    right: Tensor
+
+    def full(self, parts: Parts) -> list[Tensor]:
+        """``G_k`` by chunk: ``(parts, rows, columns)``."""
+        pairs = zip(parts.chunks(self.left), parts.chunks(self.right), strict=True)
+        return [left.mT @ right for left, right in pairs]
+
+    def times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``x G_k^T`` by chunk, for ``x`` of ``(parts, rows of x, columns)``."""
+        return [(x_k @ right.mT) @ left for x_k, left, right in self._with(x, parts)]
+
+    def transposed_times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``x G_k`` by chunk, for ``x`` of ``(parts, rows of x, rows)``."""
+        return [(x_k @ left.mT) @ right for x_k, left, right in self._with(x, parts)]
+
+    def rows(self, index: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``G_k[index]`` by chunk, for indices of ``(parts, rows of x)``."""
+        return [_columns(left, i).mT @ right for i, left, right in self._with(index, parts)]
+
+    def _with(self, x: Sequence[Tensor], parts: Parts) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(zip(x, parts.chunks(self.left), parts.chunks(self.right), strict=True))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """``G_k[index_r] += right_r``; ``index``: ``(n, q)``, ``right``: ``(n, q, columns)``, ``height`` rows."""
+
+    index: Tensor
+    right: Tensor
+    height: int
+
+    def full(self, parts: Parts) -> list[Tensor]:
+        """``G_k`` by chunk: ``(parts, height, columns)``."""
+        made = []
+        for index, right in zip(parts.chunks(self.index), parts.chunks(self.right), strict=True):
+            zero = right.new_zeros(len(right), self.height, right.shape[-1])
+            made.append(zero.scatter_add(1, index[..., None].expand_as(right), right))
+        return made
+
+    def times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``x G_k^T`` by chunk: ``(parts, rows of x, height)``."""
+        made = []
+        for x_k, index, right in zip(x, parts.chunks(self.index), parts.chunks(self.right), strict=True):
+            products = x_k @ right.mT
+            zero = products.new_zeros(*products.shape[:2], self.height)
+            made.append(zero.scatter_add(2, index[:, None].expand_as(products), products))
+        return made
+
+    def transposed_times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``x G_k`` by chunk."""
+        pairs = zip(x, parts.chunks(self.index), parts.chunks(self.right), strict=True)
+        return [_columns(x_k, index) @ right for x_k, index, right in pairs]
+
+    def rows(self, index: Sequence[Tensor], parts: Parts) -> list[Tensor]:
+        """``G_k[index]`` by chunk."""
+        mine = zip(index, parts.chunks(self.index), parts.chunks(self.right), strict=True)
+        return [(i[:, :, None] == j[:, None, :]).to(right.dtype) @ right for i, j, right in mine]
+
+
+Term = Dense | Lookup
+
+
+def gram(a: Term, b: Term, parts: Parts) -> Tensor:
+    """``<G_k of a, G_k of b>`` for every part, shape ``(k,)``, without either."""
+    left = _left_products(a, b, parts)
+    right = [x @ y.mT for x, y in zip(parts.chunks(a.right), parts.chunks(b.right), strict=True)]
+    return torch.cat([wide(l * r).sum((1, 2)) for l, r in zip(left, right, strict=True)])  # noqa: E741
+
+
+def _left_products(a: Term, b: Term, parts: Parts) -> list[Tensor]:
+    match a, b:
+        case Dense(), Dense():
+            return [x @ y.mT for x, y in zip(parts.chunks(a.left), parts.chunks(b.left), strict=True)]
+        case Dense(), Lookup():
+            return [_columns(x, j) for x, j in zip(parts.chunks(a.left), parts.chunks(b.index), strict=True)]
+        case Lookup(), Dense():
+            return [p.mT for p in _left_products(b, a, parts)]
+        case Lookup(), Lookup():
+            pairs = zip(parts.chunks(a.index), parts.chunks(b.index), strict=True)
+            return [(i[:, :, None] == j[:, None, :]).to(a.right.dtype) for i, j in pairs]
+    raise TypeError((a, b))
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """``x[..., index]`` for every part: ``(parts, rows of x, rows)``."""
+    return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
+
+
+@dataclass
+class Gradient:
+    """Every micro-batch's gradient of one matrix: a sum of terms, one a use of the parameter.
+
+    ``whole`` says whether the gradients are held whole or stay factors: a cost rule, from shapes alone.
+    """
+
+    terms: list[Term]
+    parts: Parts
+    whole: bool
+    _full: list[Tensor] | None = None
+
+    def squares(self) -> Tensor:
+        """``norm(G_k)^2``, shape ``(k,)``, in at least float32."""
+        if self.whole:
+            return torch.cat([_squares(g) for g in self.full()])
+        total: Tensor = sum(  # type: ignore[assignment]
+            gram(a, b, self.parts) * (1 if i == j else 2)
+            for i, a in enumerate(self.terms)
+            for j, b in enumerate(self.terms[: i + 1])
+        )
+        return total
+
+    def full(self) -> list[Tensor]:
+        """``G_k`` by chunk, made once."""
+        if self._full is None:
+            sums = [term.full(self.parts) for term in self.terms]
+            self._full = [sum(chunk[1:], chunk[0]) for chunk in zip(*sums, strict=True)]
+        return self._full
+
+    def apply(self, how: Callable[[Term], list[Tensor]]) -> list[Tensor]:
+        """``how`` of every term, summed, by chunk."""
+        made = [how(term) for term in self.terms]
+        return [sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)]
+
+
+def _squares(g: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide(g[:0]).dtype).square()
+
+
+def cheaper_whole(rows: int, height: int, width: int) -> bool:
+    """Whether to hold ``G_k`` (``height x width``) rather than its factors (``rows`` of each in a part).
+
+    Per part, factors cost a Gram matrix, the perturbed product and its backward, ``3 rows^2 (height + width)``
+    multiplications; holding costs ``rows height width`` to make and some passes over ``height width`` numbers in
+    memory, each worth about 50 multiplications.
+    """
+    return 3 * rows * rows * (height + width) > (rows + 50) * height * width
