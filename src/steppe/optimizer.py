@@ -139,7 +139,18 @@ class SharpnessAware(torch.optim.Optimizer):
             group["rho"] = self._scheduled(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "rule", "full", "telemetry", "_rho", "_own_rho", "_check_finite", "_keep_g", "_parallel", "_warned")
+        kept = (
+            "base",
+            "rule",
+            "full",
+            "telemetry",
+            "_rho",
+            "_own_rho",
+            "_check_finite",
+            "_keep_g",
+            "_parallel",
+            "_warned",
+        )
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -198,7 +209,15 @@ class SharpnessAware(torch.optim.Optimizer):
         def recall(name: str) -> Sequence[Tensor | None]:
             return [self.state[p].get(MEMORY + name) if p in self.state else None for p in point.parameters]
 
-        return Oracle(closure, point, step=self._steps, recall=recall, full=self.full, keep_g=self._keep_g, parallel=self._parallel)
+        return Oracle(
+            closure,
+            point,
+            step=self._steps,
+            recall=recall,
+            full=self.full,
+            keep_g=self._keep_g,
+            parallel=self._parallel,
+        )
 
     def _scheduled(self, group: dict[str, Any]) -> float:
         return float(as_schedule(self._rho)(self._steps, group))

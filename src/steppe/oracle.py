@@ -206,7 +206,15 @@ class Oracle:
         """Micro-batches of ``m`` examples, each with its share of the batch. What they see and remember is averaged."""
         batch = self.batch("micro-batches, m=")
         for closure in batch.split(m):
-            f = Oracle(closure, self.point, step=self.step, recall=self._recall, full=self.full, keep_g=self.keep_g, parallel=self.parallel)
+            f = Oracle(
+                closure,
+                self.point,
+                step=self.step,
+                recall=self._recall,
+                full=self.full,
+                keep_g=self.keep_g,
+                parallel=self.parallel,
+            )
             f._whole = self
             share = len(closure) / len(batch)
             yield share, f

@@ -73,5 +73,7 @@ class Attention:
             masks.append(m.unflatten(0, (n, heads)) if m.dim() == 3 else m)
         if a["key_padding_mask"] is not None:
             masks.append(a["key_padding_mask"][:, None, None])
-        added = [torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks]
+        added = [
+            torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks
+        ]
         return sum(added[1:], added[0]) if added else None

@@ -162,9 +162,8 @@ class Conv:
             return self.by_patches(see, site, x, W, spec)
         x_e = site.by_example(x)
         made = []
-        for x_k, s, g in zip(see.parts.chunks(x_e), see.parts.split(scale), gradient.full(), strict=True):
-            P = W.detach() + s.reshape(-1, *[1] * W.dim()) * g.reshape(-1, *W.shape)
-            y = PartwiseConv.apply(x_k.flatten(0, 1), P.to(x.dtype), W, spec)
+        for x_k, P in zip(see.parts.chunks(x_e), gradient.perturbed(W, scale, x.dtype), strict=True):
+            y = PartwiseConv.apply(x_k.flatten(0, 1), P.reshape(-1, *W.shape), W, spec)
             made.append(y.reshape(len(x_k), -1, *y.shape[1:]))
         return site.by_row(see.parts.join(made, x_e.shape[1]), (len(x),))
 

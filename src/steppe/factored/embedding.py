@@ -62,9 +62,11 @@ class Embedding:
         index_e = site.by_example(index)
         chunks = see.parts.chunks(index_e)
         if gradient.whole:
-            extra = [g.gather(1, i[..., None].expand(-1, -1, g.shape[2])) for g, i in zip(gradient.full(), chunks, strict=True)]
+            P = gradient.perturbed(W, scale, W.dtype)
+            looked = [p.gather(1, i[..., None].expand(-1, -1, W.shape[1])) for p, i in zip(P, chunks, strict=True)]
+            rows = site.by_row(see.parts.join(looked, index_e.shape[1]), index.shape) - F.embedding(index, W.detach())
         else:
             extra = gradient.apply(lambda t: t.rows(chunks, see.parts))
-        extra = [s * e for s, e in zip(see.parts.split(scale[:, None, None]), extra, strict=True)]
-        rows = site.by_row(see.parts.join(extra, index_e.shape[1]), index.shape)
+            extra = [s * e for s, e in zip(see.parts.split(scale[:, None, None]), extra, strict=True)]
+            rows = site.by_row(see.parts.join(extra, index_e.shape[1]), index.shape)
         return F.embedding(index, W, padding) + rows.to(W.dtype)

@@ -86,12 +86,9 @@ class Linear:
         chunks = see.parts.chunks(x_e)
         scales = see.parts.split(scale[:, None, None])
         if gradient.whole:
-            V = W.mT if self.transposed else W
-            G = [g.mT if self.transposed else g for g in gradient.full()]
-            made = [
-                PartwiseLinear.apply(x_k, (V.detach() + s * g).to(x_k.dtype), V)
-                for x_k, s, g in zip(chunks, scales, G, strict=True)
-            ]
+            P = gradient.perturbed(W, scale, x_e.dtype)
+            turn = (lambda t: t.mT) if self.transposed else (lambda t: t)
+            made = [PartwiseLinear.apply(x_k, turn(P_k), turn(W)) for x_k, P_k in zip(chunks, P, strict=True)]
             return site.by_row(see.parts.join(made, x_e.shape[1]), x.shape[:-1])  # type: ignore[arg-type]
         extra = gradient.apply(
             lambda t: t.transposed_times(chunks, see.parts) if self.transposed else t.times(chunks, see.parts)
@@ -99,5 +96,3 @@ class Linear:
         extra = [(s * e).to(e.dtype) for s, e in zip(scales, extra, strict=True)]
         plain = x.to(low(x)) @ W.to(low(x)) if self.transposed else F.linear(x, W)
         return plain + site.by_row(see.parts.join(extra, x_e.shape[1]), x.shape[:-1])
-
-

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steppe.factored.tape import Look, Matrices, See, Site, Small
+
+
+def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    """``x w + b``."""
+    if w is None:
+        return x if b is None else x + b
+    return x * w if b is None else torch.addcmul(b.to(x.dtype), x, w.to(x.dtype))
 
 
 class Norm:
@@ -39,8 +47,7 @@ class Norm:
             return NotImplemented
         x = func(*rest, **options)
         leading = x.shape[:1] if self.channels_first else x.shape[: x.dim() - (w if w is not None else b).dim()]
-        y = x if w is None else x * self.shaped(w, x)
-        y = y if b is None else y + self.shaped(b, x)
+        y = affine(x, None if w is None else self.shaped(w, x), None if b is None else self.shaped(b, x))
         site = Site(self, weight, bias, None if weight is None else x.detach(), tuple(leading))
         return look.record(y.to(x.dtype), site)
 
@@ -70,8 +77,8 @@ class Norm:
         site = see.next(self, weight, bias)
         x = func(*rest, **options)
         leading = x.shape[: len(site.leading)]
-        y = x if w is None else x * self.spread(see, site, w, weight, x, leading)
-        return (y if b is None else y + self.spread(see, site, b, bias, x, leading)).to(x.dtype)
+        scale = None if w is None else self.spread(see, site, w, weight, x, leading)
+        return affine(x, scale, None if b is None else self.spread(see, site, b, bias, x, leading)).to(x.dtype)
 
     def spread(self, see: See, site: Site, p: Tensor, index: int | None, x: Tensor, leading: Any) -> Tensor:
         """``p + eps_k`` of every row, with the dimensions of ``x``."""

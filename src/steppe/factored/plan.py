@@ -71,7 +71,14 @@ def _key(f: Oracle, batch: Batch) -> Any:
     perturbed = tuple(bool(r) and p.requires_grad for p, r in zip(f.point.parameters, f.rho.values, strict=True))
     modes = tuple(module.training for module in batch.model.modules())
     autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
-    return shapes, tuple(map(id, f.point.parameters)), perturbed, modes, autocast, id(getattr(batch.loss, "__code__", None))
+    return (
+        shapes,
+        tuple(map(id, f.point.parameters)),
+        perturbed,
+        modes,
+        autocast,
+        id(getattr(batch.loss, "__code__", None)),
+    )
 
 
 def tracked_of(f: Oracle, batch: Batch) -> Tracked:
@@ -196,5 +203,3 @@ def _whole(terms: Iterable[Term], parts: Parts) -> bool:
     dense = [t for t in terms if not isinstance(t, Lookup)]
     rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
     return bool(dense) and cheaper_whole(rows, dense[0].left.shape[-1], dense[0].right.shape[-1])
-
-

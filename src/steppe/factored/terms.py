@@ -121,6 +121,7 @@ class Gradient:
     parts: Parts
     whole: bool
     _full: list[Tensor] | None = None
+    _weights: list[Tensor] | None = None
 
     def squares(self) -> Tensor:
         """``norm(G_k)^2``, shape ``(k,)``, in at least float32."""
@@ -140,10 +141,24 @@ class Gradient:
             self._full = [sum(chunk[1:], chunk[0]) for chunk in zip(*sums, strict=True)]
         return self._full
 
+    def perturbed(self, W: Tensor, scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """``W + scale_k G_k`` by chunk, made once, in the memory of ``G_k``."""
+        if self._weights is None:
+            with torch.no_grad():
+                pairs = zip(self.full(), self.parts.split(scale.to(W.dtype)), strict=True)
+                self._weights = [_plus(W, g, s[:, None, None]).to(dtype) for g, s in pairs]
+            self._full = None
+        return self._weights
+
     def apply(self, how: Callable[[Term], list[Tensor]]) -> list[Tensor]:
         """``how`` of every term, summed, by chunk."""
         made = [how(term) for term in self.terms]
         return [sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)]
+
+
+def _plus(W: Tensor, G: Tensor, s: Tensor) -> Tensor:
+    W = W.detach().reshape(G.shape[1:])
+    return torch.addcmul(W, G, s, out=G) if G.dtype == W.dtype else W + s * G
 
 
 def _squares(g: Tensor) -> Tensor:

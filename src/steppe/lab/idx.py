@@ -1,0 +1,46 @@
+"""Read the idx files of MNIST and its relatives, gzipped or not, with an error that says what is wrong."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import torch
+
+from steppe.lab.settings import LabError
+
+_UBYTE = 0x08
+
+
+def find(folder: Path, stem: str) -> Path:
+    """Return the file `stem` or `stem.gz` in `folder`."""
+    for name in (stem, f"{stem}.gz"):
+        if (folder / name).is_file():
+            return folder / name
+    raise LabError(f"no {stem} or {stem}.gz in {folder}")
+
+
+def read(path: Path, dims: int) -> torch.Tensor:
+    """Return an idx file of unsigned bytes with `dims` dimensions: magic 0 0 type dims, sizes, then the bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise LabError(f"{path}: cannot read it: {error}") from error
+    magic, expected = raw[:4], bytes((0, 0, _UBYTE, dims))
+    if magic != expected:
+        raise LabError(f"{path}: magic number {magic.hex() or 'missing'} where {expected.hex()} belongs")
+    head = 4 + 4 * dims
+    sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, head, 4)]
+    if len(raw) - head != math.prod(sizes):
+        shape = " x ".join(map(str, sizes))
+        raise LabError(f"{path}: the header announces {shape} bytes, the file holds {max(0, len(raw) - head)}")
+    return torch.frombuffer(bytearray(raw[head:]), dtype=torch.uint8).reshape(sizes)
+
+
+def read_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images and labels called `prefix` (train, t10k) in `folder`."""
+    images = read(find(folder, f"{prefix}-images-idx3-ubyte"), dims=3)
+    labels = read(find(folder, f"{prefix}-labels-idx1-ubyte"), dims=1)
+    if len(images) != len(labels):
+        raise LabError(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels")
+    return images, labels

@@ -1,0 +1,76 @@
+"""One self-contained HTML page, a pure function of a directory's records."""
+
+import math
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from steppe.lab import directory, record, spec, summary
+from steppe.lab.report.figures import figures
+from steppe.lab.summary import Summary
+
+
+def write(folder: Path, baseline: str | None = None) -> Summary:
+    """Rebuild `report.html` and `summary.md` from the records in `folder`, and return what they say."""
+    plan = directory.read_plan(folder)
+    if baseline is not None:
+        plan = replace(plan, baseline=spec.parse(baseline))
+    found = summary.summarise(plan, *directory.finished(folder, plan))
+    record.write_text(folder / "summary.md", summary.markdown(found))
+    record.write_text(folder / "report.html", render(found))
+    return found
+
+
+def render(found: Summary) -> str:
+    """Return the report as HTML."""
+    headers, cells = summary.table(found)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.from_string(_text("template.html")).render(
+        title=summary.title(found),
+        lead=lead(found),
+        headers=headers,
+        rows=list(zip(found.rows, cells, strict=True)),
+        caption=summary.caption(found),
+        notes=summary.notes(found),
+        figures=figures(found),
+        environment=environment(found),
+        settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},
+        style=_text("style.css"),
+        script=_text("figures.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _text(name: str) -> str:
+    return (files("steppe.lab.report") / name).read_text(encoding="utf-8")
+
+
+def lead(found: Summary) -> str:
+    """Say the result in a sentence or two."""
+    if not found.rows:
+        return "No run is finished yet."
+    best = min(found.rows, key=lambda row: row.mean)
+    words = f"Lowest mean test error: {best.method} with {best.mean:.1f} %, n = {best.n}."
+    tested = [row for row in found.rows if not math.isnan(row.p)]
+    clear = [row.paired.difference for row in tested if row.paired is not None and row.p < 0.05]
+    better, worse = sum(change < 0 for change in clear), sum(change > 0 for change in clear)
+    if not tested:
+        return words
+    return (
+        f"{words} Against {found.plan.reference}, {better} of {len(tested)} methods are better and {worse} worse "
+        "at p < 0.05 after correction."
+    )
+
+
+def environment(found: Summary) -> dict[str, str]:
+    """Return what the runs were made with; where runs differ, every value."""
+    records = list(found.records.values())
+    if not records:
+        return {}
+    values = {key: sorted({r.environment.get(key, "unknown") for r in records}) for key in records[0].environment}
+    dates = values.pop("date", ["unknown"])
+    told = {"finished": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"}
+    return told | {key: ", ".join(value) for key, value in values.items()}

@@ -1,0 +1,143 @@
+"""The one-line grammar of methods: `SAM(rho=0.2, m=16)`, `SGD(epochs=2x)`.
+
+    spec  = NAME [ "(" key "=" value { "," key "=" value } ")" ]
+    key   = a hyper-parameter of the class `steppe.NAME`, or epochs
+    value = a Python literal; epochs also takes a multiple of the common number, as in 2x
+
+`SGD` is the base optimizer alone. Values are read by `ast.literal_eval`; nothing is evaluated.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import steppe
+from steppe.lab.settings import LabError, Settings
+
+_PLAIN = "SGD"
+_MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
+_SUPPLIED = ("base", "full")  # constructor parameters that come from the run, not from the spec
+
+
+@dataclass(frozen=True)
+class Method:
+    """A parsed spec; its text is canonical (options in the class's order), so equal methods have equal text."""
+
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+    epochs: int | str | None = None
+
+    def __str__(self) -> str:
+        pairs = [f"{key}={value!r}" for key, value in self.options]
+        pairs += [] if self.epochs is None else [f"epochs={self.epochs}"]
+        return f"{self.name}({', '.join(pairs)})" if pairs else self.name
+
+    @property
+    def slug(self) -> str:
+        """Return a file name's worth of the spec."""
+        text = re.sub(r"(?<=\w)=(?=[\w.])", "", str(self).lower())
+        return re.sub(r"[^a-z0-9.]+", "-", text.replace("-", "neg")).strip("-")
+
+    def epochs_of(self, common: int) -> int:
+        """Return the epochs this method trains for, where the comparison's common number is `common`."""
+        if isinstance(self.epochs, str):
+            return max(1, round(float(self.epochs[:-1]) * common))
+        return common if self.epochs is None else self.epochs
+
+
+def choices() -> dict[str, type[torch.optim.Optimizer]]:
+    """Return every method by name: the base alone, then the methods of steppe."""
+    return {_PLAIN: torch.optim.SGD, **{method.__name__: method for method in steppe.METHODS}}
+
+
+def options_of(name: str) -> list[str]:
+    """Return the keys a method's spec may set."""
+    if name == _PLAIN:
+        return ["epochs"]
+    parameters = inspect.signature(choices()[name]).parameters.values()
+    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    return [key for key in named if key not in _SUPPLIED] + ["epochs"]
+
+
+def parse(text: str) -> Method:
+    """Read one spec; a `LabError` lists the choices where it names an unknown one."""
+    name, given = _split(text)
+    if name not in choices():
+        raise LabError(f"unknown method {name!r} in {text!r}; choose from {', '.join(choices())}")
+    allowed = options_of(name)
+    for key in given:
+        if key not in allowed:
+            raise LabError(f"{name} has no option {key!r} (in {text!r}); choose from {', '.join(allowed)}")
+    epochs = _epochs(given.pop("epochs", None), text)
+    return Method(name, tuple((key, given[key]) for key in allowed if key in given), epochs)
+
+
+def _split(text: str) -> tuple[str, dict[str, object]]:
+    quoted = re.sub(rf"(?<==)\s*({_MULTIPLE.pattern})(?=\s*[,)])", r"'\1'", text.strip())
+    try:
+        node = ast.parse(quoted, mode="eval").body
+    except (SyntaxError, ValueError):
+        raise _malformed(text) from None
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
+        raise _malformed(text)
+    given = {str(word.arg): _literal(word, text) for word in node.keywords}
+    if len(given) < len(node.keywords):
+        raise LabError(f"an option is given twice in {text!r}")
+    return node.func.id, given
+
+
+def _literal(word: ast.keyword, text: str) -> object:
+    if word.arg is None:
+        raise _malformed(text)
+    try:
+        value = ast.literal_eval(word.value)
+    except ValueError:
+        value = ...
+    if not isinstance(value, int | float | str | None):
+        raise LabError(f"{word.arg} in {text!r} must be a plain value such as 0.2, 16, None or 'text'")
+    return value
+
+
+def _malformed(text: str) -> LabError:
+    return LabError(f"cannot read method {text!r}; write it as NAME or NAME(key=value, ...), e.g. SAM(rho=0.2, m=16)")
+
+
+def _epochs(value: object, text: str) -> int | str | None:
+    if value is None:
+        return None
+    multiple = isinstance(value, str) and _MULTIPLE.fullmatch(value) and float(value[:-1]) > 0
+    if multiple or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value  # type: ignore[return-value]
+    raise LabError(f"epochs in {text!r} must be a positive number or a multiple such as 2x, not {value!r}")
+
+
+def parse_all(texts: list[str], settings: Settings) -> list[Method]:
+    """Read specs and construct each method once on a toy model, so that bad values are refused before anything runs."""
+    methods = list(dict.fromkeys(parse(text) for text in texts))
+    for method in methods:
+        try:
+            build(method, nn.Linear(2, 2), settings, full=lambda: torch.zeros(()))
+        except (TypeError, ValueError) as error:
+            raise LabError(f"{method}: {error}") from error
+    return methods
+
+
+def build(
+    method: Method, model: nn.Module, settings: Settings, full: Callable[[], torch.Tensor]
+) -> torch.optim.Optimizer:
+    """Construct the method around its own SGD; `full` is the closure over all training data that NSAM looks with."""
+    base = torch.optim.SGD(
+        model.named_parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    if method.name == _PLAIN:
+        return base
+    make: Callable[..., torch.optim.Optimizer] = choices()[method.name]
+    supplied = {"full": full} if "full" in inspect.signature(make).parameters else {}
+    return make(base, **dict(method.options), **supplied)

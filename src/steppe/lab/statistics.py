@@ -1,0 +1,57 @@
+"""Paired comparisons over seeds, and the price of making several of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean of paired differences with its confidence interval and the paired t-test's two-sided p-value."""
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean."""
+    return math.fsum(values) / len(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the standard deviation of a sample (n - 1), NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    centre = mean(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Compare two samples whose i-th entries belong together; without spread there is no test, and p is NaN."""
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    n, difference, sd = len(differences), mean(differences), spread(differences)
+    if n < 2:
+        return Paired(n, difference, math.nan, math.nan, math.nan)
+    if sd == 0:
+        return Paired(n, difference, difference, difference, math.nan)
+    from scipy.stats import t
+
+    error = sd / math.sqrt(n)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    p = 2 * float(t.sf(abs(difference) / error, n - 1))
+    return Paired(n, difference, difference - half, difference + half, p)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return Holm's step-down adjustment; a NaN stays NaN and does not count as a comparison."""
+    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    adjusted, running = list(ps), 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * ps[i]))
+        adjusted[i] = running
+    return adjusted

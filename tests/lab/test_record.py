@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from steppe.lab import directory, record, spec
+from steppe.lab.directory import Plan, open_for, path_of
+from steppe.lab.settings import LabError
+from steppe.lab.train import train
+
+from .helpers import TINY, run, trained
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return train(run("SAM(rho=0.1)"))
+
+
+def test_round_trip(tmp_path, finished):
+    path = tmp_path / "runs" / "a.json"
+    record.save(path, finished)
+    assert record.read(path) == finished
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    record.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        record.write_json(path, {"x": float("nan")})
+    assert record.read_json(path) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def damaged(**changes):
+    return lambda data: json.dumps(data | changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: json.dumps(data)[:-1],
+        lambda data: json.dumps(data)[: len(json.dumps(data)) // 2],
+        lambda data: "",
+        lambda data: "[]",
+        lambda data: "\0" * 400,
+        lambda data: json.dumps({key: data[key] for key in data if key != "test_error"}),
+        damaged(format=99),
+        damaged(extra=1),
+        damaged(test_error=None),
+        damaged(test_error="0.1"),
+        damaged(steps=0),
+        damaged(curves={}),
+        damaged(curves=3),
+        damaged(method=7),
+    ],
+)
+def test_a_damaged_file_is_no_finished_run(tmp_path, finished, damage):
+    plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 1))
+    path = path_of(tmp_path, plan.runs()[0])
+    record.save(path, finished)
+    assert len(directory.finished(tmp_path, plan)[0]) == 1
+    path.write_text(damage(json.loads(path.read_text())))
+    records, problems = directory.finished(tmp_path, plan)
+    assert records == {}
+    assert problems[0].startswith("sam-rho0.1-s0.json is ignored")
+
+
+def test_another_runs_record_is_not_taken(tmp_path, finished):
+    plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 2))
+    record.save(path_of(tmp_path, plan.runs()[1]), finished)  # seed 0 in the file of seed 1
+    assert directory.finished(tmp_path, plan)[0] == {}
+
+
+def test_leftover_temporary_files_are_cleaned(tmp_path):
+    plan = trained(tmp_path, "SGD", seeds=1)
+    for leftover in (tmp_path / "runs" / ".sgd-s0.json.123.tmp", tmp_path / ".config.json.9.tmp"):
+        leftover.write_text('{"half')
+    open_for(tmp_path, plan)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(directory.finished(tmp_path, plan)[0]) == 1
+
+
+def plan_of(*methods, seeds=1, settings=TINY, baseline=None):
+    return Plan(settings, tuple(map(spec.parse, methods)), seeds, baseline and spec.parse(baseline))
+
+
+def test_methods_and_seeds_may_be_added(tmp_path):
+    open_for(tmp_path, plan_of("SGD", "SAM", seeds=3, baseline="SAM"))
+    whole = open_for(tmp_path, plan_of("ASAM", "SGD", seeds=2))
+    assert whole == directory.read_plan(tmp_path) == plan_of("SGD", "SAM", "ASAM", seeds=3, baseline="SAM")
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    open_for(tmp_path, plan_of("SGD"))
+    other = plan_of("SGD", settings=replace(TINY, epochs=5, lr=0.1))
+    with pytest.raises(LabError, match=r"other settings: epochs was 3, now 5; lr was 0\.05, now 0\.1"):
+        open_for(tmp_path, other)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(LabError, match="holds no comparison"):
+        open_for(tmp_path, plan_of("SGD"))
+    with pytest.raises(LabError, match="holds no comparison"):
+        directory.read_plan(tmp_path)
+
+
+def test_a_damaged_config_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": 1, "settings": {}')
+    with pytest.raises(LabError, match=r"config\.json is damaged"):
+        directory.read_plan(tmp_path)
+
+
+def test_the_baseline_must_be_a_method(tmp_path):
+    with pytest.raises(LabError, match="baseline USAM is none of the methods: SGD, SAM"):
+        open_for(tmp_path, plan_of("SGD", "SAM", baseline="USAM"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,71 @@
+import pytest
+from torch import nn
+
+import steppe
+from steppe.lab import spec
+from steppe.lab.settings import LabError, Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "slug"),
+    [
+        ("SGD", "SGD", "sgd"),
+        ("SGD()", "SGD", "sgd"),
+        (" SGD( epochs = 2x ) ", "SGD(epochs=2x)", "sgd-epochs2x"),
+        ("SGD(epochs=1.5x)", "SGD(epochs=1.5x)", "sgd-epochs1.5x"),
+        ("SAM(m=16, rho=.2)", "SAM(rho=0.2, m=16)", "sam-rho0.2-m16"),
+        ("WSAM(epochs=30,gamma=0.9,rho=0.5)", "WSAM(rho=0.5, gamma=0.9, epochs=30)", "wsam-rho0.5-gamma0.9-epochs30"),
+    ],
+)
+def test_canonical_text(text, canonical, slug):
+    method = spec.parse(text)
+    assert (str(method), method.slug) == (canonical, slug)
+    assert spec.parse(str(method)) == method
+
+
+def test_epochs():
+    assert [spec.parse(t).epochs_of(150) for t in ("SGD", "SGD(epochs=2x)", "SGD(epochs=7)")] == [150, 300, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Sam", r"unknown method 'Sam'.*choose from SGD, .*SAM"),
+        ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, m, epochs"),
+        ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from epochs"),
+        ("SAM(0.2)", "cannot read method"),
+        ("SAM(**x)", "cannot read method"),
+        ("SAM(rho=", "cannot read method"),
+        ("steppe.SAM()", "cannot read method"),
+        ("SAM(rho=__import__('os').getcwd())", "rho .* must be a plain value"),
+        ("SAM(rho=[1])", "rho .* must be a plain value"),
+        ("SAM(rho=1, rho=2)", "given twice"),
+        ("SAM(epochs=0)", "epochs .* must be a positive number or a multiple"),
+        ("SAM(epochs=0x)", "epochs .* must be a positive number or a multiple"),
+        ("SAM(epochs=True)", "epochs .* must be a positive number or a multiple"),
+        ("SAM(rho=-1)", r"SAM\(rho=-1\): rho must be"),
+        ("SAM(rho='a')", "rho must be"),
+        ("SAM(m=0)", "m must be a positive integer"),
+        ("WSAM(gamma=1.0)", "gamma must be"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(text, message):
+    with pytest.raises(LabError, match=message):
+        spec.parse_all([text], Settings())
+
+
+def test_equal_methods_count_once():
+    assert len(spec.parse_all(["SAM(rho=0.2, m=8)", "SAM(m=8, rho=.2)"], Settings())) == 1
+
+
+def test_every_method_of_steppe_can_be_named():
+    assert set(spec.choices()) == {"SGD"} | {method.__name__ for method in steppe.METHODS}
+    assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
+
+
+def test_build_passes_the_options():
+    model = nn.Linear(3, 2)
+    optimizer = spec.build(spec.parse("WSAM(rho=0.3, gamma=0.8, m=4)"), model, Settings(lr=0.2), full=lambda: None)
+    expected = steppe.WSAM(optimizer.base, rho=0.3, gamma=0.8, m=4)
+    assert optimizer.rule == expected.rule
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.3, 0.2)

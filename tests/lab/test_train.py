@@ -1,0 +1,151 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steppe.lab import models, spec, tasks
+from steppe.lab.settings import LabError, Settings
+from steppe.lab.train import Run, collapsed, initial_model, orders, train
+
+from .helpers import TINY, run, write_images
+
+
+def same_learning(a, b):
+    return (a.curves, a.test_error, a.train_error, a.train_loss) == (
+        b.curves,
+        b.test_error,
+        b.train_error,
+        b.train_loss,
+    )
+
+
+@pytest.mark.parametrize("text", ["SGD", "SAM(rho=0.2, m=16)", "ESAM(rho=0.1)", "RWSAM(rho=0.1)"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(text):
+    first, again = train(run(text)), train(run(text))
+    assert same_learning(first, again)
+    assert not same_learning(first, train(run(text, seed=1)))
+
+
+def test_methods_share_split_noise_initial_weights_and_order():
+    one, other = run("SGD"), run("SAM(rho=0.2, epochs=2x)")
+    a, b = tasks.load(TINY, 0), tasks.load(TINY, 0)
+    assert torch.equal(a.inputs, b.inputs)
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a.test_inputs, b.test_inputs)
+    torch.rand(5)  # whatever was drawn before
+    for p, q in zip(initial_model(one, a).parameters(), initial_model(other, b).parameters(), strict=True):
+        assert torch.equal(p, q)
+    longer = list(orders(other, b))
+    assert len(longer) == 6
+    for mine, yours in zip(orders(one, a), longer, strict=False):
+        assert all(map(torch.equal, mine, yours))
+
+
+def test_seeds_differ():
+    assert not torch.equal(tasks.load(TINY, 0).labels, tasks.load(TINY, 1).labels)
+
+
+def test_rho_zero_is_sgd():
+    assert train(run("SAM(rho=0.0)")).test_error == train(run("SGD")).test_error
+
+
+def test_batches_are_full_and_disjoint():
+    settings = replace(TINY, train_size=200)
+    task = tasks.load(settings, 0)
+    for batches in orders(run("SGD", settings=settings), task):
+        assert [len(rows) for rows in batches] == [64, 64, 64]
+        assert len(torch.cat(batches).unique()) == 192
+
+
+def test_noise_is_symmetric_and_nested():
+    labels = torch.arange(20000) % 10
+    noisy = tasks.noisy(labels, 0.4, 10, seed=3)
+    changed = noisy != labels
+    assert changed.double().mean().item() == pytest.approx(0.36, abs=0.01)  # one redrawn label in ten is right
+    assert torch.bincount(noisy[changed], minlength=10).double().std() / changed.sum() < 0.01
+    assert torch.equal(tasks.noisy(labels, 0.0, 10, seed=3), labels)
+
+
+def test_split_has_no_overlap_and_clean_test_labels():
+    task = tasks.load(replace(TINY, noise=0.0), 0)
+    assert len(task.labels) + len(task.test_labels) == 1797
+    mean, spread = task.inputs.mean().item(), task.inputs.std().item()
+    assert (mean, spread) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-5))
+
+
+def test_passes_and_curves():
+    sgd, sam, twice = train(run("SGD")), train(run("SAM(rho=0.1)")), train(run("SGD(epochs=2x)"))
+    assert [record.passes for record in (sgd, sam, twice)] == [3, 6, 6]
+    assert [record.steps for record in (sgd, sam, twice)] == [12, 12, 24]
+    assert sgd.curves["gap"] == [None] * 3
+    assert all(gap > 0 for gap in sam.curves["gap"])
+    assert sam.curves["eps_norm"] == pytest.approx([0.1] * 3, rel=1e-4)
+    assert sam.curves["test_error"][-1] == sam.test_error
+    assert (
+        eval(sam.rule, vars(__import__("steppe")))
+        == spec.build(spec.parse("SAM(rho=0.1)"), models.mlp([2, 2]), TINY, full=lambda: None).rule
+    )
+
+
+def test_long_runs_are_evaluated_at_some_epochs_and_at_the_last():
+    record = train(run("SGD", settings=replace(TINY, epochs=101)))
+    assert record.curves["epoch"] == [*range(3, 100, 3), 101]
+
+
+def test_collapse_is_flagged():
+    assert collapsed(None, 10)
+    assert collapsed(math.log(10), 10)
+    assert not collapsed(1.9, 10)
+    assert train(run("SGD", settings=replace(TINY, lr=1e-6))).collapsed  # never left the start
+    blown_up = train(run("SGD", settings=replace(TINY, lr=1e6)))
+    assert blown_up.collapsed
+
+
+def test_progress_may_stop_a_run():
+    def stop(step, steps):
+        assert steps == 12
+        if step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(run("SAM(rho=0.1)"), stop)
+
+
+def test_every_method_trains():
+    for name in spec.choices():
+        assert train(run(f"{name}(epochs=1)")).test_error < 1
+
+
+def test_images_train_a_convolutional_net(tmp_path):
+    folder = write_images(tmp_path / "d")
+    settings = Settings("fashion-mnist", str(folder), 64, 0.0, "cnn-4", epochs=2, batch_size=32)
+    record = train(Run(spec.parse("SAM(rho=0.01)"), 0, settings))
+    assert record.classes == 10
+    assert record.curves["train_loss"][-1] < math.log(10) + 0.1
+    with pytest.raises(LabError, match="train-size 97 exceeds the 96 examples"):
+        tasks.check(replace(settings, train_size=97))
+
+
+def test_models_by_name():
+    image = torch.zeros(1, 28, 28)
+    assert models.build("cnn-8", image, 10)(image[None]).shape == (1, 10)
+    assert models.build("mlp-5-6", image, 3)(image[None]).shape == (1, 3)
+    with pytest.raises(LabError, match="unknown model"):
+        models.build("resnet", image, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be a positive integer"),
+        ({"noise": 1.5}, "noise must be a share"),
+        ({"lr": math.nan}, "lr must be a positive number"),
+        ({"weight_decay": -1.0}, "weight-decay must be"),
+        ({"batch_size": 512}, "batch size 512 exceeds the 256 training examples"),
+        ({"data_dir": "d"}, "digits come with scikit-learn"),
+    ],
+)
+def test_settings_are_checked(change, message):
+    with pytest.raises(LabError, match=message):
+        replace(TINY, **change)
