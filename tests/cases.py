@@ -112,7 +112,7 @@ def named(method: type[SharpnessAware], **hyper: object) -> Make:
 
 
 def composed(rule: Callable[..., object]) -> Make:
-    return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full)
+    return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full, parallel=False)
 
 
 METHODS = [
@@ -134,7 +134,7 @@ METHODS = [
 ]
 
 MICRO = [
-    Case("m-" + name, named(getattr(steppe, name), m=4, **hyper), looks_inside=True, **known)
+    Case("m-" + name, named(getattr(steppe, name), m=4, parallel=False, **hyper), looks_inside=True, **known)
     for name, hyper, known in [
         ("SAM", {}, {}),
         ("USAM", {}, {}),
@@ -151,6 +151,11 @@ MICRO = [
         ("FSAM", {}, {}),
         ("VaSSO", {}, {}),
     ]
+]
+
+PARALLEL = [
+    Case(f"parallel m-{name}", named(getattr(steppe, name), m=4, parallel=True), looks_inside=True)
+    for name in ("SAM", "USAM", "WSAM", "CoupledWSAM")
 ]
 
 COMBINATIONS = [
@@ -184,7 +189,7 @@ COMBINATIONS = [
     Case("micro of every", composed(Micro(5, Every(2, Rule(geometry=Euclidean())))), looks_inside=True),
 ]
 
-CASES = METHODS + MICRO + COMBINATIONS
+CASES = METHODS + MICRO + PARALLEL + COMBINATIONS
 
 BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import steppe
+import steppe.factored.plan
 from tests.cases import CASES, METHODS, mlp, optimizer, same_bits, world
 from tests.test_common import assert_equal_states
 
@@ -23,14 +24,21 @@ class Spoiled(nn.Module):
         return self.net(x) * (self.value if self.calls in self.spoil_at else 1.0)
 
 
+def oracle_of(opt, batch):
+    return opt._oracle(batch, steppe.point.Rho([0.1] * len(opt.param_groups[0]["params"])))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     w = world(torch.float32, Spoiled)
     opt = optimizer(case, w, "adam")
     for batch in w.batches(2):
         opt.step(batch)
     probe = copy.deepcopy((w, opt))
+    probe[1].step(probe[0].batch)  # may rehearse
+    probe[1].load_state_dict(copy.deepcopy(opt.state_dict()))
     probe[0].model.calls = 0
     probe[1].step(probe[0].batch)
     forwards = probe[0].model.calls
@@ -39,6 +47,10 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     for spoil_at in range(1, forwards + 1):
         w.model.calls, w.model.spoil_at, w.model.value = 0, (spoil_at,), value
         trial = copy.deepcopy((w, opt))
+        if case.name.startswith("parallel"):  # rehearse, and come back
+            trial[0].model.spoil_at = ()
+            steppe.factored.plan.plan_for(oracle_of(trial[1], trial[0].batch), trial[0].batch)
+            trial[0].model.calls, trial[0].model.spoil_at = 0, (spoil_at,)
         trial[1].step(trial[0].batch)
         if trial[1].telemetry.was_skipped:
             skipped += 1
@@ -54,14 +66,40 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     assert skipped == forwards if not extra_forwards else skipped >= 2
 
 
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
 def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4)
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4, parallel=False)
     before = w.weights()
     opt.step(w.batch)
     assert opt.telemetry.was_skipped
     assert same_bits(before, w.parameters())
+
+
+def test_skipping_warns_once() -> None:
+    w = world(torch.float32)
+    w.x[7] = torch.inf
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(w.batch)
+    opt.step(w.batch)
+    assert opt.telemetry.skipped == 2
+
+
+def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
+    """A loss that refuses such values would raise, and on an accelerator end the process."""
+    w, away = world(torch.float32), []
+    w.model.register_forward_pre_hook(lambda m, _: away.append(all(p.isfinite().all() for p in m.parameters())))
+    w.x[7] = torch.inf
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(w.batch)
+    assert away == [True]
+    e = torch.tensor([torch.nan, 1.0])
+    p = torch.ones(2)
+    steppe.vector.shift_(p, e, 1.0, finite=torch.tensor(torch.nan, device="cpu"))
+    assert not p.isfinite().all()  # a CPU has looked before
 
 
 def test_without_the_check_nothing_is_skipped() -> None:

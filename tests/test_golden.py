@@ -148,7 +148,8 @@ def test_closed_forms(name: str) -> None:
 def test_asam_and_fisher_stay_in_their_ball() -> None:
     torch.manual_seed(1)
     w, g = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
-    f = Oracle(lambda: None, Point([w], Rho([0.3])))
+    f = Oracle(lambda: None, Point([w.requires_grad_()], Rho([0.3])))
+    w = w.detach()
     d = steppe.Vector([g])
     eps = (0.3 * Adaptive(0.05, Everything())(f, d)).materialised()[0]
     assert (eps / (w.abs() + 0.05)).norm().item() == pytest.approx(0.3)

@@ -262,6 +262,10 @@ BAD = [
     ("factor", lambda w: steppe.Scaled(-1.0)),
     ("rho", lambda w: steppe.SAM(torch.optim.SGD([{"params": w.parameters(), "rho": -1.0}], lr=0.1))),
     ("maximize", lambda w: steppe.SAM(SGD(w, maximize=True))),
+    ("differentiable", lambda w: steppe.SAM(SGD(w, differentiable=True))),
+    ("parallel", lambda w: steppe.SAM(SGD(w), parallel="yes")),
+    ("rho", lambda w: steppe.SAM(SGD(w), rho=lambda step, group: -1.0)),
+    ("base", lambda w: steppe.SAM(steppe.SAM(SGD(w)).base)),
 ]
 
 
@@ -288,8 +292,13 @@ def test_bad_types() -> None:
         steppe.SAM(torch.optim.LBFGS(w.parameters()))
     with pytest.raises(TypeError, match="SAM"):
         steppe.SAM(steppe.SAM(SGD(w)))
-    with pytest.raises(TypeError, match="rho"):
-        steppe.SAM(SGD(w), rho="0.05")
+    for bad in ("0.05", None, True, torch.tensor(0.05)):
+        with pytest.raises(TypeError, match="rho"):
+            steppe.SAM(SGD(w), rho=bad)
+    with pytest.raises(TypeError, match="real"):
+        steppe.SAM(torch.optim.SGD([torch.ones(2, dtype=torch.complex64, requires_grad=True)], lr=0.1))
+    with pytest.raises(TypeError, match="SparseAdam"):
+        steppe.SAM(torch.optim.SparseAdam(w.parameters()))
     with pytest.raises(TypeError, match="full"):
         steppe.NSAM(SGD(w), full=None)
     with pytest.raises(TypeError, match="rule"):
@@ -304,8 +313,14 @@ def test_nothing_of_the_base_is_changed_by_a_refused_argument() -> None:
     w = world()
     base = SGD(w)
     before = copy.deepcopy(base.state_dict())
-    for method, bad in ((steppe.SAM, {"rho": -1.0}), (steppe.SAM, {"chek": 1}), (steppe.WSAM, {"gamma": 2.0})):
-        with pytest.raises((ValueError, TypeError)):
+    missing = {"rho": lambda step, group: group["missing"]}
+    for method, bad in (
+        (steppe.SAM, {"rho": -1.0}),
+        (steppe.SAM, missing),
+        (steppe.SAM, {"chek": 1}),
+        (steppe.WSAM, {"gamma": 2.0}),
+    ):
+        with pytest.raises((ValueError, TypeError, KeyError)):
             method(base, **bad)
     assert base.state_dict() == before
 
@@ -423,6 +438,169 @@ def test_other_optimizers_of_the_same_model_see_their_own_gradients() -> None:
     twin.batch()
     for p, b, q in zip(rest, before, twin.parameters()[2:], strict=True):
         torch.testing.assert_close(p.detach(), b - 0.1 * q.grad)
+
+
+def test_a_base_that_is_changed_behind_the_wrapper() -> None:
+    w, extra = world(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = steppe.SAM(SGD(w), rho=0.2)
+    opt.base.add_param_group({"params": [extra]})
+    opt.step(w.batch)
+    assert opt.param_groups[1]["rho"] == 0.2
+    state = opt.base.state_dict()
+    for group in state["param_groups"]:
+        del group["rho"], group["sharpness_step"]
+    opt.base.load_state_dict(state)
+    opt.step(w.batch)
+    assert opt.telemetry.rho == 0.2
+
+
+def test_the_base_may_clear_gradients_after_its_step() -> None:
+    w = world()
+    opt = steppe.VaSSO(torch.optim.Adam(w.parameters()))
+    opt.base.register_step_post_hook(lambda *_: opt.base.zero_grad())
+    opt.step(w.batch)
+    assert all("sharpness.smoothed" in opt.state[p] for p in w.parameters())
+
+
+def test_a_bucket_of_one_parameter_is_copied_too() -> None:
+    ends = []
+    for bucketed in (False, True):
+        p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        bucket = torch.zeros(3)
+
+        def closure(p=p, bucket=bucket, bucketed=bucketed):
+            (g,) = torch.autograd.grad((p**4).sum(), p)
+            bucket.copy_(g)
+            p.grad = bucket.view_as(p) if bucketed else g
+            return (p.detach() ** 4).sum()
+
+        opt = steppe.GSAM(torch.optim.SGD([p], lr=1e-3), 0.3)
+        for _ in range(3):
+            opt.step(closure)
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_loss_in_memory_that_is_used_again() -> None:
+    w, static = world(), torch.zeros((), dtype=torch.float64)
+
+    def closure():
+        w.model.zero_grad()
+        loss = w.batch.losses().mean()
+        loss.backward()
+        return static.copy_(loss.detach())
+
+    expected = w.batch.losses().mean()
+    opt = steppe.SAM(SGD(w), 0.3)
+    torch.testing.assert_close(opt.step(closure), expected.detach())
+    assert opt.telemetry.gap > 0
+
+
+def test_mixed_types_of_parameters() -> None:
+    layers = [nn.Linear(4, 4, dtype=t) for t in (torch.float32, torch.bfloat16, torch.float64, torch.float16)]
+    x = torch.randn(8, 4)
+    parameters = [p for layer in layers for p in layer.parameters()]
+    opt = steppe.GSAM(torch.optim.SGD(parameters, lr=0.1), 0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = sum(layer(x.to(layer.weight.dtype)).square().mean().double() for layer in layers)
+        loss.backward()
+        return loss
+
+    before = closure().item()
+    for _ in range(5):
+        opt.step(closure)
+    assert closure().item() < before
+
+
+def test_grad_scaler_is_refused_with_what_to_write() -> None:
+    w = world(torch.float32)
+    opt = steppe.SAM(SGD(w))
+    scaler = torch.amp.GradScaler("cpu")
+    before = w.weights()
+    scaler.scale(w.batch.losses().mean()).backward()
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        scaler.step(opt)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        scaler.step(opt, w.batch)
+    assert same_bits(before, w.parameters())
+
+
+def test_bf16_autocast_in_the_loss() -> None:
+    w = world(torch.float32)
+
+    def loss(model, data):
+        with torch.autocast("cpu", torch.bfloat16):
+            return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none").float()
+
+    for method in (steppe.SAM, steppe.WSAM, steppe.RWSAM):
+        opt = method(torch.optim.SGD(w.parameters(), lr=0.1))
+        batch = steppe.Batch(w.model, loss, (w.x, w.y))
+        first = float(opt.step(batch))
+        for _ in range(10):
+            last = float(opt.step(batch))
+        assert last < first
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
+def test_a_frozen_backbone_is_not_moved_and_not_in_the_way(case) -> None:
+    w = world(torch.float32)
+    for p in w.parameters()[:4]:
+        p.requires_grad_(False)
+    seen = []
+    w.model.register_forward_hook(lambda *_: seen.append([p.detach().clone() for p in w.parameters()[:4]]))
+    before = [p.detach().clone() for p in w.parameters()[:4]]
+    opt = optimizer(case, w)
+    for batch in w.batches(6):
+        opt.step(batch)
+        assert opt.telemetry.eps_norm is None or opt.telemetry.eps_norm > 0
+    assert all(same_bits(before, frozen) for frozen in seen)
+
+
+def test_subclasses_of_batch_and_kinds_of_data_survive_splitting() -> None:
+    from collections import UserDict
+
+    class Doubled(steppe.Batch):
+        def losses(self):
+            return 2 * super().losses()
+
+    w = world()
+    data = UserDict(x=w.x, y=w.y, mask=None)
+    loss = lambda model, d: w.criterion(model(d["x"]), d["y"])  # noqa: E731
+    batch = Doubled(w.model, loss, data)
+    parts = batch.split(4)
+    assert [type(p) for p in parts] == [Doubled] * 3
+    assert all(type(p.data) is UserDict and p.data["mask"] is None for p in parts)
+    torch.testing.assert_close(torch.cat([p.losses() for p in parts]), batch.losses())
+    assert len(data["x"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        ((torch.ones(3), torch.ones(4)), ValueError),
+        ((), ValueError),
+        (torch.tensor(1.0), ValueError),
+        (torch.ones(0, 2), ValueError),
+        ({"x": torch.ones(3), "y": "text"}, TypeError),
+    ],
+)
+def test_bad_data(data, error) -> None:
+    with pytest.raises(error, match="data"):
+        steppe.Batch(nn.Linear(1, 1), lambda m, d: d, data)
+
+
+def test_bad_batches() -> None:
+    w = world()
+    with pytest.raises(TypeError, match="model"):
+        steppe.Batch(lambda x: x, lambda m, d: d, w.x)
+    with pytest.raises(TypeError, match="loss"):
+        steppe.Batch(w.model, None, w.x)
+    with pytest.raises(ValueError, match='reduction="none"'):
+        steppe.Batch.supervised(w.model, nn.CrossEntropyLoss(), w.x, w.y)
+    with pytest.raises(ValueError, match="one loss per example"):
+        steppe.Batch(w.model, lambda m, d: m(d).sum(), w.x).losses()
 
 
 def test_world_is_what_the_tests_think() -> None:

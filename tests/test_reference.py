@@ -97,7 +97,7 @@ def test_esam(m: int | None, base: str) -> None:
     w = world()
     torch_base, flat_base = BASES[base]
     masks = Masked(0.5)
-    kept = PerStep(masks.kept(k, len(w.parameters())) for k in range(STEPS))
+    kept = PerStep(masks.kept(k, [True] * len(w.parameters())) for k in range(STEPS))
     expected = reference.trajectory(
         "ESAM", problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, beta=0.5, gamma=0.5, kept=kept
     )
@@ -120,13 +120,16 @@ def test_a_rho_for_every_group(name: str) -> None:
 
 
 def test_masks_keep_a_share_and_change_with_step_and_seed() -> None:
-    kept = [Masked(0.3).kept(k, 50) for k in range(200)]
+    all_may = [True] * 50
+    kept = [Masked(0.3).kept(k, all_may) for k in range(200)]
     share = sum(map(sum, kept)) / (200 * 50)
     assert share == pytest.approx(0.3, abs=0.02)
     assert kept[0] != kept[1]
-    assert kept[0] != Masked(0.3, seed=1).kept(0, 50)
-    assert kept[0] == Masked(0.3).kept(0, 50)
-    assert all(any(Masked(1e-9).kept(k, 3)) for k in range(20))  # never none
+    assert kept[0] != Masked(0.3, seed=1).kept(0, all_may)
+    assert kept[0] == Masked(0.3).kept(0, all_may)
+    for k in range(20):  # never none of those that may
+        assert Masked(1e-9).kept(k, [False, True, False]) == [False, True, False]
+        assert Masked(1.0).kept(k, [True, False]) == [True, False]
 
 
 def test_the_sharpest_are_those_whose_loss_rises_most() -> None:

@@ -86,7 +86,7 @@ def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
 
 def test_micro_batches_count_every_example_once() -> None:
     w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=4).step(w.batch)
+    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=4, parallel=False).step(w.batch)
     for part in w.x.split(4):
         reference.model(part)
     for name, expected in buffers(reference.model).items():
@@ -108,6 +108,7 @@ class Exploding(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
 @pytest.mark.parametrize("mode", ["inf", "raise"])
 @pytest.mark.parametrize("plain", [True, False], ids=["plain closure", "Batch"])
 def test_statistics_survive_a_bad_second_pass(mode: str, plain: bool) -> None:
@@ -131,6 +132,52 @@ def test_statistics_survive_a_bad_second_pass(mode: str, plain: bool) -> None:
         assert torch.equal(w.model.get_buffer(name), expected), name
     hooks = torch.nn.modules.module._global_forward_pre_hooks
     assert not hooks  # the hook is active only during the pass
+
+
+@pytest.mark.parametrize("how", ["compiled", "compiled function", "forward", "eager"])
+def test_statistics_of_models_that_hooks_do_not_reach(how: str) -> None:
+    normed = lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))  # noqa: E731
+    w, reference = world(torch.float32, normed), world(torch.float32, normed)
+    forward = {
+        "compiled": lambda: torch.compile(w.model, backend="eager"),
+        "compiled function": lambda: torch.compile(lambda x: w.model(x), backend="eager"),
+        "forward": lambda: w.model.forward,
+        "eager": lambda: w.model,
+    }[how]()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+
+    def closure():
+        opt.zero_grad()
+        loss = w.criterion(forward(w.x), w.y).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        reference.model.load_state_dict(w.model.state_dict())
+        reference.model(w.x)
+        opt.step(closure)
+        for name, expected in buffers(reference.model).items():
+            torch.testing.assert_close(w.model.get_buffer(name), expected)
+
+
+def test_statistics_given_for_the_call_alone() -> None:
+    """functional_call swaps buffers in: they are put back in their own place."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    own = model[1].running_mean
+    given = {name: b.clone() for name, b in model.named_buffers()}
+    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5)
+    x = torch.randn(8, 5)
+
+    def closure():
+        opt.zero_grad()
+        loss = torch.func.functional_call(model, given, x).square().mean()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert model[1].running_mean is own
+    assert own.tolist() == [0.0] * 3
+    assert given["1.num_batches_tracked"] == 1
 
 
 def test_modules_in_eval_mode_are_left_alone() -> None:
@@ -178,7 +225,7 @@ def test_every_pass_drops_the_same_units_and_the_stream_goes_on_as_after_one(cas
 
 def test_micro_batches_have_their_own_masks_and_repeat_them() -> None:
     w = world(torch.float32, Dropout)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=5).step(w.batch)
+    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=5, parallel=False).step(w.batch)
     a, a_again, b, b_again = w.model.masks
     assert torch.equal(a, a_again)
     assert torch.equal(b, b_again)

@@ -24,7 +24,7 @@ from steppe.methods import (
 from steppe.optimizer import SharpnessAware
 from steppe.oracle import Oracle
 from steppe.rule import Every, Micro, Plain, Rule
-from steppe.sample import FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
 from steppe.select import All, Sharpest
 from steppe.telemetry import Telemetry
 from steppe.update import Update
@@ -51,6 +51,7 @@ __all__ = [
     "Euclidean",
     "Every",
     "Everything",
+    "Exact",
     "FiniteDifference",
     "Fisher",
     "FisherSAM",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 Data = Any  # a nested tuple, list or dict of tensors with a common first dimension
@@ -19,10 +19,11 @@ class Batch:
     Args:
         model: the module; its buffers are protected in passes away from ``w``, its gradients zeroed before each pass.
         loss: ``(model, data) -> losses``, one loss per example, shape ``(n,)``.
-        data: a nested tuple, list or dict of tensors whose first dimension is the ``n`` examples.
+        data: a nested tuple, list or dict of tensors whose first dimension is the ``n`` examples; ``None`` may stand
+            where there is none.
 
     Raises:
-        TypeError: ``model`` is no module, or ``data`` holds something that is not a tensor.
+        TypeError: ``model`` is no module, ``loss`` no function, or ``data`` holds something that is not a tensor.
         ValueError: ``data`` is empty, or its tensors differ in their first dimension.
 
     Example:
@@ -33,6 +34,8 @@ class Batch:
     def __init__(self, model: nn.Module, loss: Loss, data: Data) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(f"loss must be a function (model, data) -> losses, got {loss!r}")
         self.model, self.loss, self.data = model, loss, data
         self._n = _count(data)
 
@@ -84,18 +87,24 @@ class Batch:
             )
         return losses
 
-    def backward(self, losses: Tensor, weights: Tensor | None = None) -> None:
-        """Backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``."""
-        (losses.mean() if weights is None else losses @ weights.to(losses)).backward()  # type: ignore[no-untyped-call]
+    def backward(self, losses: Tensor, weights: Tensor | None = None, inputs: Sequence[Tensor] | None = None) -> None:
+        """Backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``; only into ``inputs``, if given."""
+        total = losses.mean() if weights is None else (losses * weights.to(losses)).sum()
+        total.backward(inputs=inputs)
 
-    def subset(self, on: Tensor) -> Batch:
+    def subset(self, on: Tensor) -> Self:
         """The batch of the examples with the indices ``on``, shape ``(k,)``."""
-        return Batch(self.model, self.loss, _map(lambda t: t[on.to(t.device)], self.data))
+        return self._with(_map(lambda t: t[on.to(t.device)], self.data))
 
-    def split(self, m: int) -> list[Batch]:
+    def split(self, m: int) -> list[Self]:
         """Micro-batches of ``m`` examples in order; the last has what remains."""
         parts = [slice(i, i + m) for i in range(0, len(self), m)]
-        return [Batch(self.model, self.loss, _map(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
+        return [self._with(_map(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
+
+    def _with(self, data: Data) -> Self:
+        other = copy(self)
+        other.data, other._n = data, _count(data)
+        return other
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,12 @@ class _Supervised:
 def _map(f: Callable[[Tensor], Tensor], data: Data) -> Data:
     if isinstance(data, Tensor):
         return f(data)
-    if isinstance(data, Mapping):
-        return {key: _map(f, value) for key, value in data.items()}
+    if data is None:
+        return None
+    if isinstance(data, MutableMapping):  # of any kind, kept
+        mapped = copy(data)
+        mapped.update({key: _map(f, value) for key, value in data.items()})
+        return mapped
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(_map(f, value) for value in data))
     if isinstance(data, tuple | list):

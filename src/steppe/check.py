@@ -1,11 +1,13 @@
 """Arguments are checked before anything is changed; every error names the argument and what was expected."""
 
 import math
+import operator
+from numbers import Real
 
 
 def number(name: str, value: float, expected: str, *, low: float = 0.0, below: float = math.inf) -> None:
     """Raise ``ValueError`` unless ``low <= value < below``; ``TypeError`` if ``value`` is no real number."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     if not low <= value < below:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
@@ -28,5 +30,9 @@ def non_negative(name: str, value: float) -> None:
 
 def positive_integer(name: str, value: int) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    try:
+        integer = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = 0
+    if integer < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")

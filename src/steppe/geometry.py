@@ -103,11 +103,11 @@ class Named:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        if f.names is None:
+        if f.point.names is None:
             raise TypeError(
                 f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
             )
-        return [self.part in name for name in f.names]
+        return [self.part in name for name in f.point.names]
 
 
 @dataclass(frozen=True)

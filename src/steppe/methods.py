@@ -18,7 +18,7 @@ from steppe.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnorma
 from steppe.optimizer import Options, SharpnessAware
 from steppe.oracle import Closure
 from steppe.rule import Every, Rule, micro
-from steppe.sample import FiniteDifference, Friendly, Masked, OnFull, Reweighted, Smoothed
+from steppe.sample import Friendly, Masked, OnFull, Reweighted, Smoothed
 from steppe.schedule import Schedule
 from steppe.select import Sharpest
 
@@ -202,8 +202,9 @@ class NSAM(SharpnessAware):
 class RWSAM(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv``.
 
-    Needs a :class:`~steppe.Batch`. Costs three forwards and two backwards. See :class:`~steppe.Reweighted` for what the
-    paper says, what is inferred and what is our choice. Raises ``ValueError`` for a negative ``lam``.
+    Needs a :class:`~steppe.Batch`. Costs two passes where the model factors; else three forwards and two backwards, as
+    in the paper. See :class:`~steppe.Reweighted` for what the paper says, what is inferred and what is our choice. Raises
+    ``ValueError`` for a negative ``lam``.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
     """
@@ -211,7 +212,7 @@ class RWSAM(SharpnessAware):
     def __init__(
         self, base: Base, rho: Radius = 0.05, lam: float = 0.5, *, m: int | None = None, **options: Unpack[Options]
     ) -> None:
-        rule = Rule(sample=Reweighted(lam, FiniteDifference()))
+        rule = Rule(sample=Reweighted(lam))
         super().__init__(base, micro(m, rule), rho, **options)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe import check
-from steppe.oracle import Closure, Oracle
+from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
+from steppe.replay import owners
 from steppe.rule import AnyRule, Plain, looks_inside
 from steppe.schedule import Schedule, as_schedule
 from steppe.telemetry import Telemetry
@@ -24,7 +26,7 @@ MEMORY = "sharpness."  # prefix of a rule's memory in state[p]
 
 
 class Options(TypedDict, total=False):
-    """What every method takes beside its own parameters."""
+    """What every method takes beside its own parameters: see :class:`SharpnessAware`."""
 
     check_finite: bool
     cosine: bool
@@ -49,11 +51,13 @@ class SharpnessAware(torch.optim.Optimizer):
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
         check_finite: skip steps whose gradients are not finite; the one place where a step waits for its device.
+        parallel: run micro-batches in two passes over the whole batch: ``"auto"`` where the model allows it, ``True``
+            or an error, ``False`` never (:mod:`steppe.factored`).
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
 
     Raises:
-        TypeError: ``base`` is no optimizer instance, or one that calls the closure itself (L-BFGS).
-        ValueError: ``rho`` is negative, or a group maximises.
+        TypeError: ``base`` is no optimizer instance, or one of another kind (L-BFGS, SparseAdam); complex parameters.
+        ValueError: ``rho`` is negative, ``base`` is wrapped already, or a group maximises or is differentiable.
 
     Example:
         >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -71,6 +75,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _keep_g: bool
     _parallel: bool | str
     _warned: set[str]
+    _owners: tuple[int, list[weakref.ref[nn.Module]]]
 
     def __init__(
         self,
@@ -79,14 +84,18 @@ class SharpnessAware(torch.optim.Optimizer):
         rho: float | Schedule = 0.05,
         *,
         full: Closure | None = None,
-        **options: Unpack[Options],
+        check_finite: bool = True,
+        cosine: bool = False,
+        parallel: bool | str = "auto",
     ) -> None:
         _check_base(base)
         if not callable(rule):
             raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
-        as_schedule(rho)  # checks a number
+        if parallel not in ("auto", True, False):
+            raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
         for group in base.param_groups:
             _check_group(group)
+        radii = [_scheduled(rho, 0, group) for group in base.param_groups]
         own = {i for i, group in enumerate(base.param_groups) if "rho" in group}
         super().__setstate__(  # the hooks of an Optimizer without groups of its own: those are the base's
             {
@@ -96,18 +105,16 @@ class SharpnessAware(torch.optim.Optimizer):
                 "telemetry": Telemetry(),
                 "_rho": rho,
                 "_own_rho": own,
-                "_check_finite": options.pop("check_finite", True),
-                "_keep_g": options.pop("cosine", False),
-                "_parallel": options.pop("parallel", "auto"),
+                "_check_finite": check_finite,
+                "_keep_g": cosine,
+                "_parallel": parallel,
                 "_warned": set(),
+                "_owners": (0, []),
             }
         )
-        if options:
-            raise TypeError(f"unknown argument {', '.join(options)}; there are check_finite and cosine")
-        for group in base.param_groups:
-            group.setdefault(STEP, 0)
-            if "rho" not in group:
-                group["rho"] = self._scheduled(group)
+        for group, radius in zip(base.param_groups, radii, strict=True):
+            group[STEP] = 0
+            group.setdefault("rho", radius)
 
     # ---- an Optimizer whose parameters and state are the base's
 
@@ -129,29 +136,14 @@ class SharpnessAware(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
         _check_group(param_group)
-        own = "rho" in param_group
-        self.base.add_param_group(param_group)
-        group = self.param_groups[-1]
-        group[STEP] = self._steps
-        if own:
+        radius = _scheduled(self._rho, self._steps, self.defaults | param_group)
+        self.base.add_param_group({"rho": radius, **param_group, STEP: self._steps})
+        if "rho" in param_group:
             self._own_rho.add(len(self.param_groups) - 1)
-        else:
-            group["rho"] = self._scheduled(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "base",
-            "rule",
-            "full",
-            "telemetry",
-            "_rho",
-            "_own_rho",
-            "_check_finite",
-            "_keep_g",
-            "_parallel",
-            "_warned",
-        )
-        return {name: self.__dict__[name] for name in kept}
+        kept = [name for name in SharpnessAware.__annotations__ if name != "_owners"]
+        return {name: self.__dict__[name] for name in kept} | {"_owners": (0, [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" in state:  # unpickled or copied
@@ -184,6 +176,7 @@ class SharpnessAware(torch.optim.Optimizer):
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
         """
+        _refuse_grad_scaler()
         if closure is None:
             return self._base_step()
         rho = self._update_rho()
@@ -194,8 +187,11 @@ class SharpnessAware(torch.optim.Optimizer):
             rule = self.rule
             if looks_inside(rule):
                 f.batch(f"{type(self).__name__} is {rule!r}")
-        update = rule(f)
-        skip = self._check_finite and not _finite(f.seen)
+        try:
+            update = rule(f)
+            skip = self._check_finite and not _finite(f.seen)
+        except NotFinite:
+            skip = True
         if not skip:
             self._apply(update, f)
         self._report(f.seen, rho, skip)
@@ -217,19 +213,30 @@ class SharpnessAware(torch.optim.Optimizer):
             full=self.full,
             keep_g=self._keep_g,
             parallel=self._parallel,
+            guard=self._check_finite,
+            modules=self._modules,
         )
 
-    def _scheduled(self, group: dict[str, Any]) -> float:
-        return float(as_schedule(self._rho)(self._steps, group))
+    def _modules(self) -> Iterator[nn.Module]:
+        """The modules that a plain closure may run; looked for once, and again where one is gone or a group is new."""
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        known, found = self._owners
+        if known != len(parameters) or any(module() is None for module in found):
+            self._owners = len(parameters), [weakref.ref(module) for module in owners(parameters)]
+        for reference in self._owners[1]:
+            module = reference()
+            if module is not None:
+                yield from module.modules()
 
     def _update_rho(self) -> Rho:
-        scheduled = callable(self._rho)  # a number lives in the groups, like lr
-        rho = [
-            self._scheduled(g) if scheduled and i not in self._own_rho else g["rho"]
-            for i, g in enumerate(self.param_groups)
-        ]
-        for r in rho:
-            check.non_negative("rho", r)
+        steps, rho = self._steps, []
+        for i, g in enumerate(self.param_groups):
+            g.setdefault(STEP, steps)  # a group that was added to the base
+            if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
+                rho.append(_scheduled(self._rho, steps, g))
+            else:  # a number lives in the groups, like lr
+                check.non_negative("rho", g["rho"])
+                rho.append(g["rho"])
         for g, r in zip(self.param_groups, rho, strict=True):
             g["rho"] = r
         return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
@@ -240,12 +247,12 @@ class SharpnessAware(torch.optim.Optimizer):
         if update.beside is not None and any("lr" not in group for group in self.param_groups):
             raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
         for p, g in zip(f.point.parameters, grads, strict=True):
-            p.grad = None if g is None else g.to(p.dtype)
+            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         self.base.step()
         if update.beside is not None:
             self._move_beside(update.beside)
         for name, kept in memory.items():
-            self._keep(MEMORY + name, kept, f.point.parameters)
+            self._keep(MEMORY + name, zip(f.point.parameters, kept, grads, strict=True))
         self._count_step()
 
     def _move_beside(self, beside: Vector) -> None:
@@ -257,9 +264,9 @@ class SharpnessAware(torch.optim.Optimizer):
                 if s is not None:
                     shift_(p, s, -group["lr"] * beside.scale)
 
-    def _keep(self, name: str, kept: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
-        for p, t in zip(parameters, kept, strict=True):
-            if t is None or p.grad is None:  # the base has not seen p: a foreign key would keep it from initialising
+    def _keep(self, name: str, rows: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
+        for p, t, g in rows:
+            if t is None or g is None:  # the base has not seen p: a foreign key would keep it from initialising
                 continue
             old = self.state[p].get(name)
             if old is None:
@@ -271,7 +278,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def _steps(self) -> int:
-        return int(self.param_groups[0][STEP])
+        return int(self.param_groups[0].get(STEP, 0))
 
     def _count_step(self) -> None:
         for group in self.param_groups:
@@ -283,8 +290,10 @@ class SharpnessAware(torch.optim.Optimizer):
                 "step() was called without a closure: this step is the base optimizer's, not sharpness-aware. "
                 "Pass a closure, or a steppe.Batch, to step()."
             )
+            self.base.step()
             self._count_step()
-        self.base.step()
+        else:
+            self.base.step()
         self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
 
     def _report(self, seen: Seen, rho: Rho, skip: bool) -> None:
@@ -295,7 +304,9 @@ class SharpnessAware(torch.optim.Optimizer):
         numbers.setdefault("loss", full_loss)
         skipped = self.telemetry.skipped + skip
         self.telemetry = Telemetry(rho=rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
-        if not seen.any_gradient:
+        if skip:
+            self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
+        elif not seen.any_gradient:
             self._warn_once("no parameter received a gradient: does the closure call backward()?")
 
     def _warn_once(self, message: str) -> None:
@@ -321,17 +332,46 @@ def _finite(seen: Seen) -> bool:
     return not seen.norms or bool(torch.stack([n.to(seen.norms[0].device) for n in seen.norms]).isfinite().all())
 
 
+def _scheduled(rho: float | Schedule, step: int, group: dict[str, Any]) -> float:
+    radius = as_schedule(rho)(step, group)
+    check.non_negative("rho", radius)
+    return float(radius)
+
+
+def _refuse_grad_scaler() -> None:
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
+        if frame.f_globals["__name__"] == "torch.amp.grad_scaler":
+            raise RuntimeError(
+                "GradScaler cannot step a sharpness-aware optimizer: the gradients of its passes would stay scaled. "
+                "Train under torch.autocast(..., dtype=torch.bfloat16), which needs no scaler, and call "
+                "optimizer.step(closure)"
+            )
+        frame = frame.f_back
+
+
 def _check_base(base: object) -> None:
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
         )
-    if isinstance(base, torch.optim.LBFGS | SharpnessAware):
-        raise TypeError(f"base must be a first-order optimizer that takes no closure, got {type(base).__name__}")
+    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam | SharpnessAware):
+        raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
+    if any(STEP in group for group in base.param_groups):
+        raise ValueError(
+            "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
+        )
 
 
 def _check_group(group: dict[str, Any]) -> None:
     if "rho" in group:
         check.non_negative("rho", group["rho"])
+    params = group["params"]
+    for p in [params] if isinstance(params, Tensor) else list(params):
+        t = p[1] if isinstance(p, tuple) else p
+        if isinstance(t, Tensor) and t.is_complex():
+            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
+    if group.get("differentiable"):
+        raise ValueError("differentiable must be False: the step is not differentiated through")
     if group.get("maximize"):
         raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.batch import Batch
-from steppe.point import Point, Seen
-from steppe.replay import RandomState, frozen_statistics
+from steppe.passes import Passes
+from steppe.point import Point, Rho, Seen
 from steppe.vector import TINY, Vector, shift_
 
 Closure = Callable[[], Tensor | float]
+
+
+class NotFinite(Exception):  # noqa: N818
+    """A gradient is not finite: the step is to be skipped."""
 
 
 class Oracle:
     """One batch's loss as a function of the weights, for the length of one step.
 
     ``g`` is the gradient at ``w``; ``with f.at(eps):`` stands at ``w + eps``, where ``grad`` and ``losses`` answer, and
-    puts the weights back bit for bit, in place, also when the closure raises. The first pass at ``w`` is an ordinary
-    one; every other pass draws the same random numbers and leaves normalisation statistics as they were.
+    puts the weights back bit for bit, in place, also when the closure raises.
 
     Args:
         closure: zero, forward, backward, return the loss; a :class:`Batch` to look inside the batch.
@@ -32,6 +35,8 @@ class Oracle:
         full: the closure over the larger batch of n-SAM.
         keep_g: hold ``g`` until the end of the step, at the cost of one copy of the parameters.
         parallel: whether micro-batches may, must or must not share two passes (``"auto"``, ``True``, ``False``).
+        guard: take no pass at weights that are not finite.
+        modules: those that a plain closure may run; a batch names its model.
     """
 
     def __init__(
@@ -44,18 +49,20 @@ class Oracle:
         full: Closure | None = None,
         keep_g: bool = False,
         parallel: bool | str = "auto",
+        guard: bool = False,
+        modules: Callable[[], Iterable[nn.Module]] = tuple,
     ) -> None:
         self.closure, self.point, self.step, self.full = closure, point, step, full
-        self.rho, self.names = point.rho, point.names
-        self.keep_g, self.parallel = keep_g, parallel
+        self.keep_g, self.parallel, self.guard = keep_g, parallel, guard
         self.seen = Seen()
+        self._passes = Passes(point, closure.model.modules if isinstance(closure, Batch) else modules)
         self._recall = recall
         self._g: Vector | None = None
         self._full_g: Vector | None = None
         self._whole: Oracle | None = None  # what this one is a part of
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
-        self._moved = self._counted = False
-        self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
+        self._away = False
+        self.factors: Any = None  # of the first pass, where a piece has recorded them
 
     # ---- where we are
 
@@ -63,6 +70,15 @@ class Oracle:
     def w(self) -> Vector:
         """The parameters, live: inside ``at`` they are ``w + eps``."""
         return Vector([p.detach() for p in self.point.parameters])
+
+    @property
+    def rho(self) -> Rho:
+        """The radius of every parameter: ``f.rho * v`` scales by group."""
+        return self.point.rho
+
+    def movable(self, v: Vector) -> Vector:
+        """``v`` on the parameters that may move; frozen ones and those with rho 0 take no part in the ascent."""
+        return v.where(self.point.movable)
 
     @contextmanager
     def at(self, eps: Vector, keep_g: bool = True, know_losses: bool = False) -> Iterator[None]:
@@ -73,46 +89,46 @@ class Oracle:
             keep_g: without it ``g`` is let go of first, so that its memory serves the next pass.
             know_losses: make sure that ``losses_at_w`` has an answer; a forward if no pass at ``w`` came before.
         """
-        if self._moved:
-            raise RuntimeError("the weights are away from w already: leave one at() before entering the next")
         if know_losses:
             self.losses()
         if not (keep_g or self.keep_g):
             self._g = None
         if self._losses is not None:
             self._losses = self._losses.detach()  # its graph holds weights that are about to move
-        self.seen.numbers["eps_norm"] = eps.norm()
-        saved: list[tuple[Tensor, Tensor]] = []
-        self._moved = True
-        try:
-            with torch.no_grad():
+        norm = self.seen.numbers["eps_norm"] = eps.norm()
+        if self.guard and norm.device.type == "cpu" and not norm.isfinite():
+            raise NotFinite  # elsewhere this would be a wait for the device: there eps becomes 0
+        moved: list[Tensor] = []
+        saved: list[Tensor] = []
+        with self.away(), torch.no_grad():
+            try:
                 for p, e in zip(self.point.parameters, eps.tensors, strict=True):
                     if e is not None:
-                        saved.append((p, p.clone()))
-                        shift_(p, e, eps.scale)
+                        saved.append(p.detach().clone())
+                        moved.append(p)
+                        shift_(p, e, eps.scale, finite=norm if self.guard else None)
                 e = None
-            del eps
-            yield
-        finally:
-            with torch.no_grad():
-                for p, copy in saved:
-                    p.copy_(copy)
-            self._moved = False
+                del eps  # no hold on the memory of g
+                yield
+            finally:
+                if moved:
+                    torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+
+    @property
+    def is_away(self) -> bool:
+        """Whether passes are away from ``w`` now."""
+        return self._away
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Passes inside are not at ``w``, by other means than moving the weights."""
-        if self._moved:
-            raise RuntimeError("the weights are away from w already")
-        self._moved = True
+        """Passes inside are not at ``w``, also where no weights are moved."""
+        if self._away:
+            raise RuntimeError("the weights are away from w already: leave one at() before entering the next")
+        self._away = True
         try:
             yield
         finally:
-            self._moved = False
-
-    def movable(self, v: Vector) -> Vector:
-        """``v`` on the parameters whose rho is above 0: the others take no part in the ascent."""
-        return v.where(self.rho.values)
+            self._away = False
 
     # ---- what we see there
 
@@ -120,10 +136,14 @@ class Oracle:
     def g(self) -> Vector:
         """The gradient of the mean loss at ``w``; the pass runs once a step."""
         if self._g is None:
-            if self._moved:
+            if self._away:
                 raise RuntimeError("g is the gradient at w: ask for it before entering at()")
             self._g = self.grad()
         return self._g
+
+    def keep(self, g: Vector) -> None:
+        """``g``, where a pass of one's own has made it."""
+        self._g = g
 
     def grad(
         self,
@@ -140,35 +160,38 @@ class Oracle:
             wrt: which parameters to differentiate by; the others' entries are ``None`` and their backward is saved.
             under: a context for the forward pass of a :class:`Batch`.
         """
-        with self.passing(), self._only(wrt):
+        inputs = None
+        if wrt is not None and under is None and isinstance(self.closure, Batch):  # no change that compiled code sees
+            inputs, wrt = [p for p, k in zip(self.point.parameters, wrt, strict=True) if k], None
+        with self.passing(), self._passes.only(wrt):
             if on is not None:
                 self._run_subset(self.batch("a choice of examples"), on)
             elif isinstance(self.closure, Batch) or weights is not None:
-                self._run_batch(self.batch("weights on examples"), weights, under or nullcontext())
+                self._run_batch(self.batch("weights on examples"), weights, inputs, under or nullcontext())
             else:
                 self._run_closure()
-            g = Vector([self._take(p) for p in self.point.parameters])
+            g = self._passes.take()
         self.seen.any_gradient |= bool(g.present())
         self.seen.norms.append(g.norm())
-        self.seen.numbers["g_adv_norm" if self._moved else "g_norm"] = g.norm()
+        self.seen.numbers["g_adv_norm" if self._away else "g_norm"] = g.norm()
         return g
 
     def losses(self) -> Tensor:
         """Every example's loss here, shape ``(n,)``, detached; at ``w`` the next ``grad`` reuses its graph."""
-        if self._moved or self._losses is None:
+        if self._away or self._losses is None:
             batch = self.batch("losses")
-            with self.passing(), torch.set_grad_enabled(not self._moved):
+            with self.passing(), torch.set_grad_enabled(not self._away):
                 losses = batch.losses()
             self.seen.count("forwards")
             self._see_loss(losses.detach().mean())
-            if self._moved:
+            if self._away:
                 return losses
             self._losses = losses
         return self._losses.detach()
 
     def losses_at_w(self) -> Tensor:
         """Every example's loss at ``w``, shape ``(n,)``; inside ``at`` too, if they are known."""
-        if self._losses is None and self._moved:
+        if self._losses is None and self._away:
             raise RuntimeError("the losses at w are not known here: enter at() with know_losses=True")
         return self.losses() if self._losses is None else self._losses.detach()
 
@@ -176,18 +199,19 @@ class Oracle:
         """The gradient at ``w`` of the closure over the larger batch; the pass runs once a step."""
         if self._whole is not None:
             self._full_g = self._whole.grad_on_full()
-            self._counted = True
         if self._full_g is None:
             if self.full is None:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
-            f = Oracle(self.full, self.point)
+            f = Oracle(self.full, self.point, modules=self._passes.modules)
             self._full_g = f.grad()
-            self._counted = True  # full's pass at w is the one that normalisation statistics see
             self.seen.norms += f.seen.norms
             self.seen.any_gradient |= f.seen.any_gradient
             self.seen.numbers |= {k: v for k, v in f.seen.numbers.items() if k in ("g_norm", "forwards", "backwards")}
             self.seen.numbers["full_loss"] = f.seen.numbers["loss"]
+        self._passes.counted = True  # full's pass at w is the one that normalisation statistics see
         return self._full_g
+
+    # ---- the batch
 
     def batch(self, use: str = "the batch") -> Batch:
         """The closure as a :class:`Batch`.
@@ -205,36 +229,13 @@ class Oracle:
     def split(self, m: int) -> Iterator[tuple[float, Oracle]]:
         """Micro-batches of ``m`` examples, each with its share of the batch. What they see and remember is averaged."""
         batch = self.batch("micro-batches, m=")
+        options = {"full": self.full, "keep_g": self.keep_g, "parallel": self.parallel, "guard": self.guard}
         for closure in batch.split(m):
-            f = Oracle(
-                closure,
-                self.point,
-                step=self.step,
-                recall=self._recall,
-                full=self.full,
-                keep_g=self.keep_g,
-                parallel=self.parallel,
-            )
-            f._whole = self
+            f = Oracle(closure, self.point, step=self.step, recall=self._recall, **options)  # type: ignore[arg-type]
+            f._whole, f._passes.counted = self, self._passes.counted
             share = len(closure) / len(batch)
             yield share, f
             self.seen.add(share, f.seen)
-
-    def keep(self, g: Vector) -> None:
-        """``g``, where a pass of one's own has made it."""
-        self._g = g
-
-    def note_parts(self, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
-        """Note the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
-        self.seen.norms.append(g_norms.sum())
-        self.seen.numbers["g_norm"] = g_norms @ shares
-        self.seen.numbers["eps_norm"] = eps_norms @ shares
-
-    def compare(self, g_adv: Vector) -> None:
-        """Note the cosine of ``g`` and ``g_adv``, where ``g`` is still held."""
-        if self._g is not None:
-            product = self._g.norm() * g_adv.norm()
-            self.seen.numbers["cosine"] = self._g.dot(g_adv) / (product + TINY)
 
     # ---- memory from step to step
 
@@ -250,38 +251,34 @@ class Oracle:
         """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded."""
         self.seen.memory[name] = v
 
+    # ---- telemetry
+
+    def compare(self, g_adv: Vector) -> None:
+        """Note the cosine of ``g`` and ``g_adv``, where ``g`` is still held."""
+        if self._g is not None:
+            product = self._g.norm() * g_adv.norm()
+            self.seen.numbers["cosine"] = self._g.dot(g_adv) / (product + TINY)
+
+    def note_parts(self, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
+        """Note the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
+        self.seen.norms.append(g_norms.sum())
+        self.seen.numbers["g_norm"] = g_norms @ shares
+        self.seen.numbers["eps_norm"] = eps_norms @ shares
+
+    def _see_loss(self, loss: Tensor | float) -> None:
+        self.seen.numbers["loss_adv" if self._away else "loss"] = loss
+
     # ---- passes
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Around a pass: replay the random stream, freeze the statistics but for the first pass at ``w``, drop gradients."""
-        for p in self.point.parameters:
-            p.grad = None
-        devices = self.point.devices()
-        start, end = self._random or (RandomState.now(devices), None)
-        if self._random:
-            start.restore()
-        try:
-            if self._counted or self._moved:
-                modules = self.closure.model.modules() if isinstance(self.closure, Batch) else None
-                with frozen_statistics(modules), torch.enable_grad():
-                    yield
-            else:
-                with torch.enable_grad():
-                    yield
-                self._counted = True
-        finally:
-            for p in self.point.parameters:
-                p.grad = None
-            if end is not None:
-                end.restore()  # the stream goes on as after one ordinary pass
-        self._random = (start, end or RandomState.now(devices))
+    def passing(self) -> AbstractContextManager[None]:
+        """Around a pass of one's own."""
+        return self._passes.one(self._away)
 
     def _run_closure(self) -> None:
         loss = self.closure()
         if loss is None:
             raise TypeError("closure must return the loss, got None")
-        self._see_loss(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._see_loss(loss.detach().clone() if isinstance(loss, Tensor) else loss)  # its memory may be used again
         self.seen.count("forwards")
         self.seen.count("backwards")
 
@@ -292,42 +289,22 @@ class Oracle:
         self.seen.count("forwards", share)
         self.seen.count("backwards", share)
 
-    def _run_batch(self, batch: Batch, weights: Tensor | None, under: AbstractContextManager[Any]) -> None:
+    def _run_batch(
+        self,
+        batch: Batch,
+        weights: Tensor | None,
+        inputs: list[Tensor] | None,
+        under: AbstractContextManager[Any],
+    ) -> None:
         batch.zero_grad()
         losses = self._losses
-        if self._moved or losses is None or losses.grad_fn is None:
+        if self._away or losses is None or losses.grad_fn is None:
             with under:
                 losses = batch.losses()
             self.seen.count("forwards")
-        batch.backward(losses, weights)
+        batch.backward(losses, weights, inputs)
         self.seen.count("backwards")
         losses = losses.detach()
-        if not self._moved:
+        if not self._away:
             self._losses = losses
         self._see_loss(losses.mean())
-
-    def _see_loss(self, loss: Tensor | float) -> None:
-        self.seen.numbers["loss_adv" if self._moved else "loss"] = loss
-
-    @contextmanager
-    def _only(self, wrt: Sequence[bool] | None) -> Iterator[None]:
-        left_out = [] if wrt is None else [p for p, k in zip(self.point.parameters, wrt, strict=True) if not k]
-        left_out = [p for p in left_out if p.requires_grad]
-        for p in left_out:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in left_out:
-                p.requires_grad_(True)
-
-    @staticmethod
-    def _take(p: Tensor) -> Tensor | None:
-        """The gradient, out of reach of the next pass."""
-        g, p.grad = p.grad, None
-        if g is None:
-            return None
-        if g.is_sparse:
-            raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
-        shared = g.untyped_storage().nbytes() != g.numel() * g.element_size()  # a view of a bucket, as under DDP
-        return g.detach().clone() if shared else g.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class Point:
     rho: Rho
     names: Sequence[str] | None = None
 
+    @cached_property
+    def movable(self) -> list[bool]:
+        """Which parameters may be perturbed: not frozen, and rho above 0."""
+        return [bool(r) and p.requires_grad for p, r in zip(self.parameters, self.rho.values, strict=True)]
+
+    @cached_property
     def devices(self) -> set[torch.device]:
         """The accelerators that hold parameters."""
         return {p.device for p in self.parameters if p.device.type not in ("cpu", "meta")}

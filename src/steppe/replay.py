@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's random generators: the CPU's and those of the devices in use."""
+    """The state of torch's default generators: the CPU's and those of the devices in use."""
 
     cpu: Tensor
     devices: dict[torch.device, Tensor]
@@ -37,38 +38,47 @@ class _Snapshot:
     """Copies of the buffers of modules in training mode, put back in place and bit for bit."""
 
     def __init__(self) -> None:
-        self.buffers: dict[int, tuple[nn.Module, list[tuple[str, Tensor, Tensor]]]] = {}
+        self.seen: dict[tuple[int, int], object] = {}  # keeps what the ids belong to
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.bound: list[tuple[nn.Module, str, Tensor]] = []
 
     def take(self, module: nn.Module, _inputs: object = None) -> None:
-        if not module.training or not module._buffers or id(module) in self.buffers:
+        if not module.training or not module._buffers:
             return
-        named = [(name, b, b.clone()) for name, b in module._buffers.items() if b is not None]
-        self.buffers[id(module)] = (module, named)
+        known = (id(module), 0) in self.seen
+        self.seen[id(module), 0] = module
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.dtype == torch.bool or (id(module), id(buffer)) in self.seen:
+                continue  # a mask is no statistic
+            self.seen[id(module), id(buffer)] = buffer
+            self.copies.append((buffer, buffer.clone()))
+            if not known:  # else swapped in for this call, as functional_call does, and not the module's own
+                self.bound.append((module, name, buffer))
 
     def restore(self) -> None:
-        for module, named in self.buffers.values():
-            for name, buffer, copy in named:
-                buffer.copy_(copy)
-                module._buffers[name] = buffer  # a module may have bound a new tensor
+        for buffer, copy in self.copies:
+            buffer.copy_(copy)
+        for module, name, buffer in self.bound:
+            module._buffers[name] = buffer  # a module may have bound a new tensor
 
 
 @contextmanager
-def frozen_statistics(modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Undo every change that a pass makes to the buffers of modules in training mode, also when it raises.
 
     Batch, instance, synchronised and custom normalisation keep running statistics in buffers; so do spectral norm and
     observers. Setting their momentum to 0 is not the same: it still counts batches, and 0 times inf is NaN.
 
     Args:
-        modules: the modules that may run. ``None`` finds them with a forward hook that is active inside only.
+        modules: those known to run. Others are found by a forward hook that is active inside only, except where a
+            known one is compiled: compiled code runs without hooks, and torch warns of them.
     """
     snapshot = _Snapshot()
-    hook = None
-    if modules is None:
-        hook = register_module_forward_pre_hook(snapshot.take)
-    else:
-        for module in modules:
-            snapshot.take(module)
+    compiled = False
+    for module in modules:
+        compiled |= hasattr(module, "_orig_mod")
+        snapshot.take(module)
+    hook = None if compiled else register_module_forward_pre_hook(snapshot.take)
     try:
         yield
     finally:
@@ -76,3 +86,15 @@ def frozen_statistics(modules: Iterable[nn.Module] | None = None) -> Iterator[No
             hook.remove()
         with torch.no_grad():
             snapshot.restore()
+
+
+def owners(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """The outermost modules alive that hold any of the parameters: whose statistics a plain closure may touch.
+
+    A plain closure does not name its model, and hooks do not reach compiled code or a direct ``module.forward``.
+    """
+    wanted = {id(p) for p in parameters}
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in m.__dict__]
+    inner = {id(child) for m in modules for child in m._modules.values()}
+    outermost = [m for m in modules if id(m) not in inner]
+    return [m for m in outermost if any(id(p) in wanted for p in m.parameters())]

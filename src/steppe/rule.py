@@ -15,7 +15,7 @@ from steppe.combine import Perturbed
 from steppe.factored.micro import in_parallel
 from steppe.geometry import Euclidean
 from steppe.oracle import Oracle
-from steppe.sample import Mean
+from steppe.sample import Exact, Mean
 from steppe.select import All
 from steppe.update import Update
 from steppe.vector import Vector
@@ -60,9 +60,14 @@ class Rule:
         return f.rho * self.geometry(f, f.movable(self.sample(f)))
 
     def shares_passes(self) -> bool:
-        """Whether micro-batches of this rule can share two passes: the mean gradient, a radial geometry, linear after."""
-        plain = isinstance(self.sample, Mean) and isinstance(self.select, All)
-        return plain and hasattr(self.geometry, "radial") and getattr(self.combine, "linear", False)
+        """Whether its micro-batches can share two passes: the mean gradient, a radial geometry, linear after."""
+        exact = isinstance(self.sample, Mean) or isinstance(getattr(self.sample, "probe", None), Exact)
+        return (
+            exact
+            and isinstance(self.select, All)
+            and hasattr(self.geometry, "radial")
+            and getattr(self.combine, "linear", False)
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe import check
+from steppe.factored.record import factors_of
 from steppe.oracle import Oracle
 from steppe.vector import Vector, wide
 
@@ -55,8 +56,8 @@ class Friendly:
     def __call__(self, f: Oracle) -> Vector:
         """``g - sigma m``."""
         g = self.of(f)
-        m = f.recall("friendly", default=0.0 * g)
         f.remember("friendly", self.decay * f.recall("friendly", default=g) + (1 - self.decay) * g)
+        m = f.recall("friendly", default=0.0 * g)
         return (g - self.sigma * m).where(t is not None for t in g.tensors)
 
 
@@ -88,9 +89,9 @@ class Smoothed:
 class Masked:
     """``g`` on a random choice of tensors: the stochastic weight perturbation of ESAM (arXiv 2110.03141).
 
-    Every parameter tensor is kept with probability ``beta`` (at least one is), anew each step; the backward pass skips
-    the others' weight gradients. The choice is by tensor, as in the authors' code, and depends on ``seed`` and the step
-    alone, so ranks agree and resume is exact. The factor ``1 / beta`` is geometry: ``Scaled(1 / beta)``.
+    Every tensor that may move is kept with probability ``beta`` (at least one is), anew each step; the backward pass
+    skips the others' weight gradients. The choice is by tensor, as in the authors' code, and depends on ``seed`` and
+    the step alone, so ranks agree and resume is exact. The factor ``1 / beta`` is geometry: ``Scaled(1 / beta)``.
 
     Raises:
         ValueError: ``beta`` is not in (0, 1].
@@ -104,14 +105,17 @@ class Masked:
 
     def __call__(self, f: Oracle) -> Vector:
         """The gradient on the kept tensors."""
-        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, len(f.point.parameters)))
+        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, f.point.movable))
 
-    def kept(self, step: int, n: int) -> list[bool]:
-        """Which of ``n`` tensors take part at this step."""
+    def kept(self, step: int, movable: Sequence[bool]) -> list[bool]:
+        """Which tensors take part at this step, of those that may."""
         random = generator(self.seed, step)
-        kept = (torch.rand(n, generator=random) < self.beta).tolist()
-        kept[int(torch.randint(n, (), generator=random))] |= not any(kept)
-        return kept
+        n = sum(movable)
+        chosen = (torch.rand(n, generator=random) < self.beta).tolist()
+        if n and not any(chosen):
+            chosen[int(torch.randint(n, (), generator=random))] = True
+        draw = iter(chosen)
+        return [bool(may) and next(draw) for may in movable]
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -156,7 +160,7 @@ class FiniteDifference:
                 "FiniteDifference needs parameters in float32 or float64: low precision cannot hold its small step; "
                 "keep the parameters in float32 and run the model under torch.autocast"
             )
-        d = sum(t.numel() for t in w.present())
+        d = max(1, sum(t.numel() for t in w.present()))
         delta = self.length * f.rho.largest() / d**0.5
         moved = []
         for k in range(self.probes):
@@ -172,6 +176,22 @@ class FiniteDifference:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """``norm(grad f_i)`` from the factors of the first pass: no probe forward, no weights moved (not in the paper).
+
+    The weighted gradient that follows is one weight-gradient pass. Where the model does not factor
+    (:mod:`steppe.factored`; with ``parallel=False`` none does), ``otherwise`` answers.
+    """
+
+    otherwise: Callable[[Oracle], Tensor] = FiniteDifference()
+
+    def __call__(self, f: Oracle) -> Tensor:
+        """One norm an example, shape ``(n,)``."""
+        f.factors = factors_of(f)
+        return self.otherwise(f) if f.factors is None else f.factors.by_example()
+
+
+@dataclass(frozen=True)
 class Reweighted:
     """``d = sum_i p_i grad f_i``, ``p = softmax(lam norm(grad f_i))``: Reweighted SAM (arXiv 2509.18001).
 
@@ -180,8 +200,9 @@ class Reweighted:
     norms are estimated by one finite difference with a Rademacher direction, one extra forward.
     What is inferred: the weights act on the perturbation only, the second gradient is that of the uniform mean (it is
     the "objective for the perturbation direction", and the reported cost of 7/6 of SAM then counts exactly).
-    What is our choice: raw norms, neither standardised nor clipped; ``lam``'s default; the probe's length relative to
-    rho; a softmax over the micro-batch under ``m``. The paper's values are not known to us.
+    What is our choice: exact norms where the model factors; raw norms, neither standardised nor clipped; ``lam``'s
+    default; the probe's length relative to rho; a softmax over the micro-batch under ``m``. The paper's values are not
+    known to us.
 
     Args:
         lam: the inverse temperature, in units of 1 / norm(grad f_i); 0 is SAM.
@@ -192,7 +213,7 @@ class Reweighted:
     """
 
     lam: float = 0.5
-    probe: Callable[[Oracle], Tensor] = FiniteDifference()
+    probe: Callable[[Oracle], Tensor] = Exact()
 
     per_example: ClassVar[bool] = True
 
@@ -200,9 +221,15 @@ class Reweighted:
         check.non_negative("lam", self.lam)
 
     def __call__(self, f: Oracle) -> Vector:
-        """``d``: three forwards and one backward with the default probe, of which two forwards are SAM's own."""
-        return f.grad(weights=self.weights(self.probe(f)))
+        """``d``."""
+        p = self.weights(self.probe(f))
+        if f.factors is None:
+            return f.grad(weights=p)
+        d: Vector = f.factors.weighted(p)
+        f.seen.numbers["g_norm"] = d.norm()
+        f.seen.norms.append(d.norm())
+        return d
 
     def weights(self, norms: Tensor) -> Tensor:
-        """``softmax(lam norms)``, shape ``(n,)``."""
-        return torch.softmax(self.lam * wide(norms), dim=0)
+        """``softmax(lam norms)``, shape ``(n,)``, or along the last dimension."""
+        return torch.softmax(self.lam * wide(norms), dim=-1)

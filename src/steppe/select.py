@@ -46,4 +46,4 @@ class Sharpest:
         if self.gamma == 1:
             return None
         rise = f.losses() - f.losses_at_w()
-        return torch.topk(rise, max(1, int(self.gamma * len(rise)))).indices
+        return torch.topk(rise, max(1, int(round(self.gamma * len(rise), 6)))).indices

@@ -20,7 +20,8 @@ class Telemetry:
         loss: ``L(w)``, on the batch (n-SAM: on the full batch).
         loss_adv: ``L(w + eps)``, on the whole batch.
         gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
-        g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors').
+        g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors';
+            micro-batches that share passes: of the perturbed parameters').
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         cosine: of ``g`` and ``g_adv``.

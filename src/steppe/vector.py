@@ -13,13 +13,21 @@ Scalar = float | Tensor  # a Python number, or a 0-dim tensor that stays on its 
 TINY = 1e-12  # added to a norm before dividing by it
 
 
+LOW = {torch.bfloat16, torch.float16}
+
+
 def wide(t: Tensor) -> Tensor:
     """``t`` in at least float32: sums over bfloat16 or float16 lose what they are meant to measure."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def shift_(w: Tensor, t: Tensor, c: Scalar) -> None:
-    """``w <- w + c t`` in place, computed in at least float32 and rounded to ``w``'s type once."""
+def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> None:
+    """``w <- w + c t`` in place, computed in at least float32 and rounded to ``w``'s type once.
+
+    Where ``finite`` is a number that is not, ``w`` stays: decided on its device. (On a CPU the caller has looked.)
+    """
+    if finite is not None and finite.device.type != "cpu":
+        t, c = torch.nan_to_num(t, 0.0, 0.0, 0.0), torch.where(finite.isfinite(), c, 0.0)
     if wide(w) is not w:
         w.copy_(_plus(w, t, c))
     elif isinstance(c, Tensor):
@@ -45,7 +53,9 @@ class Vector:
         if "norm" not in self._memo:
             self._memo["norm"] = _norm(self.present())
         n = self._memo["norm"]
-        return n * (self.scale.abs() if isinstance(self.scale, Tensor) else abs(self.scale))
+        return (
+            n if _is_one(self.scale) else n * (self.scale.abs() if isinstance(self.scale, Tensor) else abs(self.scale))
+        )
 
     def dot(self, other: Vector) -> Tensor:
         """Inner product over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
@@ -130,11 +140,15 @@ def _whole(t: Tensor) -> Tensor:
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    low = any(wide(t) is not t for t in tensors)
-    norms = torch._foreach_norm(tensors, 2, **({"dtype": torch.float32} if low else {}))
+    types = {t.dtype for t in tensors}
+    norms = torch._foreach_norm(tensors, 2, **({"dtype": _sum_type(types)} if len(types) > 1 or types & LOW else {}))
     first = norms[0].device
     total: Tensor = torch.linalg.vector_norm(torch.stack([_whole(n).to(first) for n in norms]))
     return total
+
+
+def _sum_type(types: set[torch.dtype]) -> torch.dtype:
+    return torch.float64 if torch.float64 in types else torch.float32
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -38,13 +38,13 @@ class Attention:
         heads = [self.heads(t, a["num_heads"]) for t in self.projected(a)]  # (n, heads, length, d)
         mask, dropout = self.mask(a, heads[0]), a["dropout_p"] if a["training"] else 0.0
         weights = None
+        q, k, v = heads
         if a["need_weights"]:
-            q, k, v = heads
             scores = q @ k.mT / q.shape[-1] ** 0.5
             weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
             out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = out.permute(2, 0, 1, 3).flatten(2)
         out = F.linear(out, a["out_proj_weight"], a["out_proj_bias"])
         if weights is not None and a["average_attn_weights"]:
@@ -61,7 +61,7 @@ class Attention:
     @staticmethod
     def heads(t: Tensor, heads: int) -> Tensor:
         """``(length, n, heads d)`` as ``(n, heads, length, d)``."""
-        return t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        return t.reshape(*t.shape[:2], heads, -1).permute(1, 2, 0, 3)
 
     @staticmethod
     def mask(a: dict[str, Any], q: Tensor) -> Tensor | None:
@@ -76,4 +76,5 @@ class Attention:
         added = [
             torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks
         ]
-        return sum(added[1:], added[0]) if added else None
+        total: Tensor | None = sum(added[1:], added[0]) if added else None
+        return total

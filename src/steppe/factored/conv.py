@@ -109,9 +109,21 @@ class Conv:
     def __init__(self, dims: int) -> None:
         self.dims = dims
 
-    def read(self, x: Tensor, W: Tensor, b: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Tensor, Tensor, Tensor | None, Spec]:  # fmt: skip
+    def read(
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Spec]:
         """The arguments, with one number a dimension."""
-        each = lambda v: (v,) * self.dims if isinstance(v, int) else tuple(v) * (self.dims // len(v))  # noqa: E731
+
+        def each(v: Any) -> tuple[int, ...]:
+            return (v,) * self.dims if isinstance(v, int) else tuple(v) * (self.dims // len(v))
+
         if isinstance(padding, str):
             reach = [d * (size - 1) for d, size in zip(each(dilation), W.shape[2:], strict=True)]
             if padding == "same" and any(r % 2 for r in reach):
@@ -123,7 +135,7 @@ class Conv:
         """Keep the input."""
         x, W, b, spec = self.read(*args, **kwargs)
         weight, bias = look.tracked.index(W), look.tracked.index(b)
-        if weight is None and bias is None or x.dim() != self.dims + 2:
+        if (weight is None and bias is None) or x.dim() != self.dims + 2:
             return NotImplemented
         y = func(*args, **kwargs)
         kept = None if weight is None else x.detach().to(y.dtype)
@@ -142,7 +154,7 @@ class Conv:
         """Each micro-batch with its own weights."""
         x, W, b, spec = self.read(*args, **kwargs)
         weight, bias = see.tracked.index(W), see.tracked.index(b)
-        if weight is None and bias is None or x.dim() != self.dims + 2:
+        if (weight is None and bias is None) or x.dim() != self.dims + 2:
             return NotImplemented
         site = see.next(self, weight, bias)
         if weight is None:

@@ -46,14 +46,14 @@ class Linear:
     def read(self, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias."""
         x, W, b = (args[i] if i < len(args) else None for i in self.arguments)
-        return x, W, b  # type: ignore[return-value]
+        return x, W, b
 
     def look(self, look: Look, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep the input."""
         args = (*args, *kwargs.values())
         x, W, b = self.read(args)
         weight, bias = look.tracked.index(W), look.tracked.index(b)
-        if weight is None and bias is None or look.tracked.index(x) is not None or W.dim() != 2:
+        if (weight is None and bias is None) or look.tracked.index(x) is not None or W.dim() != 2:
             return NotImplemented
         y = func(*args)
         kept = None if weight is None else x.detach().to(y.dtype)
@@ -73,7 +73,7 @@ class Linear:
         args = (*args, *kwargs.values())
         x, W, b = self.read(args)
         weight, bias = see.tracked.index(W), see.tracked.index(b)
-        if weight is None and bias is None or see.tracked.index(x) is not None or W.dim() != 2:
+        if (weight is None and bias is None) or see.tracked.index(x) is not None or W.dim() != 2:
             return NotImplemented
         site = see.next(self, weight, bias)
         y = F.linear(x, W.mT if self.transposed else W) if weight is None else self.perturbed(see, site, x, W)

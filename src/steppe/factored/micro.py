@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from steppe.batch import Batch
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import Plan, forget, gradients, plan_for
-from steppe.factored.tape import CannotFactor, Look, See
-from steppe.factored.terms import Gradient
+from steppe.factored.plan import forget
+from steppe.factored.record import Factors, factors_of
+from steppe.factored.tape import CannotFactor, See
 from steppe.oracle import Oracle
 from steppe.update import Update
-from steppe.vector import wide
 
 if TYPE_CHECKING:
     from steppe.rule import Rule
@@ -28,57 +25,50 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
     Raises:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
     """
-    batch = f.batch("micro-batches, m=")
-    plan = plan_for(f, batch)
-    if plan.reason and not (plan.mixes and f.parallel is True):
-        return _refused(f, plan.reason)
-    try:
-        return _two_passes(f, batch, plan, Parts(len(batch), m), rule)
-    except CannotFactor as error:
-        forget(f, batch, str(error))
-        return _refused(f, str(error))
-
-
-def _refused(f: Oracle, reason: str) -> None:
-    if f.parallel is True:
-        raise ValueError(f"parallel must be 'auto' or False for this model: {reason}")
-
-
-def _two_passes(f: Oracle, batch: Batch, plan: Plan, parts: Parts, rule: Rule) -> Update:
-    look = Look(plan.tracked, OPERATIONS)
     uses_g = getattr(rule.combine, "uses_g", True)
-    g = f.grad(wrt=None if uses_g else [False] * len(f.point.parameters), under=look)
-    plan.apply(look)
-    with torch.no_grad():
-        matrices, small = gradients(look, parts)
-        per_mean = len(batch) / parts.sizes(_norms_like(matrices, small))
-        norms = per_mean * _norms(matrices, small, parts)
-        factor = rule.geometry.radial(norms) * per_mean  # type: ignore[attr-defined]
-        eps = {i: f.rho.values[i] * factor for i in plan.tracked.names}
-        see = See(
-            plan.tracked,
-            OPERATIONS,
-            look.sites,
-            parts,
-            {i: (gradient, eps[i]) for i, gradient in matrices.items()},
-            {i: (eps[i].reshape(-1, *[1] * (t.dim() - 1)) * t) for i, t in small.items()},
-        )
-    f.note_parts(norms, factor / per_mean * norms, parts.sizes(norms) / len(batch))
-    if uses_g:
-        f.keep(g)
-    with f.away():
-        g_adv = f.grad(under=see)
+    factors = factors_of(f, uses_g)
+    if factors is None:
+        return None
+    parts = Parts(factors.n, m)
+    if hasattr(rule.sample, "weights"):
+        _reweight(factors, parts, rule)
+    try:
+        see = _perturbed(f, factors, parts, rule)
+        if uses_g:
+            f.keep(factors.g)
+        with f.away():
+            g_adv = f.grad(under=see)
+    except CannotFactor as error:
+        forget(f, f.batch(), str(error))
+        if f.parallel is True:
+            raise ValueError(f"parallel must be 'auto' or False for this model: {error}") from None
+        return None
     f.compare(g_adv)
     return rule.combine(f, g_adv)
 
 
-def _norms_like(matrices: Mapping[int, Gradient], small: Mapping[int, Tensor]) -> Tensor:
-    t = next(iter(small.values())) if small else next(iter(matrices.values())).terms[0].right
-    return wide(t)
+def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:
+    """Every micro-batch's gradient becomes ``sum_i p_i grad f_i``, with weights over its own examples."""
+    norms = factors.by_example()
+    p = [rule.sample.weights(norms[a:b].reshape(-1, m)) * m for a, b, m in parts.spans]  # type: ignore[attr-defined]
+    factors.scale(torch.cat([chunk.flatten() for chunk in p]))
 
 
-def _norms(matrices: Mapping[int, Gradient], small: Mapping[int, Tensor], parts: Parts) -> Tensor:
-    """``norm(G_k)`` over all perturbed parameters together, shape ``(k,)``."""
-    squares = [gradient.squares() for gradient in matrices.values()]
-    squares += [wide(t).flatten(1).square().sum(1) for t in small.values()]
-    return torch.stack(torch.broadcast_tensors(*squares)).sum(0).clamp_min(0).sqrt()
+def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
+    """The second pass: ``eps_k = rho radial(norm(G_k)) G_k`` of every micro-batch."""
+    matrices, small = factors.of(parts)
+    squares = factors.squares(matrices, small)
+    with torch.no_grad():
+        total = torch.stack(list(squares.values())).sum(0).clamp_min(0)
+        per_mean = factors.n / parts.sizes(total)  # a part's own mean, from its share of the batch's
+        norms = per_mean * total.sqrt()
+        factor = rule.geometry.radial(norms) * per_mean  # type: ignore[attr-defined]
+        scale = {i: f.rho.values[i] * factor for i in squares}
+        eps = {i: scale[i].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
+        f.note_parts(norms, _norm_of_eps(scale, squares), parts.sizes(total) / factors.n)
+    big = {i: (gradient, scale[i]) for i, gradient in matrices.items()}
+    return See(factors.look.tracked, OPERATIONS, factors.look.sites, parts, big, eps)
+
+
+def _norm_of_eps(scale: dict[int, Tensor], squares: dict[int, Tensor]) -> Tensor:
+    return torch.stack([scale[i] ** 2 * squares[i] for i in squares]).sum(0).clamp_min(0).sqrt()

@@ -57,7 +57,7 @@ class Norm:
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """``delta * x`` and ``delta``, summed over what an example shares."""
-        if site.weight is not None:
+        if site.weight is not None and site.kept is not None:
             small.setdefault(site.weight, []).append(self.summed(site, site.deltas[0] * site.kept))
         if site.bias is not None:
             small.setdefault(site.bias, []).append(self.summed(site, site.deltas[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from steppe.batch import Batch, leaves
 from steppe.factored.conv import Convolved, settle
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
-from steppe.factored.tape import CannotFactor, Look, Site, Tracked
+from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Tracked
 from steppe.factored.terms import Gradient, Lookup, Term, cheaper_whole
 from steppe.oracle import Oracle
 from steppe.vector import wide
@@ -98,6 +99,8 @@ def _rehearsed(f: Oracle, batch: Batch) -> Plan:
         look = Look(tracked, OPERATIONS)
         try:
             g, weights = _two_backwards(f, batch, look)
+            if not look.sites:
+                raise CannotFactor("no perturbed parameter takes part in the loss")
             free = _free(look, tracked.n)
             if free - tracked.free:  # positions: repeat them for every example, and look again
                 tracked = replace(tracked, free=tracked.free | free)
@@ -109,6 +112,7 @@ def _rehearsed(f: Oracle, batch: Batch) -> Plan:
                 return replace(plan, mixes=True, reason=f"examples influence one another at {mixing[-1]}")
             plan.apply(look)
             _compare(look, f, g)
+            _see_zero(f, batch, look, g)
             return plan
         except CannotFactor as error:
             return Plan(tracked, reason=str(error))
@@ -117,14 +121,19 @@ def _rehearsed(f: Oracle, batch: Batch) -> Plan:
     return Plan(tracked, reason="rows of a parameter belong to no example")
 
 
+def away(f: Oracle) -> AbstractContextManager[None]:
+    """Passes inside do not count as passes at ``w``."""
+    return nullcontext() if f.is_away else f.away()
+
+
 def _two_backwards(f: Oracle, batch: Batch, look: Look) -> tuple[list[Tensor | None], Tensor]:
     """One forward; the mean's backward, and that of a sum with random weights, which tells whose rows are whose."""
-    with f.away(), f.passing():
+    with away(f), f.passing():
         with look:
             losses = batch.losses()
         random = torch.Generator().manual_seed(0)
         weights = (torch.rand(len(batch), generator=random) + 0.1).to(losses)
-        losses.mean().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        losses.mean().backward(retain_graph=True)
         g = [None if p.grad is None else p.grad.detach().clone() for p in f.point.parameters]
         (losses @ weights / len(batch)).backward()
     return g, weights
@@ -154,8 +163,6 @@ def _compare(look: Look, f: Oracle, g: list[Tensor | None]) -> None:
     """The factors' gradients add up to autograd's, for every parameter."""
     parts = Parts(look.tracked.n, look.tracked.n)
     matrices, small = gradients(look, parts, whole=True)
-    total = sum(float(wide(t).norm()) ** 2 for t in g if t is not None) ** 0.5
-    low = any(wide(site.deltas[0]) is not site.deltas[0] for site in look.sites)
     for i, name in look.tracked.names.items():
         if i in matrices:
             ours = matrices[i].full()[0][0]
@@ -163,14 +170,45 @@ def _compare(look: Look, f: Oracle, g: list[Tensor | None]) -> None:
             ours = small[i][0]
         else:
             ours = None
-        if (ours is None) != (g[i] is None):
-            raise CannotFactor(f"{name} takes part in a way that was not seen")
-        expected = g[i]
-        if ours is None or expected is None:
-            continue
-        error = float((wide(ours).reshape(expected.shape) - wide(expected)).norm())
-        if not error <= (5e-2 if low else 1e-3) * (float(wide(expected).norm()) + 1e-3 * total):
-            raise CannotFactor(f"the factors of {name} do not add up to its gradient")
+        _check_close(ours, g[i], g, _is_low(look), name)
+
+
+def _is_low(look: Look) -> bool:
+    return any(wide(site.deltas[0]) is not site.deltas[0] for site in look.sites)
+
+
+def _check_close(ours: Tensor | None, expected: Tensor | None, g: list[Tensor | None], low: bool, name: str) -> None:
+    if (ours is None) != (expected is None):
+        raise CannotFactor(f"{name} takes part in a way that was not seen")
+    if ours is None or expected is None:
+        return
+    total = sum(float(wide(t).norm()) ** 2 for t in g if t is not None) ** 0.5
+    error = float((wide(ours).reshape(expected.shape) - wide(expected)).norm())
+    # in low precision two orders of summation differ by some percent: only what is plainly wrong is told
+    if not error <= (0.3 if low else 1e-3) * (float(wide(expected).norm()) + 1e-3 * total):
+        raise CannotFactor(f"the factors of {name} do not add up to its gradient")
+
+
+def _see_zero(f: Oracle, batch: Batch, look: Look, g: list[Tensor | None]) -> None:
+    """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
+    parts = Parts(look.tracked.n, max(1, look.tracked.n // 2))
+    with torch.no_grad():
+        matrices, small = gradients(look, parts)
+        zero = torch.zeros(parts.k, dtype=torch.float32, device=look.sites[0].deltas[0].device)
+        see = See(
+            look.tracked,
+            OPERATIONS,
+            look.sites,
+            parts,
+            {i: (gradient, zero) for i, gradient in matrices.items()},
+            {i: torch.zeros_like(t) for i, t in small.items()},
+        )
+    with away(f), f.passing():
+        with see:
+            losses = batch.losses()
+        losses.mean().backward()
+        for i, name in look.tracked.names.items():
+            _check_close(f.point.parameters[i].grad, g[i], g, _is_low(look), name)
 
 
 def gradients(
@@ -181,7 +219,7 @@ def gradients(
     The losses' mean over the batch was differentiated: these are its parts, ``n / m`` times too small as means over
     ``m``.
     """
-    terms: dict[int, list[Term]] = {}
+    terms: Matrices = {}
     by_example: dict[int, list[Tensor]] = {}
     for site in look.sites:
         site.operation.collect(site, terms, by_example)

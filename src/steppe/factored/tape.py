@@ -1,7 +1,7 @@
-"""Two passes over the whole batch: one that records factors, one that evaluates every micro-batch at its own weights.
+"""Two passes over the whole batch: one records factors, one evaluates every micro-batch at its own weights.
 
-Both are modes that intercept torch functions, so that every use of a perturbed parameter is seen, whichever module makes
-it: what no operation of :mod:`steppe.factored.operations` understands is refused by name.
+Both are modes that intercept torch functions, so that every use of a perturbed parameter is seen, whichever module
+makes it: what no operation of :mod:`steppe.factored.operations` understands is refused by name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from steppe.factored.parts import Layout, Parts
-from steppe.factored.terms import Gradient, Term
+from steppe.factored.terms import Gradient
 
-Matrices = dict[int, list[Term]]  # by parameter: what its uses contribute
+Matrices = dict[int, list[Any]]  # by parameter: what its uses contribute
 Small = dict[int, list[Tensor]]  # by parameter: what its uses contribute, by example, (n, *shape)
 
 
@@ -119,6 +119,7 @@ class Tape(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def handle(self, operation: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation's output, or ``NotImplemented`` where it uses no tracked parameter."""
         raise NotImplementedError
 
 
@@ -135,6 +136,8 @@ class Look(Tape):
 
     def record(self, y: Tensor, site: Site) -> Tensor:
         """``y``, whose gradient the site will have; gradients start here where nothing before needs one."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise CannotFactor(f"{self.label(site)} runs under activation checkpointing")
         if not y.requires_grad:
             y = y + self.spark.setdefault(
                 (y.device, y.dtype), torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
@@ -195,7 +198,7 @@ class See(Tape):
         """The site that the first pass recorded here."""
         site = self.sites[self.at] if self.at < len(self.sites) else None
         if site is None or (site.operation, site.weight, site.bias) != (operation, weight, bias):
-            raise RuntimeError("the second forward differs from the first: pass parallel=False")
+            raise CannotFactor("the second forward pass uses other parameters than the first")
         self.at += 1
         return site
 

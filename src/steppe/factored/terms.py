@@ -146,9 +146,9 @@ class Gradient:
         if self._weights is None:
             with torch.no_grad():
                 pairs = zip(self.full(), self.parts.split(scale.to(W.dtype)), strict=True)
-                self._weights = [_plus(W, g, s[:, None, None]).to(dtype) for g, s in pairs]
+                self._weights = [_plus(W, g, s[:, None, None]) for g, s in pairs]
             self._full = None
-        return self._weights
+        return [P.to(dtype) for P in self._weights]
 
     def apply(self, how: Callable[[Term], list[Tensor]]) -> list[Tensor]:
         """``how`` of every term, summed, by chunk."""
@@ -162,7 +162,8 @@ def _plus(W: Tensor, G: Tensor, s: Tensor) -> Tensor:
 
 
 def _squares(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide(g[:0]).dtype).square()
+    norms: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide(g[:0]).dtype)
+    return norms.square()
 
 
 def cheaper_whole(rows: int, height: int, width: int) -> bool:

@@ -1,0 +1,112 @@
+"""The benchmarks measure what they say; how long anything takes is never asserted."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import m_sam, memory, record, rivals, step_cost, table
+from benchmarks.flops import flops
+from benchmarks.models import CASES, classify, mlp
+from benchmarks.timing import Timer
+from benchmarks.vmap_sam import VmapSAM
+from torch import nn
+
+import steppe
+
+
+def small(name: str) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    case = CASES[name]
+    torch.manual_seed(0)
+    return case.model(), case.data(4)
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "cnn", "vit_small"])
+def test_the_vmap_baseline_is_m_sam(name: str) -> None:
+    after = []
+    for way in ("vmap", "serial"):
+        model, data = small(name)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        if way == "vmap":
+            VmapSAM(base, model, classify, m=2).step(data)
+        else:
+            steppe.SAM(base, m=2, parallel=False).step(steppe.Batch(model, classify, data))
+        after.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*after, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_m_sam_is_measured(tmp_path: Path) -> None:
+    args = m_sam.arguments(["--ms", "2", "8", "--rounds", "2", "--time-limit", "0.1", "--batch-size", "8"])
+    rows = m_sam.measure("digits_mlp", CASES["digits_mlp"], args)
+    run = [row for row in rows if row["ratio"] is not None]
+    assert {(row["way"], row["m"]) for row in run} >= {("sam", None), ("vmap", 2), ("serial", 8), ("parallel", 2)}
+    for row in run:
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("ms", "ratio", "low", "high", "peak_ratio"))
+        assert row["low"] <= row["ratio"] <= row["high"]
+    assert all(row["reason"] for row in rows if row["ratio"] is None)
+    record.write(tmp_path / "a.json", "m_sam", torch.device("cpu"), {"rounds": 2}, rows)
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows
+    assert "| digits_mlp | steppe, two passes |" in table.tables(tmp_path)
+
+
+def test_a_way_predicted_too_slow_is_left_out() -> None:
+    args = m_sam.arguments(["--time-limit", "1"])
+    bench = m_sam.Bench.of(CASES["digits_mlp"], torch.device("cpu"), batch_size=8)
+    assert m_sam.refusal(bench, "serial", 1, 0.5, args) == "predicted 0.5 s a step"
+    assert not m_sam.refusal(bench, "serial", 1, 0.1, args)
+    assert "GiB" in m_sam.refusal(bench, "vmap", 1, 0.0, m_sam.arguments(["--memory-limit", "0.001"]))
+
+
+def test_step_cost_counts_the_methods_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_cost, "SAMPLE", 0.0)
+    rows = step_cost.measure(mlp(20, 30, 10), rounds=1)
+    by = {(row["method"], row["by"]): row for row in rows}
+    assert {name for name, who in by if who == "steppe"} == {method.__name__ for method in steppe.METHODS}
+    assert by["SAM", "steppe"]["passes"] == 2
+    assert by["LookSAM", "steppe"]["passes"] == pytest.approx(1.1)
+    assert all(math.isfinite(row["ms"]) and row["copies"] >= 1 for row in rows)
+    if rivals.NAME:
+        assert {name for name, who in by if who == rivals.NAME} == set(rivals.RIVALS)
+
+
+def test_peak_memory_counts_what_is_alive() -> None:
+    kept: list[torch.Tensor] = []
+
+    def step() -> None:
+        kept.append(torch.zeros(1000))  # stays
+        for _ in range(3):
+            torch.zeros(500) + 1  # two at a time
+
+    assert memory.peak(step, torch.device("cpu")) == 4 * (1000 + 2 * 500)
+
+
+def test_counted_work_of_grouped_convolutions() -> None:
+    def step(groups: int):
+        x = torch.randn(2, 8, 5, 5, requires_grad=True)
+        conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        return lambda: conv(x).sum().backward()
+
+    forward = 2 * 2 * 8 * 8 * 9 * 25  # 2 n C_out C_in kernel positions
+    assert flops(step(1)) == 3 * forward
+    assert flops(step(4)) == 3 * forward // 4
+
+
+def test_a_timer_warms_up_and_keeps_to_its_limit() -> None:
+    calls: list[int] = []
+    timer = Timer(lambda: calls.append(1), torch.device("cpu"))
+    timer.prepare(rounds=5, limit=1e-9)
+    assert (timer.rounds, len(calls)) == (1, 2)
+
+
+def test_the_tables_of_the_committed_records() -> None:
+    text = f"before\n{table.BEGIN}old\n{table.END}after\n"
+    written = table.with_table(text)
+    assert written.startswith(f"before\n{table.BEGIN}")
+    assert written.endswith(f"{table.END}after\n")
+    assert "old" not in written
+    assert table.with_table(written) == written
+    for path in table.RECORDS.glob("*.json"):
+        for row in record.read(path)["rows"]:
+            assert row.get("model", row.get("shapes")) in written

@@ -1,0 +1,415 @@
+"""Micro-batches in two passes over the whole batch equal the serial loop, or refuse."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import steppe
+from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
+from steppe.factored import gradient_statistics
+from steppe.factored.parts import Parts
+from steppe.factored.plan import gradients, plan_for
+from steppe.factored.record import factors_of
+from steppe.factored.terms import cheaper_whole
+from steppe.point import Point, Rho
+from tests.factored_models import EXAMPLES, Example
+
+N = 12
+MS = [1, 2, 5, 8, N // 2, N]
+
+
+def ends(example: Example, make, dtype=torch.float64, steps: int = 2, prepare=lambda model: None):
+    """Weights after some steps, in parallel and serially."""
+    found = []
+    for parallel in (True, False):
+        model = example.model(dtype)
+        prepare(model)
+        opt = make(model, parallel)
+        for k in range(steps):
+            opt.step(example.batch(model, N, dtype, seed=k))
+        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), opt))
+    return found
+
+
+def sgd(model, **kw):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
+
+
+def assert_equal(found, tolerance: float, numbers=("loss", "loss_adv", "g_norm", "eps_norm")) -> None:
+    (ours, opt), (theirs, serial) = found
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    for name in numbers:
+        a, b = (float(getattr(o.telemetry, name)) for o in (opt, serial))
+        assert a == pytest.approx(b, rel=max(tolerance * 100, 1e-8)), name
+    assert (opt.telemetry.forwards, opt.telemetry.backwards) == (2, 2)
+
+
+@pytest.mark.parametrize("m", MS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_equals_the_serial_loop(name: str, m: int) -> None:
+    make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
+    assert_equal(ends(EXAMPLES[name], make), 1e-10)
+    assert_equal(ends(EXAMPLES[name], make, torch.float32, steps=1), 1e-5)
+
+
+METHODS = {
+    "USAM": lambda b, m, p: steppe.USAM(b, 0.3, m=m, parallel=p),
+    "UnifiedSAM": lambda b, m, p: steppe.UnifiedSAM(b, 0.3, 0.4, m=m, parallel=p),
+    "WSAM": lambda b, m, p: steppe.WSAM(b, 0.3, 0.8, m=m, parallel=p),
+    "CoupledWSAM": lambda b, m, p: steppe.CoupledWSAM(b, 0.3, 0.8, m=m, parallel=p),
+}
+
+
+@pytest.mark.parametrize("m", [1, 5, 6])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["mlp", "vit", "gpt", "cnn"])
+def test_other_methods_equal_the_serial_loop(name: str, method: str, m: int) -> None:
+    assert_equal(ends(EXAMPLES[name], lambda model, p: METHODS[method](sgd(model), m, p)), 1e-10)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
+    plain = lambda model, p: steppe.SAM(sgd(model), 0.3, m=N if p else None, parallel=p)  # noqa: E731
+    assert_equal(ends(EXAMPLES[name], plain), 1e-10)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, monkeypatch) -> None:
+    for module in ("plan", "conv"):
+        monkeypatch.setattr(f"steppe.factored.{module}.cheaper_whole", lambda *_: whole)
+    make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
+    assert_equal(ends(EXAMPLES[name], make), 1e-10)
+
+
+def test_the_cost_rule_prefers_factors_for_few_rows() -> None:
+    assert not cheaper_whole(1, 256, 256)
+    assert not cheaper_whole(8, 1024, 1024)
+    assert cheaper_whole(1024, 256, 256)
+
+
+def test_other_rules_run_one_after_the_other() -> None:
+    for method in (steppe.GSAM, steppe.ASAM, steppe.FisherSAM, steppe.LookSAM, steppe.FSAM, steppe.VaSSO):
+        make = lambda model, p, method=method: method(sgd(model), 0.3, m=5, parallel=p)  # noqa: E731
+        (ours, _), (theirs, _) = ends(EXAMPLES["mlp"], make)
+        assert torch.equal(ours, theirs), method
+
+
+# ---- RW-SAM
+
+
+def per_example_gradients(model: nn.Module, batch: steppe.Batch) -> torch.Tensor:
+    """By autograd, one example at a time, flat: ``(n, d)``."""
+    rows = []
+    for part in batch.split(1):
+        with torch.enable_grad():
+            g = torch.autograd.grad(part.losses().sum(), list(model.parameters()), allow_unused=True)
+        flat = [torch.zeros_like(p) if t is None else t for t, p in zip(g, model.parameters(), strict=True)]
+        rows.append(torch.cat([t.flatten() for t in flat]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_exact_norms_and_the_weighted_gradient(name: str) -> None:
+    model = EXAMPLES[name].model(torch.float64)
+    batch = EXAMPLES[name].batch(model, N, torch.float64)
+    rows = per_example_gradients(model, batch)
+    parameters = list(model.parameters())
+    f = steppe.Oracle(batch, Point(parameters, Rho([1.0] * len(parameters))), parallel=True)
+    norms = Exact()(f)
+    torch.testing.assert_close(norms, rows.norm(dim=1), rtol=1e-10, atol=0)
+    d = Reweighted(2.0)(f)
+    p = torch.softmax(2.0 * rows.norm(dim=1), 0)
+    ours = [torch.zeros_like(q) if t is None else t for t, q in zip(d.tensors, parameters, strict=True)]
+    torch.testing.assert_close(torch.cat([t.flatten() for t in ours]), p @ rows, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("m", [None, 1, 5, 6])
+@pytest.mark.parametrize("combine", [steppe.Perturbed(), Weighted(0.8), Coupled(0.7)])
+@pytest.mark.parametrize("name", ["mlp", "gpt", "resnet"])
+def test_rw_sam_equals_exact_norms_by_hand(name: str, combine, m: int | None) -> None:
+    def rule(parallel):
+        sample = Reweighted(3.0) if parallel else Reweighted(3.0, ByHand())
+        whole = Rule(sample, combine=combine)
+        return whole if m is None else Micro(m, whole)
+
+    make = lambda model, p: SharpnessAware(sgd(model), rule(p), 0.3, parallel=p)  # noqa: E731
+    (ours, _), (theirs, _) = ends(EXAMPLES[name], make)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+class ByHand:
+    per_example = True
+
+    def __call__(self, f):
+        model = f.batch().model
+        return per_example_gradients(model, f.batch()).norm(dim=1)
+
+
+def test_without_factors_the_probe_answers() -> None:
+    example = EXAMPLES["mlp"]
+    model = example.model(torch.float64)
+    opt = steppe.RWSAM(sgd(model), 0.3, parallel=False)
+    opt.step(example.batch(model, N, torch.float64))
+    assert opt.telemetry.forwards == 3
+    opt = steppe.RWSAM(sgd(model), 0.3)
+    opt.step(example.batch(model, N, torch.float64))
+    assert opt.telemetry.forwards == 2
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("m", [1, 5, N])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradient_statistics(name: str, m: int) -> None:
+    model = EXAMPLES[name].model(torch.float64)
+    batch = EXAMPLES[name].batch(model, N, torch.float64)
+    rows = per_example_gradients(model, batch)
+    parts = torch.stack([part.mean(0) for part in rows.split(m)])
+    shares = torch.tensor([len(part) / N for part in rows.split(m)], dtype=torch.float64)
+    state = torch.get_rng_state()
+    found = gradient_statistics(batch, m=m)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(found.norms, parts.norm(dim=1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.g_norm, rows.mean(0).norm())
+    trace = (shares * (parts - rows.mean(0)).square().sum(1)).sum()
+    torch.testing.assert_close(found.trace, trace, rtol=1e-8, atol=1e-12)
+
+
+def test_gradient_statistics_of_some_parameters_leave_the_rest() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    example = EXAMPLES["mlp"]
+    batch = example.batch(model, N, torch.float64)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    found = gradient_statistics(batch, [model[0].weight])
+    rows = per_example_gradients(model, batch)[:, :20]
+    torch.testing.assert_close(found.norms, rows.norm(dim=1))
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    with pytest.raises(ValueError, match="m must be"):
+        gradient_statistics(batch, m=0)
+
+
+# ---- what is perturbed
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_frozen_parameters_and_a_rho_for_every_group(name: str) -> None:
+    def prepare(model):
+        for p in list(model.parameters())[::3]:
+            p.requires_grad_(False)
+
+    def make(model, parallel):
+        parameters = list(model.parameters())
+        groups = [
+            {"params": parameters[0::2], "rho": 0.5},
+            {"params": parameters[1::4], "rho": 0.0},
+            {"params": parameters[3::4]},
+        ]
+        base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        return steppe.WSAM(base, 0.2, 0.8, m=5, parallel=parallel)
+
+    found = ends(EXAMPLES[name], make, prepare=prepare)
+    assert_equal(found, 1e-10, ("loss", "loss_adv", "eps_norm"))  # g_norm is that of the perturbed parameters here
+
+
+class Attention(nn.Module):
+    """Cross attention, masks, weights that are returned, sequences first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, bias=True)
+        self.memory, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.memory(x).transpose(0, 1)  # (length, n, d)
+        causal = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+        padding = x[..., 0].mT > 0.3
+        padding[:, 0] = False
+        a, weights = self.attend(x, x, x, attn_mask=causal, key_padding_mask=padding)
+        b, _ = self.attend(x, a, a.relu(), need_weights=False)
+        return self.head((b + weights.mean((1, 2))[None, :, None])[0])
+
+
+def test_multi_head_attention() -> None:
+    example = Example(Attention, lambda n: (torch.randn(n, 4, 5), torch.randint(3, (n,))))
+    model = example.model(torch.float64)
+    batch = example.batch(model, N, torch.float64)
+    expected = batch.losses()
+    f = steppe.Oracle(batch, Point(list(model.parameters()), Rho([1.0] * 8)))
+    plan = plan_for(f, batch)
+    assert not plan.reason
+    with steppe.factored.tape.Look(plan.tracked, steppe.factored.operations.OPERATIONS):
+        torch.testing.assert_close(batch.losses(), expected)
+    for m in (1, 5):
+        assert_equal(ends(example, lambda model, p, m=m: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)), 1e-10)
+
+
+def test_channels_last() -> None:
+    prepare = lambda model: model.to(memory_format=torch.channels_last)  # noqa: E731
+    for m in (1, 5):
+        make = lambda model, p, m=m: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+        assert_equal(ends(EXAMPLES["resnet"], make, prepare=prepare), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "vit", "gpt"])
+def test_autocast_bf16(name: str) -> None:
+    example = EXAMPLES[name]
+
+    def half(model, data):
+        with torch.autocast("cpu", torch.bfloat16):
+            return steppe_loss(model, data).float()
+
+    from tests.factored_models import loss as steppe_loss
+
+    updates = []
+    for parallel in (True, False):
+        model = example.model(torch.float32)
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=4, parallel=parallel)
+        opt.step(steppe.Batch(model, half, example.batch(model, N, torch.float32).data))
+        updates.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    assert torch.cosine_similarity(*updates, dim=0) > 0.99
+
+
+# ---- what is refused
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Own(nn.Module):
+    """A parameter in an operation that has no factored form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.slope = nn.Linear(5, 3), nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x):
+        return F.prelu(self.net(x), self.slope)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.requires_grad_() if self.reentrant else x
+        return self.b(checkpoint(lambda t: torch.tanh(self.a(t)), x, use_reentrant=self.reentrant))
+
+
+flat = lambda n: (torch.randn(n, 5), torch.randint(3, (n,)))  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(Mixed, "examples influence one another"), (Own, r"slope is used by prelu")]
+)
+def test_what_does_not_factor_runs_serially_and_says_why(model, why: str, caplog) -> None:
+    example = Example(model, flat)
+    with caplog.at_level(logging.INFO, "steppe"):
+        make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
+        (ours, _), (theirs, _) = ends(example, make, steps=3)
+    assert torch.equal(ours, theirs)
+    assert len(caplog.records) == 1  # one line, once a model
+    import re
+
+    assert re.search(why, caplog.records[0].message)
+    if model is not Mixed:
+        trained = example.model(torch.float64)
+        before = [p.detach().clone() for p in trained.parameters()]
+        with pytest.raises(ValueError, match=why):
+            steppe.SAM(sgd(trained), 0.3, m=5, parallel=True).step(example.batch(trained, N, torch.float64))
+        assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
+
+
+def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
+    """Then a part's gradient is the sum over its rows of the whole batch's backward."""
+    example = Example(Mixed, flat)
+    model = example.model(torch.float64)
+    batch = example.batch(model, N, torch.float64)
+    inputs = list(model.parameters())
+    batch()
+    g = torch.cat([p.grad.flatten() for p in inputs])
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    f = steppe.Oracle(batch, Point(inputs, Rho([1.0] * len(inputs))), parallel=True)
+    plan = plan_for(f, batch)
+    assert plan.mixes
+    factors = factors_of(f)
+    matrices, small = gradients(factors.look, Parts(N, 5), whole=True)
+    total = [
+        sum(c.sum(0) for c in matrices[i].full()) if i in matrices else small[i].sum(0) for i in range(len(inputs))
+    ]
+    torch.testing.assert_close(torch.cat([t.flatten() for t in total]), g, rtol=1e-9, atol=1e-12)
+    opt = steppe.SAM(sgd(twin), 0.3, m=5, parallel=True)
+    opt.step(steppe.Batch(twin, batch.loss, batch.data))
+    assert twin.net[1].num_batches_tracked == 1 + int(model.net[1].num_batches_tracked) - 2 + 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_models_equal_the_serial_loop(reentrant: bool) -> None:
+    example = Example(lambda: Checkpointed(reentrant), flat)
+    make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
+    (ours, _), (theirs, _) = ends(example, make)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_model_that_changes_its_mind_falls_back() -> None:
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.use_b = nn.Linear(5, 3), nn.Linear(5, 3), False
+
+        def forward(self, x):
+            return self.a(x) + (self.b(x) if self.use_b else 0)
+
+    example = Example(Fickle, flat)
+    found = []
+    for parallel in ("auto", False):
+        model = example.model(torch.float64)
+        opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=5, parallel=parallel)
+        for k in range(4):
+            model.use_b = k >= 2
+            opt.step(example.batch(model, N, torch.float64, seed=k))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def test_an_error_of_the_model_is_the_users_to_see() -> None:
+    model = nn.Linear(5, 3)
+    batch = steppe.Batch(model, lambda m, d: m(d).square().sum(1) / 0 * missing, torch.randn(N, 5))  # noqa: F821
+    with pytest.raises(NameError, match="missing"):
+        steppe.SAM(sgd(model), m=4).step(batch)
+
+
+def test_new_shapes_are_rehearsed_and_modes_kept_apart() -> None:
+    example = EXAMPLES["mlp"]
+    model = example.model(torch.float64)
+    twin = copy.deepcopy(model)
+    for m, parallel in ((model, True), (twin, False)):
+        opt = steppe.SAM(sgd(m), 0.3, m=4, parallel=parallel)
+        for n in (12, 7, 3, 12):
+            opt.step(example.batch(m, n, torch.float64, seed=n))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
+def test_geometry_pieces_agree_with_their_radial_form() -> None:
+    v = steppe.Vector([torch.tensor([3.0, 4.0])])
+    for geometry in (Euclidean(), Unnormalised(), steppe.Unified(0.3)):
+        torch.testing.assert_close(geometry(None, v).materialised()[0], geometry.radial(v.norm()) * v.tensors[0])
