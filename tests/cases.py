@@ -127,7 +127,8 @@ METHODS = [
     Case("WSAM", named(steppe.WSAM)),
     Case("CoupledWSAM", named(steppe.CoupledWSAM)),
     Case("NSAM", named(steppe.NSAM)),
-    Case("RWSAM", named(steppe.RWSAM), passes=(3, 2), looks_inside=True, low=False),
+    Case("RWSAM", named(steppe.RWSAM), looks_inside=True),
+    Case("RWSAM probe", named(steppe.RWSAM, parallel=False), passes=(3, 2), looks_inside=True, low=False),
     Case("LookSAM", named(steppe.LookSAM, k=2)),
     Case("FSAM", named(steppe.FSAM, sigma=0.7)),
     Case("VaSSO", named(steppe.VaSSO, theta=0.4)),
@@ -155,7 +156,7 @@ MICRO = [
 
 PARALLEL = [
     Case(f"parallel m-{name}", named(getattr(steppe, name), m=4, parallel=True), looks_inside=True)
-    for name in ("SAM", "USAM", "WSAM", "CoupledWSAM")
+    for name in ("SAM", "USAM", "WSAM", "CoupledWSAM", "RWSAM")
 ]
 
 COMBINATIONS = [

@@ -241,7 +241,8 @@ def test_a_plain_closure_is_enough_or_refused_before_anything_changes(case: Case
 def test_micro_batches_as_large_as_the_batch_change_nothing(case: Case) -> None:
     ours, theirs = world(), world()
     opt, twin = optimizer(case, ours), optimizer(case, theirs)
-    twin.rule, twin._parallel = steppe.Micro(N, twin.rule), False
+    twin.rule = steppe.Micro(N, twin.rule)
+    opt._parallel = twin._parallel = False
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         twin.step(b)

@@ -71,8 +71,11 @@ def test_rw_sam_with_exact_norms(m: int | None, base: str) -> None:
     w = world()
     torch_base, flat_base = BASES[base]
     expected = reference.trajectory("RWSAM", problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, lam=2.0)
-    rule = micro(m, Rule(sample=Reweighted(2.0, ExactNorms())))
-    assert_same_path(SharpnessAware(torch_base(w.parameters()), rule, RHO), w, expected)
+    by_hand = micro(m, Rule(sample=Reweighted(2.0, ExactNorms())))
+    assert_same_path(SharpnessAware(torch_base(w.parameters()), by_hand, RHO), w, expected)
+    again = world()
+    factored = steppe.RWSAM(torch_base(again.parameters()), RHO, lam=2.0, m=m, parallel=True)
+    assert_same_path(factored, again, expected)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -80,7 +83,7 @@ def test_rw_sam_with_exact_norms(m: int | None, base: str) -> None:
 def test_rw_sam_with_the_probe(m: int | None, base: str) -> None:
     w = world()
     torch_base, flat_base = BASES[base]
-    opt = steppe.RWSAM(torch_base(w.parameters()), RHO, lam=2.0, m=m)
+    opt = steppe.RWSAM(torch_base(w.parameters()), RHO, lam=2.0, m=m, parallel=False)
     probe, d = steppe.FiniteDifference(), len(flat(w.model))
     vector = steppe.Vector([p.detach() for p in w.parameters()])
     z = PerStep(torch.cat([t.reshape(-1) for t in probe.direction(vector, k).tensors]) for k in range(STEPS))

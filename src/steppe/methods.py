@@ -203,8 +203,8 @@ class RWSAM(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d = sum_i p_i g_i``, ``p = softmax(lam norm(g_i))``, ``u = g_adv``.
 
     Needs a :class:`~steppe.Batch`. Costs two passes where the model factors; else three forwards and two backwards, as
-    in the paper. See :class:`~steppe.Reweighted` for what the paper says, what is inferred and what is our choice. Raises
-    ``ValueError`` for a negative ``lam``.
+    in the paper. See :class:`~steppe.Reweighted` for what the paper says, what is inferred and what is our choice.
+    Raises ``ValueError`` for a negative ``lam``.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
     """

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 import steppe
@@ -66,6 +67,6 @@ def test_every_method_of_steppe_can_be_named():
 def test_build_passes_the_options():
     model = nn.Linear(3, 2)
     optimizer = spec.build(spec.parse("WSAM(rho=0.3, gamma=0.8, m=4)"), model, Settings(lr=0.2), full=lambda: None)
-    expected = steppe.WSAM(optimizer.base, rho=0.3, gamma=0.8, m=4)
+    expected = steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.2), rho=0.3, gamma=0.8, m=4)
     assert optimizer.rule == expected.rule
     assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.3, 0.2)

@@ -91,7 +91,7 @@ class PartwiseConv(torch.autograd.Function):
         return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups), k)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         """Gradients of ``x`` and ``W``."""
         x, P = ctx.saved_tensors
         spec, k, dx, dW = ctx.spec, len(P), None, None
@@ -175,7 +175,7 @@ class Conv:
         x_e = site.by_example(x)
         made = []
         for x_k, P in zip(see.parts.chunks(x_e), gradient.perturbed(W, scale, x.dtype), strict=True):
-            y = PartwiseConv.apply(x_k.flatten(0, 1), P.reshape(-1, *W.shape), W, spec)
+            y = PartwiseConv.apply(x_k.flatten(0, 1), P.reshape(-1, *W.shape), W, spec)  # type: ignore[no-untyped-call]
             made.append(y.reshape(len(x_k), -1, *y.shape[1:]))
         return site.by_row(see.parts.join(made, x_e.shape[1]), (len(x),))
 

@@ -29,7 +29,7 @@ class PartwiseLinear(torch.autograd.Function):
         return x @ P.mT
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         """Gradients of ``x`` and ``W``."""
         x, P = ctx.saved_tensors
         dx = delta @ P if ctx.needs_input_grad[0] else None
@@ -46,7 +46,7 @@ class Linear:
     def read(self, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias."""
         x, W, b = (args[i] if i < len(args) else None for i in self.arguments)
-        return x, W, b
+        return x, W, b  # type: ignore[return-value]
 
     def look(self, look: Look, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep the input."""
@@ -76,8 +76,12 @@ class Linear:
         if (weight is None and bias is None) or see.tracked.index(x) is not None or W.dim() != 2:
             return NotImplemented
         site = see.next(self, weight, bias)
-        y = F.linear(x, W.mT if self.transposed else W) if weight is None else self.perturbed(see, site, x, W)
+        y = F.linear(x, self.turned(W)) if weight is None else self.perturbed(see, site, x, W)
         return see.plus(site, y, b).to(low(x))
+
+    def turned(self, W: Tensor) -> Tensor:
+        """The weight as ``(outputs, inputs)``."""
+        return W.mT if self.transposed else W
 
     def perturbed(self, see: See, site: Site, x: Tensor, W: Tensor) -> Tensor:
         """``x (W + eps_k)^T``."""
@@ -87,9 +91,9 @@ class Linear:
         scales = see.parts.split(scale[:, None, None])
         if gradient.whole:
             P = gradient.perturbed(W, scale, x_e.dtype)
-            turn = (lambda t: t.mT) if self.transposed else (lambda t: t)
-            made = [PartwiseLinear.apply(x_k, turn(P_k), turn(W)) for x_k, P_k in zip(chunks, P, strict=True)]
-            return site.by_row(see.parts.join(made, x_e.shape[1]), x.shape[:-1])  # type: ignore[arg-type]
+            rows = zip(chunks, P, strict=True)
+            made = [PartwiseLinear.apply(x_k, self.turned(P_k), self.turned(W)) for x_k, P_k in rows]  # type: ignore[no-untyped-call]
+            return site.by_row(see.parts.join(made, x_e.shape[1]), x.shape[:-1])
         extra = gradient.apply(
             lambda t: t.transposed_times(chunks, see.parts) if self.transposed else t.times(chunks, see.parts)
         )
