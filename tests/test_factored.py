@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
-from steppe.factored import gradient_statistics
+from steppe.factored import gradient_statistics, register_factored
 from steppe.factored.parts import Parts
 from steppe.factored.plan import gradients, plan_for
 from steppe.factored.record import factors_of
@@ -335,6 +335,79 @@ def test_what_does_not_factor_runs_serially_and_says_why(model, why: str, caplog
         with pytest.raises(ValueError, match=why):
             steppe.SAM(sgd(trained), 0.3, m=5, parallel=True).step(example.batch(trained, N, torch.float64))
         assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
+
+
+def test_registered_modules_factor() -> None:
+    class Slope(nn.PReLU):
+        pass
+
+    class Registered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.slope, self.b = nn.Linear(5, 4), Slope(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(self.slope(self.slope(self.a(x)) + 0.1))
+
+    example = Example(Registered, flat)
+    model = example.model(torch.float64)
+    with pytest.raises(ValueError, match=r"slope\.weight is used by prelu"):
+        steppe.SAM(sgd(model), m=5, parallel=True).step(example.batch(model, N, torch.float64))
+    register_factored(Slope)
+    for m in (1, 5, N):
+        for method in (steppe.SAM, steppe.WSAM, steppe.RWSAM):
+            make = lambda model, p, m=m, method=method: method(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+            (ours, _), (theirs, _) = ends(example, make)
+            if method is not steppe.RWSAM:
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert "forward" not in vars(model.slope)
+    with pytest.raises(TypeError, match="module_type"):
+        register_factored(lambda x: x)
+
+
+def test_plain_sam_takes_the_cheaper_way() -> None:
+    """Few rows against large matrices: the first pass then needs no weight gradients."""
+    net = lambda: nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 3))  # noqa: E731
+    wide = Example(net, lambda n: (torch.randn(n, 200), torch.randint(3, (n,))))
+    stayed = []
+
+    def make(model, parallel):
+        home = model[0].weight.detach().clone()
+
+        def hook(module, *_):
+            with torch._C.DisableTorchFunction():
+                stayed.append(torch.equal(module.weight, home))
+
+        model[0].register_forward_hook(hook)
+        return steppe.SAM(sgd(model), 0.3, parallel="auto" if parallel else False)
+
+    assert_equal(ends(wide, make, steps=1), 1e-10)
+    *shared, clean, perturbed = stayed
+    assert all(shared)  # no weights are moved
+    assert clean
+    assert not perturbed
+    square = EXAMPLES["mlp"]
+    model = square.model(torch.float64)
+    seen = []
+    model[0].register_forward_hook(lambda m, *_: seen.append(m.weight.detach().clone()))
+    steppe.SAM(sgd(model), 0.3).step(square.batch(model, N, torch.float64))
+    assert not torch.equal(seen[0], seen[-1])  # here it is not the cheaper one
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), lambda m: _InPlaceCompiled(m)])
+def test_compiled_models_run_serially(wrap, caplog) -> None:
+    example = EXAMPLES["mlp"]
+    model = example.model(torch.float64)
+    wrapped = wrap(model)
+    batch = example.batch(model, N, torch.float64)
+    with caplog.at_level(logging.INFO, "steppe"):
+        steppe.SAM(sgd(model), 0.3, m=5).step(steppe.Batch(wrapped, batch.loss, batch.data))
+    assert "compiled" in caplog.text
+
+
+def _InPlaceCompiled(model):
+    model.compile(backend="eager")
+    return model
 
 
 def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:

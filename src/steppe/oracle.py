@@ -115,6 +115,11 @@ class Oracle:
                     torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this is the batch itself, not a part of it."""
+        return self._whole is None
+
+    @property
     def is_away(self) -> bool:
         """Whether passes are away from ``w`` now."""
         return self._away

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steppe import check
 from steppe.combine import Perturbed
-from steppe.factored.micro import in_parallel
+from steppe.factored.micro import cheaper_in_parallel, in_parallel
 from steppe.geometry import Euclidean
 from steppe.oracle import Oracle
 from steppe.sample import Exact, Mean
@@ -49,6 +49,10 @@ class Rule:
 
     def __call__(self, f: Oracle) -> Update:
         """One step's update."""
+        if self.shares_passes() and not getattr(self.combine, "uses_g", True) and cheaper_in_parallel(f):
+            update = in_parallel(f, len(f.batch()), self)
+            if update is not None:
+                return update
         keep = {"keep_g": getattr(self.combine, "uses_g", True), "know_losses": looks_inside(self.select)}
         with f.at(self.perturbation(f), **keep):  # look
             g_adv = f.grad(on=self.select(f))  # see

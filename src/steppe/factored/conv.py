@@ -56,6 +56,11 @@ class Convolved:
     left: Tensor
     spec: Spec
 
+    def shape(self, parts: Parts) -> tuple[int, int, int]:
+        """Rows in a part, height and width of ``G_k``."""
+        rows = min(parts.m, parts.n) * self.left[0, :, 0].numel()
+        return rows, self.spec.shape[0], self.spec.shape[1:].numel()
+
     def full(self, parts: Parts) -> list[Tensor]:
         """``G_k`` by chunk: ``(parts, C_out, C_in / groups * kernel)``."""
         made = []
@@ -194,7 +199,6 @@ class Conv:
 
 def settle(term: Convolved, parts: Parts) -> Convolved | Dense:
     """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
-    height, width = term.spec.shape[0], term.spec.shape[1:].numel()
-    rows = min(parts.m, parts.n) * term.left[0, :, 0].numel()
+    rows, height, width = term.shape(parts)
     by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cheaper_whole(2 * rows, height, width)
     return term.dense() if by_patches else term

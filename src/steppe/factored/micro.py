@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from steppe.batch import Batch
+from steppe.factored.black_box import black_boxes
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import forget
+from steppe.factored.plan import forget, plan_for
 from steppe.factored.record import Factors, factors_of
 from steppe.factored.tape import CannotFactor, See
 from steppe.oracle import Oracle
@@ -37,7 +39,7 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
         if uses_g:
             f.keep(factors.g)
         with f.away():
-            g_adv = f.grad(under=see)
+            g_adv = f.grad(under=black_boxes(f.batch().model, see))
     except CannotFactor as error:
         forget(f, f.batch(), str(error))
         if f.parallel is True:
@@ -45,6 +47,14 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
         return None
     f.compare(g_adv)
     return rule.combine(f, g_adv)
+
+
+def cheaper_in_parallel(f: Oracle) -> bool:
+    """Whether plain SAM's own two passes cost less with factors, by counted multiplications; asked of whole batches."""
+    if f.parallel != "auto" or not f.is_whole or not isinstance(f.closure, Batch):
+        return False
+    plan = plan_for(f, f.closure)
+    return not plan.reason and plan.cost < 0.95
 
 
 def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, leaves
+from steppe.factored.black_box import black_boxes
 from steppe.factored.conv import Convolved, settle
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
@@ -32,6 +33,7 @@ class Plan:
     layouts: tuple[Layout, ...] = ()
     reason: str = ""
     mixes: bool = False  # examples influence one another: batch normalisation, a loss over pairs
+    cost: float = 1.0  # of plain SAM in shared passes, in units of its usual way
 
     def apply(self, look: Look) -> None:
         """Give the sites of a pass their layouts.
@@ -95,6 +97,9 @@ def tracked_of(f: Oracle, batch: Batch) -> Tracked:
 
 def _rehearsed(f: Oracle, batch: Batch) -> Plan:
     tracked = tracked_of(f, batch)
+    reason = _unfit(batch.model)
+    if reason:
+        return Plan(tracked, reason=reason)
     for _ in range(2):
         look = Look(tracked, OPERATIONS)
         try:
@@ -113,7 +118,7 @@ def _rehearsed(f: Oracle, batch: Batch) -> Plan:
             plan.apply(look)
             _compare(look, f, g)
             _see_zero(f, batch, look, g)
-            return plan
+            return replace(plan, cost=_cost(look))
         except CannotFactor as error:
             return Plan(tracked, reason=str(error))
         except Exception as error:  # the model does not run under the tape: the serial loop will say what is wrong
@@ -129,7 +134,7 @@ def away(f: Oracle) -> AbstractContextManager[None]:
 def _two_backwards(f: Oracle, batch: Batch, look: Look) -> tuple[list[Tensor | None], Tensor]:
     """One forward; the mean's backward, and that of a sum with random weights, which tells whose rows are whose."""
     with away(f), f.passing():
-        with look:
+        with black_boxes(batch.model, look):
             losses = batch.losses()
         random = torch.Generator().manual_seed(0)
         weights = (torch.rand(len(batch), generator=random) + 0.1).to(losses)
@@ -189,6 +194,37 @@ def _check_close(ours: Tensor | None, expected: Tensor | None, g: list[Tensor | 
         raise CannotFactor(f"the factors of {name} do not add up to its gradient")
 
 
+def _unfit(model: nn.Module) -> str:
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return "the model is compiled"
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            return f"the model is wrapped in {type(module).__name__}"
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return "parameters are sharded"
+    return ""
+
+
+def _cost(look: Look) -> float:
+    """Multiplications of a step with one micro-batch over those of two forwards and backwards, from shapes.
+
+    Products with factors save a weight gradient and pay Gram matrices; gradients held whole save nothing.
+    """
+    parts = Parts(look.tracked.n, look.tracked.n)
+    with torch.no_grad():
+        matrices, _ = gradients(look, parts)
+    usual = shared = 0.0
+    for gradient in matrices.values():
+        for term in gradient.terms:
+            if isinstance(term, Lookup):
+                continue
+            rows, height, width = term.shape(parts)
+            usual += 6.0 * rows * height * width
+            gram = 5.0 * rows * height * width + 3.0 * rows * rows * (height + width)
+            shared += 6.0 * rows * height * width if gradient.whole else gram
+    return shared / usual if usual else 1.0
+
+
 def _see_zero(f: Oracle, batch: Batch, look: Look, g: list[Tensor | None]) -> None:
     """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
     parts = Parts(look.tracked.n, max(1, look.tracked.n // 2))
@@ -204,7 +240,7 @@ def _see_zero(f: Oracle, batch: Batch, look: Look, g: list[Tensor | None]) -> No
             {i: torch.zeros_like(t) for i, t in small.items()},
         )
     with away(f), f.passing():
-        with see:
+        with black_boxes(batch.model, see):
             losses = batch.losses()
         losses.mean().backward()
         for i, name in look.tracked.names.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steppe.factored.black_box import black_boxes
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
 from steppe.factored.plan import forget, gradients, plan_for
@@ -83,7 +84,8 @@ def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
     reason = plan.reason
     if not reason or (plan.mixes and f.parallel is True):
         look = Look(plan.tracked, OPERATIONS)
-        g = f.grad(wrt=None if uses_g else [False] * len(f.point.parameters), under=look)
+        wrt = None if uses_g else [False] * len(f.point.parameters)
+        g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
         try:
             plan.apply(look)
             return Factors(look, len(batch), f.point.parameters, g)

@@ -24,6 +24,10 @@ class Dense:
     left: Tensor
     right: Tensor
 
+    def shape(self, parts: Parts) -> tuple[int, int, int]:
+        """Rows in a part, height and width of ``G_k``."""
+        return min(parts.m, parts.n) * self.left.shape[1], self.left.shape[-1], self.right.shape[-1]
+
     def full(self, parts: Parts) -> list[Tensor]:
         """``G_k`` by chunk: ``(parts, rows, columns)``."""
         pairs = zip(parts.chunks(self.left), parts.chunks(self.right), strict=True)
