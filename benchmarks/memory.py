@@ -1,0 +1,62 @@
+"""How much memory a step takes beyond what was there before it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages made inside and still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for t in tensors(out):
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in known and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                self.total += storage.nbytes()
+                weakref.finalize(storage, self.forget, key)
+        self.peak = max(self.peak, self.total)
+        return out
+
+    def forget(self, key: int) -> None:
+        """A storage is gone."""
+        self.total -= self.alive.pop(key)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors of nested arguments."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for branch in tree for t in tensors(branch)] if isinstance(tree, list | tuple) else []
+
+
+def peak(step: Callable[[], object], device: torch.device) -> int:
+    """Peak bytes that one step allocates on top of what is held before it."""
+    if device.type == "cuda":
+        gc.collect()  # garbage that goes during the step would hide what the step takes
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with Storages() as storages:
+        step()
+    return storages.peak

@@ -1,0 +1,61 @@
+"""Records: what was measured, on which machine, with which settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import steppe
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def source() -> str:
+    """A short hash of steppe's source: which code was measured."""
+    root = Path(steppe.__file__).parent
+    files = sorted(path for path in root.rglob("*.py") if "lab" not in path.parts)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+SOURCE = source()  # at import: the files may change while the benchmark runs
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "steppe": steppe.__version__,
+        "source": SOURCE,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write(path: Path, benchmark: str, device: torch.device, settings: dict[str, Any], rows: list[dict]) -> None:
+    """One JSON object; a row a line."""
+    head = {"benchmark": benchmark, "machine": machine(device), "settings": settings}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record."""
+    return json.loads(path.read_text())

@@ -1,0 +1,121 @@
+"""Write the tables of the committed records between a text's marks: ``python -m benchmarks.table README.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+RECORDS = Path(__file__).parent / "records"
+BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
+WAYS = {"serial": "one after the other", "vmap": "`vmap`", "parallel": "steppe, two passes"}
+PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
+Row = dict[str, Any]
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; the first two columns are names."""
+    rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
+
+
+def ratio(row: Row | None) -> str:
+    """``0.92 (0.90-0.95)``: median and range; a dash for what was not run."""
+    if row is None or row["ratio"] is None:
+        return "-"
+    digits = 2 if row["ratio"] < 10 else 0
+    return f"{row['ratio']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
+
+
+def memory(row: Row | None) -> str:
+    """Peak memory as a ratio."""
+    return "-" if row is None or row["ratio"] is None else f"{row['peak_ratio']:.2f}"
+
+
+def work(row: Row | None) -> str:
+    """Counted work as a ratio."""
+    return f"{row['flops_ratio']:.2f}" if row and row.get("flops_ratio") else "-"
+
+
+def by_m(rows: list[Row], ways: Sequence[str], shown: Callable[[Row | None], str]) -> str:
+    """Rows: model and way; columns: m."""
+    ms = sorted({row["m"] for row in rows if row["m"]})
+    found = {(row["model"], row["way"], row["m"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for way in (w for w in ways if any((model, w, m) in found for m in ms)):
+            lines.append([model, WAYS[way], *(shown(found.get((model, way, m))) for m in ms)])
+    return markdown(["model", "m-SAM", *(f"m = {m}" for m in ms)], lines)
+
+
+def sam_itself(rows: list[Row]) -> str:
+    """What the ratios refer to, and RW-SAM beside it."""
+    found = {(row["model"], row["way"]): row for row in rows if row["m"] is None}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        sam = found[model, "sam"]
+        size = f"{sam['parameters'] / 1e6:.2f} M, batch {sam['batch_size']}"
+        rw = [ratio(found.get((model, way))) for way in PROBES]
+        lines.append([model, size, f"{sam['ms']:.1f} ms", f"{sam['peak'] / 2**20:.0f} MiB", *rw])
+    return markdown(["model", "size", "SAM's step", "SAM's memory", *(f"RW-SAM, {p}" for p in PROBES.values())], lines)
+
+
+def where(data: dict[str, Any]) -> str:
+    """The machine and what matters of the settings."""
+    m, s = data["machine"], data["settings"]
+    threads = f"{m['threads']} of {m['cores']} cores, " if m["device"] == "cpu" else ""
+    name = f"CPU, {m['cpu']}" if m["device"] == "cpu" else m["device"]
+    said = [f"torch {m['torch']}", m["date"], *filter(None, [s.get("dtype"), s.get("note")])]
+    return f"{name}, {threads}{', '.join(said)}"
+
+
+def m_sam(data: dict[str, Any]) -> str:
+    """Time, memory and counted work of m-SAM and RW-SAM."""
+    rows = data["rows"]
+    return (
+        f"{where(data)}. Step time as a ratio to SAM's, median (range) over {data['settings']['rounds']} interleaved "
+        f"rounds at most:\n\n{by_m(rows, list(WAYS), ratio)}\n"
+        f"Peak memory beyond the parameters, as a ratio to SAM's:\n\n{by_m(rows, list(WAYS), memory)}\n"
+        f"Counted operations, as a ratio to SAM's:\n\n{by_m(rows, ['parallel'], work)}\n"
+        f"SAM itself, and RW-SAM's step time as a ratio to it:\n\n{sam_itself(rows)}\n"
+    )
+
+
+def step_cost(data: dict[str, Any]) -> str:
+    """What a method's own algebra costs, beside the other implementation."""
+    other = data["settings"]["other"]
+    found = {(row["shapes"], row["method"], row["by"]): row for row in data["rows"]}
+    lines = []
+    for shapes, method in dict.fromkeys((row["shapes"], row["method"]) for row in data["rows"]):
+        pair = [found.get((shapes, method, by)) for by in ("steppe", other)]
+        times = [f"{row['ms']:.1f} ({row['low']:.1f} to {row['high']:.1f})" if row else "-" for row in pair]
+        extra = [f"{row[key]:.{d}f}" if row else "-" for key, d in (("copies", 1), ("passes", 1)) for row in pair]
+        lines.append([shapes, method, *times, *extra])
+    other = other or "another"
+    head = ["parameters of", "method", "ms, steppe", f"ms, {other}", "copies", "copies, other", "passes", "other"]
+    return (
+        f"{where(data)}. A step without its passes and the base step, median (range) of {data['settings']['rounds']} "
+        "rounds; peak memory in copies of the parameters, the gradient being one; passes a step:\n\n"
+        f"{markdown(head, lines)}\n"
+    )
+
+
+def tables(records: Path = RECORDS) -> str:
+    """Every record's tables."""
+    writers = {"m_sam": m_sam, "step_cost": step_cost}
+    found = [record.read(path) for path in sorted(records.glob("*.json"))]
+    return "\n".join(writers[data["benchmark"]](data).rstrip("\n") + "\n" for data in found)
+
+
+def with_table(text: str, records: Path = RECORDS) -> str:
+    """The text with the tables between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + tables(records) + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text()))
