@@ -1,7 +1,7 @@
 """Does m-SAM's trend hold down to m = 1? Error against m on the digits with label noise, RW-SAM beside it.
 
-``python recipes/m_sharpness.py`` trains every method over the seeds (paired: same split, noise, initial weights, order)
-and writes ``recipes/records/m_sharpness.json``; ``--figure FILE.svg`` draws that record (needs matplotlib). The protocol
+``python recipes/m_sharpness.py`` trains every method over the seeds (paired: same split, noise, weights and order)
+and writes ``recipes/records/m_sharpness.json``; ``--figure FILE.svg`` draws it (needs matplotlib). The protocol
 is `steppe compare`'s: 1,000 digits, 40 % symmetric label noise, MLP 64-256-256-10, batch 128, SGD momentum 0.9, weight
 decay 5e-4, cosine from 0.05, 150 epochs, error at the last epoch.
 """

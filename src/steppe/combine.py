@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from steppe import check
 from steppe.oracle import Oracle
@@ -64,7 +65,8 @@ class Coupled:
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g + gamma / (1 - gamma) (g_adv - g)``."""
-        return Update(f.g + _odds(self.gamma) * (g_adv - f.g))
+        c = _odds(self.gamma)
+        return Update((1 - c) * f.g + c * g_adv)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class SurrogateGap:
         check.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g_adv - alpha g_orthogonal``."""
-        return Update(g_adv - self.alpha * (f.g - projection(f.g, onto=g_adv)))
+        """``g_adv - alpha g_orthogonal``, with both multiples of ``g_adv`` taken together."""
+        return Update(g_adv * (1 + self.alpha * along(f.g, g_adv)) - self.alpha * f.g)
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,15 @@ class ReuseOrthogonal:
         return Update(f.g + self.alpha * f.g.norm() / (g_v.norm() + TINY) * g_v)
 
 
+def along(a: Vector, b: Vector) -> Tensor:
+    """``<a, b> / norm(b)^2``, how much of ``b`` is in ``a``; zero where ``b`` is."""
+    square = b.norm() ** 2
+    return torch.where(square > 0, a.dot(b) / square, 0.0)
+
+
 def projection(a: Vector, onto: Vector) -> Vector:
-    """``<a, b> / norm(b)^2 b``; zero where ``b`` is."""
-    square = onto.norm() ** 2
-    return torch.where(square > 0, a.dot(onto) / square, 0.0) * onto
+    """``<a, b> / norm(b)^2 b``."""
+    return along(a, onto) * onto
 
 
 def _odds(gamma: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steppe import check
 from steppe.oracle import Oracle
-from steppe.vector import TINY, Vector
+from steppe.vector import TINY, Vector, wide
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
@@ -142,17 +142,21 @@ class Adaptive:
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``T^2 d / norm(T d)``."""
         T = self.operator(f)
-        Td = T * d
-        return T * Td / (Td.norm() + TINY)
+        Td = T(d)
+        return T(Td) / (Td.norm() + TINY)
 
-    def operator(self, f: Oracle) -> Vector:
-        """``T``, a diagonal."""
-        adaptive = self.on(f)
-        T = [
-            p.detach().abs() + self.eta if a else torch.ones_like(p)
-            for p, a in zip(f.point.parameters, adaptive, strict=True)
-        ]
-        return f.movable(Vector(T))
+    def operator(self, f: Oracle) -> Callable[[Vector], Vector]:
+        """``T``, a diagonal; made anew for each tensor, it takes no memory of its own."""
+        rows = list(zip(f.point.parameters, self.on(f), strict=True))
+
+        def T(d: Vector) -> Vector:
+            entries = zip(rows, d.materialised(), strict=True)
+            return Vector([self._times(w, t) if t is not None and on else t for (w, on), t in entries])
+
+        return T
+
+    def _times(self, w: Tensor, t: Tensor) -> Tensor:
+        return wide(w.detach()).abs().add_(self.eta).mul_(t)
 
 
 @dataclass(frozen=True)

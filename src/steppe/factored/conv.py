@@ -14,6 +14,8 @@ from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Dense, cheaper_whole
 
+LOOP = 8  # inputs in a part from which one convolution a part is faster than a group a part, which copies
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -66,10 +68,18 @@ class Convolved:
         made = []
         for x, delta in zip(parts.chunks(self.x), parts.chunks(self.left), strict=True):
             k = len(x)
-            W = delta.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])  # for its shape alone
+            if x.shape[1] >= LOOP:
+                W = delta.new_empty(1).expand(self.spec.shape)  # for its shape alone
+                G = [
+                    self.spec.backward(d, a, W, self.spec.groups, [False, True])[1]
+                    for d, a in zip(delta, x, strict=True)
+                ]
+                made.append(torch.stack(G).reshape(k, self.spec.shape[0], -1))
+                continue
+            W = delta.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])
             x, delta = side_by_side(x.flatten(0, 1), k), side_by_side(delta.flatten(0, 1), k)
-            G = self.spec.backward(delta, x, W, k * self.spec.groups, [False, True])[1]
-            made.append(G.reshape(k, self.spec.shape[0], -1))
+            whole = self.spec.backward(delta, x, W, k * self.spec.groups, [False, True])[1]
+            made.append(whole.reshape(k, self.spec.shape[0], -1))
         return made
 
     def dense(self) -> Dense:
@@ -93,6 +103,8 @@ class PartwiseConv(torch.autograd.Function):
         ctx.save_for_backward(x, P)
         ctx.spec, ctx.dtype = spec, W.dtype
         k = len(P)
+        if len(x) // k >= LOOP:
+            return torch.cat([spec.forward(a, p, spec.groups) for a, p in zip(x.chunk(k), P, strict=True)])
         return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups), k)
 
     @staticmethod
@@ -100,9 +112,13 @@ class PartwiseConv(torch.autograd.Function):
         """Gradients of ``x`` and ``W``."""
         x, P = ctx.saved_tensors
         spec, k, dx, dW = ctx.spec, len(P), None, None
-        if ctx.needs_input_grad[0]:
-            wide, groups = side_by_side(x, k), k * spec.groups
-            dx = below(spec.backward(side_by_side(delta, k), wide, P.flatten(0, 1), groups, [True, False])[0], k)
+        if ctx.needs_input_grad[0] and len(x) // k >= LOOP:
+            rows = zip(delta.chunk(k), x.chunk(k), P, strict=True)
+            dx = torch.cat([spec.backward(d, a, p, spec.groups, [True, False])[0] for d, a, p in rows])
+        elif ctx.needs_input_grad[0]:
+            shape = x.new_empty(1).expand(len(x) // k, k * x.shape[1], *x.shape[2:])  # read for its shape alone
+            d, groups = side_by_side(delta, k), k * spec.groups
+            dx = below(spec.backward(d, shape, P.flatten(0, 1), groups, [True, False])[0], k)
         if ctx.needs_input_grad[2]:
             dW = spec.backward(delta, x, P[0], spec.groups, [False, True])[1].to(ctx.dtype)
         return dx, None, dW, None

@@ -76,6 +76,11 @@ def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
         scale = {i: f.rho.values[i] * factor for i in squares}
         eps = {i: scale[i].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
         f.note_parts(norms, _norm_of_eps(scale, squares), parts.sizes(total) / factors.n)
+    for gradient in matrices.values():
+        gradient.settle()
+    for site in factors.look.sites:  # their memory serves the second pass
+        site.kept = None
+        site.deltas.clear()
     big = {i: (gradient, scale[i]) for i, gradient in matrices.items()}
     return See(factors.look.tracked, OPERATIONS, factors.look.sites, parts, big, eps)
 

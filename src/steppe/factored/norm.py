@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.tape import Look, Matrices, See, Site, Small
@@ -23,7 +24,7 @@ class Norm:
 
     Args:
         arguments: where weight and bias stand among the arguments of ``func``.
-        channels_first: channels are dimension 1 (group, instance, batch normalisation), not the last ones.
+        channels_first: channels are dimension 1 (instance, batch normalisation), not the last ones.
     """
 
     def __init__(self, arguments: tuple[int, int | None], names: tuple[str, str], channels_first: bool) -> None:
@@ -86,3 +87,52 @@ class Norm:
             return self.shaped(p, x)
         rows = see.rows_of(site, p, index, leading)
         return rows.reshape(*rows.shape, *[1] * (x.dim() - 2)) if self.channels_first else rows
+
+
+class GroupNorm:
+    """Group normalisation in one call: examples' groups side by side, with scale and shift of each example's own."""
+
+    def look(self, look: Look, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Repeat scale and shift for every example, and watch the copies."""
+        x, groups, parameters, eps = self.read(*args, **kwargs)
+        index = [look.tracked.index(p) for p in parameters]
+        if not any(i is not None for i in index):
+            return NotImplemented
+        rows = []
+        for p, i in zip(parameters, index, strict=True):
+            repeated = p.expand(len(x), -1)
+            rows.append(repeated if i is None else look.record(repeated, Site(self, i, None, None, (len(x),))))
+        return self.run(x, groups, rows, eps)
+
+    @staticmethod
+    def read(
+        x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> tuple[Tensor, int, list[Tensor], float]:
+        """The arguments of ``torch.nn.functional.group_norm``."""
+        return x, num_groups, [p for p in (weight, bias) if p is not None], eps
+
+    @staticmethod
+    def run(x: Tensor, groups: int, rows: list[Tensor], eps: float) -> Tensor:
+        """``n`` examples as one with ``n`` times the channels and groups."""
+        n = len(x)
+        scale, shift = (*(row.reshape(-1) for row in rows), None)[:2]
+        return F.group_norm(x.reshape(1, -1, *x.shape[2:]), n * groups, scale, shift, eps).reshape(x.shape)
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """The gradients of each example's copy."""
+        assert site.weight is not None
+        small.setdefault(site.weight, []).append(site.delta.sum(1))
+
+    def see(self, see: See, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every micro-batch with its own scale and shift."""
+        x, groups, parameters, eps = self.read(*args, **kwargs)
+        index = [see.tracked.index(p) for p in parameters]
+        if not any(i is not None for i in index):
+            return NotImplemented
+        rows = []
+        for p, i in zip(parameters, index, strict=True):
+            if i is None:
+                rows.append(p.expand(len(x), -1))
+            else:
+                rows.append(see.rows_of(see.next(self, i, None), p, i, x.shape[:1]))
+        return self.run(x, groups, rows, eps)

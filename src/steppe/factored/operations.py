@@ -12,7 +12,7 @@ from steppe.factored.attention import Attention
 from steppe.factored.conv import Conv
 from steppe.factored.embedding import Embedding
 from steppe.factored.linear import Linear
-from steppe.factored.norm import Norm
+from steppe.factored.norm import GroupNorm, Norm
 from steppe.factored.plain import Plain
 
 _linear, _product, _plain = Linear(), Linear(transposed=True), Plain()
@@ -27,7 +27,7 @@ OPERATIONS: dict[Any, Any] = {
     F.embedding: Embedding(),
     F.layer_norm: Norm((2, 3), ("weight", "bias"), channels_first=False),
     F.rms_norm: Norm((2, None), ("weight", "bias"), channels_first=False),
-    F.group_norm: Norm((2, 3), ("weight", "bias"), channels_first=True),
+    F.group_norm: GroupNorm(),
     F.instance_norm: Norm((3, 4), ("weight", "bias"), channels_first=True),
     F.batch_norm: Norm((3, 4), ("weight", "bias"), channels_first=True),
     F.multi_head_attention_forward: Attention(),

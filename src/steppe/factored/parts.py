@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -52,7 +53,7 @@ class Parts:
     n: int
     m: int
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """First example, last example + 1 and size of the parts, of each chunk."""
         m = min(self.m, self.n)
@@ -71,6 +72,8 @@ class Parts:
 
     def chunks(self, t: Tensor) -> list[Tensor]:
         """``(n, q, ...)`` as a list of ``(parts, m q, ...)``."""
+        if len(self.spans) == 1:
+            return [t.reshape(self.k, -1, *t.shape[2:])]
         return [t[a:b].reshape((b - a) // m, -1, *t.shape[2:]) for a, b, m in self.spans]
 
     def join(self, chunks: Sequence[Tensor], q: int) -> Tensor:

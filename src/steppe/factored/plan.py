@@ -175,22 +175,25 @@ def _compare(look: Look, f: Oracle, g: list[Tensor | None]) -> None:
             ours = small[i][0]
         else:
             ours = None
-        _check_close(ours, g[i], g, _is_low(look), name)
+        _check_close(ours, g[i], g, 0.3 if _is_low(look) else 1e-3, name)
 
 
 def _is_low(look: Look) -> bool:
     return any(wide(site.deltas[0]) is not site.deltas[0] for site in look.sites)
 
 
-def _check_close(ours: Tensor | None, expected: Tensor | None, g: list[Tensor | None], low: bool, name: str) -> None:
+def _check_close(
+    ours: Tensor | None, expected: Tensor | None, g: list[Tensor | None], tolerance: float, name: str
+) -> None:
     if (ours is None) != (expected is None):
         raise CannotFactor(f"{name} takes part in a way that was not seen")
     if ours is None or expected is None:
         return
     total = sum(float(wide(t).norm()) ** 2 for t in g if t is not None) ** 0.5
     error = float((wide(ours).reshape(expected.shape) - wide(expected)).norm())
-    # in low precision two orders of summation differ by some percent: only what is plainly wrong is told
-    if not error <= (0.3 if low else 1e-3) * (float(wide(expected).norm()) + 1e-3 * total):
+    # in low precision two orders of summation differ by some percent, and between two forwards a ReLU may flip: only
+    # what is plainly wrong is told
+    if not error <= tolerance * (float(wide(expected).norm()) + 1e-2 * total):
         raise CannotFactor(f"the factors of {name} do not add up to its gradient")
 
 
@@ -244,7 +247,7 @@ def _see_zero(f: Oracle, batch: Batch, look: Look, g: list[Tensor | None]) -> No
             losses = batch.losses()
         losses.mean().backward()
         for i, name in look.tracked.names.items():
-            _check_close(f.point.parameters[i].grad, g[i], g, _is_low(look), name)
+            _check_close(f.point.parameters[i].grad, g[i], g, 0.3 if _is_low(look) else 5e-2, name)
 
 
 def gradients(

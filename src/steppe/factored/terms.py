@@ -145,6 +145,12 @@ class Gradient:
             self._full = [sum(chunk[1:], chunk[0]) for chunk in zip(*sums, strict=True)]
         return self._full
 
+    def settle(self) -> None:
+        """Let go of the factors where the gradients are held whole."""
+        if self.whole:
+            self.full()
+            self.terms = []
+
     def perturbed(self, W: Tensor, scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """``W + scale_k G_k`` by chunk, made once, in the memory of ``G_k``."""
         if self._weights is None:
