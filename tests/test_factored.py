@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.factored import gradient_statistics, register_factored
+from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
-from steppe.factored.plan import gradients, plan_for
+from steppe.factored.plan import plan_for
 from steppe.factored.record import factors_of
 from steppe.factored.terms import cheaper_whole
 from steppe.point import Point, Rho
@@ -82,7 +83,7 @@ def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, monkeypatch) -> None:
-    for module in ("plan", "conv"):
+    for module in ("gradients", "conv"):
         monkeypatch.setattr(f"steppe.factored.{module}.cheaper_whole", lambda *_: whole)
     make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)

@@ -290,7 +290,7 @@ def test_bad_types() -> None:
         steppe.SAM(torch.optim.SGD)
     with pytest.raises(TypeError, match="LBFGS"):
         steppe.SAM(torch.optim.LBFGS(w.parameters()))
-    with pytest.raises(TypeError, match="SAM"):
+    with pytest.raises(ValueError, match="not wrapped"):
         steppe.SAM(steppe.SAM(SGD(w)))
     for bad in ("0.05", None, True, torch.tensor(0.05)):
         with pytest.raises(TypeError, match="rho"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from steppe import check
+from steppe.guards import STEP, check_base, check_group, level_of_caller, refuse_grad_scaler, scheduled
 from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
 from steppe.replay import owners
 from steppe.rule import AnyRule, Plain, looks_inside
-from steppe.schedule import Schedule, as_schedule
+from steppe.schedule import Schedule
 from steppe.telemetry import Telemetry
 from steppe.update import Update
 from steppe.vector import Vector, shift_
 
-STEP = "sharpness_step"  # in every group: steps so far
 MEMORY = "sharpness."  # prefix of a rule's memory in state[p]
 
 
@@ -88,14 +87,14 @@ class SharpnessAware(torch.optim.Optimizer):
         cosine: bool = False,
         parallel: bool | str = "auto",
     ) -> None:
-        _check_base(base)
+        check_base(base)
         if not callable(rule):
             raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
         if parallel not in ("auto", True, False):
             raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
         for group in base.param_groups:
-            _check_group(group)
-        radii = [_scheduled(rho, 0, group) for group in base.param_groups]
+            check_group(group)
+        radii = [scheduled(rho, 0, group) for group in base.param_groups]
         own = {i for i, group in enumerate(base.param_groups) if "rho" in group}
         super().__setstate__(  # the hooks of an Optimizer without groups of its own: those are the base's
             {
@@ -135,8 +134,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
-        _check_group(param_group)
-        radius = _scheduled(self._rho, self._steps, self.defaults | param_group)
+        check_group(param_group)
+        radius = scheduled(self._rho, self._steps, self.defaults | param_group)
         self.base.add_param_group({"rho": radius, **param_group, STEP: self._steps})
         if "rho" in param_group:
             self._own_rho.add(len(self.param_groups) - 1)
@@ -176,7 +175,7 @@ class SharpnessAware(torch.optim.Optimizer):
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
         """
-        _refuse_grad_scaler()
+        refuse_grad_scaler()
         if closure is None:
             return self._base_step()
         rho = self._update_rho()
@@ -233,7 +232,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for i, g in enumerate(self.param_groups):
             g.setdefault(STEP, steps)  # a group that was added to the base
             if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
-                rho.append(_scheduled(self._rho, steps, g))
+                rho.append(scheduled(self._rho, steps, g))
             else:  # a number lives in the groups, like lr
                 check.non_negative("rho", g["rho"])
                 rho.append(g["rho"])
@@ -312,7 +311,7 @@ class SharpnessAware(torch.optim.Optimizer):
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
+            warnings.warn(message, UserWarning, stacklevel=level_of_caller())
 
 
 def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -320,58 +319,5 @@ def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> lis
     return [t.clone() if t is not None and t is g else t for t, g in zip(kept, grads, strict=True)]
 
 
-def _level_of_caller() -> int:
-    """How far up the first frame outside torch and steppe is: hooks and schedulers wrap ``step`` in their own."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def _finite(seen: Seen) -> bool:
     return not seen.norms or bool(torch.stack([n.to(seen.norms[0].device) for n in seen.norms]).isfinite().all())
-
-
-def _scheduled(rho: float | Schedule, step: int, group: dict[str, Any]) -> float:
-    radius = as_schedule(rho)(step, group)
-    check.non_negative("rho", radius)
-    return float(radius)
-
-
-def _refuse_grad_scaler() -> None:
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
-        if frame.f_globals["__name__"] == "torch.amp.grad_scaler":
-            raise RuntimeError(
-                "GradScaler cannot step a sharpness-aware optimizer: the gradients of its passes would stay scaled. "
-                "Train under torch.autocast(..., dtype=torch.bfloat16), which needs no scaler, and call "
-                "optimizer.step(closure)"
-            )
-        frame = frame.f_back
-
-
-def _check_base(base: object) -> None:
-    if not isinstance(base, torch.optim.Optimizer):
-        raise TypeError(
-            f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
-        )
-    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam | SharpnessAware):
-        raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
-    if any(STEP in group for group in base.param_groups):
-        raise ValueError(
-            "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
-        )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if "rho" in group:
-        check.non_negative("rho", group["rho"])
-    params = group["params"]
-    for p in [params] if isinstance(params, Tensor) else list(params):
-        t = p[1] if isinstance(p, tuple) else p
-        if isinstance(t, Tensor) and t.is_complex():
-            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
-    if group.get("differentiable"):
-        raise ValueError("differentiable must be False: the step is not differentiated through")
-    if group.get("maximize"):
-        raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from steppe.factored.black_box import black_boxes
+from steppe.factored.gradients import gradients
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import forget, gradients, plan_for
+from steppe.factored.plan import forget, plan_for
 from steppe.factored.tape import CannotFactor, Look
 from steppe.factored.terms import Gradient
 from steppe.oracle import Oracle

@@ -1,0 +1,71 @@
+"""What the optimizer refuses, and how it speaks to the user."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppe import check
+from steppe.schedule import Schedule, as_schedule
+
+STEP = "sharpness_step"  # in every group: steps so far
+
+
+def level_of_caller() -> int:
+    """How far up the first frame outside torch and steppe is: hooks and schedulers wrap ``step`` in their own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def scheduled(rho: float | Schedule, step: int, group: dict[str, Any]) -> float:
+    """A number, or what a schedule answers, checked."""
+    radius = as_schedule(rho)(step, group)
+    check.non_negative("rho", radius)
+    return float(radius)
+
+
+def refuse_grad_scaler() -> None:
+    """Say what to write instead, where ``GradScaler.step`` is the caller of ``step``."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
+        if frame.f_globals["__name__"] == "torch.amp.grad_scaler":
+            raise RuntimeError(
+                "GradScaler cannot step a sharpness-aware optimizer: the gradients of its passes would stay scaled. "
+                "Train under torch.autocast(..., dtype=torch.bfloat16), which needs no scaler, and call "
+                "optimizer.step(closure)"
+            )
+        frame = frame.f_back
+
+
+def check_base(base: object) -> None:
+    """Refuse what cannot be a base: no instance, no dense first-order method, wrapped already."""
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
+        )
+    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
+        raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
+    if any(STEP in group for group in base.param_groups):
+        raise ValueError(
+            "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a group whose rho, parameters or options no step could use."""
+    if "rho" in group:
+        check.non_negative("rho", group["rho"])
+    params = group["params"]
+    for p in [params] if isinstance(params, Tensor) else list(params):
+        t = p[1] if isinstance(p, tuple) else p
+        if isinstance(t, Tensor) and t.is_complex():
+            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
+    if group.get("differentiable"):
+        raise ValueError("differentiable must be False: the step is not differentiated through")
+    if group.get("maximize"):
+        raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")
