@@ -28,11 +28,13 @@ from steppe.lab.environment import environment
 from steppe.lab.settings import Settings
 
 RECORD = Path(__file__).parent / "records" / "m_sharpness.json"
-RHO = 0.2
+RHO, SMALL = 0.2, 0.05
+MS = (128, 64, 32, 16, 8, 4, 2, 1)
 LAMBDAS = (0.25, 1.0, 4.0)
 METHODS = {
     "SGD": lambda base: base,
-    **{f"m = {m}": lambda base, m=m: steppe.SAM(base, RHO, m=m) for m in (128, 64, 32, 16, 8, 4, 2, 1)},
+    **{f"m = {m}": lambda base, m=m: steppe.SAM(base, RHO, m=m) for m in MS},
+    **{f"rho {SMALL}, m = {m}": lambda base, m=m: steppe.SAM(base, SMALL, m=m) for m in MS},
     **{f"RW exact, lam = {lam}": lambda base, lam=lam: steppe.RWSAM(base, RHO, lam) for lam in LAMBDAS},
     **{f"RW probe, lam = {lam}": lambda base, lam=lam: steppe.RWSAM(base, RHO, lam, parallel=False) for lam in LAMBDAS},
 }
@@ -71,12 +73,12 @@ def run(name: str, seed: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def sweep(seeds: int, epochs: int, workers: int) -> dict[str, Any]:
-    """All methods over all seeds."""
-    jobs = list(product(METHODS, range(seeds)))
+def sweep(methods: list[str], seeds: int, epochs: int, workers: int) -> dict[str, Any]:
+    """These methods over all seeds."""
+    jobs = list(product(methods, range(seeds)))
     with ProcessPoolExecutor(workers) as pool:
         rows = list(pool.map(run, *zip(*((name, seed, epochs) for name, seed in jobs), strict=True)))
-    return {"rho": RHO, "epochs": epochs, "seeds": seeds, "environment": environment(), "rows": rows}
+    return {"epochs": epochs, "seeds": seeds, "environment": environment(), "rows": rows}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -84,6 +86,8 @@ def table(record: dict[str, Any]) -> str:
     lines = ["| method | n | test error % | training loss | tr V | ms a step |", "|---|---|---|---|---|---|"]
     for name in METHODS:
         rows = [row for row in record["rows"] if row["method"] == name]
+        if not rows:
+            continue
 
         def spread(key: str, scale: float = 1.0, rows: list[dict[str, Any]] = rows) -> str:
             values = [scale * row[key] for row in rows]
@@ -99,20 +103,18 @@ def figure(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = [name for name in METHODS if name.startswith("m = ")]
     for axis, key, label in zip(axes, ("error", "trace_V"), ("test error", "tr V at the end"), strict=True):
-        for name in names:
-            values = [row[key] for row in record["rows"] if row["method"] == name]
-            m = int(name.split("= ")[1])
-            axis.plot([m] * len(values), values, "o", color="C0", alpha=0.35, markersize=4)
-        means = [mean(row[key] for row in record["rows"] if row["method"] == name) for name in names]
-        axis.plot([int(name.split("= ")[1]) for name in names], means, "-", color="C0", label=f"m-SAM, rho {RHO}")
+        for prefix, rho, color in (("", RHO, "C0"), (f"rho {SMALL}, ", SMALL, "C4")):
+            values = {m: [r[key] for r in record["rows"] if r["method"] == f"{prefix}m = {m}"] for m in MS}
+            for m in MS:
+                axis.plot([m] * len(values[m]), values[m], "o", color=color, alpha=0.35, markersize=4)
+            axis.plot(MS, [mean(values[m]) for m in MS], "-", color=color, label=f"m-SAM, rho {rho}")
         for kind, style in (("exact", "--"), ("probe", ":")):
             for i, lam in enumerate(LAMBDAS):
                 rows = [row[key] for row in record["rows"] if row["method"] == f"RW {kind}, lam = {lam}"]
                 axis.axhline(mean(rows), linestyle=style, color=f"C{i + 1}", label=f"RW-SAM {kind}, lam {lam}")
         axis.set(xscale="log", xlabel="m, examples that share a perturbation", ylabel=label)
-        axis.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
+        axis.set_xticks(MS, MS)
         if key == "trace_V":
             axis.set_yscale("log")
     axes[0].legend(fontsize=8)
@@ -125,12 +127,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--only", default="", help="train the methods whose names begin so; the record keeps the others"
+    )
     parser.add_argument("--figure", type=Path, help="draw the record instead of training")
     options = parser.parse_args()
     if options.figure:
         figure(json.loads(RECORD.read_text()), options.figure)
         return
-    record = sweep(options.seeds, options.epochs, options.workers)
+    chosen = [name for name in METHODS if name.startswith(options.only)]
+    record = sweep(chosen, options.seeds, options.epochs, options.workers)
+    if options.only and RECORD.exists():
+        before = json.loads(RECORD.read_text())["rows"]
+        record["rows"] = [row for row in before if row["method"] not in chosen] + record["rows"]
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))

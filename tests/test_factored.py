@@ -198,6 +198,21 @@ def test_gradient_statistics_of_some_parameters_leave_the_rest() -> None:
         gradient_statistics(batch, m=0)
 
 
+def test_telemetry_of_gradient_noise() -> None:
+    example = EXAMPLES["mlp"]
+    for method in (steppe.SAM, steppe.GSAM):
+        model = example.model(torch.float64)
+        batch = example.batch(model, N, torch.float64)
+        rows = per_example_gradients(model, batch)
+        opt = method(sgd(model), 0.1, gradient_noise=True)
+        with pytest.raises(TypeError, match=r"steppe\.Batch"):
+            opt.step(batch.__call__)
+        opt.step(batch)
+        expected = (rows - rows.mean(0)).square().sum(1).mean()
+        torch.testing.assert_close(opt.telemetry.trace_V, expected)
+        assert opt.telemetry.forwards == 2
+
+
 # ---- what is perturbed
 
 

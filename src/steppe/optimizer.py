@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe import check
+from steppe.factored.statistics import gradient_statistics
 from steppe.guards import STEP, check_base, check_group, level_of_caller, refuse_grad_scaler, scheduled
 from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
@@ -29,6 +30,7 @@ class Options(TypedDict, total=False):
 
     check_finite: bool
     cosine: bool
+    gradient_noise: bool
     parallel: bool | str
 
 
@@ -53,6 +55,8 @@ class SharpnessAware(torch.optim.Optimizer):
         parallel: run micro-batches in two passes over the whole batch: ``"auto"`` where the model allows it, ``True``
             or an error, ``False`` never (:mod:`steppe.factored`).
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
+        gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
+            :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
 
     Raises:
         TypeError: ``base`` is no optimizer instance, or one of another kind (L-BFGS, SparseAdam); complex parameters.
@@ -72,6 +76,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _own_rho: set[int]  # indices of groups that were given a rho: a schedule leaves them alone
     _check_finite: bool
     _keep_g: bool
+    _gradient_noise: bool
     _parallel: bool | str
     _warned: set[str]
     _owners: tuple[int, list[weakref.ref[nn.Module]]]
@@ -85,6 +90,7 @@ class SharpnessAware(torch.optim.Optimizer):
         full: Closure | None = None,
         check_finite: bool = True,
         cosine: bool = False,
+        gradient_noise: bool = False,
         parallel: bool | str = "auto",
     ) -> None:
         check_base(base)
@@ -106,6 +112,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_own_rho": own,
                 "_check_finite": check_finite,
                 "_keep_g": cosine,
+                "_gradient_noise": gradient_noise,
                 "_parallel": parallel,
                 "_warned": set(),
                 "_owners": (0, []),
@@ -186,6 +193,8 @@ class SharpnessAware(torch.optim.Optimizer):
             rule = self.rule
             if looks_inside(rule):
                 f.batch(f"{type(self).__name__} is {rule!r}")
+        if self._gradient_noise:
+            f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
         try:
             update = rule(f)
             skip = self._check_finite and not _finite(f.seen)

@@ -25,6 +25,7 @@ class Telemetry:
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         cosine: of ``g`` and ``g_adv``.
+        trace_V: trace of the covariance of the examples' gradients at ``w`` in this batch (``gradient_noise=True``).
         forwards: forward passes over the batch.
         backwards: backward passes over the batch.
         steps: steps so far, as checkpointed; skipped ones do not count.
@@ -40,6 +41,7 @@ class Telemetry:
     eps_norm: Tensor | float | None = None
     g_adv_norm: Tensor | float | None = None
     cosine: Tensor | float | None = None
+    trace_V: Tensor | float | None = None
     forwards: float = 0.0
     backwards: float = 0.0
     steps: int = 0
