@@ -117,7 +117,9 @@ def figure(record: dict[str, Any], path: Path) -> None:
         axis.set_xticks(MS, MS)
         if key == "trace_V":
             axis.set_yscale("log")
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylim(0, 0.4)
+    axes[0].text(1, 0.385, f"rho {RHO}, m = 1 and 2: collapsed, error 0.9", fontsize=8)
+    axes[0].legend(fontsize=7, loc="lower right")
     figure.savefig(path)
 
 

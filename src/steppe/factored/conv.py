@@ -213,8 +213,8 @@ class Conv:
         return y + site.by_row(rows, (len(x),)).mT.reshape(y.shape)
 
 
-def settle(term: Convolved, parts: Parts) -> Convolved | Dense:
+def settle(term: Convolved, parts: Parts, products: int) -> Convolved | Dense:
     """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
     rows, height, width = term.shape(parts)
-    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cheaper_whole(2 * rows, height, width)
+    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cheaper_whole(2 * rows, height, width, products)
     return term.dense() if by_patches else term

@@ -28,14 +28,14 @@ class Factors:
     parameters: Sequence[Tensor]
     g: Vector  # of the mean loss; no entries where it was not asked for
 
-    def of(self, parts: Parts) -> tuple[Mapping[int, Gradient], Mapping[int, Tensor]]:
+    def of(self, parts: Parts, products: int = 3) -> tuple[Mapping[int, Gradient], Mapping[int, Tensor]]:
         """Matrices and other parameters of every part, as contributions to the batch's mean."""
         with torch.no_grad():
-            return gradients(self.look, parts)
+            return gradients(self.look, parts, products=products)
 
     def norms(self, parts: Parts) -> Tensor:
         """``norm(G_k)`` of every part over all perturbed parameters together, shape ``(k,)``."""
-        total = sum(self.squares(*self.of(parts)).values())
+        total = sum(self.squares(*self.of(parts, products=1)).values())
         assert isinstance(total, Tensor)
         return self.n / parts.sizes(total) * total.clamp_min(0).sqrt()
 

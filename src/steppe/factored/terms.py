@@ -176,11 +176,11 @@ def _squares(g: Tensor) -> Tensor:
     return norms.square()
 
 
-def cheaper_whole(rows: int, height: int, width: int) -> bool:
+def cheaper_whole(rows: int, height: int, width: int, products: int = 3) -> bool:
     """Whether to hold ``G_k`` (``height x width``) rather than its factors (``rows`` of each in a part).
 
-    Per part, factors cost a Gram matrix, the perturbed product and its backward, ``3 rows^2 (height + width)``
-    multiplications; holding costs ``rows height width`` to make and some passes over ``height width`` numbers in
-    memory, each worth about 50 multiplications.
+    Per part, factors cost ``rows^2 (height + width)`` multiplications for each of up to three products: the Gram
+    matrices, the perturbed forward and its backward. Holding costs ``rows height width`` to make and some passes over
+    ``height width`` numbers in memory, together worth about 50 multiplications each.
     """
-    return 3 * rows * rows * (height + width) > (rows + 50) * height * width
+    return products * rows * rows * (height + width) > (rows + 50) * height * width
