@@ -81,7 +81,10 @@ def main() -> None:
     for row in rows:
         print(row)
     if options.out:
-        options.out.write_text(json.dumps({"rho": RHO, "environment": environment(), "rows": rows}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"benchmark": "probe_quality", "rho": RHO, "environment": environment(), "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of the committed records between a text's marks: ``python -m benchmarks.table README.md``."""
+"""Write the tables of the committed records between a text's marks: ``python -m benchmarks.table FILE...``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks import record
 
 RECORDS = Path(__file__).parent / "records"
 BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
+SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 WAYS = {"serial": "one after the other", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
 Row = dict[str, Any]
@@ -107,15 +108,30 @@ def tables(records: Path = RECORDS) -> str:
     """Every record's tables."""
     writers = {"m_sam": m_sam, "step_cost": step_cost}
     found = [record.read(path) for path in sorted(records.glob("*.json"))]
+    found = [data for data in found if data["benchmark"] in writers]
     return "\n".join(writers[data["benchmark"]](data).rstrip("\n") + "\n" for data in found)
 
 
+def summary(records: Path = RECORDS) -> str:
+    """The median ratios of m-SAM alone, one after the other and in two passes."""
+    data = record.read(records / "m_sam_cpu.json")
+    return f"{by_m(data['rows'], ['serial', 'parallel'], short)}\n{where(data)}.\n"
+
+
+def short(row: Row | None) -> str:
+    """``0.92``: the median alone."""
+    return ratio(row).split(" ")[0]
+
+
 def with_table(text: str, records: Path = RECORDS) -> str:
-    """The text with the tables between its marks."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + tables(records) + END + rest.split(END)[1]
+    """The text with all tables, or the summary, between the marks that it has."""
+    for begin, end, made in ((BEGIN, END, tables), (SUMMARY_BEGIN, SUMMARY_END, summary)):
+        if begin in text:
+            before, rest = text.split(begin)
+            text = before + begin + made(records) + end + rest.split(end)[1]
+    return text
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(with_table(path.read_text()))
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(with_table(path.read_text()))

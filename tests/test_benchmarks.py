@@ -108,5 +108,6 @@ def test_the_tables_of_the_committed_records() -> None:
     assert "old" not in written
     assert table.with_table(written) == written
     for path in table.RECORDS.glob("*.json"):
-        for row in record.read(path)["rows"]:
+        data = record.read(path)
+        for row in data["rows"] if data["benchmark"] != "probe_quality" else []:
             assert row.get("model", row.get("shapes")) in written

@@ -23,6 +23,15 @@ def test_the_readme_table_is_what_the_methods_say() -> None:
     assert text.count("\n| `") == len(steppe.METHODS)
 
 
+def test_the_benchmark_tables_are_those_of_the_records() -> None:
+    from benchmarks.table import with_table
+
+    for name in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / name).read_text()
+        assert with_table(text) == text
+        assert "two passes" in text
+
+
 def test_ci_calls_the_readmes_commands() -> None:
     commands = re.findall(r"^python -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [c.split("/")[-1] for c in commands] == ["steppe compare", "pytest"]
