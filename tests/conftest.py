@@ -8,6 +8,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def rehearsed_once(monkeypatch):
+    """Models rehearse at their first step alone, for tests that count or spoil single forwards."""
+    from steppe.factored import plan
+
+    monkeypatch.setattr(plan._Entry, "due", lambda self: False)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -31,9 +31,11 @@ def oracle_of(opt, batch):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     w = world(torch.float32, Spoiled)
     opt = optimizer(case, w, "adam")
+    opt._parallel = opt._parallel is True
     for batch in w.batches(2):
         opt.step(batch)
     probe = copy.deepcopy((w, opt))

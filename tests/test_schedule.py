@@ -58,7 +58,8 @@ def test_outside_the_window_passes_are_really_skipped() -> None:
     ours, calls = world(), []
     forward = ours.model.forward
     ours.model.forward = lambda x: (calls.append(1), forward(x))[1]
-    opt = steppe.SAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=Window(0.1, start=2, stop=4))
+    base = torch.optim.SGD(ours.parameters(), lr=0.1)
+    opt = steppe.SAM(base, rho=Window(0.1, start=2, stop=4), parallel=False)
     passes = []
     for batch in ours.batches(6):
         calls.clear()

@@ -49,15 +49,20 @@ class Rule:
 
     def __call__(self, f: Oracle) -> Update:
         """One step's update."""
-        if self.shares_passes() and not getattr(self.combine, "uses_g", True) and cheaper_in_parallel(f):
+        if self.shares_passes() and not (f.keep_g or self.uses_g) and cheaper_in_parallel(f):
             update = in_parallel(f, len(f.batch()), self)
             if update is not None:
                 return update
-        keep = {"keep_g": getattr(self.combine, "uses_g", True), "know_losses": looks_inside(self.select)}
+        keep = {"keep_g": self.uses_g, "know_losses": looks_inside(self.select)}
         with f.at(self.perturbation(f), **keep):  # look
             g_adv = f.grad(on=self.select(f))  # see
         f.compare(g_adv)
         return self.combine(f, g_adv)  # move
+
+    @property
+    def uses_g(self) -> bool:
+        """Whether ``combine`` wants the gradient at ``w``."""
+        return bool(getattr(self.combine, "uses_g", True))
 
     def perturbation(self, f: Oracle) -> Vector:
         """``eps``; parameters whose group has rho 0 take no part, not even in the norm."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from steppe.factored.linear import low
 from steppe.factored.parts import Parts
@@ -108,6 +109,7 @@ class PartwiseConv(torch.autograd.Function):
         return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups), k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         """Gradients of ``x`` and ``W``."""
         x, P = ctx.saved_tensors

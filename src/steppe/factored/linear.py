@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from steppe.factored.tape import Look, Matrices, See, Site, Small
 from steppe.factored.terms import Dense
@@ -29,6 +30,7 @@ class PartwiseLinear(torch.autograd.Function):
         return x @ P.mT
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         """Gradients of ``x`` and ``W``."""
         x, P = ctx.saved_tensors

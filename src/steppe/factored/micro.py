@@ -15,6 +15,7 @@ from steppe.factored.plan import forget, plan_for
 from steppe.factored.record import Factors, factors_of
 from steppe.factored.tape import CannotFactor, See
 from steppe.oracle import Oracle
+from steppe.replay import RandomState
 from steppe.update import Update
 
 if TYPE_CHECKING:
@@ -27,23 +28,28 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
     Raises:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
     """
-    uses_g = getattr(rule.combine, "uses_g", True)
+    uses_g = getattr(rule.combine, "uses_g", True) or f.keep_g
+    before = RandomState.now(f.point.devices)
     factors = factors_of(f, uses_g)
     if factors is None:
         return None
     parts = Parts(factors.n, m)
-    if hasattr(rule.sample, "weights"):
-        _reweight(factors, parts, rule)
     try:
+        if hasattr(rule.sample, "weights"):
+            _reweight(factors, parts, rule)
         see = _perturbed(f, factors, parts, rule)
         if uses_g:
             f.keep(factors.g)
         with f.away():
             g_adv = f.grad(under=black_boxes(f.batch().model, see))
-    except CannotFactor as error:
-        forget(f, f.batch(), str(error))
+    except Exception as error:  # the serial loop will raise it again, if it is the model's own
+        if f.parallel is True and not isinstance(error, CannotFactor):
+            raise
+        reason = str(error) if isinstance(error, CannotFactor) else f"{type(error).__name__}: {error}"
+        forget(f, f.batch(), reason)
+        before.restore()
         if f.parallel is True:
-            raise ValueError(f"parallel must be 'auto' or False for this model: {error}") from None
+            raise ValueError(f"parallel must be 'auto' or False for this model: {reason}") from error
         return None
     f.compare(g_adv)
     return rule.combine(f, g_adv)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from steppe.factored.tape import Look, Matrices, See, Site, Small
+from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 
 
 def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
@@ -109,6 +109,8 @@ class GroupNorm:
         x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> tuple[Tensor, int, list[Tensor], float]:
         """The arguments of ``torch.nn.functional.group_norm``."""
+        if weight is None and bias is not None:
+            raise CannotFactor("group normalisation with a shift and no scale has no factored form")
         return x, num_groups, [p for p in (weight, bias) if p is not None], eps
 
     @staticmethod

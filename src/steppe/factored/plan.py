@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,42 +11,55 @@ import torch
 from torch import nn
 
 from steppe.batch import Batch, leaves
-from steppe.factored.rehearsal import Plan, rehearsed, tracked_of
+from steppe.factored.rehearsal import Plan, has_hooks, rehearsed, tracked_of
 from steppe.oracle import Oracle
 
 log = logging.getLogger("steppe")
 
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+
+@dataclass
+class _Entry:
+    plan: Plan
+    uses: int = 0
+
+    def due(self) -> bool:
+        """Whether to rehearse again: data may change what a model does, so at times; where a batch told too little."""
+        if not self.plan.final:
+            return self.uses < 3
+        return not self.plan.reason and (self.uses in (1, 10, 100) or self.uses % 1000 == 0)
+
+
+_entries: WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = WeakKeyDictionary()
 
 
 def plan_for(f: Oracle, batch: Batch) -> Plan:
-    """The plan of this model, data shape and choice of perturbed parameters, rehearsed at first sight."""
-    plans = _plans.setdefault(batch.model, {})
+    """The plan of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times."""
+    entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
-    if key not in plans:
-        plans[key] = rehearsed(f, batch)
-        if plans[key].reason:
-            log.info("micro-batches run one after the other: %s", plans[key].reason)
-    return plans[key]
+    entry = entries.get(key)
+    if entry is None or entry.due():
+        plan = rehearsed(f, batch)
+        if entry is not None and not entry.plan.reason and not plan.final:
+            plan = entry.plan  # this batch tells nothing new
+        if plan.reason and (entry is None or entry.plan.reason != plan.reason):
+            log.info("micro-batches run one after the other: %s", plan.reason)
+        entry = entries[key] = _Entry(plan, entry.uses if entry else 0)
+    entry.uses += 1
+    return entry.plan
 
 
 def forget(f: Oracle, batch: Batch, reason: str) -> None:
     """Remember that this model does not factor after all."""
     log.info("micro-batches run one after the other: %s", reason)
-    plans = _plans.setdefault(batch.model, {})
-    plans[_key(f, batch)] = Plan(tracked_of(f, batch), reason=reason)
+    entries = _entries.setdefault(batch.model, {})
+    entries[_key(f, batch)] = _Entry(Plan(tracked_of(f, batch), reason=reason))
 
 
 def _key(f: Oracle, batch: Batch) -> Any:
     shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
-    perturbed = tuple(bool(r) and p.requires_grad for p, r in zip(f.point.parameters, f.rho.values, strict=True))
+    hooks = any(has_hooks(p) for p in f.point.parameters)
     modes = tuple(module.training for module in batch.model.modules())
     autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
-    return (
-        shapes,
-        tuple(map(id, f.point.parameters)),
-        perturbed,
-        modes,
-        autocast,
-        id(getattr(batch.loss, "__code__", None)),
-    )
+    loss = getattr(batch.loss, "criterion", batch.loss)
+    kind = getattr(loss, "__code__", type(loss))
+    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, hooks, kind

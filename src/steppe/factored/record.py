@@ -16,6 +16,7 @@ from steppe.factored.plan import forget, plan_for
 from steppe.factored.tape import CannotFactor, Look
 from steppe.factored.terms import Gradient
 from steppe.oracle import Oracle
+from steppe.replay import RandomState
 from steppe.vector import Vector, wide
 
 
@@ -84,15 +85,19 @@ def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
     plan = plan_for(f, batch)
     reason = plan.reason
     if not reason or (plan.mixes and f.parallel is True):
-        look = Look(plan.tracked, OPERATIONS)
-        wrt = None if uses_g else [False] * len(f.point.parameters)
-        g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
+        before = RandomState.now(f.point.devices)
         try:
+            look = Look(plan.tracked, OPERATIONS)
+            wrt = None if uses_g else [False] * len(f.point.parameters)
+            g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
             plan.apply(look)
             return Factors(look, len(batch), f.point.parameters, g)
-        except CannotFactor as error:
-            reason = str(error)
+        except Exception as error:  # the serial loop will raise it again, if it is the model's own
+            if f.parallel is True and not isinstance(error, CannotFactor):
+                raise
+            reason = str(error) if isinstance(error, CannotFactor) else f"{type(error).__name__}: {error}"
             forget(f, batch, reason)
+            before.restore()
     if f.parallel is True:
         raise ValueError(f"parallel must be 'auto' or False for this model: {reason}")
     return None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch
 from steppe.factored.black_box import black_boxes
+from steppe.factored.embedding import Embedding
 from steppe.factored.gradients import gradients
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
-from steppe.factored.tape import CannotFactor, Look, See, Site, Tracked
+from steppe.factored.still import NoDropout, shaken
+from steppe.factored.tape import CannotFactor, Look, See, Site, Tracked, Unsure
 from steppe.factored.terms import Lookup
 from steppe.oracle import Oracle
+from steppe.passes import Passes
+from steppe.replay import RandomState
 from steppe.vector import wide
+
+Gradients = list[Tensor | None]  # by parameter
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,11 @@ class Plan:
     """The layout of every use of a parameter, in order; or why there is none."""
 
     tracked: Tracked
+    uses: tuple[Any, ...] = ()
     layouts: tuple[Layout, ...] = ()
     reason: str = ""
-    mixes: bool = False  # examples influence one another: batch normalisation, a loss over pairs
+    final: bool = True  # whether another batch could change the verdict
+    mixes: bool = False  # batch normalisation: examples influence one another through whole-batch statistics
     cost: float = 1.0  # of plain SAM in shared passes, in units of its usual way
 
     def apply(self, look: Look) -> None:
@@ -36,8 +44,8 @@ class Plan:
             CannotFactor: the pass is not the one that was rehearsed.
         """
         look.check()
-        if len(look.sites) != len(self.layouts):
-            raise CannotFactor("the forward pass uses other parameters than when it was rehearsed")
+        if look.uses() != self.uses:
+            raise CannotFactor("the forward pass is not the one that was rehearsed")
         for site, layout in zip(look.sites, self.layouts, strict=True):
             site.layout = layout
 
@@ -54,117 +62,175 @@ def tracked_of(f: Oracle, batch: Batch) -> Tracked:
 
 
 def rehearsed(f: Oracle, batch: Batch) -> Plan:
-    """The plan for this batch's model, data shape and perturbed parameters."""
+    """The plan for this batch's model, data shape and perturbed parameters. Leaves no trace but statistics of state
+    that is no buffer."""
     tracked = tracked_of(f, batch)
-    reason = _unfit(batch.model)
-    if reason:
-        return Plan(tracked, reason=reason)
-    for _ in range(2):
-        look = Look(tracked, OPERATIONS)
-        try:
-            g, weights = _two_backwards(f, batch, look)
+    before = RandomState.now(f.point.devices)
+    try:
+        _check_fit(batch.model, f)
+        with shaken(batch.model), NoDropout():
+            return _Rehearsal(f, batch).plan(tracked)
+    except CannotFactor as error:
+        return Plan(tracked, reason=str(error), final=error.final)
+    except Exception as error:  # the model does not run under the tape: the serial loop will say what is wrong
+        return Plan(tracked, reason=f"{type(error).__name__}: {error}")
+    finally:
+        before.restore()
+
+
+class _Rehearsal:
+    """Passes that count for nothing."""
+
+    def __init__(self, f: Oracle, batch: Batch) -> None:
+        self.f, self.batch, self.n = f, batch, len(batch)
+        self.passes = Passes(f.point, batch.model.modules)
+
+    def plan(self, tracked: Tracked) -> Plan:
+        """Look, find the layouts, and check everything that follows from them."""
+        for _ in range(3):
+            look = Look(tracked, OPERATIONS)
+            losses, g, weights = self.two_backwards(look)
             if not look.sites:
                 raise CannotFactor("no perturbed parameter takes part in the loss")
-            free = _free(look, tracked.n)
-            if free - tracked.free:  # positions: repeat them for every example, and look again
-                tracked = replace(tracked, free=tracked.free | free)
-                continue
-            found = [_layout(site, weights, look) for site in look.sites]
-            plan = Plan(tracked, tuple(layout for layout, _ in found))
-            mixing = [label for _, label in found if label]
-            if mixing:
-                return replace(plan, mixes=True, reason=f"examples influence one another at {mixing[-1]}")
-            plan.apply(look)
-            _compare(look, f, g)
-            _see_zero(f, batch, look, g)
-            return replace(plan, cost=_cost(look))
-        except CannotFactor as error:
-            return Plan(tracked, reason=str(error))
-        except Exception as error:  # the model does not run under the tape: the serial loop will say what is wrong
-            return Plan(tracked, reason=f"{type(error).__name__}: {error}")
-    return Plan(tracked, reason="rows of a parameter belong to no example")
+            low = any(wide(d) is not d for site in look.sites for d in site.deltas)
+            found = [_layout(site, weights, look, 0.3 if low else 1e-3) for site in look.sites]
+            free = {i for i, (_, fits) in enumerate(found) if not fits and _may_be_free(look.sites[i])} - tracked.free
+            if not free:
+                break
+            tracked = replace(tracked, free=tracked.free | free)  # positions: repeat them for every example
+        plan = Plan(tracked, look.uses(), tuple(layout for layout, _ in found))
+        if look.batch_norm:
+            return replace(plan, mixes=True, reason="examples influence one another: batch normalisation")
+        for site, (_, fits) in zip(look.sites, found, strict=True):
+            if not fits:
+                raise CannotFactor(f"examples influence one another at {look.label(site)}")
+        for site in look.sites:
+            del site.deltas[1:]
+        plan.apply(look)
+        self.check_losses_of_parts(losses, 5e-2 if low else 1e-3)
+        self.check_sum(look, g, 0.3 if low else 1e-3)
+        self.check_part(look, 0.3 if low else 5e-2)
+        self.check_second_pass(look, g, 0.3 if low else 5e-2)
+        return replace(plan, cost=_cost(look))
+
+    def two_backwards(self, look: Look) -> tuple[Tensor, Gradients, Tensor]:
+        """One forward; the mean's backward, and that of a sum with random weights, which tells whose rows are whose."""
+        with self.passes.one(away=True):
+            with black_boxes(self.batch.model, look):
+                losses = self.batch.losses()
+            if not losses.isfinite().all():
+                raise Unsure("the losses of this batch are not finite")
+            random = torch.Generator().manual_seed(0)
+            weights = (torch.rand(self.n, generator=random) + 0.1).to(losses)
+            losses.mean().backward(retain_graph=True)
+            g = self.gradients()
+            (losses @ weights / self.n).backward()
+        return losses.detach(), g, weights
+
+    def gradients(self) -> Gradients:
+        """What backward has left."""
+        return [None if p.grad is None else p.grad.detach().clone() for p in self.f.point.parameters]
+
+    def check_losses_of_parts(self, losses: Tensor, tolerance: float) -> None:
+        """An example's loss is the same in another batch."""
+        if self.n == 1:
+            return
+        cut = max(1, self.n // 3)
+        with self.passes.one(away=True), torch.no_grad():
+            halves = [self.batch.subset(torch.arange(a, b)).losses() for a, b in ((0, cut), (cut, self.n))]
+        if not (torch.cat(halves) - losses).abs().max() <= tolerance * (losses.abs().max() + 1e-6):
+            raise CannotFactor("the loss of an example depends on the other examples of its batch, or on chance")
+
+    def check_sum(self, look: Look, g: Gradients, tolerance: float) -> None:
+        """The factors' gradients add up to autograd's, for every parameter."""
+        _check_close(self.of_part(look, self.n), g, look.tracked, tolerance)
+
+    def check_part(self, look: Look, tolerance: float) -> None:
+        """The first micro-batch's gradient from factors is the one that it has by itself."""
+        m = max(1, self.n // 2)
+        with self.passes.one(away=True):
+            self.batch.split(m)[0].losses().mean().backward()
+            g = self.gradients()
+        ours = [None if t is None else t * (self.n / m) for t in self.of_part(look, m)]
+        _check_close(ours, g, look.tracked, tolerance)
+
+    def of_part(self, look: Look, m: int) -> Gradients:
+        """By parameter, what the first micro-batch of ``m`` contributes to the gradient."""
+        with torch.no_grad():
+            matrices, small = gradients(look, Parts(self.n, m), whole=True)
+        rows: dict[int, Tensor] = {i: gradient.full()[0][0] for i, gradient in matrices.items()}
+        rows |= {i: t[0] for i, t in small.items()}
+        return [rows[i].reshape(p.shape) if i in rows else None for i, p in enumerate(self.f.point.parameters)]
+
+    def check_second_pass(self, look: Look, g: Gradients, tolerance: float) -> None:
+        """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
+        parts = Parts(self.n, max(1, self.n // 2))
+        with torch.no_grad():
+            matrices, small = gradients(look, parts)
+        zero = torch.zeros(parts.k, device=look.sites[0].deltas[0].device)
+        big = {i: (gradient, zero) for i, gradient in matrices.items()}
+        see = See(look.tracked, OPERATIONS, look.sites, parts, big, {i: torch.zeros_like(t) for i, t in small.items()})
+        with self.passes.one(away=True):
+            with black_boxes(self.batch.model, see):
+                losses = self.batch.losses()
+            losses.mean().backward()
+            _check_close(self.gradients(), g, look.tracked, tolerance)
 
 
-def away(f: Oracle) -> AbstractContextManager[None]:
-    """Passes inside do not count as passes at ``w``."""
-    return nullcontext() if f.is_away else f.away()
+def _may_be_free(site: Site) -> bool:
+    """Whether rows of positions may belong to no example."""
+    return isinstance(site.operation, Embedding) and (len(site.leading) == 1 or site.leading[0] == 1)
 
 
-def _two_backwards(f: Oracle, batch: Batch, look: Look) -> tuple[list[Tensor | None], Tensor]:
-    """One forward; the mean's backward, and that of a sum with random weights, which tells whose rows are whose."""
-    with away(f), f.passing():
-        with black_boxes(batch.model, look):
-            losses = batch.losses()
-        random = torch.Generator().manual_seed(0)
-        weights = (torch.rand(len(batch), generator=random) + 0.1).to(losses)
-        losses.mean().backward(retain_graph=True)
-        g = [None if p.grad is None else p.grad.detach().clone() for p in f.point.parameters]
-        (losses @ weights / len(batch)).backward()
-    return g, weights
-
-
-def _free(look: Look, n: int) -> set[int]:
-    return {i for i, site in enumerate(look.sites) if not layouts(n, site.leading)}
-
-
-def _layout(site: Site, weights: Tensor, look: Look) -> tuple[Layout, str]:
-    """The layout in which the second backward is the first times each example's weight; and who mixes, if none is."""
+def _layout(site: Site, weights: Tensor, look: Look, tolerance: float) -> tuple[Layout, bool]:
+    """The layout in which the second backward is nearest to the first times each example's weight; whether it fits."""
     if len(site.deltas) != 2:
-        raise CannotFactor(f"{look.label(site)} has no gradient in this pass")
+        raise CannotFactor(f"{look.label(site)} has no gradient in this pass, or several")
     first, second = (wide(d.reshape(-1, *d.shape[len(site.leading) :])).flatten(1) for d in site.deltas)
-    best: tuple[float, Layout] | None = None
+    if not first.norm() > 0 or not first.isfinite().all():
+        raise Unsure(f"the gradient at {look.label(site)} is zero or not finite for this batch")
+    errors = {}
     for layout in layouts(len(weights), site.leading):
         w = wide(weights)[layout.example_of_row(len(first), first.device), None]
-        error = float((second - w * first).norm() / second.norm().clamp_min(1e-30))
-        if best is None or error < best[0]:
-            best = error, layout
-    assert best is not None
-    tolerance = 1e-3 if wide(site.deltas[0]) is site.deltas[0] else 3e-2
-    return best[1], "" if best[0] < tolerance else look.label(site)
+        errors[layout] = float((second - w * first).norm() / second.norm())
+    if not errors:
+        return Layout(1, 1), False
+    best = min(errors, key=lambda layout: errors[layout])
+    return best, errors[best] < tolerance
 
 
-def _compare(look: Look, f: Oracle, g: list[Tensor | None]) -> None:
-    """The factors' gradients add up to autograd's, for every parameter."""
-    parts = Parts(look.tracked.n, look.tracked.n)
-    matrices, small = gradients(look, parts, whole=True)
-    for i, name in look.tracked.names.items():
-        if i in matrices:
-            ours = matrices[i].full()[0][0]
-        elif i in small:
-            ours = small[i][0]
-        else:
-            ours = None
-        _check_close(ours, g[i], g, 0.3 if _is_low(look) else 1e-3, name)
+def _check_close(ours: Gradients, expected: Gradients, tracked: Tracked, tolerance: float) -> None:
+    """In low precision two orders of summation differ by some percent, and between two forwards a ReLU may flip: the
+    looser tolerances tell what is plainly wrong."""
+    total = sum(float(wide(t).norm()) ** 2 for t in expected if t is not None) ** 0.5
+    for i, name in tracked.names.items():
+        a, b = ours[i], expected[i]
+        if (a is None) != (b is None):
+            raise CannotFactor(f"{name} takes part in a way that was not seen")
+        if a is None or b is None:
+            continue
+        error = float((wide(a) - wide(b)).norm())
+        if not error <= tolerance * (float(wide(b).norm()) + 1e-2 * total):
+            raise CannotFactor(f"the factors of {name} do not add up to its gradient")
 
 
-def _is_low(look: Look) -> bool:
-    return any(wide(site.deltas[0]) is not site.deltas[0] for site in look.sites)
-
-
-def _check_close(
-    ours: Tensor | None, expected: Tensor | None, g: list[Tensor | None], tolerance: float, name: str
-) -> None:
-    if (ours is None) != (expected is None):
-        raise CannotFactor(f"{name} takes part in a way that was not seen")
-    if ours is None or expected is None:
-        return
-    total = sum(float(wide(t).norm()) ** 2 for t in g if t is not None) ** 0.5
-    error = float((wide(ours).reshape(expected.shape) - wide(expected)).norm())
-    # in low precision two orders of summation differ by some percent, and between two forwards a ReLU may flip: only
-    # what is plainly wrong is told
-    if not error <= tolerance * (float(wide(expected).norm()) + 1e-2 * total):
-        raise CannotFactor(f"the factors of {name} do not add up to its gradient")
-
-
-def _unfit(model: nn.Module) -> str:
+def _check_fit(model: nn.Module, f: Oracle) -> None:
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            return "the model is compiled"
+            raise CannotFactor("the model is compiled")
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            return f"the model is wrapped in {type(module).__name__}"
+            raise CannotFactor(f"the model is wrapped in {type(module).__name__}")
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CannotFactor(f"{type(module).__name__} has backward hooks")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return "parameters are sharded"
-    return ""
+        raise CannotFactor("parameters are sharded")
+    if any(has_hooks(p) for p in f.point.parameters):
+        raise CannotFactor("parameters have gradient hooks")
+
+
+def has_hooks(p: Tensor) -> bool:
+    """Whether a parameter's gradient is changed or used on its way."""
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def _cost(look: Look) -> float:
@@ -185,25 +251,3 @@ def _cost(look: Look) -> float:
             gram = 5.0 * rows * height * width + 3.0 * rows * rows * (height + width)
             shared += 6.0 * rows * height * width if gradient.whole else gram
     return shared / usual if usual else 1.0
-
-
-def _see_zero(f: Oracle, batch: Batch, look: Look, g: list[Tensor | None]) -> None:
-    """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
-    parts = Parts(look.tracked.n, max(1, look.tracked.n // 2))
-    with torch.no_grad():
-        matrices, small = gradients(look, parts)
-        zero = torch.zeros(parts.k, dtype=torch.float32, device=look.sites[0].deltas[0].device)
-        see = See(
-            look.tracked,
-            OPERATIONS,
-            look.sites,
-            parts,
-            {i: (gradient, zero) for i, gradient in matrices.items()},
-            {i: torch.zeros_like(t) for i, t in small.items()},
-        )
-    with away(f), f.passing():
-        with black_boxes(batch.model, see):
-            losses = batch.losses()
-        losses.mean().backward()
-        for i, name in look.tracked.names.items():
-            _check_close(f.point.parameters[i].grad, g[i], g, 0.3 if _is_low(look) else 5e-2, name)

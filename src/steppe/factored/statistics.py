@@ -10,6 +10,7 @@ from torch import Tensor
 from steppe import check
 from steppe.batch import Batch
 from steppe.factored.parts import Parts
+from steppe.factored.plan import plan_for
 from steppe.factored.record import factors_of
 from steppe.oracle import Oracle
 from steppe.point import Point, Rho
@@ -57,6 +58,8 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     f = Oracle(batch, Point(parameters, Rho([1.0] * len(parameters))), parallel=True)
     before = RandomState.now(f.point.devices)
     kept = [p.grad for p in parameters]
+    if plan_for(f, batch).mixes:
+        raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
     with f.away():  # statistics are not to count this batch
         factors = factors_of(f)
     before.restore()

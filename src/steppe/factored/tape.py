@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,14 @@ Small = dict[int, list[Tensor]]  # by parameter: what its uses contribute, by ex
 
 class CannotFactor(Exception):  # noqa: N818
     """Why a model's micro-batch gradients cannot be factored."""
+
+    final = True
+
+
+class Unsure(CannotFactor):
+    """Why this batch cannot tell whether they can."""
+
+    final = False
 
 
 @dataclass
@@ -103,11 +112,14 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.tracked, self.operations = tracked, operations
         self.sites: list[Site] = []
+        self.batch_norm = False  # whether whole-batch statistics were used
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self.batch_norm |= bool(args[5] if len(args) > 5 else kwargs.get("training", False))
         operation = self.operations.get(func)
         if operation is not None:
             made = self.handle(operation, func, args, kwargs)
@@ -136,6 +148,8 @@ class Look(Tape):
 
     def record(self, y: Tensor, site: Site) -> Tensor:
         """``y``, whose gradient the site will have; gradients start here where nothing before needs one."""
+        if not torch.is_grad_enabled():
+            raise CannotFactor(f"{self.label(site)} is used without gradients")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             raise CannotFactor(f"{self.label(site)} runs under activation checkpointing")
         if not y.requires_grad:
@@ -147,6 +161,10 @@ class Look(Tape):
         self.sites.append(site)
         return y
 
+    def uses(self) -> tuple[Any, ...]:
+        """What was used in this pass, in order: operation, parameters, leading dimensions."""
+        return tuple((site.operation, site.weight, site.bias, site.leading) for site in self.sites)
+
     def is_free(self) -> bool:
         """Whether the next site's rows belong to no example."""
         return len(self.sites) in self.tracked.free
@@ -154,9 +172,8 @@ class Look(Tape):
     def check(self) -> None:
         """Every site has its gradient, and what it kept is unchanged."""
         for site in self.sites:
-            if not site.deltas:  # no part in the loss
-                rows = site.kept if site.kept is not None else torch.zeros(())
-                raise CannotFactor(f"{self.label(site)} has no gradient in this pass (shape {tuple(rows.shape)})")
+            if len(site.deltas) != 1:
+                raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
             if site.kept is not None and site.kept._version != site.version:
                 raise CannotFactor(f"the input of {self.label(site)} is changed in place after its use")
 

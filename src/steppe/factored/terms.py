@@ -24,6 +24,10 @@ class Dense:
     left: Tensor
     right: Tensor
 
+    def double(self) -> Dense:
+        """In float64."""
+        return Dense(self.left.double(), self.right.double())
+
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
         return min(parts.m, parts.n) * self.left.shape[1], self.left.shape[-1], self.right.shape[-1]
@@ -57,6 +61,10 @@ class Lookup:
     right: Tensor
     height: int
 
+    def double(self) -> Lookup:
+        """In float64."""
+        return Lookup(self.index, self.right.double(), self.height)
+
     def full(self, parts: Parts) -> list[Tensor]:
         """``G_k`` by chunk: ``(parts, height, columns)``."""
         made = []
@@ -88,11 +96,13 @@ class Lookup:
 Term = Dense | Lookup
 
 
-def gram(a: Term, b: Term, parts: Parts) -> Tensor:
-    """``<G_k of a, G_k of b>`` for every part, shape ``(k,)``, without either."""
+def gram(a: Term, b: Term, parts: Parts) -> tuple[Tensor, Tensor]:
+    """``<G_k of a, G_k of b>`` for every part, shape ``(k,)``, without either; and the size of what was summed."""
     left = _left_products(a, b, parts)
     right = [x @ y.mT for x, y in zip(parts.chunks(a.right), parts.chunks(b.right), strict=True)]
-    return torch.cat([wide(l * r).sum((1, 2)) for l, r in zip(left, right, strict=True)])  # noqa: E741
+    products = [wide(l) * wide(r) for l, r in zip(left, right, strict=True)]  # noqa: E741
+    sums = torch.cat([p.sum((1, 2)) for p in products])
+    return sums, torch.cat([torch.linalg.vector_norm(p, 1, (1, 2)) for p in products])
 
 
 def _left_products(a: Term, b: Term, parts: Parts) -> list[Tensor]:
@@ -131,12 +141,20 @@ class Gradient:
         """``norm(G_k)^2``, shape ``(k,)``, in at least float32."""
         if self.whole:
             return torch.cat([_squares(g) for g in self.full()])
-        total: Tensor = sum(  # type: ignore[assignment]
-            gram(a, b, self.parts) * (1 if i == j else 2)
-            for i, a in enumerate(self.terms)
-            for j, b in enumerate(self.terms[: i + 1])
-        )
-        return total
+        square, size = self._gram(self.terms)
+        noise = size * (1e-3 if square.dtype == torch.float32 else 1e-9)
+        if square.device.type != "cpu":
+            return torch.maximum(square, noise * 1e-3)  # a wait for the device would be dearer than a short step
+        if bool((square < noise).any()):  # examples cancel: what is left drowns in rounding
+            square, _ = self._gram([term.double() for term in self.terms])
+        return square.to(size.dtype)
+
+    def _gram(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+        pairs = [(a, b, 1 if a is b else 2) for i, a in enumerate(terms) for b in terms[: i + 1]]
+        found = [(gram(a, b, self.parts), times) for a, b, times in pairs]
+        square: Tensor = sum(times * s for (s, _), times in found)  # type: ignore[assignment]
+        size: Tensor = sum(times * z for (_, z), times in found)  # type: ignore[assignment]
+        return square, size
 
     def full(self) -> list[Tensor]:
         """``G_k`` by chunk, made once."""
