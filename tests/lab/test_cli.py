@@ -146,7 +146,9 @@ class Process:
         self.out = out
         command = [sys.executable, "-c", "from steppe.cli import main; main()", "compare", *self.METHODS, *self.SIZE]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen([*command, "--out", out], start_new_session=True, **pipes)
+        # a shell's background job hands down an ignored Ctrl-C
+        heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        self.process = subprocess.Popen([*command, "--out", out], **heard, **pipes)
 
     def until_runs(self, count):
         deadline = time.monotonic() + 60
