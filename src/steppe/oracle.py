@@ -119,11 +119,6 @@ class Oracle:
         """Whether this is the batch itself, not a part of it."""
         return self._whole is None
 
-    @property
-    def is_away(self) -> bool:
-        """Whether passes are away from ``w`` now."""
-        return self._away
-
     @contextmanager
     def away(self) -> Iterator[None]:
         """Passes inside are not at ``w``, also where no weights are moved."""

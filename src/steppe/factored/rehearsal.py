@@ -62,8 +62,11 @@ def tracked_of(f: Oracle, batch: Batch) -> Tracked:
 
 
 def rehearsed(f: Oracle, batch: Batch) -> Plan:
-    """The plan for this batch's model, data shape and perturbed parameters. Leaves no trace but statistics of state
-    that is no buffer."""
+    """The plan for this batch's model, data shape and perturbed parameters.
+
+    Weights, gradients' slots, buffers and random streams are left as they were; state of the model that is no buffer
+    sees some more passes.
+    """
     tracked = tracked_of(f, batch)
     before = RandomState.now(f.point.devices)
     try:
