@@ -11,9 +11,9 @@ from steppe.batch import Batch
 from steppe.factored.black_box import black_boxes
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import forget, plan_for
+from steppe.factored.plan import fall_back, plan_for, refusal
 from steppe.factored.record import Factors, factors_of
-from steppe.factored.tape import CannotFactor, See
+from steppe.factored.tape import See
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 from steppe.update import Update
@@ -28,7 +28,7 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
     Raises:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
     """
-    uses_g = getattr(rule.combine, "uses_g", True) or f.keep_g
+    uses_g = rule.uses_g or f.keep_g
     before = RandomState.now(f.point.devices)
     factors = factors_of(f, uses_g)
     if factors is None:
@@ -43,13 +43,9 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
         with f.away():
             g_adv = f.grad(under=black_boxes(f.batch().model, see))
     except Exception as error:  # the serial loop will raise it again, if it is the model's own
-        if f.parallel is True and not isinstance(error, CannotFactor):
-            raise
-        reason = str(error) if isinstance(error, CannotFactor) else f"{type(error).__name__}: {error}"
-        forget(f, f.batch(), reason)
-        before.restore()
+        reason = fall_back(f, f.batch(), error, before)
         if f.parallel is True:
-            raise ValueError(f"parallel must be 'auto' or False for this model: {reason}") from error
+            raise refusal(reason) from error
         return None
     f.compare(g_adv)
     return rule.combine(f, g_adv)

@@ -12,7 +12,9 @@ from torch import nn
 
 from steppe.batch import Batch, leaves
 from steppe.factored.rehearsal import Plan, has_hooks, rehearsed, tracked_of
+from steppe.factored.tape import CannotFactor
 from steppe.oracle import Oracle
+from steppe.replay import RandomState
 
 log = logging.getLogger("steppe")
 
@@ -53,6 +55,28 @@ def forget(f: Oracle, batch: Batch, reason: str) -> None:
     log.info("micro-batches run one after the other: %s", reason)
     entries = _entries.setdefault(batch.model, {})
     entries[_key(f, batch)] = _Entry(Plan(tracked_of(f, batch), reason=reason))
+
+
+def fall_back(f: Oracle, batch: Batch, error: Exception, before: RandomState) -> str:
+    """After an error in the shared passes: serial from now on, from the same random numbers. Why, in a line.
+
+    Raises:
+        Exception: ``error`` itself, where it is the model's own and ``parallel=True`` leaves no serial loop to raise it.
+    """
+    if isinstance(error, CannotFactor):
+        reason = str(error)
+    elif f.parallel is True:
+        raise error
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    forget(f, batch, reason)
+    before.restore()
+    return reason
+
+
+def refusal(reason: str) -> ValueError:
+    """What ``parallel=True`` gets for a model that does not factor."""
+    return ValueError(f"parallel must be 'auto' or False for this model: {reason}")
 
 
 def _key(f: Oracle, batch: Batch) -> Any:

@@ -12,8 +12,8 @@ from steppe.factored.black_box import black_boxes
 from steppe.factored.gradients import gradients
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import forget, plan_for
-from steppe.factored.tape import CannotFactor, Look
+from steppe.factored.plan import fall_back, plan_for, refusal
+from steppe.factored.tape import Look
 from steppe.factored.terms import Gradient
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
@@ -93,11 +93,7 @@ def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
             plan.apply(look)
             return Factors(look, len(batch), f.point.parameters, g)
         except Exception as error:  # the serial loop will raise it again, if it is the model's own
-            if f.parallel is True and not isinstance(error, CannotFactor):
-                raise
-            reason = str(error) if isinstance(error, CannotFactor) else f"{type(error).__name__}: {error}"
-            forget(f, batch, reason)
-            before.restore()
+            reason = fall_back(f, batch, error, before)
     if f.parallel is True:
-        raise ValueError(f"parallel must be 'auto' or False for this model: {reason}")
+        raise refusal(reason)
     return None
