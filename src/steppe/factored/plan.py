@@ -61,7 +61,7 @@ def fall_back(f: Oracle, batch: Batch, error: Exception, before: RandomState) ->
     """After an error in the shared passes: serial from now on, from the same random numbers. Why, in a line.
 
     Raises:
-        Exception: ``error`` itself, where it is the model's own and ``parallel=True`` leaves no serial loop to raise it.
+        Exception: ``error`` itself, where it is the model's own and ``parallel=True`` leaves no serial loop to meet it.
     """
     if isinstance(error, CannotFactor):
         reason = str(error)
