@@ -12,7 +12,9 @@ def main() -> None:
     if missing:
         sys.exit(f'steppe\'s command line needs {", ".join(missing)}: pip install "steppe[lab]"')
     from steppe.lab.commands import app
+    from steppe.sde.commands import sde
     from steppe.toy.commands import toy
 
+    app.command()(sde)
     app.command()(toy)
     app()
