@@ -1,7 +1,7 @@
 """Do the drifts of the m-sharpness theory hold on a real net, and does tr V at the end of training keep its order?
 
-``python recipes/sde_digits.py`` measures on the digits, over seeds, and writes ``recipes/records/sde_digits.json``. Every
-finished seed is kept; the same command goes on after an interruption. Two parts:
+``python recipes/sde_digits.py`` measures on the digits, over seeds, and writes ``recipes/records/sde_digits.json``.
+Every finished seed is kept; the same command goes on after an interruption. Two parts:
 
 - drift: a tanh net 64-32-10 on 512 digits in float64, trained by SGD for some epochs. What the real m-USAM and m-SAM
   add to SGD's update, averaged over random batches of 64, against the gradient of the regulariser that the theory adds

@@ -19,10 +19,10 @@ def sde(
     problem: Annotated[str, typer.Option(help="logistic or quadratic: six examples in two dimensions.")] = "logistic",
     rule: Annotated[list[str] | None, typer.Option(help=f"{', '.join(RULES)}; repeatable; all without it.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Repeatable.", show_default="0.2, 0.1, 0.05")] = None,
-    rho: Annotated[list[float] | None, typer.Option(help="Repeatable.", show_default="0.4, 0.2, 0.1")] = None,
+    rho: Annotated[list[float] | None, typer.Option(help="Repeatable.", show_default="0.2, 0.1, 0.05")] = None,
     size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 2,
     m: Annotated[int, typer.Option(min=1, help="Micro-batch of the m-forms.")] = 1,
-    time: Annotated[float, typer.Option(help="How long, a multiple of every lr.")] = 1.0,
+    time: Annotated[float, typer.Option(help="How long, a multiple of every lr.")] = 0.4,
     paths: Annotated[int | None, typer.Option(help="Paths of optimizer and equation.", show_default="4000")] = None,
     seed: Annotated[int, typer.Option(help="Of batches and Brownian motion.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the record and the picture.")] = Path("runs/sde"),
@@ -37,7 +37,7 @@ def sde(
     rules = rule or (["SGD", "USAM", "m-SAM"] if quick else list(RULES))
     try:
         settings = Settings(problem, size, m, time, paths or (500 if quick else 4000), seed)
-        asked = runs(settings, rules, lr or [0.2, 0.1, 0.05], rho or [0.4, 0.2, 0.1])
+        asked = runs(settings, rules, lr or [0.2, 0.1, 0.05], rho or [0.2, 0.1, 0.05])
         folder = out.with_name(f"{out.name}-quick") if quick and out == Path("runs/sde") else out
         store = Store(folder / "errors.json", settings)
         stopped = _measure(settings, asked, store, console)
@@ -83,7 +83,7 @@ def _report(found: list[Line], folder: Path, console: Console) -> None:
         if not shown:
             continue
         beyond = ", beyond that at rho 0" if against == "rho" else ""
-        title = f"Weak error against {against}{beyond}, in 1/1000; claimed order {claim}"
+        title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
         at = sorted({h for line in shown for h in line.at}, reverse=True)
         headers = ("rule", "of", *(f"{against[:3].strip(',')} {h:g}" for h in at), "order, 95 % CI")
         table = Table(*headers, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

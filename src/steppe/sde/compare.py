@@ -120,7 +120,7 @@ def fit(h: Sequence[float], errors: Sequence[Estimate]) -> Slope | None:
     abs(mean)``), not that higher orders bend the line.
     """
     kept = [
-        (math.log(a), math.log(abs(e.mean)), abs(e.mean) / e.error)
+        (math.log(a), math.log(abs(e.mean)), 1 / max(e.error / abs(e.mean), 1e-12))  # without noise the error is 0
         for a, e in zip(h, errors, strict=True)
         if e.resolved
     ]

@@ -53,10 +53,10 @@ def _panel(axis: Axes, lines: Sequence[Line], order: int) -> None:
     resolved = [(h, abs(e.mean)) for line in lines for h, e in zip(line.at, line.errors, strict=True) if e.resolved]
     if not resolved:
         return
-    h = np.array(sorted({h for line in lines for h in line.at}))
+    grid = np.array(sorted({h for line in lines for h in line.at}))
     top = max(h_ for h_, _ in resolved)
     anchor = max(size for h_, size in resolved if h_ == top)
-    axis.plot(h, 1.6 * anchor * (h / top) ** order, "--", color="grey", linewidth=1, label=f"slope {order}")
+    axis.plot(grid, 1.6 * anchor * (grid / top) ** order, "--", color="grey", linewidth=1, label="claimed order")
     axis.set_ylim(min(size for _, size in resolved) / 5, 5 * anchor)
-    axis.set_xticks(h, [f"{v:g}" for v in h])
+    axis.set_xticks(grid, [f"{v:g}" for v in grid])
     axis.minorticks_off()

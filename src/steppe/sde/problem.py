@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from steppe.batch import Batch, leaves
+from steppe.replay import RandomState, frozen_statistics
 
 ExampleLoss = Callable[[Tensor, Any], Tensor]  # (x of shape (d,), one example's row of the data) -> ()
 
@@ -69,16 +70,18 @@ class Problem:
         """
         try:
             losses, gradients = self.losses(x), self.gradients(x)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise SDEError(
-                f"loss must give one number an example, from deterministic torch operations that vmap takes: {error}"
+                "loss must give one number an example, from deterministic torch operations that vmap takes (batch "
+                f"normalisation or dropout in training mode? call model.eval()): {error}"
             ) from error
         if losses.shape != (len(self),):
             raise SDEError(f"loss must give one number an example, got shape {tuple(losses.shape[1:])} for each")
         bad = ~(losses.isfinite() & gradients.isfinite().all(1))
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise SDEError(f"the loss of example {i} is {losses[i].item():g} or has no finite gradient at x")
+            what = "loss" if not losses[i].isfinite() else "gradient"
+            raise SDEError(f"the {what} of example {i} is not finite at x")
 
     def _map(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         mapped: Callable[..., Tensor] = vmap(f, in_dims=(None, 0))
@@ -110,11 +113,17 @@ def problem_of(batch: Batch) -> tuple[Problem, Tensor]:
 
     problem = Problem(loss, batch.data)
     x = torch.cat([p.detach().flatten() for p in named.values()])
+    random = RandomState.now({p.device for p in named.values() if p.device.type != "cpu"})
     try:
-        together = batch.losses().detach()
+        with frozen_statistics(batch.model.modules()):
+            together = batch.losses().detach()
+            problem.check(x)
+    except SDEError:
+        raise
     except ValueError as error:
         raise SDEError(str(error)) from None
-    problem.check(x)
+    finally:
+        random.restore()
     if not torch.allclose(together, problem.losses(x), rtol=1e-3, atol=1e-5):
         raise SDEError("an example's loss depends on the other examples: batch normalisation? call model.eval()")
     return problem, x

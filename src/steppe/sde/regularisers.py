@@ -91,8 +91,6 @@ def regularisers(
     index = _micro_batches(n, m, replacement, repeats, generator)
     c = 1.0 if replacement else (n - m) / max(1, n - 1)
 
-    norms = torch.linalg.vector_norm
-
     def square_norm(x: Tensor) -> Tensor:
         return problem.gradients(x).mean(0).square().sum() * (rho / 2)
 
@@ -101,10 +99,10 @@ def regularisers(
         return (g_i - g_i.mean(0)).square().sum(1).mean() * (rho * c / (2 * m))
 
     def norm(x: Tensor) -> Tensor:
-        return norms(problem.gradients(x)[index].mean(1), dim=1).mean() * rho
+        return problem.gradients(x)[index].mean(1).square().sum(1).sqrt().mean() * rho
 
     def full_norm(x: Tensor) -> Tensor:
-        return norms(problem.gradients(x).mean(0)) * rho
+        return problem.gradients(x).mean(0).square().sum().sqrt() * rho
 
     functions = (lambda x: problem.losses(x).mean(), square_norm, variance, full_norm, norm)
     return Regularisers(*(_term(function, x) for function in functions))

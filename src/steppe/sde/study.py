@@ -40,11 +40,11 @@ class Settings:
     problem: str = "logistic"
     size: int = 2
     m: int = 1  # of the m-forms
-    time: float = 1.0
+    time: float = 0.4
     paths: int = 4000
     seed: int = 0
-    small_rho: float = 0.02  # of the errors against lr: its square must not show beside theirs
-    middle_lr: float = 0.1  # of the errors against rho
+    small_rho: float = 0.005  # of the errors against lr: its square must not show beside theirs
+    middle_lr: float = 0.05  # of the errors against rho
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
@@ -73,7 +73,7 @@ def built(settings: Settings) -> tuple[Problem, Tensor]:
     if settings.problem == "logistic":
         y = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(N // 2)
         X = X + y[:, None] * torch.tensor([2.0, 1.0], dtype=torch.float64)
-        return logistic(X, y, decay=0.2), torch.tensor([-1.0, 1.5], dtype=torch.float64)
+        return logistic(X, y, decay=0.2), torch.tensor([-1.5, 1.0], dtype=torch.float64)
     M = 0.2 * torch.randn(N, 2, 2, dtype=torch.float64, generator=draw)
     A = torch.diag(torch.tensor([2.0, 0.7], dtype=torch.float64)) + (M + M.mT) / 2
     return quadratic(A, X - X.mean(0)), torch.tensor([1.0, 1.5], dtype=torch.float64)
