@@ -164,7 +164,9 @@ def main() -> None:
     ]
     try:
         for part, seed in track(jobs if not options.print else [], "measuring"):
-            record[part][str(seed)] = {"drift": drift, "trace": traces}[part](seed)
+            rows = {"drift": drift, "trace": traces}[part](seed)
+            rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+            record[part][str(seed)] = rounded
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
     except KeyboardInterrupt:
         print("Stopped; finished seeds are kept, the same command goes on.")

@@ -57,7 +57,7 @@ def test_an_interruption_keeps_what_is_done(command, tmp_path, monkeypatch):
     [
         (("--rule", "ASAM"), "unknown rule 'ASAM'; choose from SGD, n-USAM"),
         (("--problem", "cubic"), "unknown problem 'cubic'; choose from logistic, quadratic"),
-        (("--rule", "SGD", "--lr", 0.3), "time must be a positive multiple of lr, got 0.4 and 0.3"),
+        (("--rule", "SGD", "--lr", 0.3), "time must be a positive multiple of lr, got 1 and 0.3"),
         (("--rule", "SAM", "--rho", -1.0), "rho must be a finite number >= 0"),
         (("--rule", "m-SAM", "--m", 2, "--size", 3), "size must be a multiple of m"),
         (("--rule", "SGD", "--size", 9), "batches of 9 out of 6"),
@@ -78,10 +78,10 @@ def test_lines_against_rho_are_differences_from_rho_0(tmp_path):
     settings = Settings()
     store, asked = Store(tmp_path / "e.json", settings), runs(settings, ["SAM"], [0.05], [0.2])
     assert asked == [
-        Run("SAM", False, 0.05, settings.small_rho),
-        Run("SAM", True, 0.05, settings.small_rho),
-        Run("SAM", True, 0.05, 0.0),
-        Run("SAM", True, 0.05, 0.2),
+        Run("lr", "SAM", False, 0.05, settings.small_rho),
+        Run("lr", "SAM", True, 0.05, settings.small_rho),
+        Run("rho", "SAM", True, 0.05, 0.0),
+        Run("rho", "SAM", True, 0.05, 0.2),
     ]
     for run in asked:
         store.errors[run.key] = {"f": [run.rho, run.rho + 2]}

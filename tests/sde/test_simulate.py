@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from steppe import Micro, Plain, Rule, Unnormalised
-from steppe.sde import Equation, Problem, Scheme, SDEError, estimate, fit, logistic, quadratic, simulate, weak_error
+from steppe.sde import (
+    Equation,
+    Problem,
+    Scheme,
+    SDEError,
+    compare,
+    draw,
+    estimate,
+    fit,
+    logistic,
+    quadratic,
+    simulate,
+    weak_error,
+)
 from steppe.sde.compare import Estimate
 from steppe.sde.study import Settings, built
 from tests.test_theory import finite_sum
@@ -76,8 +89,7 @@ def flow(equation: Equation, x: torch.Tensor, time: float) -> torch.Tensor:
 
 
 def weak_errors(rule, lrs, rho, corrected, paths=640):
-    problem, _ = built(Settings())
-    start = torch.tensor([-1.0, 1.5], dtype=torch.float64)
+    problem, start = built(Settings())
     runs = [Equation(problem, Scheme(rule, lr, rho, 2), corrected) for lr in lrs]
     return [estimate(weak_error(run, start, 1.0, paths)["f"]) for run in runs]
 
@@ -103,7 +115,7 @@ def test_the_corrected_weak_error_has_order_two_in_lr():
 @pytest.mark.parametrize("rule", [Rule(geometry=Unnormalised()), Micro(1, Rule())], ids=["USAM", "m-SAM"])
 def test_the_weak_error_has_order_two_in_rho(rule):
     """Beyond the error at rho 0, with the same batches and Brownian motion."""
-    problem, start = built(Settings())
+    problem, start = built(Settings(), "rho")
     groups = {
         rho: weak_error(Equation(problem, Scheme(rule, 0.05, rho, 2), True), start, 0.4, 320)["f"]
         for rho in (0.0, 0.05, 0.1)
@@ -112,6 +124,17 @@ def test_the_weak_error_has_order_two_in_rho(rule):
     slope = fit((0.05, 0.1), beyond)
     assert slope.points == 2
     assert slope.slope == pytest.approx(2, abs=0.2)
+
+
+def test_batches_that_follow_the_brownian_motion_are_as_good_as_independent_ones(monkeypatch):
+    problem, start = built(Settings())
+    equation = Equation(problem, Scheme(Micro(1, Rule()), 0.2, 0.1, 2))
+    coupled = estimate(weak_error(equation, start, 0.4, 4000)["f"])
+    draws = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(compare, "largest", lambda z, scheme: draw(scheme, 6, len(z), draws))
+    independent = estimate(weak_error(equation, start, 0.4, 4000)["f"])
+    assert abs(coupled.mean - independent.mean) < 4 * math.hypot(coupled.error, independent.error)
+    assert coupled.error < 0.8 * independent.error
 
 
 def test_a_batch_with_replacement_is_compared_too():

@@ -22,7 +22,7 @@ def sde(
     rho: Annotated[list[float] | None, typer.Option(help="Repeatable.", show_default="0.2, 0.1, 0.05")] = None,
     size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 2,
     m: Annotated[int, typer.Option(min=1, help="Micro-batch of the m-forms.")] = 1,
-    time: Annotated[float, typer.Option(help="How long, a multiple of every lr.")] = 0.4,
+    time: Annotated[float, typer.Option(help="Of the errors against lr, a multiple of each.")] = 1.0,
     paths: Annotated[int | None, typer.Option(help="Paths of optimizer and equation.", show_default="4000")] = None,
     seed: Annotated[int, typer.Option(help="Of batches and Brownian motion.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the record and the picture.")] = Path("runs/sde"),
@@ -72,7 +72,8 @@ def _measure(settings: Settings, asked: list[Run], store: Store, console: Consol
 
 def _work(settings: Settings, run: Run) -> float:
     """What a run takes, relative to the others."""
-    return settings.time / run.lr * (3 if run.corrected else 1) * (1 if run.rule == "SGD" else 3)
+    time = settings.time if run.against == "lr" else settings.short_time
+    return time / run.lr * (3 if run.corrected else 1) * (1 if run.rule == "SGD" else 3)
 
 
 def _report(found: list[Line], folder: Path, console: Console) -> None:

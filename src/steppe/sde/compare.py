@@ -41,7 +41,7 @@ def weak_error(
     The error of Euler-Maruyama is removed to third order: paths of the equation with 1, 2 and 4 steps to one of the
     optimizer's, along one Brownian motion, weighted 1/3, -2 and 8/3 (Talay and Tubaro 1990). Without replacement the
     optimizer's batch holds the examples along which the Brownian motion has moved most: every batch is equally likely,
-    as it must be, and the paths stay close, so that fewer are needed. Equal seeds use the same batches and Brownian
+    as it must be, and the paths stay closer, so that fewer are needed. Equal seeds use the same batches and Brownian
     motion for every radius, so that differences between radii are sharp.
 
     Args:

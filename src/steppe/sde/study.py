@@ -40,11 +40,12 @@ class Settings:
     problem: str = "logistic"
     size: int = 2
     m: int = 1  # of the m-forms
-    time: float = 0.4
+    time: float = 1.0  # of the errors against lr
     paths: int = 4000
     seed: int = 0
     small_rho: float = 0.005  # of the errors against lr: its square must not show beside theirs
-    middle_lr: float = 0.05  # of the errors against rho
+    fixed_lr: float = 0.05  # of the errors against rho
+    short_time: float = 0.4  # of those too, where the loss bends most: there its third derivatives show
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
@@ -53,8 +54,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One weak error."""
+    """One weak error, to be shown against lr or rho."""
 
+    against: str
     rule: str
     corrected: bool
     lr: float
@@ -63,17 +65,19 @@ class Run:
     @property
     def key(self) -> str:
         """Its name in the record."""
-        return f"{self.rule}, {'corrected' if self.corrected else 'plain'}, lr {self.lr:g}, rho {self.rho:g}"
+        kind = "corrected" if self.corrected else "plain"
+        return f"{self.rule}, {kind}, lr {self.lr:g}, rho {self.rho:g}, against {self.against}"
 
 
-def built(settings: Settings) -> tuple[Problem, Tensor]:
+def built(settings: Settings, against: str = "lr") -> tuple[Problem, Tensor]:
     """A problem of six examples in two dimensions, and where paths begin."""
     draw = torch.Generator().manual_seed(0)
     X = 0.5 * torch.randn(N, 2, dtype=torch.float64, generator=draw)
     if settings.problem == "logistic":
         y = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(N // 2)
         X = X + y[:, None] * torch.tensor([2.0, 1.0], dtype=torch.float64)
-        return logistic(X, y, decay=0.2), torch.tensor([-1.5, 1.0], dtype=torch.float64)
+        start = (-1.0, 1.5) if against == "lr" else (-1.5, 1.0)
+        return logistic(X, y, decay=0.2), torch.tensor(start, dtype=torch.float64)
     M = 0.2 * torch.randn(N, 2, 2, dtype=torch.float64, generator=draw)
     A = torch.diag(torch.tensor([2.0, 0.7], dtype=torch.float64)) + (M + M.mT) / 2
     return quadratic(A, X - X.mean(0)), torch.tensor([1.0, 1.5], dtype=torch.float64)
@@ -91,18 +95,19 @@ def runs(settings: Settings, rules: list[str], lrs: list[float], rhos: list[floa
     found = []
     for rule in rules:
         small = 0.0 if rule == "SGD" else settings.small_rho
-        found += [Run(rule, corrected, lr, small) for corrected in (False, True) for lr in lrs]
+        found += [Run("lr", rule, corrected, lr, small) for corrected in (False, True) for lr in lrs]
         if rule != "SGD":
-            found += [Run(rule, True, settings.middle_lr, rho) for rho in (0.0, *rhos)]
+            found += [Run("rho", rule, True, settings.fixed_lr, rho) for rho in (0.0, *rhos)]
     return list(dict.fromkeys(found))
 
 
 def measure(settings: Settings, run: Run, progress: Progress) -> Errors:
     """The weak error of one run."""
-    problem, start = built(settings)
+    problem, start = built(settings, run.against)
     scheme = Scheme(RULES[run.rule](settings.m), run.lr, run.rho, settings.size)
     equation = Equation(problem, scheme, run.corrected)
-    return weak_error(equation, start, settings.time, settings.paths, settings.seed, progress)
+    time = settings.time if run.against == "lr" else settings.short_time
+    return weak_error(equation, start, time, settings.paths, settings.seed, progress)
 
 
 class Store:
@@ -153,19 +158,16 @@ def lines(store: Store, asked: list[Run]) -> Iterator[Line]:
     """What the finished runs say; against rho it is the error beyond that at rho 0, group by group."""
     done = [run for run in asked if run.key in store.errors]
     for rule in dict.fromkeys(run.rule for run in done):
-        small = 0.0 if rule == "SGD" else store.settings.small_rho
         own = [run for run in done if run.rule == rule]
         for function in store.errors[own[0].key]:
+            found = {run: store.errors[run.key][function] for run in own}
             for corrected, against in ((False, "lr"), (True, "lr, corrected")):
-                kept = [run for run in own if run.corrected == corrected and run.rho == small]
-                yield _line(rule, function, against, [(run.lr, store.errors[run.key][function]) for run in kept])
-            base = store.errors.get(Run(rule, True, store.settings.middle_lr, 0.0).key)
-            if base is not None:
-                at_middle = [
-                    r for r in own if r.corrected and r.lr == store.settings.middle_lr and r.rho not in (0, small)
-                ]
-                beyond = [(r.rho, _minus(store.errors[r.key][function], base[function])) for r in at_middle]
-                yield _line(rule, function, "rho", beyond)
+                points = [(r.lr, e) for r, e in found.items() if (r.against, r.corrected) == ("lr", corrected)]
+                yield _line(rule, function, against, points)
+            by_rho = {run.rho: errors for run, errors in found.items() if run.against == "rho"}
+            if 0.0 in by_rho:
+                base = by_rho.pop(0.0)
+                yield _line(rule, function, "rho", [(rho, _minus(errors, base)) for rho, errors in by_rho.items()])
 
 
 def _line(rule: str, function: str, against: str, points: list[tuple[float, list[float]]]) -> Line:
