@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from steppe.sde.problem import SDEError
-from steppe.sde.study import RULES, Line, Run, Settings, Store, lines, measure, runs
+from steppe.sde.study import RULES, Line, Run, Settings, Store, lines, measure, runs, time_of
 
 CLAIMS = {"lr": 1, "lr, corrected": 2, "rho": 2}
 
@@ -72,8 +72,7 @@ def _measure(settings: Settings, asked: list[Run], store: Store, console: Consol
 
 def _work(settings: Settings, run: Run) -> float:
     """What a run takes, relative to the others."""
-    time = settings.time if run.against == "lr" else settings.short_time
-    return time / run.lr * (3 if run.corrected else 1) * (1 if run.rule == "SGD" else 3)
+    return time_of(settings, run) / run.lr * (3 if run.corrected else 1) * (1 if run.rule == "SGD" else 3)
 
 
 def _report(found: list[Line], folder: Path, console: Console) -> None:

@@ -28,6 +28,14 @@ def functions(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"f": vmap(lambda x: problem.losses(x).mean()), "|x|^2": lambda x: x.square().sum(1)}
 
 
+def whole_steps(time: float, lr: float) -> int:
+    """``time / lr``, refused where it is no positive integer."""
+    steps = round(time / lr)
+    if steps < 1 or abs(steps * lr - time) > 1e-9 * time:
+        raise SDEError(f"time must be a positive multiple of lr, got {time:g} and {lr:g}")
+    return steps
+
+
 def weak_error(
     equation: Equation,
     start: Tensor,
@@ -56,9 +64,7 @@ def weak_error(
         SDEError: ``time`` is no multiple of ``lr``, there are too few paths, or one ceases to be finite.
     """
     scheme, problem = equation.scheme, equation.problem
-    steps = round(time / scheme.lr)
-    if steps < 1 or abs(steps * scheme.lr - time) > 1e-9 * time:
-        raise SDEError(f"time must be a positive multiple of lr, got {time:g} and {scheme.lr:g}")
+    steps = whole_steps(time, scheme.lr)
     if paths < 2 * GROUPS:
         raise SDEError(f"paths must be at least {2 * GROUPS}, got {paths}")
     problem.check(start)

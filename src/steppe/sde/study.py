@@ -14,7 +14,7 @@ from torch import Tensor
 from steppe.geometry import Unnormalised
 from steppe.rule import AnyRule, Micro, Plain, Rule
 from steppe.sample import OnFull
-from steppe.sde.compare import Errors, Estimate, Slope, estimate, fit, weak_error
+from steppe.sde.compare import Errors, Estimate, Slope, estimate, fit, weak_error, whole_steps
 from steppe.sde.equation import Equation
 from steppe.sde.problem import Problem, SDEError, logistic, quadratic
 from steppe.sde.scheme import Scheme
@@ -87,7 +87,8 @@ def runs(settings: Settings, rules: list[str], lrs: list[float], rhos: list[floa
     """Every weak error: against lr, plain and corrected, and against rho with its start at 0.
 
     Raises:
-        SDEError: a rule is unknown.
+        SDEError: a rule is unknown, or any run asks for what has no equation.
+        ValueError: a number is out of its range.
     """
     for rule in rules:
         if rule not in RULES:
@@ -98,16 +99,28 @@ def runs(settings: Settings, rules: list[str], lrs: list[float], rhos: list[floa
         found += [Run("lr", rule, corrected, lr, small) for corrected in (False, True) for lr in lrs]
         if rule != "SGD":
             found += [Run("rho", rule, True, settings.fixed_lr, rho) for rho in (0.0, *rhos)]
+    for run in found:  # mistakes are told before anything runs
+        equation_of(settings, run)
+        whole_steps(time_of(settings, run), run.lr)
     return list(dict.fromkeys(found))
+
+
+def time_of(settings: Settings, run: Run) -> float:
+    """How long a run's paths are."""
+    return settings.time if run.against == "lr" else settings.short_time
+
+
+def equation_of(settings: Settings, run: Run) -> Equation:
+    """The equation that a run compares the optimizer with."""
+    scheme = Scheme(RULES[run.rule](settings.m), run.lr, run.rho, settings.size)
+    return Equation(built(settings, run.against)[0], scheme, run.corrected)
 
 
 def measure(settings: Settings, run: Run, progress: Progress) -> Errors:
     """The weak error of one run."""
-    problem, start = built(settings, run.against)
-    scheme = Scheme(RULES[run.rule](settings.m), run.lr, run.rho, settings.size)
-    equation = Equation(problem, scheme, run.corrected)
-    time = settings.time if run.against == "lr" else settings.short_time
-    return weak_error(equation, start, time, settings.paths, settings.seed, progress)
+    _, start = built(settings, run.against)
+    time = time_of(settings, run)
+    return weak_error(equation_of(settings, run), start, time, settings.paths, settings.seed, progress)
 
 
 class Store:
