@@ -1,9 +1,9 @@
-"""The command line; `steppe compare` and `steppe report` live in the laboratory."""
+"""The command line; every command lives beside what it runs."""
 
 import sys
 from importlib.util import find_spec
 
-_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2")
+_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib")
 
 
 def main() -> None:
@@ -12,5 +12,9 @@ def main() -> None:
     if missing:
         sys.exit(f'steppe\'s command line needs {", ".join(missing)}: pip install "steppe[lab]"')
     from steppe.lab.commands import app
+    from steppe.sde.commands import sde
+    from steppe.toy.commands import toy
 
+    app.command()(sde)
+    app.command()(toy)
     app()

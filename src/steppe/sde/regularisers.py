@@ -1,0 +1,123 @@
+"""The implicit regularisers as numbers and gradients, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from steppe import check
+from steppe.sde.problem import Problem, SDEError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a regularised loss at a point.
+
+    Attributes:
+        value: shape ``()``.
+        gradient: shape ``(d,)``, by autograd through the gradients of the examples.
+    """
+
+    value: Tensor
+    gradient: Tensor
+
+    def __add__(self, other: Term) -> Term:
+        return Term(self.value + other.value, self.gradient + other.gradient)
+
+
+@dataclass(frozen=True)
+class Regularisers:
+    """What the drifts descend, term by term (arXiv 2509.18001).
+
+    Attributes:
+        loss: ``f``, what SGD descends.
+        gradient: ``rho/2 norm(grad f)^2``: ``loss + gradient`` is n-USAM's (theorem 3.4).
+        variance: ``rho c / (2 m) tr V``: ``loss + gradient + variance`` is m-USAM's (3.5), with ``m`` the batch size
+            mini-batch USAM's (3.3). ``c = (n - m) / (n - 1)`` without replacement (derived), 1 with.
+        full_norm: ``rho norm(grad f)``: ``loss + full_norm`` is n-SAM's (3.6, derived).
+        norm: ``rho E norm(grad f_I)``, ``I`` of ``m`` examples: ``loss + norm`` is m-SAM's (3.8).
+    """
+
+    loss: Term
+    gradient: Term
+    variance: Term
+    full_norm: Term
+    norm: Term
+
+
+def regularisers(
+    problem: Problem,
+    x: Tensor,
+    rho: float,
+    m: int,
+    replacement: bool = False,
+    repeats: int = 8,
+    generator: torch.Generator | None = None,
+) -> Regularisers:
+    """Every term at ``x`` with its gradient.
+
+    All are exact but ``norm``, an average over random micro-batches: ``repeats`` permutations cut into parts of ``m``,
+    so that every example counts equally (with replacement, as many independent draws). With ``m`` 1 or ``n`` and
+    without replacement it is exact too. All examples' gradients are held at once: ``n d`` numbers, and their graph.
+
+    Args:
+        problem: the finite sum; of a model and its data by :func:`~steppe.sde.problem_of`.
+        x: where, shape ``(d,)``.
+        rho: the radius.
+        m: examples that share a perturbation.
+        replacement: whether micro-batches are drawn with replacement.
+        repeats: of the random partition.
+        generator: of the partitions.
+
+    Raises:
+        SDEError: ``m`` is larger than the data without replacement; a loss or gradient is not finite.
+        ValueError: ``rho``, ``m`` or ``repeats`` is out of its range.
+
+    Example:
+        >>> terms = regularisers(*problem_of(batch), rho=0.05, m=8)
+        >>> drift = -(terms.loss + terms.norm).gradient
+    """
+    check.non_negative("rho", rho)
+    check.positive_integer("m", m)
+    check.positive_integer("repeats", repeats)
+    n = len(problem)
+    if m > n and not replacement:
+        raise SDEError(f"m must be at most the number of examples, got {m} of {n}")
+    problem.check(x)
+    index = _micro_batches(n, m, replacement, repeats, generator)
+    c = 1.0 if replacement else (n - m) / max(1, n - 1)
+
+    def square_norm(x: Tensor) -> Tensor:
+        return problem.gradients(x).mean(0).square().sum() * (rho / 2)
+
+    def variance(x: Tensor) -> Tensor:
+        g_i = problem.gradients(x)
+        return (g_i - g_i.mean(0)).square().sum(1).mean() * (rho * c / (2 * m))
+
+    def norm(x: Tensor) -> Tensor:
+        return problem.gradients(x)[index].mean(1).square().sum(1).sqrt().mean() * rho
+
+    def full_norm(x: Tensor) -> Tensor:
+        return problem.gradients(x).mean(0).square().sum().sqrt() * rho
+
+    functions = (lambda x: problem.losses(x).mean(), square_norm, variance, full_norm, norm)
+    return Regularisers(*(_term(function, x) for function in functions))
+
+
+def _term(function: Callable[[Tensor], Tensor], x: Tensor) -> Term:
+    gradient, value = grad_and_value(function)(x)
+    return Term(value, gradient)
+
+
+def _micro_batches(n: int, m: int, replacement: bool, repeats: int, generator: torch.Generator | None) -> Tensor:
+    """Indices of shape ``(count, m)``."""
+    if replacement:
+        return torch.randint(n, (repeats * max(1, n // m), m), generator=generator)
+    if m in (1, n):
+        repeats = 1
+    orders = [torch.randperm(n, generator=generator)[: n - n % m].view(-1, m) for _ in range(repeats)]
+    return torch.cat(orders)

@@ -1,0 +1,121 @@
+"""What an equation stands for: a rule, its step size, its radius, its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from steppe import check
+from steppe.combine import Perturbed
+from steppe.geometry import Euclidean, Unnormalised
+from steppe.optimizer import SharpnessAware
+from steppe.rule import AnyRule, Micro, Plain, Rule
+from steppe.sample import Mean, OnFull
+from steppe.sde.problem import SDEError
+from steppe.select import All
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """``x <- x - lr u``, ``u`` by a rule on a random batch: SGD, USAM or SAM in n-, mini-batch or m-form.
+
+    Args:
+        rule: ``Plain()`` (SGD), ``Rule(geometry=Unnormalised())`` (USAM), ``Rule()`` (SAM), with ``Micro(m, ...)``
+            around it the m-form, with ``sample=OnFull()`` in it the n-form.
+        lr: the learning rate, eta in the papers.
+        rho: the radius.
+        size: examples in a batch.
+        replacement: whether a batch may hold an example twice. Training by epochs does not.
+
+    Raises:
+        SDEError: the rule has no equation here; the message names the piece.
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> m_usam = Scheme(Micro(2, Rule(geometry=Unnormalised())), lr=0.1, rho=0.05, size=4)
+    """
+
+    rule: AnyRule
+    lr: float
+    rho: float
+    size: int
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        check.number("lr", self.lr, "a finite number > 0", low=1e-300)
+        check.non_negative("rho", self.rho)
+        check.positive_integer("size", self.size)
+        _refuse_other_rules(self.rule)
+        if self.size % self.m:
+            raise SDEError(f"size must be a multiple of m, got {self.size} examples in micro-batches of {self.m}")
+
+    @property
+    def m(self) -> int:
+        """Examples that share a perturbation: the micro-batch, or the whole batch."""
+        return min(self.rule.m, self.size) if isinstance(self.rule, Micro) else self.size
+
+    @property
+    def inner(self) -> AnyRule:
+        """The rule of a micro-batch."""
+        return self.rule.rule if isinstance(self.rule, Micro) else self.rule
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether there is a perturbation at all."""
+        return isinstance(self.inner, Rule) and self.rho > 0
+
+    @property
+    def normalised(self) -> bool:
+        """Whether it has length ``rho`` (SAM) rather than ``rho`` times the gradient's (USAM)."""
+        return isinstance(self.inner, Rule) and isinstance(self.inner.geometry, Euclidean)
+
+    @property
+    def full(self) -> bool:
+        """Whether it follows the full gradient (the n-form)."""
+        return isinstance(self.inner, Rule) and isinstance(self.inner.sample, OnFull)
+
+
+def scheme_of(optimizer: torch.optim.Optimizer, size: int, replacement: bool = False) -> Scheme:
+    """The scheme that an optimizer follows on batches of ``size``.
+
+    Raises:
+        SDEError: its base is not plain SGD, it has several groups, or its rule has no equation here.
+
+    Example:
+        >>> scheme_of(steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, m=8), size=64)
+    """
+    base = optimizer.base if isinstance(optimizer, SharpnessAware) else optimizer
+    if not isinstance(base, torch.optim.SGD):
+        raise SDEError(
+            f"the base optimizer must be torch.optim.SGD, got {type(base).__name__}: no equation for it here"
+        )
+    if len(base.param_groups) != 1:
+        raise SDEError(f"the optimizer must have one parameter group, got {len(base.param_groups)}")
+    group = base.param_groups[0]
+    for name in ("momentum", "weight_decay", "maximize"):
+        if group[name]:
+            raise SDEError(f"the base optimizer must be plain SGD, got {name}={group[name]!r}: no equation for it here")
+    rule = optimizer.rule if isinstance(optimizer, SharpnessAware) else Plain()
+    return Scheme(rule, float(group["lr"]), float(group.get("rho", 0.0)), size, replacement)
+
+
+def _refuse_other_rules(rule: AnyRule) -> None:
+    inner = rule.rule if isinstance(rule, Micro) else rule
+    if isinstance(inner, Plain):
+        return
+    if not isinstance(inner, Rule):
+        raise SDEError(f"no equation for the rule {inner!r}: only for Plain() and Rule(...), by themselves or in Micro")
+    allowed = {
+        "sample": (Mean, OnFull),
+        "geometry": (Euclidean, Unnormalised),
+        "select": (All,),
+        "combine": (Perturbed,),
+    }
+    for name, kinds in allowed.items():
+        piece = getattr(inner, name)
+        if not isinstance(piece, kinds):
+            known = " or ".join(f"{kind.__name__}()" for kind in kinds)
+            raise SDEError(f"no equation for a rule with {name}={piece!r}: only for {known}")
+    if isinstance(rule, Micro) and isinstance(inner.sample, OnFull):
+        raise SDEError("no equation for micro-batches of the n-form: they share one perturbation; leave Micro out")

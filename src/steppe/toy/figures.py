@@ -1,0 +1,132 @@
+"""The pictures of the toy; pure functions of what was computed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from steppe.toy.landscape import Landscape
+from steppe.toy.stationary import Stationary
+from steppe.vector import TINY
+
+CELLS = 100  # of the contour on each axis
+MARKS = {"minimum": "*", "saddle": "X", "maximum": "^"}
+COLORS = ("#444444", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # told apart by all eyes
+
+
+def trajectories(
+    landscape: Landscape, paths: Mapping[str, Tensor], points: Sequence[Stationary], title: str, file: Path
+) -> None:
+    """Contours, every path from the common start, minima and saddles; decoupled WSAM dashed, a part enlarged."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    _contours(figure, axis, landscape)
+    _draw(axis, paths)
+    axis.plot(*landscape.start, "s", color="black", markersize=7, label="start", zorder=5)
+    axis.plot([], [], "o", color="grey", label=f"after {landscape.steps} steps")
+    for kind, mark in MARKS.items():
+        same = [s for s in points if s.kind == kind]
+        xs, ys = [s.point[0] for s in same], [s.point[1] for s in same]
+        if same:
+            axis.plot(xs, ys, mark, color="white", markeredgecolor="black", markersize=14, label=kind, zorder=3)
+    for s in points:
+        axis.annotate(s.name, s.point, (0, -17), textcoords="offset points", ha="center", fontsize=9, zorder=6)
+    axis.set(xlim=landscape.x, ylim=landscape.y, xlabel=landscape.axes[0], ylabel=landscape.axes[1], title=title)
+    if landscape.zoom is not None:
+        _inset(axis, landscape, paths)
+    figure.legend(loc="outside right upper", fontsize=9)
+    figure.savefig(file)
+
+
+def update(landscape: Landscape, gammas: Sequence[float], file: Path) -> None:
+    """WSAM's Figure 1: at the start, the update as a function of gamma.
+
+    Every update ``-(g + gamma / (1 - gamma) (g_adv - g))`` ends on the line through ``-g`` (gamma 0) and ``-g_adv``
+    (gamma 1/2, SAM); above 1/2 it lies beyond SAM's.
+    """
+    point = torch.tensor(landscape.start, dtype=torch.float64)
+    g = landscape.gradient(point)
+    g_adv = landscape.gradient(point + landscape.rho * g / (g.norm() + TINY))
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    ends = {gamma: -(g + gamma / (1 - gamma) * (g_adv - g)) for gamma in (0.0, 0.5, *gammas)}
+    xs, ys = torch.stack(list(ends.values())).T.numpy()
+    axis.plot(xs, ys, color="grey", linewidth=1, linestyle=":", zorder=1)
+    special = {0.0: "0: -g, the base's", 0.5: "0.5: -g_adv, SAM's"}
+    for i, (gamma, end) in enumerate(ends.items()):
+        color = COLORS[(0, 1, 3)[min(i, 2)]]
+        arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+        tip = float(end[0]), float(end[1])
+        axis.annotate("", tip, (0, 0), arrowprops=arrow)
+        text, side = f"gamma {special.get(gamma, f'{gamma:g}')}", -1 if tip[0] < 0 else 1
+        axis.annotate(
+            text,
+            tip,
+            (8 * side, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color=color,
+            ha="right" if side < 0 else "left",
+            va="center",
+        )
+    axis.plot(0, 0, "s", color="black", markersize=6, label="w")
+    axis.margins(x=0.35, y=0.1)
+    x, y = landscape.start
+    axis.set(xlabel=f"along {landscape.axes[0]}", ylabel=f"along {landscape.axes[1]}")
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.set_title(f"WSAM's update by gamma\nat w = ({x:.3g}, {y:.3g}), rho {landscape.rho:g}", fontsize=11)
+    axis.legend(loc="lower right")
+    figure.savefig(file)
+
+
+def sweep(
+    landscape: Landscape, ends: Mapping[str, Mapping[float, Tensor]], points: Sequence[Stationary], file: Path
+) -> None:
+    """The first variable at the end of training against gamma, for each form of WSAM; stationary points as lines."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    for s in points:
+        axis.axhline(s.point[0], color="grey", linewidth=1, linestyle=":" if s.kind == "saddle" else "-", zorder=1)
+        axis.annotate(s.name, (1, s.point[0]), (4, -3), xycoords=("axes fraction", "data"), textcoords="offset points")
+    for mark, color, (name, by_gamma) in zip("os", (COLORS[3], COLORS[4]), ends.items(), strict=True):
+        values = [float(end[0]) for end in by_gamma.values()]
+        filled = color if mark == "o" else "none"
+        axis.plot(list(by_gamma), values, mark, color=color, markersize=5, markerfacecolor=filled, label=name)
+    axis.set(xlabel="gamma", ylabel=f"{landscape.axes[0]} after {landscape.steps} steps")
+    axis.legend(fontsize=9)
+    figure.savefig(file)
+
+
+def _draw(axis: Axes, paths: Mapping[str, Tensor]) -> None:
+    for i, (name, path) in enumerate(paths.items()):
+        color, style = COLORS[i % len(COLORS)], "--" if name.startswith("decoupled") else "-"
+        x, y = path.T.numpy()
+        axis.plot(x, y, style, color=color, linewidth=1.8, label=name)
+        axis.plot(x[-1], y[-1], "o", color=color, markersize=6, markeredgecolor="white", zorder=4)
+
+
+def _inset(axis: Axes, landscape: Landscape, paths: Mapping[str, Tensor]) -> None:
+    """The part of the window where paths lie close together, larger."""
+    assert landscape.zoom is not None
+    xlim, ylim = landscape.zoom
+    inset = axis.inset_axes((0.45, 0.02, 0.53, 0.4), xlim=xlim, ylim=ylim, xticks=[], yticks=[])
+    inset.set_facecolor("#f4f4f4")
+    _draw(inset, paths)
+    inset.plot(*landscape.start, "s", color="black", markersize=7)
+    axis.indicate_inset_zoom(inset, edgecolor="black")
+
+
+def _contours(figure: Figure, axis: Axes, landscape: Landscape) -> None:
+    x, y = np.linspace(*landscape.x, CELLS), np.linspace(*landscape.y, CELLS)
+    rows = [[landscape.value(torch.tensor([a, b], dtype=torch.float64)) for a in x] for b in y]
+    values = np.ma.masked_invalid(np.array(rows))
+    low, high = values.min(), np.percentile(values.compressed(), 95)
+    levels = low + (high - low) * np.linspace(0, 1, 26) ** 2  # dense near the bottom
+    shown = axis.contourf(x, y, values, levels, cmap="Greys_r", norm=PowerNorm(0.5, low, high), extend="max", alpha=0.7)
+    axis.contour(x, y, values, levels, colors="white", linewidths=0.4)
+    figure.colorbar(shown, ax=axis, label="loss", shrink=0.6, format="%.3g", ticks=levels[::5], location="right")

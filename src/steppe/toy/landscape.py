@@ -1,0 +1,159 @@
+"""Functions of two variables, and where and how an optimizer is to walk on them."""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]  # (2,) -> ()
+
+
+class ToyError(ValueError):
+    """A mistake in what was asked for; the message names it."""
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A function of two variables, a start, an optimizer's numbers, and the window that is drawn.
+
+    Args:
+        loss: ``(point) -> value``, from a tensor of shape ``(2,)`` to one of shape ``()``, differentiable twice.
+        start: where every trajectory begins.
+        lr: learning rate of SGD with ``momentum``.
+        rho: radius of the perturbation.
+        steps: how many.
+        x: first and last value of the first variable that is drawn.
+        y: the same for the second.
+        momentum: torch's, without dampening.
+        axes: names of the variables.
+        zoom: a part of the window, ranges of both variables, that the picture shows larger too.
+
+    Raises:
+        ToyError: a number is out of its range, or the function is not a finite, differentiable scalar at the start.
+
+    Example:
+        >>> bowl = Landscape(lambda p: p @ p, start=(1.0, 1.0), lr=0.1, rho=0.05, steps=50, x=(-2, 2), y=(-2, 2))
+    """
+
+    loss: Function
+    start: tuple[float, float]
+    lr: float
+    rho: float
+    steps: int
+    x: tuple[float, float]
+    y: tuple[float, float]
+    momentum: float = 0.9
+    axes: tuple[str, str] = ("x", "y")
+    zoom: tuple[tuple[float, float], tuple[float, float]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "rho"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number > 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
+        _require(self.steps >= 1, "steps", self.steps, "a positive integer")
+        for name in ("x", "y"):
+            low, high = getattr(self, name)
+            _require(-math.inf < low < high < math.inf, name, (low, high), "two finite numbers, the smaller one first")
+        _require(all(map(math.isfinite, self.start)), "start", self.start, "two finite numbers")
+        self._check_function()
+
+    @property
+    def diagonal(self) -> float:
+        """The length of the window's diagonal."""
+        return math.hypot(self.x[1] - self.x[0], self.y[1] - self.y[0])
+
+    def value(self, point: Tensor) -> float:
+        """The loss at ``point``, shape ``(2,)``; not a number where it is not defined."""
+        return float(self.loss(point))
+
+    def gradient(self, point: Tensor) -> Tensor:
+        """The gradient at ``point``, shape ``(2,)``."""
+        point = point.detach().requires_grad_()
+        (g,) = torch.autograd.grad(self.loss(point), point)
+        return g
+
+    def hessian(self, point: Tensor) -> Tensor:
+        """The Hessian at ``point``, shape ``(2, 2)``."""
+        h: Tensor = torch.autograd.functional.hessian(self.loss, point.detach())
+        return h
+
+    def _check_function(self) -> None:
+        point = torch.tensor(self.start, dtype=torch.float64, requires_grad=True)
+        try:
+            value = self.loss(point)
+        except Exception as error:
+            raise ToyError(f"the function failed at start {self.start}: {type(error).__name__}: {error}") from error
+        if not isinstance(value, Tensor) or value.shape != ():
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ToyError(f"the function must return a tensor of shape (), got {got} at start {self.start}")
+        if not value.isfinite():
+            raise ToyError(f"the function is {value.item()} at start {self.start}; choose a start where it is finite")
+        if not value.requires_grad:
+            raise ToyError("the function's value does not depend on its argument by torch operations: no gradient")
+        if not torch.autograd.grad(value, point)[0].isfinite().all():
+            raise ToyError(f"the function's gradient is not finite at start {self.start}; choose another start")
+
+
+def kl_wells(point: Tensor) -> Tensor:
+    """The two basins of WSAM's Figure 2 (arXiv 2305.15817): a mixture of Kullback-Leibler wells.
+
+    ``L(mu, sigma) = -log(0.7 exp(-K_1 / 1.8^2) + 0.3 exp(-K_2 / 1.2^2))`` with
+    ``K_i = KL(N(mu, sigma^2), N(mu_i, sigma_i^2)) = log(sigma_i / sigma) + (sigma^2 + (mu - mu_i)^2) / (2 sigma_i^2)
+    - 1/2``, ``(mu_1, sigma_1) = (20, 30)`` and ``(mu_2, sigma_2) = (-20, 10)``. The constants are
+    recalled, not printed in the paper; the minima and the curves computed with them agree with the published ones.
+    """
+    mu, sigma = point
+
+    def K(mu_i: float, sigma_i: float) -> Tensor:
+        divergence: Tensor = torch.log(sigma_i / sigma) + (sigma**2 + (mu - mu_i) ** 2) / (2 * sigma_i**2) - 0.5
+        return divergence
+
+    mixture: Tensor = 0.7 * torch.exp(-K(20, 30) / 1.8**2) + 0.3 * torch.exp(-K(-20, 10) / 1.2**2)
+    return -mixture.log()
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ToyError(f"{name} must be {wanted}, got {value!r}")
+
+
+FIGURE_2 = Landscape(
+    kl_wells,
+    start=(-6.0, 10.0),
+    lr=5.0,
+    rho=2.0,
+    steps=150,
+    x=(-30.0, 32.0),
+    y=(5.0, 40.0),
+    axes=("mu", "sigma"),
+    zoom=((-19.0, -4.5), (9.5, 18.0)),
+)
+
+
+def imported(name: str) -> Function:
+    """The function called ``module:function``; modules are also looked for in the current directory.
+
+    Raises:
+        ToyError: the name has another form, or names no module, nothing in it, or nothing that can be called.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ToyError(f"the function must be named as module:function, got {name!r}")
+    before = list(sys.path)
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ToyError(f"module {module!r} has no {attribute!r}") from None
+    except Exception as error:  # the reader's module may raise anything
+        raise ToyError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path[:] = before
+    if not callable(found):
+        raise ToyError(f"{name} is no function but {found!r}")
+    function: Function = found
+    return function
