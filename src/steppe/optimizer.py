@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -80,6 +82,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _parallel: bool | str
     _warned: set[str]
     _owners: tuple[int, list[weakref.ref[nn.Module]]]
+    _pending: Callable[[], None] | None  # the move of a step whose passes are done
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_parallel": parallel,
                 "_warned": set(),
                 "_owners": (0, []),
+                "_pending": None,
             }
         )
         for group, radius in zip(base.param_groups, radii, strict=True):
@@ -148,8 +152,8 @@ class SharpnessAware(torch.optim.Optimizer):
             self._own_rho.add(len(self.param_groups) - 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = [name for name in SharpnessAware.__annotations__ if name != "_owners"]
-        return {name: self.__dict__[name] for name in kept} | {"_owners": (0, [])}
+        passing: dict[str, Any] = {"_owners": (0, []), "_pending": None}
+        return {name: self.__dict__[name] for name in SharpnessAware.__annotations__} | passing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" in state:  # unpickled or copied
@@ -172,8 +176,9 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
-                needs. A :class:`~steppe.Batch` for methods that look inside the batch. Without one, the base steps on
-                the gradients that are there, with one warning.
+                needs. A :class:`~steppe.Batch` for methods that look inside the batch. Without one, the step that
+                :meth:`backward` has begun is finished; where there is none, the base steps on the gradients that are
+                there, with one warning.
 
         Returns:
             The loss at ``w`` (``L(w)``, not that at ``w + eps``); ``None`` without a closure.
@@ -182,9 +187,48 @@ class SharpnessAware(torch.optim.Optimizer):
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
         """
+        pending, self._pending = self._pending, None
+        if closure is None and pending is not None:
+            pending()
+            return None
         refuse_grad_scaler()
         if closure is None:
             return self._base_step()
+        loss, move = self._passes(closure)
+        move()
+        return loss
+
+    @torch.no_grad()
+    def backward(self, closure: Closure) -> Any:
+        """A step's passes without its move, in place of ``loss.backward()``.
+
+        Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
+        frameworks that clip, log or check gradients before ``step()`` do so to the combined gradient, once a step.
+        WSAM's term beside the base is not among the gradients. Called again before ``step()``, it starts anew.
+
+        Args:
+            closure: as for :meth:`step`.
+
+        Returns:
+            The loss at ``w``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`step`; nothing has been changed.
+
+        Example:
+            >>> loss = optimizer.backward(closure)
+            >>> torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            >>> optimizer.step()
+        """
+        self._pending = None
+        loss, self._pending = self._passes(closure)
+        if self.telemetry.was_skipped:  # the gradients say so too, to whoever looks at them; step() moves nothing
+            for p in (p for g in self.param_groups for p in g["params"] if p.requires_grad):
+                p.grad = torch.full_like(p, torch.nan)
+        return loss
+
+    def _passes(self, closure: Closure) -> tuple[Any, Callable[[], None]]:
+        """Look and see: the loss at ``w``, and the move that is left."""
         rho = self._update_rho()
         f = self._oracle(closure, rho)
         if rho.largest() == 0:
@@ -195,15 +239,16 @@ class SharpnessAware(torch.optim.Optimizer):
                 f.batch(f"{type(self).__name__} is {rule!r}")
         if self._gradient_noise:
             f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
+        move = _stay
         try:
             update = rule(f)
             skip = self._check_finite and not _finite(f.seen)
         except NotFinite:
             skip = True
         if not skip:
-            self._apply(update, f)
+            move = self._prepare(update, f)
         self._report(f.seen, rho, skip)
-        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss"))
+        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move
 
     def _oracle(self, closure: Closure, rho: Rho) -> Oracle:
         groups = self.param_groups
@@ -249,19 +294,31 @@ class SharpnessAware(torch.optim.Optimizer):
             g["rho"] = r
         return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
 
-    def _apply(self, update: Update, f: Oracle) -> None:
-        grads = update.grad.materialised()
-        memory = {name: _apart(v.materialised(), grads) for name, v in f.seen.memory.items()}
+    def _prepare(self, update: Update, f: Oracle) -> Callable[[], None]:
+        """Hand the update's gradients to the parameters; the rest is the move."""
         if update.beside is not None and any("lr" not in group for group in self.param_groups):
             raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
+        grads = update.grad.materialised()
+        memory = {name: _apart(v.materialised(), grads) for name, v in f.seen.memory.items()}
         for p, g in zip(f.point.parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
+        took_part = [g is not None for g in grads]
+        return partial(self._move, f.point.parameters, took_part, update.beside, memory)
+
+    def _move(
+        self,
+        parameters: Sequence[Tensor],
+        took_part: Sequence[bool],
+        beside: Vector | None,
+        memory: dict[str, list[Tensor | None]],
+    ) -> None:
         self.base.step()
-        if update.beside is not None:
-            self._move_beside(update.beside)
+        if beside is not None:
+            self._move_beside(beside)
         for name, kept in memory.items():
-            self._keep(MEMORY + name, zip(f.point.parameters, kept, grads, strict=True))
+            self._keep(MEMORY + name, zip(parameters, kept, took_part, strict=True))
         self._count_step()
+        self.telemetry = replace(self.telemetry, steps=self._steps)
 
     def _move_beside(self, beside: Vector) -> None:
         """``w <- w - lr beside``, each group with its own learning rate."""
@@ -272,9 +329,9 @@ class SharpnessAware(torch.optim.Optimizer):
                 if s is not None:
                     shift_(p, s, -group["lr"] * beside.scale)
 
-    def _keep(self, name: str, rows: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
-        for p, t, g in rows:
-            if t is None or g is None:  # the base has not seen p: a foreign key would keep it from initialising
+    def _keep(self, name: str, rows: Iterable[tuple[Tensor, Tensor | None, bool]]) -> None:
+        for p, t, took_part in rows:
+            if t is None or not took_part:  # the base has not seen p: a foreign key would keep it from initialising
                 continue
             old = self.state[p].get(name)
             if old is None:
@@ -326,6 +383,10 @@ class SharpnessAware(torch.optim.Optimizer):
 def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """``kept``, with a copy where it is the gradient itself, which the base may change in place."""
     return [t.clone() if t is not None and t is g else t for t, g in zip(kept, grads, strict=True)]
+
+
+def _stay() -> None:
+    """The move of a skipped step."""
 
 
 def _finite(seen: Seen) -> bool:

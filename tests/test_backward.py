@@ -1,0 +1,128 @@
+"""``backward(closure)`` and then ``step()`` is ``step(closure)``, with room between for what loops do to gradients."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from tests.cases import Case, each_base, each_case, optimizer, same_bits, world
+
+
+@each_base
+@each_case
+def test_backward_and_step_are_one_step(case: Case, base: str) -> None:
+    ours, theirs = world(), world()
+    a, b = optimizer(case, ours, base), optimizer(case, theirs, base)
+    for split, whole in zip(ours.batches(3), theirs.batches(3), strict=True):
+        before = ours.weights()
+        loss = a.backward(split)
+        assert same_bits(before, ours.parameters())
+        seen = a.telemetry
+        assert seen.steps == b.telemetry.steps
+        assert a.step() is None
+        assert torch.equal(loss, b.step(whole))
+        assert same_bits(ours.parameters(), theirs.parameters())
+        assert a.telemetry.steps == b.telemetry.steps
+        assert (seen.forwards, seen.backwards) == (b.telemetry.forwards, b.telemetry.backwards)
+    mine, yours = a.state_dict(), b.state_dict()
+    assert mine["param_groups"] == yours["param_groups"]
+    assert all(
+        torch.equal(v, yours["state"][p][k]) for p, s in mine["state"].items() for k, v in s.items() if v is not None
+    )
+
+
+def test_what_is_done_to_the_gradients_between_counts() -> None:
+    w, other = world(), world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1)
+    steppe.SAM(torch.optim.SGD(other.parameters(), lr=0.1), rho=0.1).step(other.batch)  # leaves g_adv
+    g_adv = [p.grad for p in other.parameters()]
+    before = w.weights()
+    opt.backward(w.batch)
+    assert same_bits([p.grad for p in w.parameters()], g_adv)
+    norm = nn.utils.clip_grad_norm_(w.parameters(), 1e-3)
+    torch.testing.assert_close(norm, opt.telemetry.g_adv_norm)
+    opt.step()
+    for p, q, g in zip(w.parameters(), before, g_adv, strict=True):
+        torch.testing.assert_close(p.detach(), q - 0.1 * g * 1e-3 / (norm + 1e-6))
+
+
+def test_memory_is_that_of_the_passes_and_not_of_clipped_gradients() -> None:
+    rule = steppe.Rule(
+        sample=steppe.Friendly(0.5, 0.0), combine=steppe.Weighted(0.5)
+    )  # remembers g, feeds g to the base
+    w = world()
+    opt = steppe.SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), rule, 0.1)
+    opt.backward(w.batch)
+    g = [p.grad.clone() for p in w.parameters()]
+    nn.utils.clip_grad_norm_(w.parameters(), 1e-6)
+    opt.step()
+    kept = [next(v for k, v in opt.state[p].items() if k.startswith("sharpness.")) for p in w.parameters()]
+    assert same_bits(kept, g)
+
+
+def test_a_step_without_finite_gradients_says_so_in_the_gradients_and_moves_nothing() -> None:
+    w = world()
+    opt = steppe.WSAM(torch.optim.AdamW(w.parameters(), lr=0.1))
+    before = w.weights()
+
+    def closure():
+        loss = w.batch() * float("inf")
+        for p in w.parameters():
+            p.grad.mul_(float("inf"))
+        return loss
+
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.backward(closure)
+    assert all(p.grad.isnan().all() for p in w.parameters())
+    opt.step()
+    assert same_bits(before, w.parameters())
+    assert (opt.telemetry.skipped, opt.telemetry.steps) == (1, 0)
+    assert not opt.state
+
+
+def test_backward_again_starts_anew() -> None:
+    ours, theirs = world(), world()
+    a = steppe.SAM(torch.optim.SGD(ours.parameters(), lr=0.1))
+    b = steppe.SAM(torch.optim.SGD(theirs.parameters(), lr=0.1))
+    first, second = ours.batches(2)
+    a.backward(first)
+    a.backward(second)
+    a.step()
+    b.step(theirs.batches(2)[1])
+    assert same_bits(ours.parameters(), theirs.parameters())
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        a.step()  # nothing is left to finish
+
+
+def test_an_error_in_the_passes_leaves_nothing_to_finish() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before, calls = w.weights(), []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyError("second pass")
+        return w.batch()
+
+    opt.backward(closure)
+    with pytest.raises(KeyError):
+        opt.backward(closure)
+    assert same_bits(before, w.parameters())
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        opt.step()
+
+
+def test_copies_have_nothing_to_finish() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt.backward(w.batch)
+    _, other = copy.deepcopy((w, opt))
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
