@@ -1,7 +1,7 @@
 """Sharpness-aware training for PyTorch: every method one composable optimizer around your own."""
 
-from steppe import schedule
-from steppe.batch import Batch
+from steppe import clip, schedule
+from steppe.batch import Batch, Batches
 from steppe.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
 from steppe.geometry import Adaptive, Euclidean, Everything, Fisher, Matrices, Named, Scaled, Unified, Unnormalised
 from steppe.methods import (
@@ -46,6 +46,7 @@ __all__ = [
     "Adaptive",
     "All",
     "Batch",
+    "Batches",
     "Coupled",
     "CoupledWSAM",
     "Euclidean",
@@ -83,5 +84,6 @@ __all__ = [
     "VaSSO",
     "Vector",
     "Weighted",
+    "clip",
     "schedule",
 ]

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+
+from steppe import check
 
 Data = Any  # a nested tuple, list or dict of tensors with a common first dimension
 Loss = Callable[[nn.Module, Data], Tensor]
@@ -21,9 +25,12 @@ class Batch:
         loss: ``(model, data) -> losses``, one loss per example, shape ``(n,)``.
         data: a nested tuple, list or dict of tensors whose first dimension is the ``n`` examples; ``None`` may stand
             where there is none.
+        scaler: the ``torch.amp.GradScaler`` of float16 training: the loss is scaled before each backward pass, and
+            ``step`` unscales what it takes. Call ``scaler.update()`` after every step, and not ``scaler.step``.
 
     Raises:
-        TypeError: ``model`` is no module, ``loss`` no function, or ``data`` holds something that is not a tensor.
+        TypeError: ``model`` is no module, ``loss`` no function, ``scaler`` no scaler, or ``data`` holds something that
+            is not a tensor.
         ValueError: ``data`` is empty, or its tensors differ in their first dimension.
 
     Example:
@@ -31,16 +38,25 @@ class Batch:
         >>> loss = optimizer.step(batch)
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, data: Data) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, data: Data, *, scaler: torch.amp.GradScaler | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not callable(loss):
             raise TypeError(f"loss must be a function (model, data) -> losses, got {loss!r}")
-        self.model, self.loss, self.data = model, loss, data
+        check.grad_scaler(scaler)
+        self.model, self.loss, self.data, self.scaler = model, loss, data, scaler
         self._n = _count(data)
 
     @classmethod
-    def supervised(cls, model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Data, targets: Data) -> Self:
+    def supervised(
+        cls,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        inputs: Data,
+        targets: Data,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Self:
         """A batch of inputs and targets: the loss of an example is ``criterion(model(inputs), targets)``.
 
         Args:
@@ -48,6 +64,7 @@ class Batch:
             criterion: a loss with ``reduction="none"``; what it returns beyond the first dimension is averaged.
             inputs: what the model takes.
             targets: what the criterion compares its output with.
+            scaler: as for :class:`Batch`.
 
         Raises:
             ValueError: ``criterion`` has another reduction.
@@ -57,7 +74,7 @@ class Batch:
         """
         if getattr(criterion, "reduction", "none") != "none":
             raise ValueError(f'criterion must have reduction="none", got {criterion.reduction!r}')  # type: ignore[attr-defined]
-        return cls(model, _Supervised(criterion), (inputs, targets))
+        return cls(model, _Supervised(criterion), (inputs, targets), scaler=scaler)
 
     def __len__(self) -> int:
         return self._n
@@ -90,13 +107,25 @@ class Batch:
     def backward(self, losses: Tensor, weights: Tensor | None = None, inputs: Sequence[Tensor] | None = None) -> None:
         """Backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``; only into ``inputs``, if given."""
         total = losses.mean() if weights is None else (losses * weights.to(losses)).sum()
+        if self.scaler is not None:
+            total = self.scaler.scale(total)
         total.backward(inputs=inputs)
 
-    def subset(self, on: Tensor) -> Self:
+    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
+        """For every batch that is run by itself, the weights of its examples; ``None`` is the mean."""
+        return [weights]
+
+    def scaled_by(self, scaler: torch.amp.GradScaler | None) -> Batch:
+        """This batch with another scaler."""
+        other = copy(self)
+        other.scaler = scaler
+        return other
+
+    def subset(self, on: Tensor) -> Batch:
         """The batch of the examples with the indices ``on``, shape ``(k,)``."""
         return self._with(_map(lambda t: t[on.to(t.device)], self.data))
 
-    def split(self, m: int) -> list[Self]:
+    def split(self, m: int) -> list[Batch]:
         """Micro-batches of ``m`` examples in order; the last has what remains."""
         parts = [slice(i, i + m) for i in range(0, len(self), m)]
         return [self._with(_map(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
@@ -105,6 +134,94 @@ class Batch:
         other = copy(self)
         other.data, other._n = data, _count(data)
         return other
+
+
+class Batches(Batch):
+    """Gradient accumulation: several batches of one model as one, ``step([batch_1, batch_2, ...])``.
+
+    Every gradient is that of the mean over all examples, made by one forward and backward a batch, so that the memory
+    of one batch is enough; the batches may differ in size and in shape. For every method the step is that of one large
+    batch, except where examples of a batch influence one another (batch normalisation), as in any accumulation.
+
+    Micro-batches do not cross from one batch into the next. So ``m=`` the size of a batch, or more, is m-SAM with a
+    perturbation for every batch, which needs no second round over the earlier batches; smaller ``m`` share passes
+    batch by batch.
+
+    Raises:
+        TypeError: ``batches`` holds something that is no :class:`Batch`.
+        ValueError: there is none, or they differ in their model or their scaler.
+
+    Example:
+        >>> optimizer.step([steppe.Batch.supervised(model, criterion, x, y) for x, y in four_batches])
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            if not isinstance(batch, Batch):
+                raise TypeError(f"batches must hold steppe.Batch alone, got {type(batch).__name__}")
+        self.chunks: tuple[Batch, ...] = tuple(chunk for batch in batches for chunk in chunks_of(batch))
+        if not self.chunks:
+            raise ValueError("batches must hold at least one batch, got 0")
+        first = self.chunks[0]
+        if any(c.model is not first.model or c.scaler is not first.scaler for c in self.chunks):
+            raise ValueError("batches must share one model and one scaler")
+        self.model, self.loss, self.scaler = first.model, first.loss, first.scaler
+        self.data = [c.data for c in self.chunks]
+        self._n = sum(map(len, self.chunks))
+
+    def __call__(self) -> Tensor:
+        """Zero; forward and backward of every batch; the mean loss, a 0-dim tensor."""
+        self.zero_grad()
+        losses = []
+        for chunk, weights in zip(self.chunks, self.shares(), strict=True):
+            losses.append(chunk.losses())
+            chunk.backward(losses[-1], weights)
+            losses[-1] = losses[-1].detach()
+        return torch.cat(losses).mean()
+
+    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
+        """For every batch the weights of its examples, shape ``(n_k,)``; by default ``1 / n``."""
+        given = torch.full((len(self),), 1 / len(self)) if weights is None else weights
+        return list(torch.split(given, [len(chunk) for chunk in self.chunks]))
+
+    def losses(self) -> Tensor:
+        """The loss of every example, batch after batch, shape ``(n,)``."""
+        return torch.cat([chunk.losses() for chunk in self.chunks])
+
+    def subset(self, on: Tensor) -> Batches:
+        """The batches of the examples with the indices ``on``, shape ``(k,)``, counted through all batches."""
+        starts = [0]
+        for chunk in self.chunks:
+            starts.append(starts[-1] + len(chunk))
+        inside = [(on >= a) & (on < b) for a, b in pairwise(starts)]
+        chosen = zip(self.chunks, starts, inside, strict=False)
+        return Batches([chunk.subset(on[here] - start) for chunk, start, here in chosen if bool(here.any())])
+
+    def split(self, m: int) -> list[Batch]:
+        """Micro-batches of ``m`` examples of each batch, in order."""
+        return [part for chunk in self.chunks for part in chunk.split(m)]
+
+    def scaled_by(self, scaler: torch.amp.GradScaler | None) -> Batches:
+        """These batches with another scaler."""
+        return Batches([chunk.scaled_by(scaler) for chunk in self.chunks])
+
+
+def as_closure(closure: Any) -> Any:
+    """A list of batches as one; anything else as it is.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    if isinstance(closure, list | tuple):
+        return Batches(closure)
+    if not callable(closure):
+        raise TypeError(f"closure must be a function, a steppe.Batch or a list of them, got {type(closure).__name__}")
+    return closure
+
+
+def chunks_of(batch: Batch) -> tuple[Batch, ...]:
+    """The batches that are run one after the other."""
+    return batch.chunks if isinstance(batch, Batches) else (batch,)
 
 
 @dataclass(frozen=True)

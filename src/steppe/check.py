@@ -4,6 +4,8 @@ import math
 import operator
 from numbers import Real
 
+import torch
+
 
 def number(name: str, value: float, expected: str, *, low: float = 0.0, below: float = math.inf) -> None:
     """Raise ``ValueError`` unless ``low <= value < below``; ``TypeError`` if ``value`` is no real number."""
@@ -36,3 +38,9 @@ def positive_integer(name: str, value: int) -> None:
         integer = 0
     if integer < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def grad_scaler(scaler: object) -> None:
+    """Raise ``TypeError`` unless ``scaler`` is ``None`` or a ``torch.amp.GradScaler``."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")

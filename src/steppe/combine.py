@@ -111,13 +111,16 @@ class ReuseOrthogonal:
 
     alpha: float = 0.7
 
+    only_g: ClassVar[bool] = True  # asks for no other pass
+
     def __post_init__(self) -> None:
         check.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle) -> Update:
         """``g`` and the remembered direction, as long as ``alpha norm(g)``."""
-        g_v = f.recall("orthogonal", default=0.0 * f.g).where(t is not None for t in f.g.tensors)
-        return Update(f.g + self.alpha * f.g.norm() / (g_v.norm() + TINY) * g_v)
+        g = f.shared_g
+        g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
+        return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
 
 
 def along(a: Vector, b: Vector) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -35,11 +36,30 @@ def refuse_grad_scaler() -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
         if frame.f_globals["__name__"] == "torch.amp.grad_scaler":
             raise RuntimeError(
-                "GradScaler cannot step a sharpness-aware optimizer: the gradients of its passes would stay scaled. "
-                "Train under torch.autocast(..., dtype=torch.bfloat16), which needs no scaler, and call "
-                "optimizer.step(closure)"
+                "scaler.step(optimizer) knows one pass of a step's several. Write loss = optimizer.step(closure, "
+                "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
+                "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
             )
         frame = frame.f_back
+
+
+def forget_foreign(state: dict[str, Any]) -> None:
+    """Drop what ``sam.py`` and its copies keep beside the base: a copy of the weights and the last perturbation.
+
+    Their checkpoints hold no state of the base, which therefore starts anew.
+    """
+    foreign = {"old_p", "e_w"}
+    if any(foreign & set(kept) for kept in state["state"].values()):
+        warnings.warn(
+            "this checkpoint is of a sam.py that does not save its base optimizer: groups and lr are loaded, "
+            "moments start anew",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+        for p, kept in list(state["state"].items()):
+            state["state"][p] = {name: value for name, value in kept.items() if name not in foreign}
+            if not state["state"][p]:
+                del state["state"][p]  # an empty state would keep Adam from initialising
 
 
 def check_base(base: object) -> None:

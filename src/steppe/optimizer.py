@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from steppe import check
+from steppe.batch import Batch, as_closure
+from steppe.clip import clipped
 from steppe.factored.statistics import gradient_statistics
-from steppe.guards import STEP, check_base, check_group, level_of_caller, refuse_grad_scaler, scheduled
+from steppe.guards import STEP, check_base, check_group, forget_foreign, level_of_caller, refuse_grad_scaler, scheduled
 from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
+from steppe.ranks import RankGroups, Sync
 from steppe.replay import owners
 from steppe.rule import AnyRule, Plain, looks_inside
+from steppe.scaling import LossScale
 from steppe.schedule import Schedule
 from steppe.telemetry import Telemetry
+from steppe.two_calls import TwoCalls, needs_more
 from steppe.update import Update
 from steppe.vector import Vector, shift_
 
@@ -34,6 +40,8 @@ class Options(TypedDict, total=False):
     cosine: bool
     gradient_noise: bool
     parallel: bool | str
+    sync: Sync
+    max_norm: float | None
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -57,12 +65,18 @@ class SharpnessAware(torch.optim.Optimizer):
         parallel: run micro-batches in two passes over the whole batch: ``"auto"`` where the model allows it, ``True``
             or an error, ``False`` never (:mod:`steppe.factored`).
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
+        sync: under ``DistributedDataParallel``, whose gradients make the perturbation: ``"local"`` (each rank its own:
+            m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one; every pass is
+            averaged), or a number of neighbouring ranks that share one. The gradient that the base sees is averaged
+            over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
+        max_norm: clip the gradient that the base sees to this norm over all parameters (:func:`~steppe.clip.clipped`).
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
 
     Raises:
         TypeError: ``base`` is no optimizer instance, or one of another kind (L-BFGS, SparseAdam); complex parameters.
-        ValueError: ``rho`` is negative, ``base`` is wrapped already, or a group maximises or is differentiable.
+        ValueError: ``rho`` is negative, ``base`` is wrapped already, a group maximises or is differentiable, or
+            ``parallel``, ``sync`` or ``max_norm`` is none of the above.
 
     Example:
         >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -80,6 +94,10 @@ class SharpnessAware(torch.optim.Optimizer):
     _keep_g: bool
     _gradient_noise: bool
     _parallel: bool | str
+    _ranks: RankGroups
+    _max_norm: float | None
+    _scale: LossScale | None  # of the last scaler
+    _half: TwoCalls | None  # between first_step and second_step
     _warned: set[str]
     _owners: tuple[int, list[weakref.ref[nn.Module]]]
     _pending: Callable[[], None] | None  # the move of a step whose passes are done
@@ -95,12 +113,17 @@ class SharpnessAware(torch.optim.Optimizer):
         cosine: bool = False,
         gradient_noise: bool = False,
         parallel: bool | str = "auto",
+        sync: Sync = "auto",
+        max_norm: float | None = None,
     ) -> None:
         check_base(base)
         if not callable(rule):
             raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
         if parallel not in ("auto", True, False):
             raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
+        if max_norm is not None:
+            check.number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
+        ranks = RankGroups(sync)
         for group in base.param_groups:
             check_group(group)
         radii = [scheduled(rho, 0, group) for group in base.param_groups]
@@ -117,6 +140,10 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_keep_g": cosine,
                 "_gradient_noise": gradient_noise,
                 "_parallel": parallel,
+                "_ranks": ranks,
+                "_max_norm": max_norm,
+                "_scale": None,
+                "_half": None,
                 "_warned": set(),
                 "_owners": (0, []),
                 "_pending": None,
@@ -152,13 +179,14 @@ class SharpnessAware(torch.optim.Optimizer):
             self._own_rho.add(len(self.param_groups) - 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing: dict[str, Any] = {"_owners": (0, []), "_pending": None}
-        return {name: self.__dict__[name] for name in SharpnessAware.__annotations__} | passing
+        here: dict[str, Any] = {"_owners": (0, []), "_scale": None, "_half": None, "_pending": None}  # of this object
+        return {name: self.__dict__[name] for name in SharpnessAware.__annotations__} | here
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" in state:  # unpickled or copied
             super().__setstate__(state)
         else:  # load_state_dict
+            forget_foreign(state)
             for new, old in zip(state["param_groups"], self.param_groups, strict=True):
                 new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
@@ -171,14 +199,19 @@ class SharpnessAware(torch.optim.Optimizer):
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(
+        self, closure: Closure | Sequence[Batch] | None = None, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Any:
         """One sharpness-aware step.
 
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
-                needs. A :class:`~steppe.Batch` for methods that look inside the batch. Without one, the step that
-                :meth:`backward` has begun is finished; where there is none, the base steps on the gradients that are
-                there, with one warning.
+                needs. A :class:`~steppe.Batch` for methods that look inside the batch; a list of them to accumulate
+                (:class:`~steppe.Batches`). Without one, the step that :meth:`backward` has begun is finished; where
+                there is none, the base steps on the gradients that are there, with one warning.
+            scaler: the scaler that the closure scales its loss by before ``backward()``; it returns the loss unscaled.
+                (A ``Batch`` scales its own.) Gradients are unscaled, an overflow in any pass skips the step, and
+                ``scaler.update()``, to be called after every step, backs off.
 
         Returns:
             The loss at ``w`` (``L(w)``, not that at ``w + eps``); ``None`` without a closure.
@@ -186,20 +219,23 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
+            RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
+                ``first_step``; nothing has been changed.
         """
         pending, self._pending = self._pending, None
         if closure is None and pending is not None:
             pending()
             return None
         refuse_grad_scaler()
+        self._refuse_half_step()
         if closure is None:
             return self._base_step()
-        loss, move = self._passes(closure)
+        loss, move, _ = self._passes(closure, scaler)
         move()
         return loss
 
     @torch.no_grad()
-    def backward(self, closure: Closure) -> Any:
+    def backward(self, closure: Closure | Sequence[Batch], *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """A step's passes without its move, in place of ``loss.backward()``.
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
@@ -208,12 +244,15 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Args:
             closure: as for :meth:`step`.
+            scaler: as for :meth:`step`, but what is left in ``p.grad`` is scaled, as after
+                ``scaler.scale(loss).backward()``: ``scaler.unscale_(optimizer)``, ``scaler.step(optimizer)`` and
+                ``scaler.update()`` follow as ever. After an overflow in any pass it is NaN, and the scaler backs off.
 
         Returns:
             The loss at ``w``.
 
         Raises:
-            TypeError, ValueError: as :meth:`step`; nothing has been changed.
+            TypeError, ValueError, RuntimeError: as :meth:`step`; nothing has been changed.
 
         Example:
             >>> loss = optimizer.backward(closure)
@@ -221,36 +260,74 @@ class SharpnessAware(torch.optim.Optimizer):
             >>> optimizer.step()
         """
         self._pending = None
-        loss, self._pending = self._passes(closure)
+        self._refuse_half_step()
+        loss, self._pending, scale = self._passes(closure, scaler)
+        parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         if self.telemetry.was_skipped:  # the gradients say so too, to whoever looks at them; step() moves nothing
-            for p in (p for g in self.param_groups for p in g["params"] if p.requires_grad):
+            for p in parameters:
                 p.grad = torch.full_like(p, torch.nan)
+        elif scale is not None:
+            for p in parameters:
+                p.grad = None if p.grad is None else scale.scaler.scale(p.grad)
         return loss
 
-    def _passes(self, closure: Closure) -> tuple[Any, Callable[[], None]]:
-        """Look and see: the loss at ``w``, and the move that is left."""
+    def _passes(
+        self, closure: Closure | Sequence[Batch], scaler: torch.amp.GradScaler | None
+    ) -> tuple[Any, Callable[[], None], LossScale | None]:
+        """Look and see: the loss at ``w``, the move that is left, and what unscaled the gradients."""
+        closure, scale = self._scaled(as_closure(closure), scaler)
         rho = self._update_rho()
-        f = self._oracle(closure, rho)
+        f = self._oracle(closure, rho, scale)
         if rho.largest() == 0:
             rule: AnyRule = Plain()
         else:
             rule = self.rule
             if looks_inside(rule):
                 f.batch(f"{type(self).__name__} is {rule!r}")
+        if f.ranks.unprepared:
+            f.rehearse()
         if self._gradient_noise:
             f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
-        move = _stay
         try:
             update = rule(f)
-            skip = self._check_finite and not _finite(f.seen)
         except NotFinite:
-            skip = True
-        if not skip:
-            move = self._prepare(update, f)
-        self._report(f.seen, rho, skip)
-        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move
+            update = None
+        move = self._finish(update, f, rho)
+        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move, scale
 
-    def _oracle(self, closure: Closure, rho: Rho) -> Oracle:
+    def _scaled(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> tuple[Closure, LossScale | None]:
+        """The closure, and what unscales its gradients."""
+        check.grad_scaler(scaler)
+        if isinstance(closure, Batch):
+            if scaler is not None and closure.scaler not in (None, scaler):
+                raise ValueError("scaler must be the one of the batch")
+            closure = closure if scaler is None else closure.scaled_by(scaler)
+            scaler = closure.scaler
+        if scaler is None or not scaler.is_enabled():
+            return closure, None
+        if self._scale is None or self._scale.scaler is not scaler:
+            self._scale = LossScale(scaler)
+        self._scale.begin()
+        return closure, self._scale
+
+    def _finish(self, update: Update | None, f: Oracle, rho: Rho) -> Callable[[], None]:
+        """The move by an update whose gradients are finite on all ranks; none by any other."""
+        skip = update is None or (f.guard and not _finite(f.seen))
+        if f.guard and not f.ranks.alone:
+            skip = self._agree(skip, f)
+        move = _stay if update is None or skip else self._hand_over(update, f)
+        self._report(f.seen, rho, skip, warn=f.scale is None)
+        return move
+
+    def _agree(self, skip: bool, f: Oracle) -> bool:
+        """Whether any rank skips this step: then all do."""
+        device = f.point.parameters[0].device
+        anywhere = f.ranks.any(skip, device)
+        if anywhere and not skip and f.scale is not None:
+            f.scale.overflow(device)
+        return anywhere
+
+    def _oracle(self, closure: Closure, rho: Rho, scale: LossScale | None = None) -> Oracle:
         groups = self.param_groups
         names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
         point = Point([p for g in groups for p in g["params"]], rho, names)
@@ -263,11 +340,13 @@ class SharpnessAware(torch.optim.Optimizer):
             point,
             step=self._steps,
             recall=recall,
-            full=self.full,
+            full=self.full.scaled_by(scale.scaler) if scale and isinstance(self.full, Batch) else self.full,
             keep_g=self._keep_g,
             parallel=self._parallel,
-            guard=self._check_finite,
+            guard=self._check_finite or scale is not None,
             modules=self._modules,
+            ranks=self._ranks.of_step(self._modules, point.parameters),
+            scale=scale,
         )
 
     def _modules(self) -> Iterator[nn.Module]:
@@ -294,16 +373,21 @@ class SharpnessAware(torch.optim.Optimizer):
             g["rho"] = r
         return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
 
-    def _prepare(self, update: Update, f: Oracle) -> Callable[[], None]:
-        """Hand the update's gradients to the parameters; the rest is the move."""
+    def _hand_over(self, update: Update, f: Oracle) -> Callable[[], None]:
+        """Give the parameters their gradients; what is left to do is the move."""
+        memory = f.seen.memory
+        if not f.ranks.alone:
+            update, memory = f.ranks.join(update, memory, f.point.parameters)
+        if self._max_norm is not None:
+            f.seen.numbers["update_norm"] = update.grad.norm()
+            update = clipped(update, self._max_norm)
+        grads = update.grad.materialised()
+        kept = {name: _apart(v.materialised(), grads) for name, v in memory.items()}
         if update.beside is not None and any("lr" not in group for group in self.param_groups):
             raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
-        grads = update.grad.materialised()
-        memory = {name: _apart(v.materialised(), grads) for name, v in f.seen.memory.items()}
         for p, g in zip(f.point.parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        took_part = [g is not None for g in grads]
-        return partial(self._move, f.point.parameters, took_part, update.beside, memory)
+        return partial(self._move, f.point.parameters, [g is not None for g in grads], update.beside, kept)
 
     def _move(
         self,
@@ -339,6 +423,68 @@ class SharpnessAware(torch.optim.Optimizer):
             else:
                 old.copy_(t)
 
+    # ---- the step in two calls
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Take the gradients that are there as ``g`` and move to ``w + eps``: the first half of a step.
+
+        Between ``first_step`` and ``second_step`` run forward and backward once more on the same batch. Prefer ``step``
+        with a closure, which also draws the same dropout masks in both passes; this is the calling convention of the
+        widely copied ``sam.py``. Normalisation statistics see the first forward alone here too.
+
+        Args:
+            zero_grad: accepted for that convention: gradients are dropped in any case.
+            scaler: the scaler that the losses of both passes are scaled by; ``scaler.update()`` after ``second_step``.
+
+        Raises:
+            TypeError: the method needs more than two gradients.
+            RuntimeError: called twice without ``second_step`` between, or under ``scaler.step``.
+
+        Example:
+            >>> criterion(model(x), y).backward()
+            >>> optimizer.first_step(zero_grad=True)
+            >>> criterion(model(x), y).backward()
+            >>> optimizer.second_step(zero_grad=True)
+        """
+        refuse_grad_scaler()
+        self._refuse_half_step()
+        self._pending = None
+        _, scale = self._scaled(needs_more, scaler)
+        rho = self._update_rho()
+        f = self._oracle(needs_more, rho, scale)
+        half = TwoCalls(f, self.rule if rho.largest() else Plain(), self._modules)
+        half.look()
+        self._half = half
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Take the gradients that are there as ``g_adv``, move back to ``w`` bit for bit, and step.
+
+        Args:
+            zero_grad: drop the gradients afterwards.
+
+        Raises:
+            RuntimeError: ``first_step`` was not called before.
+        """
+        if self._half is None:
+            raise RuntimeError("call first_step() before second_step()")
+        half, self._half = self._half, None
+        update = half.see()
+        self._finish(update, half.f, half.f.rho)()
+        if zero_grad:
+            self.zero_grad()
+
+    def cancel_step(self) -> None:
+        """Move back to ``w`` after ``first_step``, and forget the step."""
+        half, self._half = self._half, None
+        if half is not None:
+            half.leave()
+
+    def _refuse_half_step(self) -> None:
+        if self._half is not None:
+            raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
+
     # ---- around the step
 
     @property
@@ -361,7 +507,7 @@ class SharpnessAware(torch.optim.Optimizer):
             self.base.step()
         self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
 
-    def _report(self, seen: Seen, rho: Rho, skip: bool) -> None:
+    def _report(self, seen: Seen, rho: Rho, skip: bool, warn: bool) -> None:
         numbers: dict[str, Any] = dict(seen.numbers)
         full_loss = numbers.pop("full_loss", None)
         if "loss" in numbers and "loss_adv" in numbers:
@@ -369,6 +515,8 @@ class SharpnessAware(torch.optim.Optimizer):
         numbers.setdefault("loss", full_loss)
         skipped = self.telemetry.skipped + skip
         self.telemetry = Telemetry(rho=rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
+        if skip and not warn:
+            return  # a scaler looks for its scale by overflows
         if skip:
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not seen.any_gradient:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch
+from steppe.batch import Batch, Batches, chunks_of
 from steppe.passes import Passes
 from steppe.point import Point, Rho, Seen
-from steppe.vector import TINY, Vector, shift_
+from steppe.ranks import Ranks
+from steppe.scaling import LossScale
+from steppe.vector import TINY, Vector, local, shift_
 
 Closure = Callable[[], Tensor | float]
 
@@ -37,6 +40,8 @@ class Oracle:
         parallel: whether micro-batches may, must or must not share two passes (``"auto"``, ``True``, ``False``).
         guard: take no pass at weights that are not finite.
         modules: those that a plain closure may run; a batch names its model.
+        ranks: the replicas of the model.
+        scale: what the closure's losses are scaled by; gradients taken are unscaled.
     """
 
     def __init__(
@@ -51,9 +56,12 @@ class Oracle:
         parallel: bool | str = "auto",
         guard: bool = False,
         modules: Callable[[], Iterable[nn.Module]] = tuple,
+        ranks: Ranks | None = None,
+        scale: LossScale | None = None,
     ) -> None:
         self.closure, self.point, self.step, self.full = closure, point, step, full
         self.keep_g, self.parallel, self.guard = keep_g, parallel, guard
+        self.ranks, self.scale = ranks or Ranks(), scale
         self.seen = Seen()
         self._passes = Passes(point, closure.model.modules if isinstance(closure, Batch) else modules)
         self._recall = recall
@@ -96,23 +104,27 @@ class Oracle:
         if self._losses is not None:
             self._losses = self._losses.detach()  # its graph holds weights that are about to move
         norm = self.seen.numbers["eps_norm"] = eps.norm()
-        if self.guard and norm.device.type == "cpu" and not norm.isfinite():
-            raise NotFinite  # elsewhere this would be a wait for the device: there eps becomes 0
+        wait = norm.device.type == "cpu" and self.ranks.alone  # else eps becomes 0, on its device and on this rank
+        if self.guard and wait and not norm.isfinite():
+            raise NotFinite
+        finite = norm if self.guard and not wait else None
         moved: list[Tensor] = []
         saved: list[Tensor] = []
-        with self.away(), torch.no_grad():
+        with self.away():
             try:
-                for p, e in zip(self.point.parameters, eps.tensors, strict=True):
-                    if e is not None:
-                        saved.append(p.detach().clone())
-                        moved.append(p)
-                        shift_(p, e, eps.scale, finite=norm if self.guard else None)
+                with torch.no_grad():
+                    for p, e in zip(self.point.parameters, eps.tensors, strict=True):
+                        if e is not None:
+                            saved.append(local(p).clone())
+                            moved.append(local(p))
+                            shift_(moved[-1], local(e), eps.scale, finite)
                 e = None
                 del eps  # no hold on the memory of g
                 yield
             finally:
                 if moved:
-                    torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                    with torch.no_grad():
+                        torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
 
     @property
     def is_whole(self) -> bool:
@@ -141,6 +153,25 @@ class Oracle:
             self._g = self.grad()
         return self._g
 
+    @property
+    def shared_g(self) -> Vector:
+        """``g``, averaged over the ranks: for rules of one pass, whose update is made of it alone."""
+        if self._g is None:
+            self._g = self.grad(final=True)
+        return self._g
+
+    def rehearse(self) -> None:
+        """A pass that counts for nothing but that DDP sees: with a static graph its first one must be averaged."""
+        with self.away(), self.passing(), self.ranks.passing(True):
+            chunks_of(self.closure)[-1]() if isinstance(self.closure, Batch) else self.closure()
+        self._passes.rewind()
+
+    def given(self) -> Vector:
+        """The gradients that a pass of the user's own has left, as ``grad`` would answer."""
+        if self.scale is not None:
+            self.scale.unscale(self.point.parameters)
+        return self._noted(self._passes.take())
+
     def keep(self, g: Vector) -> None:
         """``g``, where a pass of one's own has made it."""
         self._g = g
@@ -151,6 +182,7 @@ class Oracle:
         weights: Tensor | None = None,
         wrt: Sequence[bool] | None = None,
         under: AbstractContextManager[Any] | None = None,
+        final: bool = False,
     ) -> Vector:
         """The gradient here: of the mean loss, of the mean over the examples ``on``, or of ``sum_i weights_i f_i``.
 
@@ -159,18 +191,31 @@ class Oracle:
             weights: one weight an example, shape ``(n,)``.
             wrt: which parameters to differentiate by; the others' entries are ``None`` and their backward is saved.
             under: a context for the forward pass of a :class:`Batch`.
+            final: the update is this gradient alone, so that DDP may average it over the ranks in its backward pass.
         """
-        inputs = None
+        synced = wrt is None and (self.ranks.shared or (final and self.is_whole))
+        left_out = wrt if self.point.sharded else None
+        inputs, wrt = None, None if self.point.sharded else wrt
         if wrt is not None and under is None and isinstance(self.closure, Batch):  # no change that compiled code sees
             inputs, wrt = [p for p, k in zip(self.point.parameters, wrt, strict=True) if k], None
         with self.passing(), self._passes.only(wrt):
-            if on is not None:
-                self._run_subset(self.batch("a choice of examples"), on)
-            elif isinstance(self.closure, Batch) or weights is not None:
-                self._run_batch(self.batch("weights on examples"), weights, inputs, under or nullcontext())
+            if isinstance(self.closure, Batch) or on is not None or weights is not None:
+                self._run_batch(on, weights, inputs, under or nullcontext(), synced)
             else:
-                self._run_closure()
+                with self.ranks.passing(synced):
+                    self._run_closure()
+            if self.scale is not None:
+                self.scale.unscale(self.point.parameters)
             g = self._passes.take()
+        if left_out is not None:
+            g = g.where(left_out)
+        if synced:
+            self.ranks.averaged = True
+        elif not final:
+            g = self.ranks.shared_gradient(g, self.point.parameters)
+        return self._noted(g)
+
+    def _noted(self, g: Vector) -> Vector:
         self.seen.any_gradient |= bool(g.present())
         self.seen.norms.append(g.norm())
         self.seen.numbers["g_adv_norm" if self._away else "g_norm"] = g.norm()
@@ -180,7 +225,8 @@ class Oracle:
         """Every example's loss here, shape ``(n,)``, detached; at ``w`` the next ``grad`` reuses its graph."""
         if self._away or self._losses is None:
             batch = self.batch("losses")
-            with self.passing(), torch.set_grad_enabled(not self._away):
+            graph = not self._away and not isinstance(batch, Batches)  # one graph for all would take all their memory
+            with self.passing(), torch.set_grad_enabled(graph), self.ranks.passing(graph and self.ranks.shared):
                 losses = batch.losses()
             self.seen.count("forwards")
             self._see_loss(losses.detach().mean())
@@ -202,7 +248,7 @@ class Oracle:
         if self._full_g is None:
             if self.full is None:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
-            f = Oracle(self.full, self.point, modules=self._passes.modules)
+            f = Oracle(self.full, self.point, modules=self._passes.modules, ranks=self.ranks, scale=self.scale)
             self._full_g = f.grad()
             self.seen.norms += f.seen.norms
             self.seen.any_gradient |= f.seen.any_gradient
@@ -228,12 +274,21 @@ class Oracle:
 
     def split(self, m: int) -> Iterator[tuple[float, Oracle]]:
         """Micro-batches of ``m`` examples, each with its share of the batch. What they see and remember is averaged."""
-        batch = self.batch("micro-batches, m=")
-        options = {"full": self.full, "keep_g": self.keep_g, "parallel": self.parallel, "guard": self.guard}
-        for closure in batch.split(m):
-            f = Oracle(closure, self.point, step=self.step, recall=self._recall, **options)  # type: ignore[arg-type]
-            f._whole, f._passes.counted = self, self._passes.counted
-            share = len(closure) / len(batch)
+        yield from self._parts(self.batch("micro-batches, m=").split(m))
+
+    def chunks(self) -> Iterator[tuple[float, Oracle]]:
+        """The batches of an accumulated one, like :meth:`split`."""
+        yield from self._parts(chunks_of(self.batch()))
+
+    def _parts(self, closures: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
+        self.ranks.stay_within()
+        for closure in closures:
+            f = copy(self)
+            f.closure, f._whole, f.seen = closure, self, Seen()
+            f._passes = Passes(self.point, closure.model.modules)
+            f._passes.counted = self._passes.counted
+            f._g = f._losses = f.factors = None
+            share = len(closure) / len(self.batch())
             yield share, f
             self.seen.add(share, f.seen)
 
@@ -282,29 +337,33 @@ class Oracle:
         self.seen.count("forwards")
         self.seen.count("backwards")
 
-    def _run_subset(self, batch: Batch, on: Tensor) -> None:
-        chosen = batch.subset(on)
-        chosen()
-        share = len(chosen) / len(batch)
-        self.seen.count("forwards", share)
-        self.seen.count("backwards", share)
-
     def _run_batch(
         self,
-        batch: Batch,
+        on: Tensor | None,
         weights: Tensor | None,
         inputs: list[Tensor] | None,
         under: AbstractContextManager[Any],
+        synced: bool,
     ) -> None:
+        whole = self.batch("a choice of examples, or weights on them")
+        batch = whole if on is None else whole.subset(on)
         batch.zero_grad()
-        losses = self._losses
-        if self._away or losses is None or losses.grad_fn is None:
-            with under:
-                losses = batch.losses()
-            self.seen.count("forwards")
-        batch.backward(losses, weights, inputs)
-        self.seen.count("backwards")
-        losses = losses.detach()
+        chunks = chunks_of(batch)
+        ready = None if self._away or on is not None else self._losses
+        seen = []
+        for k, (chunk, w) in enumerate(zip(chunks, batch.shares(weights), strict=True)):
+            with self.ranks.passing(synced and k == len(chunks) - 1):
+                losses = ready
+                if losses is None or losses.grad_fn is None:
+                    with under:
+                        losses = chunk.losses()
+                    self.seen.count("forwards", len(chunk) / len(whole))
+                chunk.backward(losses, w, inputs)
+            self.seen.count("backwards", len(chunk) / len(whole))
+            seen.append(losses.detach())
+        if on is not None:
+            return
+        here = seen[0] if len(seen) == 1 else torch.cat(seen)
         if not self._away:
-            self._losses = losses
-        self._see_loss(losses.mean())
+            self._losses = here
+        self._see_loss(here.mean())

@@ -51,6 +51,12 @@ class Passes:
                 end.restore()  # the stream goes on as after one ordinary pass
         self._random = (start, end or RandomState.now(devices))
 
+    def rewind(self) -> None:
+        """As if no pass had been."""
+        if self._random is not None:
+            self._random[0].restore()
+            self._random = None
+
     def take(self) -> Vector:
         """The gradients, out of reach of the next pass."""
         return Vector([_take(p) for p in self.point.parameters])

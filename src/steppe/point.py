@@ -43,6 +43,11 @@ class Point:
         return [bool(r) and p.requires_grad for p, r in zip(self.parameters, self.rho.values, strict=True)]
 
     @cached_property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over ranks, as under ``fully_shard``."""
+        return any(hasattr(p, "full_tensor") for p in self.parameters)
+
+    @cached_property
     def devices(self) -> set[torch.device]:
         """The accelerators that hold parameters."""
         return {p.device for p in self.parameters if p.device.type not in ("cpu", "meta")}

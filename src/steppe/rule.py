@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from steppe import check
+from steppe.batch import Batches
 from steppe.combine import Perturbed
 from steppe.factored.micro import cheaper_in_parallel, in_parallel
 from steppe.geometry import Euclidean
@@ -55,7 +56,7 @@ class Rule:
                 return update
         keep = {"keep_g": self.uses_g, "know_losses": looks_inside(self.select)}
         with f.at(self.perturbation(f), **keep):  # look
-            g_adv = f.grad(on=self.select(f))  # see
+            g_adv = f.grad(on=self.select(f), final=self.ends_with_g_adv)  # see
         f.compare(g_adv)
         return self.combine(f, g_adv)  # move
 
@@ -63,6 +64,11 @@ class Rule:
     def uses_g(self) -> bool:
         """Whether ``combine`` wants the gradient at ``w``."""
         return bool(getattr(self.combine, "uses_g", True))
+
+    @property
+    def ends_with_g_adv(self) -> bool:
+        """Whether the update is ``g_adv`` alone."""
+        return isinstance(self.combine, Perturbed)
 
     def perturbation(self, f: Oracle) -> Vector:
         """``eps``; parameters whose group has rho 0 take no part, not even in the norm."""
@@ -83,9 +89,11 @@ class Rule:
 class Plain:
     """The base optimizer's own step: one pass."""
 
+    only_g: ClassVar[bool] = True
+
     def __call__(self, f: Oracle) -> Update:
         """The gradient at ``w``."""
-        return Update(f.g)
+        return Update(f.shared_g)
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,9 @@ class Micro:
     """m-SAM: the rule on every micro-batch of ``m`` examples by itself, averaged with weights ``size / n``.
 
     ``u = sum_j |I_j| / |B| u(I_j)`` (Foret et al. 2021, section 4.1; arXiv 2509.18001). ``m`` at or above the batch
-    size is the rule itself. The passes run one micro-batch after the other: as many examples, ``n / m`` times as many
-    calls. Batch normalisation sees micro-batches, as in gradient accumulation.
+    size is the rule itself. Where the passes cannot be shared they run one micro-batch after the other: as many
+    examples, ``n / m`` times as many calls. Batch normalisation sees micro-batches, as in gradient accumulation.
+    Micro-batches cross neither from one accumulated batch into the next nor from rank to rank.
 
     Raises:
         ValueError: ``m`` is no positive integer.
@@ -111,6 +120,9 @@ class Micro:
 
     def __call__(self, f: Oracle) -> Update:
         """The weighted mean of the parts' updates."""
+        f.ranks.stay_within()
+        if isinstance(f.closure, Batches):
+            return reduce(add, (share * self(chunk) for share, chunk in f.chunks()))
         if f.parallel and isinstance(self.rule, Rule) and self.rule.shares_passes():
             update = in_parallel(f, self.m, self.rule)
             if update is not None:

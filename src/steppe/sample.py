@@ -201,8 +201,8 @@ class Reweighted:
     What is inferred: the weights act on the perturbation only, the second gradient is that of the uniform mean (it is
     the "objective for the perturbation direction", and the reported cost of 7/6 of SAM then counts exactly).
     What is our choice: exact norms where the model factors; raw norms, neither standardised nor clipped; ``lam``'s
-    default; the probe's length relative to rho; a softmax over the micro-batch under ``m``. The paper's values are not
-    known to us.
+    default; the probe's length relative to rho; a softmax over the micro-batch under ``m``, and over a rank's own
+    examples under data parallelism. The paper's values are not known to us.
 
     Args:
         lam: the inverse temperature, in units of 1 / norm(grad f_i); 0 is SAM.
@@ -225,7 +225,7 @@ class Reweighted:
         p = self.weights(self.probe(f))
         if f.factors is None:
             return f.grad(weights=p)
-        d: Vector = f.factors.weighted(p)
+        d: Vector = f.ranks.shared_gradient(f.factors.weighted(p), f.point.parameters)
         f.seen.numbers["g_norm"] = d.norm()
         f.seen.norms.append(d.norm())
         return d

@@ -25,7 +25,7 @@ class Sharpest:
     """The share ``gamma`` of the batch whose loss rises most from ``w`` to ``w + eps``: ESAM (arXiv 2110.03141).
 
     ``max(1, int(gamma n))`` examples exactly (the authors' code asks for more than the k-th rise, so takes one less).
-    It costs one more forward, unless ``gamma`` is 1.
+    It costs one more forward, unless ``gamma`` is 1. Under data parallelism every rank chooses from its own examples.
 
     Raises:
         ValueError: ``gamma`` is not in (0, 1].

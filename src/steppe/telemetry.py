@@ -24,6 +24,7 @@ class Telemetry:
             micro-batches that share passes: of the perturbed parameters').
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
+        update_norm: Euclidean norm of the gradient that the base sees, before it is clipped (``max_norm=``).
         cosine: of ``g`` and ``g_adv``.
         trace_V: trace of the covariance of the examples' gradients at ``w`` in this batch (``gradient_noise=True``).
         forwards: forward passes over the batch.
@@ -40,6 +41,7 @@ class Telemetry:
     g_norm: Tensor | float | None = None
     eps_norm: Tensor | float | None = None
     g_adv_norm: Tensor | float | None = None
+    update_norm: Tensor | float | None = None
     cosine: Tensor | float | None = None
     trace_V: Tensor | float | None = None
     forwards: float = 0.0

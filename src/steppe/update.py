@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steppe.vector import Vector
+from steppe.vector import Scalar, Vector
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Update:
     grad: Vector
     beside: Vector | None = None
 
-    def __rmul__(self, c: float) -> Update:
+    def __rmul__(self, c: Scalar) -> Update:
         return Update(c * self.grad, None if self.beside is None else c * self.beside)
 
     def __add__(self, other: Update) -> Update:

@@ -21,13 +21,20 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, which shares its memory; any other tensor itself."""
+    part: Tensor = t.detach().to_local() if hasattr(t, "to_local") else t  # type: ignore[attr-defined]
+    return part
+
+
 def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> None:
     """``w <- w + c t`` in place, computed in at least float32 and rounded to ``w``'s type once.
 
-    Where ``finite`` is a number that is not, ``w`` stays: decided on its device. (On a CPU the caller has looked.)
+    Where ``finite`` is a number that is not, ``w`` stays: decided on its device.
     """
-    if finite is not None and finite.device.type != "cpu":
-        t, c = torch.nan_to_num(t, 0.0, 0.0, 0.0), torch.where(finite.isfinite(), c, 0.0)
+    if finite is not None:
+        t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
+        c = torch.where(finite.isfinite(), torch.as_tensor(c, dtype=finite.dtype, device=finite.device), 0.0)
     if wide(w) is not w:
         w.copy_(_plus(w, t, c))
     elif isinstance(c, Tensor):

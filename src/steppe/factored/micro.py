@@ -53,7 +53,7 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
 
 def cheaper_in_parallel(f: Oracle) -> bool:
     """Whether plain SAM's own two passes cost less with factors, by counted multiplications; asked of whole batches."""
-    if f.parallel != "auto" or not f.is_whole or not isinstance(f.closure, Batch):
+    if f.parallel != "auto" or not f.is_whole or not f.ranks.alone or not isinstance(f.closure, Batch):
         return False
     plan = plan_for(f, f.closure)
     return not plan.reason and plan.cost < 0.95

@@ -86,4 +86,5 @@ def _key(f: Oracle, batch: Batch) -> Any:
     autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
-    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, hooks, kind
+    scaled = batch.scaler is not None and batch.scaler.is_enabled()
+    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, hooks, kind, scaled

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from steppe.batch import Batch
+from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
 from steppe.factored.embedding import Embedding
 from steppe.factored.gradients import gradients
@@ -70,8 +70,8 @@ def rehearsed(f: Oracle, batch: Batch) -> Plan:
     tracked = tracked_of(f, batch)
     before = RandomState.now(f.point.devices)
     try:
-        _check_fit(batch.model, f)
-        with shaken(batch.model), NoDropout():
+        _check_fit(batch, f)
+        with f.ranks.apart(), shaken(batch.model), NoDropout():
             return _Rehearsal(f, batch).plan(tracked)
     except CannotFactor as error:
         return Plan(tracked, reason=str(error), final=error.final)
@@ -217,12 +217,15 @@ def _check_close(ours: Gradients, expected: Gradients, tracked: Tracked, toleran
             raise CannotFactor(f"the factors of {name} do not add up to its gradient")
 
 
-def _check_fit(model: nn.Module, f: Oracle) -> None:
+def _check_fit(batch: Batch, f: Oracle) -> None:
+    model = batch.model
+    if isinstance(batch, Batches):
+        raise CannotFactor("the batch is accumulated: its examples' gradients are not all held at once")
+    if batch.scaler is not None and batch.scaler.is_enabled():
+        raise CannotFactor("the loss is scaled for float16")
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise CannotFactor("the model is compiled")
-        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise CannotFactor(f"the model is wrapped in {type(module).__name__}")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):

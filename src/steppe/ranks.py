@@ -1,0 +1,195 @@
+"""Replicas of one model on several ranks: whose gradients make the perturbation, and who averages what."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from steppe.update import Update
+from steppe.vector import Vector
+
+Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks share a perturbation
+
+BUCKET = 2**23  # numbers in one message: 32 MB of float32
+
+
+def check_sync(sync: Sync) -> None:
+    """Refuse what is neither a name nor a number of ranks."""
+    if isinstance(sync, str) and sync in ("auto", "local", "global"):
+        return
+    try:
+        n = 0 if isinstance(sync, str | bool) else operator.index(sync)
+    except TypeError:
+        n = 0
+    if n < 1:
+        raise ValueError(f"sync must be 'auto', 'local', 'global' or a positive number of ranks, got {sync!r}")
+
+
+@dataclass
+class Ranks:
+    """One step's replicas under ``DistributedDataParallel``; alone, everything here is nothing.
+
+    Args:
+        replicas: the DDP modules of the step.
+        shared: whether every gradient is averaged over all ranks (``sync="global"``).
+        group: the ranks that share a perturbation, where they are some (``sync=n``).
+        averaged: whether the update is made of averages over all ranks already.
+        unprepared: whether DDP has yet to see its static graph, in a pass that it averages.
+        begun: whether a forward has taken part in DDP's broadcast of buffers, as one does in ordinary training.
+    """
+
+    replicas: Sequence[Any] = ()
+    shared: bool = False
+    group: Any = None
+    averaged: bool = False
+    begun: bool = False
+    unprepared: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return not self.replicas
+
+    def stay_within(self) -> None:
+        """Micro-batches lie within a rank: from here on, only the update is averaged."""
+        self.shared, self.group, self.averaged = False, None, False
+
+    @contextmanager
+    def passing(self, synced: bool) -> Iterator[None]:
+        """Around a forward and its backward: DDP averages the gradients, or leaves them alone."""
+        broadcast, self.begun = not self.begun, True
+        with nullcontext() if synced else self.apart():
+            for replica in self.replicas:
+                replica.require_forward_param_sync = broadcast
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Passes inside are this rank's own: no rank waits for another."""
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                stack.enter_context(replica.no_sync())
+                replica.require_forward_param_sync = False
+            yield
+
+    def shared_gradient(self, g: Vector, like: Sequence[Tensor]) -> Vector:
+        """``g`` as the ranks share it, where DDP has not averaged it in the backward pass."""
+        if self.shared:
+            return self.mean(g, like)
+        return g if self.group is None else self._means([g], like, self.group)[0]
+
+    def mean(self, g: Vector, like: Sequence[Tensor]) -> Vector:
+        """The mean over all ranks."""
+        return self._means([g], like, self.replicas[0].process_group)[0]
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up on any rank; the one wait for the device of a step."""
+        flags = torch.tensor([int(flag)], device=device)
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self.replicas[0].process_group)
+        return bool(flags)
+
+    def join(
+        self, update: Update, memory: dict[str, Vector], like: Sequence[Tensor]
+    ) -> tuple[Update, dict[str, Vector]]:
+        """The mean of all ranks' updates, and of what they remember: replicas and checkpoints stay equal."""
+        names = sorted(memory)
+        vectors = [] if self.averaged else [update.grad, *([] if update.beside is None else [update.beside])]
+        if not self.shared:
+            vectors += [memory[name] for name in names]
+        means = self._means(vectors, like, self.replicas[0].process_group)
+        if not self.shared:
+            memory = dict(zip(names, means[len(means) - len(names) :], strict=True))
+        if not self.averaged:
+            update = Update(means[0], None if update.beside is None else means[1])
+        return update, memory
+
+    def _means(self, vectors: Sequence[Vector], like: Sequence[Tensor], group: Any) -> list[Vector]:
+        """Means over a group; an entry that a rank lacks counts as zero there, one that all lack stays ``None``."""
+        if not vectors:
+            return []
+        entries = [t for v in vectors for t in v.materialised()]
+        present = torch.tensor([t is not None for t in entries], dtype=torch.uint8, device=like[0].device)
+        distributed.all_reduce(present, distributed.ReduceOp.MAX, group=group)
+        shapes = [p for _ in vectors for p in like]
+        kept = [
+            (torch.zeros_like(p) if t is None else t) if there else None
+            for t, p, there in zip(entries, shapes, present.tolist(), strict=True)
+        ]
+        averaged = iter(_averaged([t for t in kept if t is not None], group))
+        means = [None if t is None else next(averaged) for t in kept]
+        return [Vector(means[i : i + len(like)]) for i in range(0, len(means), len(like))]
+
+
+def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """New tensors, the means over the group, by messages of some size."""
+    buckets: dict[tuple[torch.device, torch.dtype], list[list[int]]] = {}
+    for i, t in enumerate(tensors):
+        kind = buckets.setdefault((t.device, t.dtype), [[]])
+        if sum(tensors[j].numel() for j in kind[-1]) + t.numel() > BUCKET and kind[-1]:
+            kind.append([])
+        kind[-1].append(i)
+    n = distributed.get_world_size(group)
+    means: list[Tensor] = list(tensors)
+    for indices in (bucket for kind in buckets.values() for bucket in kind):
+        flat = torch.cat([tensors[i].reshape(-1) for i in indices])
+        distributed.all_reduce(flat, group=group)
+        pieces = flat.div_(n).split([tensors[i].numel() for i in indices])
+        for i, piece in zip(indices, pieces, strict=True):
+            means[i] = piece.view(tensors[i].shape)
+    return means
+
+
+class RankGroups:
+    """The ranks of an optimizer's steps: found anew for each, groups of neighbours made once."""
+
+    def __init__(self, sync: Sync) -> None:
+        check_sync(sync)
+        self.sync = sync
+        self._group: Any = None
+        self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def of_step(self, modules: Callable[[], Iterable[nn.Module]], parameters: Sequence[Tensor]) -> Ranks:
+        """The ranks of this step.
+
+        Raises:
+            ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return Ranks()
+        if any(hasattr(p, "full_tensor") for p in parameters):
+            if self.sync not in ("auto", "global"):
+                raise ValueError(
+                    f"sync must be 'auto' or 'global' for sharded parameters, got {self.sync!r}: "
+                    "their gradients are averaged in every backward pass, so all ranks share one perturbation"
+                )
+            return Ranks()
+        ddp = nn.parallel.DistributedDataParallel
+        replicas = list({id(m): m for m in modules() if isinstance(m, ddp)}.values())
+        if not replicas or self.sync == "global":
+            return Ranks(replicas, shared=True, averaged=True)
+        group = self._neighbours(replicas[0].process_group)
+        unprepared = {r for r in replicas if r.static_graph} - set(self._prepared)
+        self._prepared |= unprepared
+        return Ranks(replicas, group=group, unprepared=bool(unprepared))
+
+    def _neighbours(self, group: Any) -> Any:
+        if isinstance(self.sync, str) or self.sync == 1:
+            return None
+        if self._group is None:
+            n = distributed.get_world_size(group)
+            if n % self.sync:
+                raise ValueError(f"sync must divide the number of ranks, {n}, got {self.sync}")
+            if n != distributed.get_world_size():
+                raise ValueError("sync must be 'local' or 'global' where the replicas are not all ranks")
+            self._group, _ = distributed.new_subgroups(group_size=self.sync)
+        return self._group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sync": self.sync, "_group": None, "_prepared": weakref.WeakSet()}  # of these processes alone

@@ -1,0 +1,59 @@
+"""A ``GradScaler``'s part in a step of several passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Taker:
+    """To the scaler, an optimizer: it keeps a record for each, so that every pass of a step needs its own."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+
+class LossScale:
+    """Unscales the gradients of every pass, and lets the scaler know of an overflow in any of them.
+
+    ``GradScaler.unscale_`` accepts one call an optimizer between two ``update()``; here every pass is one optimizer,
+    the same at every step, so that a forgotten ``update()`` is noticed. Nothing else of the scaler is touched.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+        self._takers: list[_Taker] = []
+        self._used = 0
+
+    def begin(self) -> None:
+        """A new step."""
+        self._used = 0
+
+    def unscale(self, parameters: Sequence[Tensor]) -> None:
+        """Divide the gradients of ``parameters`` by the scale, in place.
+
+        Raises:
+            RuntimeError: the scaler was not updated since the last step.
+        """
+        if self._used == len(self._takers):
+            self._takers.append(_Taker())
+        taker = self._takers[self._used]
+        self._used += 1
+        taker.param_groups = [{"params": parameters}]
+        try:
+            self.scaler.unscale_(taker)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise
+            raise RuntimeError("call scaler.update() after every optimizer.step(..., scaler=scaler)") from None
+        finally:
+            taker.param_groups = []
+
+    def overflow(self, device: torch.device) -> None:
+        """Report an overflow that another rank saw."""
+        p = torch.zeros(1, device=device)
+        p.grad = torch.full_like(p, torch.inf)
+        self.unscale([p])

@@ -1,0 +1,440 @@
+"""DistributedDataParallel: whose gradients make the perturbation, and that replicas stay equal."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import steppe
+
+B = 8  # examples of a rank
+
+
+class Counted:
+    """How often gradients are averaged: by DDP in its backward passes, and by steppe."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.by_ddp = self.by_hand = self.small = 0
+        ddp.register_comm_hook(None, self._hook)
+
+    def _hook(self, _state, bucket):
+        self.by_ddp += bucket.is_last()
+        work = distributed.all_reduce(bucket.buffer().div_(distributed.get_world_size()), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    @contextmanager
+    def counting(self):
+        real = distributed.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            if not kwargs.get("async_op"):
+                if tensor.is_floating_point():
+                    self.by_hand += 1
+                else:
+                    self.small += 1
+            return real(tensor, *args, **kwargs)
+
+        distributed.all_reduce = counted
+        try:
+            yield
+        finally:
+            distributed.all_reduce = real
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole batch, of all ranks."""
+    g = torch.Generator().manual_seed(step)
+    n = B * distributed.get_world_size() if distributed.is_initialized() else B * 2
+    return torch.randn(n, 5, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)
+
+
+def share(t: torch.Tensor) -> torch.Tensor:
+    return t.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def batch_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> steppe.Batch:
+    return steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y)
+
+
+def make(name: str, model: nn.Module, **options):
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    method = getattr(steppe, name)
+    if name == "NSAM":
+        x, y = data(1000)
+        if options.get("sync") == "global":
+            x, y = share(x), share(y)
+        options["full"] = batch_of(model, x, y)
+    if name == "ESAM":
+        options["gamma"] = 1.0  # its selection is each rank's own
+    return method(base, rho=0.3, **options)
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def train(name: str, options: dict, steps: int = 4, closure: bool = False, ddp_options: dict | None = None):
+    model = DistributedDataParallel(net(), **(ddp_options or {}))
+    counted = Counted(model)
+    optimizer = make(name, model, **options)
+    for step in range(steps):
+        batch = batch_of(model, *map(share, data(step)))
+        with counted.counting():
+            if closure:
+
+                def plain(batch=batch):
+                    optimizer.zero_grad()
+                    loss = batch.losses().mean()
+                    loss.backward()
+                    return loss
+
+                optimizer.step(plain)
+            else:
+                optimizer.step(batch)
+    memory = [t for s in optimizer.state.values() for k, t in sorted(s.items()) if isinstance(t, torch.Tensor)]
+    return weights(model), memory, (counted.by_ddp / steps, counted.by_hand / steps), optimizer.telemetry.forwards
+
+
+def alone(name: str, options: dict, steps: int = 4) -> list[torch.Tensor]:
+    """One process on the whole batch."""
+    model = net()
+    optimizer = make(name, model, **options)
+    for step in range(steps):
+        optimizer.step(batch_of(model, *data(step)))
+    return weights(model)
+
+
+NAMES = [method.__name__ for method in steppe.METHODS]
+SHARED_SOFTMAX = {"RWSAM"}  # weights are each rank's own: equal to micro-batches, not to the whole batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_local_on_two_ranks_is_m_sam_on_one(two_ranks, name) -> None:
+    expected = alone(name, {"m": B})
+    (mine, memory, _, _), (theirs, other_memory, _, _) = two_ranks(train, name, {"sync": "local"})
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(memory, other_memory, strict=True))
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED_SOFTMAX])
+def test_global_on_two_ranks_is_the_whole_batch_on_one(two_ranks, name) -> None:
+    expected = alone(name, {"parallel": False})
+    (mine, memory, _, _), (theirs, other_memory, _, _) = two_ranks(train, name, {"sync": "global"})
+    assert all(torch.equal(a, b) for a, b in zip(mine + memory, theirs + other_memory, strict=True))
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_rw_sam_and_esam_weigh_and_choose_within_a_rank(two_ranks) -> None:
+    """Also where the perturbation is shared: a softmax, or a share gamma, over each rank's own examples."""
+    for sync in ("local", "global"):
+        for name, options in [("RWSAM", {}), ("ESAM", {"gamma": 0.5})]:
+            (mine, *_), (theirs, *_) = two_ranks(train_as_is, name, {"sync": sync, **options})
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    (mine, *_), _ = two_ranks(train_as_is, "ESAM", {"sync": "local", "gamma": 0.5})
+    model = net()
+    optimizer = steppe.ESAM(sgd(model), rho=0.3, gamma=0.5, m=B)
+    for step in range(2):
+        optimizer.step(batch_of(model, *data(step)))
+    for a, b in zip(mine, weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    expected = _rw_sam_by_hand()
+    (mine, *_), _ = two_ranks(train_as_is, "RWSAM", {"sync": "global", "lam": 2.0}, 1)
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+def train_as_is(name: str, options: dict, steps: int = 2):
+    model = DistributedDataParallel(net())
+    optimizer = getattr(steppe, name)(sgd(model), rho=0.3, **options)
+    for step in range(steps):
+        optimizer.step(batch_of(model, *map(share, data(step))))
+    return weights(model), optimizer.telemetry
+
+
+def _rw_sam_by_hand() -> list[torch.Tensor]:
+    """d = mean over ranks of sum_i p_i g_i, p a softmax within the rank; one SGD step with the mean's g_adv."""
+    model = net()
+    x, y = data(0)
+    parameters = list(model.parameters())
+
+    def gradient(a, b, p=None):
+        losses = nn.functional.cross_entropy(model(x[a:b]), y[a:b], reduction="none")
+        return torch.autograd.grad(losses.mean() if p is None else losses @ p, parameters)
+
+    d = [torch.zeros_like(p) for p in parameters]
+    for rank in range(2):
+        each = [gradient(i, i + 1) for i in range(rank * B, rank * B + B)]
+        norms = torch.stack([torch.cat([t.flatten() for t in g]).norm() for g in each])
+        p = torch.softmax(2.0 * norms, 0)
+        for k, t in enumerate(gradient(rank * B, rank * B + B, p)):
+            d[k] += t / 2
+    norm = torch.cat([t.flatten() for t in d]).norm()
+    start = weights(model)
+    with torch.no_grad():
+        for w, t in zip(parameters, d, strict=True):
+            w += 0.3 * t / norm
+    g_adv = gradient(0, 2 * B)
+    return [w - 0.1 * (g + 1e-3 * w) for w, g in zip(start, g_adv, strict=True)]
+
+
+ALL_REDUCES = {  # of gradients, a step: by DDP in a backward pass, by steppe after the passes
+    ("SAM", "local"): (1, 0),
+    ("SAM", "global"): (2, 0),
+    ("ASAM", "local"): (1, 0),
+    ("WSAM", "local"): (0, 2),  # its two parts are averaged each
+    ("WSAM", "global"): (2, 0),
+    ("CoupledWSAM", "local"): (0, 1),
+    ("GSAM", "local"): (0, 1),
+    ("FSAM", "local"): (1, 1),  # and its memory
+    ("FSAM", "global"): (2, 0),
+    ("ESAM", "global"): (1, 1),  # the masked pass is not DDP's
+}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(("name", "sync"), ALL_REDUCES)
+def test_no_gradient_is_averaged_twice(two_ranks, name, sync, closure) -> None:
+    expected = ALL_REDUCES[name, sync]
+    for _, _, (by_ddp, by_hand), forwards in two_ranks(train, name, {"sync": sync}, 4, closure):
+        in_one_message = 1 if expected[1] else 0
+        assert (by_ddp, by_hand) == (expected[0], in_one_message)
+        assert forwards == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_as_bucket_view": True},
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True, "static_graph": True},
+        {"bucket_cap_mb": 1e-4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "GSAM", "LookSAM"])
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_options_of_ddp_change_nothing(two_ranks, name, sync, options) -> None:
+    (expected, *_), _ = two_ranks(train, name, {"sync": sync})
+    for got, *_ in two_ranks(train, name, {"sync": sync}, 4, False, options):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Branches(nn.Module):
+    """Each rank uses a branch of its own, and one branch nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Linear(5, 4)
+        self.branches = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)])
+
+    def forward(self, x):
+        return self.branches[distributed.get_rank()](self.body(x).tanh())
+
+
+def train_branches(name: str, sync: str):
+    model = DistributedDataParallel(Branches().double(), find_unused_parameters=True)
+    start = weights(model)
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = getattr(steppe, name)(base, rho=0.3, sync=sync)
+    for step in range(3):
+        optimizer.step(batch_of(model, *map(share, data(step))))
+    unused = list(model.module.branches[2].parameters())
+    untouched = all(torch.equal(a, b) for a, b in zip(unused, start[-2:], strict=True))
+    return weights(model), untouched, len(optimizer.state)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "GSAM"])
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_ranks_may_use_different_parameters(two_ranks, name, sync) -> None:
+    (mine, untouched, states), (theirs, *_) = two_ranks(train_branches, name, sync)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert untouched  # what no rank uses is not decayed
+    assert states == 6
+
+
+def train_grouped(name: str, sync: int):
+    model = DistributedDataParallel(net())
+    optimizer = make(name, model, sync=sync)
+    for step in range(3):
+        optimizer.step(batch_of(model, *map(share, data(step))))
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "GSAM"])
+def test_two_of_four_ranks_share_a_perturbation(four_ranks, name) -> None:
+    everyone = four_ranks(train_grouped, name, 2)
+    model = net()
+    optimizer = make(name, model, m=2 * B)
+    for step in range(3):
+        g = torch.Generator().manual_seed(step)
+        x, y = torch.randn(4 * B, 5, generator=g, dtype=torch.float64), torch.randint(3, (4 * B,), generator=g)
+        optimizer.step(batch_of(model, x, y))
+    for got in everyone:
+        for a, b, c in zip(got, everyone[0], weights(model), strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-10)
+
+
+def test_ranks_that_cannot_be_grouped(four_ranks) -> None:
+    with pytest.raises(AssertionError, match="sync must divide the number of ranks, 4, got 3"):
+        four_ranks(train_grouped, "SAM", 3)
+
+
+def train_with_a_bad_rank(name: str, sync: str, scaled: bool):
+    model = DistributedDataParallel(net())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    optimizer = make(name, model, sync=sync)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(3):
+            x, y = map(share, data(step))
+            if step == 1 and distributed.get_rank() == 1:
+                x = x * torch.inf
+            before = weights(model)
+            batch = batch_of(model, x, y)
+            optimizer.step(batch.scaled_by(scaler))
+            if scaler is not None:
+                scaler.update()
+            moved = any(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+            seen.append((moved, optimizer.telemetry.was_skipped, scaler.get_scale() if scaled else None))
+    return weights(model), seen
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("sync", ["local", "global"])
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "GSAM", "FSAM"])
+def test_all_ranks_skip_what_one_must_skip(two_ranks, name, sync, scaled) -> None:
+    (mine, seen), (theirs, others) = two_ranks(train_with_a_bad_rank, name, sync, scaled)
+    assert seen == others
+    assert [moved for moved, _, _ in seen] == [True, False, True]
+    assert [skipped for _, skipped, _ in seen] == [False, True, False]
+    if scaled:
+        assert [scale for *_, scale in seen] == [4.0, 2.0, 2.0]
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "RWSAM"])
+def test_shared_passes_on_every_rank(two_ranks, name) -> None:
+    expected = alone(name, {"m": 2, "parallel": True})
+    for got, _, (by_ddp, by_hand), forwards in two_ranks(train, name, {"m": 2, "parallel": True}):
+        assert forwards == 2
+        assert (by_ddp, by_hand) == (0, 1)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def train_accumulated(name: str, options: dict):
+    model = DistributedDataParallel(net())
+    counted = Counted(model)
+    optimizer = getattr(steppe, name)(sgd(model), rho=0.3, **options)
+    for step in range(3):
+        x, y = map(share, data(step))
+        chunks = [batch_of(model, x[a:b], y[a:b]) for a, b in ((0, 3), (3, 5), (5, 8))]
+        with counted.counting():
+            optimizer.step(chunks)
+    return weights(model), (counted.by_ddp / 3, counted.by_hand / 3)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("SAM", (2, 0)), ("WSAM", (2, 0)), ("GSAM", (2, 0))])
+def test_accumulation_averages_once_a_pass(two_ranks, name, counts) -> None:
+    expected = list(alone(name, {}, 3))
+    for got, counted in two_ranks(train_accumulated, name, {"sync": "global"}):
+        assert counted == counts
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def train_normalised(steppes: bool, name: str = "SAM"):
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double())
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = getattr(steppe, name)(base, rho=0.3) if steppes else base
+    for step in range(4):
+        batch = batch_of(model, *map(share, data(step)))
+        if steppes:
+            optimizer.step(batch)
+        else:
+            batch()
+    return [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "LookSAM"])
+def test_statistics_are_those_of_plain_ddp(two_ranks, name) -> None:
+    plain = two_ranks(train_normalised, False)
+    ours = two_ranks(train_normalised, True, name)
+    for mine, expected in zip(ours, plain, strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def train_long(steps: int):
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = steppe.SAM(base, rho=0.3, sync="local")
+    g = torch.Generator().manual_seed(distributed.get_rank())
+    x, y = torch.randn(64, 3, generator=g), torch.randn(64, 2, generator=g)
+
+    def closure():
+        rows = torch.randint(64, (4,), generator=g)
+        state = g.get_state()
+
+        def once():
+            optimizer.zero_grad()
+            loss = (model(x[rows]) - y[rows]).square().mean()
+            loss.backward()
+            return loss
+
+        g.set_state(state)
+        return once
+
+    for _ in range(steps):
+        optimizer.step(closure())
+    return weights(model)
+
+
+def test_replicas_stay_equal_for_ten_thousand_steps(two_ranks) -> None:
+    mine, theirs = two_ranks(train_long, 10_000)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def train_in_two_calls(name: str):
+    model = DistributedDataParallel(net())
+    optimizer = make(name, model)
+    for step in range(3):
+        batch = batch_of(model, *map(share, data(step)))
+        with model.no_sync():
+            batch()
+        optimizer.first_step(zero_grad=True)
+        batch()
+        optimizer.second_step(zero_grad=True)
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", ["SAM", "ASAM", "WSAM"])
+def test_two_calls_under_no_sync_are_local(two_ranks, name) -> None:
+    expected = alone(name, {"m": B}, 3)
+    for got in two_ranks(train_in_two_calls, name):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
