@@ -93,6 +93,8 @@ class SurrogateGap:
 class RememberOrthogonal:
     """``g_adv``, and its part orthogonal to ``g`` is remembered: the k-th steps of LookSAM (arXiv 2203.02714)."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("orthogonal",)
+
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g_adv``."""
         f.remember("orthogonal", g_adv - projection(g_adv, onto=f.g))

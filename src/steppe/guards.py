@@ -12,6 +12,10 @@ from torch import Tensor
 from steppe import check
 from steppe.schedule import Schedule, as_schedule
 
+FSDP1 = (
+    "params must not be flattened by FullyShardedDataParallel, whose ranks see neither the whole norm nor single "
+    "parameters: shard with torch.distributed.fsdp.fully_shard"
+)
 STEP = "sharpness_step"  # in every group: steps so far
 
 
@@ -85,6 +89,8 @@ def check_group(group: dict[str, Any]) -> None:
         t = p[1] if isinstance(p, tuple) else p
         if isinstance(t, Tensor) and t.is_complex():
             raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
+        if getattr(t, "_is_flat_param", False):
+            raise TypeError(FSDP1)
     if group.get("differentiable"):
         raise ValueError("differentiable must be False: the step is not differentiated through")
     if group.get("maximize"):

@@ -22,7 +22,7 @@ from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
 from steppe.ranks import RankGroups, Sync
 from steppe.replay import owners
-from steppe.rule import AnyRule, Plain, looks_inside
+from steppe.rule import AnyRule, Plain, looks_inside, memories
 from steppe.scaling import LossScale
 from steppe.schedule import Schedule
 from steppe.telemetry import Telemetry
@@ -97,6 +97,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _ranks: RankGroups
     _max_norm: float | None
     _scale: LossScale | None  # of the last scaler
+    _made_room: bool  # for a distributed checkpoint
     _half: TwoCalls | None  # between first_step and second_step
     _warned: set[str]
     _owners: tuple[int, list[weakref.ref[nn.Module]]]
@@ -144,6 +145,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_max_norm": max_norm,
                 "_scale": None,
                 "_half": None,
+                "_made_room": False,
                 "_warned": set(),
                 "_owners": (0, []),
                 "_pending": None,
@@ -191,6 +193,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
             self.base.__setstate__(state)
+            self._made_room = False
 
     def __repr__(self) -> str:
         rho = self.param_groups[0]["rho"] if len(self.param_groups) == 1 else [g["rho"] for g in self.param_groups]
@@ -276,6 +279,7 @@ class SharpnessAware(torch.optim.Optimizer):
     ) -> tuple[Any, Callable[[], None], LossScale | None]:
         """Look and see: the loss at ``w``, the move that is left, and what unscaled the gradients."""
         closure, scale = self._scaled(as_closure(closure), scaler)
+        self._clear_room()
         rho = self._update_rho()
         f = self._oracle(closure, rho, scale)
         if rho.largest() == 0:
@@ -451,6 +455,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._refuse_half_step()
         self._pending = None
         _, scale = self._scaled(needs_more, scaler)
+        self._clear_room()
         rho = self._update_rho()
         f = self._oracle(needs_more, rho, scale)
         half = TwoCalls(f, self.rule if rho.largest() else Plain(), self._modules)
@@ -505,7 +510,23 @@ class SharpnessAware(torch.optim.Optimizer):
             self._count_step()
         else:
             self.base.step()
+            self._make_room()
         self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
+
+    def _make_room(self) -> None:
+        """The memory's entries: distributed checkpoints load into what is there after a step with gradients and lr of
+        0. A step that follows without a checkpoint forgets them."""
+        self._made_room = True
+        for name in memories(self.rule):
+            for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+                self.state[p].setdefault(MEMORY + name, torch.zeros_like(p, requires_grad=False))
+
+    def _clear_room(self) -> None:
+        if self._made_room:
+            self._made_room = False
+            for kept in self.state.values():
+                for name in memories(self.rule):
+                    kept.pop(MEMORY + name, None)
 
     def _report(self, seen: Seen, rho: Rho, skip: bool, warn: bool) -> None:
         numbers: dict[str, Any] = dict(seen.numbers)

@@ -113,6 +113,7 @@ class Oracle:
         with self.away():
             try:
                 with torch.no_grad():
+                    self._passes.forget_unsharded()
                     for p, e in zip(self.point.parameters, eps.tensors, strict=True):
                         if e is not None:
                             saved.append(local(p).clone())
@@ -125,6 +126,7 @@ class Oracle:
                 if moved:
                     with torch.no_grad():
                         torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                    self._passes.forget_unsharded()
 
     @property
     def is_whole(self) -> bool:

@@ -57,6 +57,12 @@ class Passes:
             self._random[0].restore()
             self._random = None
 
+    def forget_unsharded(self) -> None:
+        """Whole parameters that ``fully_shard`` has gathered are of other weights than those of the next pass."""
+        if self.point.sharded:
+            for module in self.modules():
+                getattr(module, "reshard", _nothing)()
+
     def take(self) -> Vector:
         """The gradients, out of reach of the next pass."""
         return Vector([_take(p) for p in self.point.parameters])
@@ -77,6 +83,10 @@ class Passes:
     def _drop(self) -> None:
         for p in self.point.parameters:
             p.grad = None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _take(p: Tensor) -> Tensor | None:

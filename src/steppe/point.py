@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steppe.vector import Vector
+from steppe.vector import Vector, is_sharded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Point:
     @cached_property
     def sharded(self) -> bool:
         """Whether parameters are spread over ranks, as under ``fully_shard``."""
-        return any(hasattr(p, "full_tensor") for p in self.parameters)
+        return any(map(is_sharded, self.parameters))
 
     @cached_property
     def devices(self) -> set[torch.device]:

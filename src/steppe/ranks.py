@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from steppe.guards import FSDP1
 from steppe.update import Update
-from steppe.vector import Vector
+from steppe.vector import Vector, is_sharded
 
 Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks share a perturbation
 
@@ -159,19 +160,22 @@ class RankGroups:
         """The ranks of this step.
 
         Raises:
+            TypeError: the model is flattened by FullyShardedDataParallel.
             ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return Ranks()
-        if any(hasattr(p, "full_tensor") for p in parameters):
+        if any(map(is_sharded, parameters)):
             if self.sync not in ("auto", "global"):
                 raise ValueError(
                     f"sync must be 'auto' or 'global' for sharded parameters, got {self.sync!r}: "
                     "their gradients are averaged in every backward pass, so all ranks share one perturbation"
                 )
             return Ranks()
-        ddp = nn.parallel.DistributedDataParallel
-        replicas = list({id(m): m for m in modules() if isinstance(m, ddp)}.values())
+        found = list({id(m): m for m in modules()}.values())
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in found):
+            raise TypeError(FSDP1)
+        replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
         if not replicas or self.sync == "global":
             return Ranks(replicas, shared=True, averaged=True)
         group = self._neighbours(replicas[0].process_group)

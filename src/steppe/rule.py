@@ -155,6 +155,14 @@ class Every:
         return (self.between if f.step % self.k else self.rule)(f)
 
 
+def memories(piece: object) -> set[str]:
+    """What a rule's pieces remember from step to step."""
+    names = set(getattr(piece, "remembers", ()))
+    if is_dataclass(piece):
+        names.update(*(memories(getattr(piece, field.name)) for field in fields(piece)))
+    return names
+
+
 def looks_inside(piece: object) -> bool:
     """Whether a rule, or any piece of it, needs the examples of the batch."""
     if getattr(piece, "per_example", False):

@@ -12,7 +12,7 @@ from torch import Tensor
 from steppe import check
 from steppe.factored.record import factors_of
 from steppe.oracle import Oracle
-from steppe.vector import Vector, wide
+from steppe.vector import Vector, shard_like, wide
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Friendly:
     decay: float = 0.9
     of: Callable[[Oracle], Vector] = Mean()
 
+    remembers: ClassVar[tuple[str, ...]] = ("friendly",)
+
     def __post_init__(self) -> None:
         check.non_negative("sigma", self.sigma)
         check.share("decay", self.decay)
@@ -71,6 +73,8 @@ class Smoothed:
 
     theta: float = 0.9
     of: Callable[[Oracle], Vector] = Mean()
+
+    remembers: ClassVar[tuple[str, ...]] = ("smoothed",)
 
     def __post_init__(self) -> None:
         check.positive_share("theta", self.theta)
@@ -172,7 +176,12 @@ class FiniteDifference:
     def direction(self, w: Vector, draw: int) -> Vector:
         """``z``: +1 or -1 in every coordinate."""
         random = {t.device: generator(self.seed, draw, t.device) for t in w.present()}
-        return w.map(lambda t: torch.empty_like(t).bernoulli_(0.5, generator=random[t.device]) * 2 - 1)
+        return w.map(lambda t: shard_like(_signs(t, random[t.device]), t))
+
+
+def _signs(t: Tensor, random: torch.Generator) -> Tensor:
+    """+1 or -1 for every entry, of all shards: the same however the tensor is spread over ranks."""
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device).bernoulli_(0.5, generator=random) * 2 - 1
 
 
 @dataclass(frozen=True)

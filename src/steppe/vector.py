@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,23 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor is spread over ranks (a ``DTensor``)."""
+    return hasattr(t, "full_tensor")
+
+
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """A plain tensor, equal on all ranks, spread as ``like`` is; itself where ``like`` is plain."""
+    if not is_sharded(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 def local(t: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, which shares its memory; any other tensor itself."""
-    part: Tensor = t.detach().to_local() if hasattr(t, "to_local") else t  # type: ignore[attr-defined]
+    part: Tensor = t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
     return part
 
 
@@ -69,10 +84,8 @@ class Vector:
         pairs = [(a, b) for a, b in zip(self.tensors, other.tensors, strict=True) if a is not None and b is not None]
         if not pairs:
             return torch.zeros(())
-        total = _dot(*pairs[0])
-        for a, b in pairs[1:]:
-            total = total + _dot(a, b).to(total.device)
-        return total * self.scale * other.scale
+        products = [_dot(local(a), local(b)) for a, b in pairs]
+        return _sum_over_shards(products, [a for a, _ in pairs]) * self.scale * other.scale
 
     def present(self) -> list[Tensor]:
         """The entries that are not ``None``, unscaled."""
@@ -138,19 +151,38 @@ def _sum(x: Tensor | None, cx: Scalar, y: Tensor | None, cy: Scalar) -> Tensor |
     return _plus(y, x, cx) if _is_one(cy) else _plus(_times(x, cx), y, cy)
 
 
-def _whole(t: Tensor) -> Tensor:
-    """A sharded tensor's reduction as one plain tensor, the same on every rank."""
-    full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
-    return full
+def _sum_over_shards(values: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
+    """The sum of one number a tensor, each of this rank's part of it; one message where tensors are sharded alike."""
+    first = values[0].device
+    alike: dict[Any, list[Tensor]] = {}
+    for value, t in zip(values, of, strict=True):
+        layout = (t.device_mesh, t.placements) if is_sharded(t) else None  # type: ignore[attr-defined]
+        alike.setdefault(layout, []).append(value)
+    sums = [_over_ranks(torch.stack([v.to(first) for v in group]).sum(), layout) for layout, group in alike.items()]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def _over_ranks(part: Tensor, layout: Any) -> Tensor:
+    if layout is None:
+        return part
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = layout
+    each = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(part, mesh, each, run_check=False).full_tensor()
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     types = {t.dtype for t in tensors}
-    norms = torch._foreach_norm(tensors, 2, **({"dtype": _sum_type(types)} if len(types) > 1 or types & LOW else {}))
-    first = norms[0].device
-    total: Tensor = torch.linalg.vector_norm(torch.stack([_whole(n).to(first) for n in norms]))
+    kind = {"dtype": _sum_type(types)} if len(types) > 1 or types & LOW else {}
+    norms = torch._foreach_norm([local(t) for t in tensors], 2, **kind)
+    total: Tensor
+    if any(map(is_sharded, tensors)):
+        total = _sum_over_shards([n.square() for n in norms], tensors).sqrt()
+    else:
+        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return total
 
 
@@ -162,4 +194,4 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     a, b = wide(a), wide(b)
     if type(a) is Tensor is type(b) and a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1))  # no temporary
-    return _whole((a * b).sum())
+    return (a * b).sum()

@@ -1,0 +1,213 @@
+"""Sharded parameters (``fully_shard``): one perturbation for all ranks, equal to one process on the whole batch."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import steppe
+from tests.distributed.test_ddp import NAMES, B, batch_of, data, net, share, weights
+
+
+def sharded(**policies) -> nn.Module:
+    model = net()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh, **policies)
+    return fully_shard(model, mesh=mesh, **policies)
+
+
+def whole(model: nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def make(name: str, model: nn.Module, **options):
+    base = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if name == "NSAM":
+        x, y = data(1000)
+        if distributed.is_initialized():
+            x, y = share(x), share(y)
+        options["full"] = batch_of(model, x, y)
+    return getattr(steppe, name)(base, rho=0.3, **options)
+
+
+def train(name: str, closure: bool, options: dict, policies: dict | None = None, split: bool = False):
+    warnings.filterwarnings("error")
+    model = sharded(**(policies or {}))
+    optimizer = make(name, model, **options)
+    for step in range(3):
+        x, y = map(share, data(step))
+        batch = batch_of(model, x, y)
+        if split:
+            batch = [batch_of(model, x[:3], y[:3]), batch_of(model, x[3:], y[3:])]
+        optimizer.step((lambda batch=batch: batch()) if closure else batch)
+    return whole(model), float(optimizer.telemetry.g_norm), optimizer.telemetry.forwards
+
+
+def replicated(name: str, options: dict):
+    model = DistributedDataParallel(net())
+    optimizer = make(name, model, sync="global", **options)
+    for step in range(3):
+        optimizer.step(batch_of(model, *map(share, data(step))))
+    return weights(model)
+
+
+def alone(name: str, options: dict):
+    model = net()
+    optimizer = make(name, model, **options)
+    for step in range(3):
+        optimizer.step(batch_of(model, *data(step)))
+    return weights(model), float(optimizer.telemetry.g_norm)
+
+
+def assert_close(ours, expected, tolerance: float = 1e-10) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("RWSAM", "ESAM")])
+def test_sharded_is_the_whole_batch_on_one(two_ranks, name, closure) -> None:
+    expected, norm = alone(name, {"parallel": False})
+    for ours, g_norm, _ in two_ranks(train, name, closure, {}):
+        assert_close(ours, expected)
+        assert g_norm == pytest.approx(norm, rel=1e-10)  # not of this rank's shards alone
+
+
+@pytest.mark.parametrize(("name", "options"), [("RWSAM", {"parallel": False}), ("ESAM", {"gamma": 0.5, "beta": 1.0})])
+def test_choices_within_a_rank_are_those_of_shared_replicas(two_ranks, name, options) -> None:
+    """Forwards without a backward between moves: gathered weights must not be used again."""
+    expected, _ = two_ranks(replicated, name, options)
+    for ours, *_ in two_ranks(train, name, False, options):
+        assert_close(ours, expected)
+
+
+def test_the_mask_of_esam_is_that_of_one_process(two_ranks) -> None:
+    expected, _ = alone("ESAM", {"gamma": 1.0, "beta": 0.5})
+    for ours, *_ in two_ranks(train, "ESAM", False, {"gamma": 1.0, "beta": 0.5}):
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM"])
+def test_accumulation_and_clipping(two_ranks, name) -> None:
+    expected, _ = alone(name, {"parallel": False, "max_norm": 0.2})
+    for ours, *_ in two_ranks(train, name, False, {"max_norm": 0.2}, {}, True):
+        assert_close(ours, expected)
+
+
+def test_micro_batches_share_their_perturbation_across_ranks(two_ranks) -> None:
+    """Of two examples a rank here: a shard cannot move for one rank alone."""
+    model = net()
+    optimizer = make("SAM", model, m=4, parallel=False)
+    for step in range(3):
+        x, y = data(step)
+        order = torch.arange(2 * B).view(2, -1, 2).transpose(0, 1).reshape(-1)
+        optimizer.step(batch_of(model, x[order], y[order]))
+    for ours, _, forwards in two_ranks(train, "SAM", False, {"m": 2}):
+        assert forwards == 2
+        assert_close(ours, weights(model))
+
+
+def test_perturbations_of_single_ranks_are_refused(two_ranks) -> None:
+    with pytest.raises(AssertionError, match="sync must be 'auto' or 'global' for sharded parameters, got 'local'"):
+        two_ranks(train, "SAM", False, {"sync": "local"})
+
+
+def train_low(offload: bool):
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = (
+        sharded(mp_policy=low).float() if not offload else sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    )
+    optimizer = make("WSAM", model)
+    kept = [p.full_tensor().detach().clone() for p in model.parameters()]
+    losses = []
+    for _ in range(30):
+        x, y = map(share, data(0))
+        losses.append(float(optimizer.step(batch_of(model, x if offload else x.float(), y))))
+    moved = all(not torch.equal(a, b) for a, b in zip(kept, whole(model), strict=True))
+    return losses, moved, {p.dtype for p in model.parameters()}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_policies_of_precision_and_offloading(two_ranks, offload) -> None:
+    for losses, moved, dtypes in two_ranks(train_low, offload):
+        assert moved
+        assert losses[-1] < 0.5 * losses[0]
+        assert dtypes == {torch.float64 if offload else torch.float32}
+
+
+def skip_one(_):
+    model = sharded()
+    optimizer = make("GSAM", model)
+    x, y = map(share, data(0))
+    before = whole(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step(batch_of(model, x * torch.inf if distributed.get_rank() else x, y))
+    same = all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+    return same, optimizer.telemetry.was_skipped
+
+
+def test_all_ranks_skip(two_ranks) -> None:
+    assert two_ranks(skip_one, None) == [(True, True)] * 2
+
+
+def flat(original: bool):
+    model = FullyShardedDataParallel(net(), use_orig_params=original, device_id=torch.device("cpu"))
+    try:
+        steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1)).step(batch_of(model, *data(0)))
+    except TypeError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("original", [False, True])
+def test_flattened_parameters_are_refused(two_ranks, original) -> None:
+    for said in two_ranks(flat, original):
+        assert "fully_shard" in said
+
+
+def start_and_save(name: str, path: str):
+    model = sharded() if distributed.is_initialized() else net()
+    optimizer = make(name, model)
+    steps(model, optimizer, range(3))
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(states, checkpoint_id=path)
+
+
+def load_and_go_on(name: str, path: str):
+    model = sharded() if distributed.is_initialized() else net()
+    optimizer = make(name, model)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(states, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    steps(model, optimizer, range(3, 6))
+    return whole(model) if distributed.is_initialized() else weights(model)
+
+
+def steps(model, optimizer, which) -> None:
+    for step in which:
+        x, y = data(step)
+        optimizer.step(batch_of(model, share(x), share(y)) if distributed.is_initialized() else batch_of(model, x, y))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "VaSSO", "LookSAM"])
+def test_checkpoints_cross_between_one_process_and_two(two_ranks, tmp_path, name) -> None:
+    model = net()
+    optimizer = make(name, model)
+    steps(model, optimizer, range(6))
+    start_and_save(name, str(tmp_path / "one"))
+    two_ranks(start_and_save, name, str(tmp_path / "two"))
+    assert_close(load_and_go_on(name, str(tmp_path / "two")), weights(model))
+    for ours in two_ranks(load_and_go_on, name, str(tmp_path / "one")):
+        assert_close(ours, weights(model))
