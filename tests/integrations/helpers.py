@@ -62,7 +62,8 @@ def plain_loop(
     groups: list[list[Pair]],
     *,
     clip: float | None = None,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> list[float]:
@@ -77,15 +78,17 @@ def plain_loop(
             optimizer.zero_grad()
             total = torch.zeros(())
             for x, y in group:
-                with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+                with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
                     out = model(x)
                 loss = criterion(out.float(), y) / len(group)
-                loss.backward()
+                (loss if scaler is None else scaler.scale(loss)).backward()
                 total = total + loss.detach()
             return total
 
-        losses.append(float(optimizer.step(closure)))
-        if scheduler is not None:
+        losses.append(float(optimizer.step(closure, scaler=scaler)))
+        if scaler is not None:
+            scaler.update()
+        if scheduler is not None and not optimizer.telemetry.was_skipped:
             scheduler.step()
     return losses
 

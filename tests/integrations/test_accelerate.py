@@ -73,8 +73,35 @@ def test_bfloat16() -> None:
     losses = train(parts, data)
     other = Net()
     torch.manual_seed(0)
-    assert losses == plain_loop(other, METHODS["SAM"](sgd(other)), grouped(data, 2), autocast=True)
+    assert losses == plain_loop(other, METHODS["SAM"](sgd(other)), grouped(data, 2), autocast=torch.bfloat16)
     assert same(parts[0].unwrap_model(parts[1]), other)
+
+
+def float16(accelerator, init_scale):
+    """accelerate refuses float16 on a CPU, where torch has both autocast and scaler: what it sets on a GPU."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    return accelerator
+
+
+@pytest.mark.parametrize("init_scale", [2.0**8, 2.0**20], ids=["fits", "overflows"])
+def test_float16(init_scale: float) -> None:
+    data, make = batches(16), METHODS["USAM"]
+    accelerator = float16(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), init_scale)
+    model, other = Net(), Net()
+    wrapped, optimizer = accelerator.prepare(model, make(sgd(model)))
+    torch.manual_seed(0)
+    train((accelerator, wrapped, optimizer, Backward(accelerator, wrapped, optimizer, loss)), data, clip=0.5)
+    torch.manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    reference = make(sgd(other))
+    plain_loop(other, reference, grouped(data, 2), clip=0.5, autocast=torch.float16, scaler=scaler)
+    assert same(model, other)
+    assert accelerator.scaler.state_dict() == scaler.state_dict()
+    telemetry = optimizer.optimizer.telemetry
+    assert (telemetry.steps, telemetry.skipped) == (reference.telemetry.steps, reference.telemetry.skipped)
+    assert (telemetry.skipped > 0) == (init_scale == 2.0**20)
 
 
 def test_step_with_a_closure_needs_no_backward() -> None:

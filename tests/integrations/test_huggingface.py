@@ -6,6 +6,7 @@ from torch import nn
 
 import steppe
 from tests.integrations.helpers import METHODS, PASSES, Net, batches, digits, grouped, plain_loop, same
+from tests.integrations.test_accelerate import float16
 
 transformers = pytest.importorskip("transformers")
 
@@ -146,8 +147,24 @@ def test_bfloat16(tmp_path) -> None:
     args = arguments(tmp_path, 2, bf16=True)
     trainer = Sequential(model, args, train_dataset=Digits(128), sharpness=METHODS["SAM"])
     trainer.train()
-    other, _ = plain(model, trainer, METHODS["SAM"], grouped(batches(8), 2), clip=0.5, autocast=True)
+    other, _ = plain(model, trainer, METHODS["SAM"], grouped(batches(8), 2), clip=0.5, autocast=torch.bfloat16)
     assert same(model.net, other)
+
+
+@pytest.mark.parametrize("init_scale", [2.0**8, 2.0**20], ids=["fits", "overflows"])
+def test_float16(init_scale: float, tmp_path) -> None:
+    """The Trainer refuses float16 on a CPU, where torch has both autocast and scaler: what it sets on a GPU."""
+    model = Model()
+    args = arguments(tmp_path, 2, steps=8)
+    trainer = Sequential(model, args, train_dataset=Digits(256), sharpness=METHODS["SAM"])
+    float16(trainer.accelerator, init_scale)
+    trainer.train()
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    groups = grouped(batches(16), 2)
+    other, _ = plain(model, trainer, METHODS["SAM"], groups, clip=0.5, autocast=torch.float16, scaler=scaler)
+    assert same(model.net, other)
+    assert trainer.accelerator.scaler.state_dict() == scaler.state_dict()
+    assert (trainer.optimizer.optimizer.telemetry.skipped > 0) == (init_scale == 2.0**20)
 
 
 def test_a_loss_of_ones_own_is_used_in_every_pass(tmp_path) -> None:

@@ -10,6 +10,7 @@ from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, p
 L = pytest.importorskip("lightning")
 
 import torchmetrics  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from steppe.integrations.lightning import SharpnessAwareMixin  # noqa: E402
 
@@ -105,8 +106,29 @@ def test_it_is_the_plain_loop(name: str, k: int, tmp_path) -> None:
 def test_bfloat16(tmp_path) -> None:
     data, module = batches(6), Module()
     trainer(tmp_path, accumulate_grad_batches=2, precision="bf16-mixed").fit(module, loader(data))
-    other, _ = plain(module, METHODS["SAM"], grouped(data, 2), autocast=True)
+    other, _ = plain(module, METHODS["SAM"], grouped(data, 2), autocast=torch.bfloat16)
     assert same(module.net, other)
+
+
+@pytest.mark.parametrize("init_scale", [2.0**8, 2.0**20], ids=["fits", "overflows"])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_float16(manual: bool, init_scale: float, tmp_path) -> None:
+    """Lightning turns "16-mixed" into bfloat16 on a CPU, so the plugin is given."""
+    k, make = 1 if manual else 2, METHODS["USAM"]
+    data, module, other = batches(8 * k), (Manual if manual else Module)(make), Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    clip = None if manual else 0.5
+    trainer(tmp_path, accumulate_grad_batches=k, plugins=[plugin], gradient_clip_val=clip).fit(module, loader(data))
+    torch.set_rng_state(module.random[0])
+    same_scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    reference = make(sgd(other))
+    plain_loop(other, reference, grouped(data, k), clip=clip, autocast=torch.float16, scaler=same_scaler)
+    assert same(module.net, other)
+    assert scaler.state_dict() == same_scaler.state_dict()
+    telemetry = module.optimizers().telemetry
+    assert (telemetry.steps, telemetry.skipped) == (reference.telemetry.steps, reference.telemetry.skipped)
+    assert (telemetry.skipped > 0) == (init_scale == 2.0**20)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -114,7 +136,9 @@ def test_manual_optimisation(precision: str, tmp_path) -> None:
     data, module = batches(4), Manual()
     fit = trainer(tmp_path, precision=precision)
     fit.fit(module, loader(data))
-    other, losses = plain(module, METHODS["SAM"], grouped(data, 1), autocast="bf16" in precision)
+    other, losses = plain(
+        module, METHODS["SAM"], grouped(data, 1), autocast=torch.bfloat16 if "bf16" in precision else None
+    )
     assert same(module.net, other)
     assert module.net.forwards == 8
     assert fit.global_step == 4

@@ -105,4 +105,4 @@ def backward(
                 losses.append(one())
         return torch.stack(losses).sum()
 
-    return optimizer.backward(closure)
+    return optimizer.backward(closure, scaler=accelerator.scaler)

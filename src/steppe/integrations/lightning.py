@@ -124,7 +124,8 @@ class SharpnessAwareMixin(_Module):
             raise TypeError(
                 "closure must be a function under DDP: the backward pass of a steppe.Batch is not Lightning's"
             )
-        loss = inner.backward(first if isinstance(first, Batch) else closure)
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
+        loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler)
         hook = inner.register_step_pre_hook(_run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)
