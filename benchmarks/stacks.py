@@ -26,7 +26,8 @@ from steppe.integrations.accelerate import Backward
 from steppe.integrations.huggingface import SharpnessAwareTrainer
 from steppe.integrations.lightning import SharpnessAwareMixin
 
-RECORD = Path(__file__).parent / "records" / "stacks_cpu.json"
+RECORD = Path(__file__).parent / "records" / "stacks" / "cpu.json"
+PAGE = Path(__file__).parents[1] / "docs" / "stacks" / "README.md"
 UPDATES, ROUNDS, BATCH = 60, 5, 256
 SETTINGS = {"model": "MLP 64-1024-1024-10", "batch": BATCH, "updates": UPDATES, "rounds": ROUNDS, "base": "SGD"}
 
@@ -176,8 +177,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str) -> str:
+    """The page with the table of the committed record."""
+    begin, end = "<!-- stacks: begin -->\n", "\n<!-- stacks: end -->"
+    head, rest = text.split(begin)
+    return head + begin + table(record.read(RECORD)["rows"]) + end + rest.split(end.lstrip())[-1]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     record.write(RECORD, "stacks", torch.device("cpu"), SETTINGS, measure())
-    print(table(record.read(RECORD)["rows"]))
+    PAGE.write_text(with_table(PAGE.read_text()))

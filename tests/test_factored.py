@@ -658,7 +658,7 @@ def test_a_batch_that_is_not_finite_gives_no_verdict() -> None:
         opt.step(bad)
     opt.step(batch)
     assert opt.telemetry.forwards == 2
-    assert plan_for(opt._oracle(batch, Rho([0.3] * 8)), batch).reason == ""
+    assert plan_for(opt._oracle(batch), batch).reason == ""
 
 
 def test_gradient_statistics_refuse_mixed_examples() -> None:

@@ -25,7 +25,7 @@ class Spoiled(nn.Module):
 
 
 def oracle_of(opt, batch):
-    return opt._oracle(batch, steppe.point.Rho([0.1] * len(opt.param_groups[0]["params"])))
+    return opt._oracle(batch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -100,8 +100,8 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
     assert away == [True]
     e = torch.tensor([torch.nan, 1.0])
     p = torch.ones(2)
-    steppe.vector.shift_(p, e, 1.0, finite=torch.tensor(torch.nan, device="cpu"))
-    assert not p.isfinite().all()  # a CPU has looked before
+    steppe.vector.shift_(p, e, 1.0, finite=torch.tensor(torch.nan))  # where nobody looks, on an accelerator or a rank
+    assert torch.equal(p, torch.ones(2))
 
 
 def test_without_the_check_nothing_is_skipped() -> None:

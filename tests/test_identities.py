@@ -195,9 +195,7 @@ def test_asam_does_not_see_the_scale_of_layers() -> None:
 
 def test_gsam_geometry() -> None:
     w = world()
-    f = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), Rule(), RHO)._oracle(
-        w.batch, steppe.point.Rho([RHO] * 6)
-    )
+    f = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), Rule(), RHO)._oracle(w.batch)
     with f.at(Rule().perturbation(f)):
         g_adv = f.grad()
     u = steppe.SurrogateGap(0.4)(f, g_adv).grad
@@ -256,7 +254,7 @@ def test_probe_ranks_examples_like_their_gradient_norms() -> None:
     """Many probes and a small length tend to the exact norms, up to the curvature term."""
     w = world()
     opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.0), Rule(), RHO)
-    f = opt._oracle(w.batch, steppe.point.Rho([RHO] * 6))
+    f = opt._oracle(w.batch)
     exact = ExactNorms()(f)
     probed = FiniteDifference(length=1e-3, probes=400)(f)
     torch.testing.assert_close(probed, exact, rtol=0.15, atol=0)

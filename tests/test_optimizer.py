@@ -520,9 +520,9 @@ def test_grad_scaler_is_refused_with_what_to_write() -> None:
     scaler = torch.amp.GradScaler("cpu")
     before = w.weights()
     scaler.scale(w.batch.losses().mean()).backward()
-    with pytest.raises(RuntimeError, match="bfloat16"):
+    with pytest.raises(RuntimeError, match="scaler=scaler"):
         scaler.step(opt)
-    with pytest.raises(RuntimeError, match="bfloat16"):
+    with pytest.raises(RuntimeError, match="scaler=scaler"):
         scaler.step(opt, w.batch)
     assert same_bits(before, w.parameters())
 

@@ -166,7 +166,7 @@ class Batches(Batch):
         if any(c.model is not first.model or c.scaler is not first.scaler for c in self.chunks):
             raise ValueError("batches must share one model and one scaler")
         self.model, self.loss, self.scaler = first.model, first.loss, first.scaler
-        self.data = [c.data for c in self.chunks]
+        self.data = [batch.data for batch in self.chunks]
         self._n = sum(map(len, self.chunks))
 
     def __call__(self) -> Tensor:
@@ -181,7 +181,7 @@ class Batches(Batch):
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
         """For every batch the weights of its examples, shape ``(n_k,)``; by default ``1 / n``."""
-        given = torch.full((len(self),), 1 / len(self)) if weights is None else weights
+        given = torch.full((len(self),), 1 / len(self), dtype=torch.float64) if weights is None else weights
         return list(torch.split(given, [len(chunk) for chunk in self.chunks]))
 
     def losses(self) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
@@ -18,19 +17,18 @@ from steppe.batch import Batch, as_closure
 from steppe.clip import clipped
 from steppe.factored.statistics import gradient_statistics
 from steppe.guards import STEP, check_base, check_group, forget_foreign, level_of_caller, refuse_grad_scaler, scheduled
+from steppe.memory import Memory, apart
 from steppe.oracle import Closure, NotFinite, Oracle
 from steppe.point import Point, Rho, Seen
 from steppe.ranks import RankGroups, Sync
-from steppe.replay import owners
+from steppe.replay import Owners
 from steppe.rule import AnyRule, Plain, looks_inside, memories
-from steppe.scaling import LossScale
+from steppe.scaling import Scaling
 from steppe.schedule import Schedule
 from steppe.telemetry import Telemetry
 from steppe.two_calls import TwoCalls, needs_more
 from steppe.update import Update
 from steppe.vector import Vector, shift_
-
-MEMORY = "sharpness."  # prefix of a rule's memory in state[p]
 
 
 class Options(TypedDict, total=False):
@@ -96,12 +94,12 @@ class SharpnessAware(torch.optim.Optimizer):
     _parallel: bool | str
     _ranks: RankGroups
     _max_norm: float | None
-    _scale: LossScale | None  # of the last scaler
-    _made_room: bool  # for a distributed checkpoint
-    _half: TwoCalls | None  # between first_step and second_step
+    _scaling: Scaling
+    _memory: Memory
+    _owners: Owners
     _warned: set[str]
-    _owners: tuple[int, list[weakref.ref[nn.Module]]]
-    _pending: Callable[[], None] | None  # the move of a step whose passes are done
+    _half: TwoCalls | None  # between first_step and second_step
+    _move: Callable[[], None] | None  # between backward and step
 
     def __init__(
         self,
@@ -143,12 +141,12 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_parallel": parallel,
                 "_ranks": ranks,
                 "_max_norm": max_norm,
-                "_scale": None,
-                "_half": None,
-                "_made_room": False,
+                "_scaling": Scaling(),
+                "_memory": Memory(frozenset(memories(rule))),
+                "_owners": Owners(),
                 "_warned": set(),
-                "_owners": (0, []),
-                "_pending": None,
+                "_half": None,
+                "_move": None,
             }
         )
         for group, radius in zip(base.param_groups, radii, strict=True):
@@ -181,7 +179,7 @@ class SharpnessAware(torch.optim.Optimizer):
             self._own_rho.add(len(self.param_groups) - 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        here: dict[str, Any] = {"_owners": (0, []), "_scale": None, "_half": None, "_pending": None}  # of this object
+        here: dict[str, Any] = {"_half": None, "_move": None}  # a copy is not in the middle of a step
         return {name: self.__dict__[name] for name in SharpnessAware.__annotations__} | here
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,7 +191,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
             self.base.__setstate__(state)
-            self._made_room = False
+            self._memory.room = False
 
     def __repr__(self) -> str:
         rho = self.param_groups[0]["rho"] if len(self.param_groups) == 1 else [g["rho"] for g in self.param_groups]
@@ -225,15 +223,14 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
                 ``first_step``; nothing has been changed.
         """
-        pending, self._pending = self._pending, None
-        if closure is None and pending is not None:
-            pending()
-            return None
+        if closure is None and self._move is not None:
+            move, self._move = self._move, None
+            return move()
         refuse_grad_scaler()
         self._refuse_half_step()
         if closure is None:
             return self._base_step()
-        loss, move, _ = self._passes(closure, scaler)
+        loss, move = self._passes(closure, scaler)
         move()
         return loss
 
@@ -243,13 +240,12 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
         frameworks that clip, log or check gradients before ``step()`` do so to the combined gradient, once a step.
-        WSAM's term beside the base is not among the gradients. Called again before ``step()``, it starts anew.
+        WSAM's term beside the base is not among the gradients. Called again before ``step()``, it starts anew. Of a
+        step that must be skipped the gradients are NaN, and ``step()`` moves nothing.
 
         Args:
             closure: as for :meth:`step`.
-            scaler: as for :meth:`step`, but what is left in ``p.grad`` is scaled, as after
-                ``scaler.scale(loss).backward()``: ``scaler.unscale_(optimizer)``, ``scaler.step(optimizer)`` and
-                ``scaler.update()`` follow as ever. After an overflow in any pass it is NaN, and the scaler backs off.
+            scaler: as for :meth:`step`; the gradients are left unscaled.
 
         Returns:
             The loss at ``w``.
@@ -262,170 +258,14 @@ class SharpnessAware(torch.optim.Optimizer):
             >>> torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             >>> optimizer.step()
         """
-        self._pending = None
+        refuse_grad_scaler()
         self._refuse_half_step()
-        loss, self._pending, scale = self._passes(closure, scaler)
-        parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        if self.telemetry.was_skipped:  # the gradients say so too, to whoever looks at them; step() moves nothing
-            for p in parameters:
-                p.grad = torch.full_like(p, torch.nan)
-        elif scale is not None:
-            for p in parameters:
-                p.grad = None if p.grad is None else scale.scaler.scale(p.grad)
+        self._move = None
+        loss, self._move = self._passes(closure, scaler)
+        if self.telemetry.was_skipped:
+            for p in self._parameters:
+                p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
         return loss
-
-    def _passes(
-        self, closure: Closure | Sequence[Batch], scaler: torch.amp.GradScaler | None
-    ) -> tuple[Any, Callable[[], None], LossScale | None]:
-        """Look and see: the loss at ``w``, the move that is left, and what unscaled the gradients."""
-        closure, scale = self._scaled(as_closure(closure), scaler)
-        self._clear_room()
-        rho = self._update_rho()
-        f = self._oracle(closure, rho, scale)
-        if rho.largest() == 0:
-            rule: AnyRule = Plain()
-        else:
-            rule = self.rule
-            if looks_inside(rule):
-                f.batch(f"{type(self).__name__} is {rule!r}")
-        if f.ranks.unprepared:
-            f.rehearse()
-        if self._gradient_noise:
-            f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
-        try:
-            update = rule(f)
-        except NotFinite:
-            update = None
-        move = self._finish(update, f, rho)
-        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move, scale
-
-    def _scaled(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> tuple[Closure, LossScale | None]:
-        """The closure, and what unscales its gradients."""
-        check.grad_scaler(scaler)
-        if isinstance(closure, Batch):
-            if scaler is not None and closure.scaler not in (None, scaler):
-                raise ValueError("scaler must be the one of the batch")
-            closure = closure if scaler is None else closure.scaled_by(scaler)
-            scaler = closure.scaler
-        if scaler is None or not scaler.is_enabled():
-            return closure, None
-        if self._scale is None or self._scale.scaler is not scaler:
-            self._scale = LossScale(scaler)
-        self._scale.begin()
-        return closure, self._scale
-
-    def _finish(self, update: Update | None, f: Oracle, rho: Rho) -> Callable[[], None]:
-        """The move by an update whose gradients are finite on all ranks; none by any other."""
-        skip = update is None or (f.guard and not _finite(f.seen))
-        if f.guard and not f.ranks.alone:
-            skip = self._agree(skip, f)
-        move = _stay if update is None or skip else self._hand_over(update, f)
-        self._report(f.seen, rho, skip, warn=f.scale is None)
-        return move
-
-    def _agree(self, skip: bool, f: Oracle) -> bool:
-        """Whether any rank skips this step: then all do."""
-        device = f.point.parameters[0].device
-        anywhere = f.ranks.any(skip, device)
-        if anywhere and not skip and f.scale is not None:
-            f.scale.overflow(device)
-        return anywhere
-
-    def _oracle(self, closure: Closure, rho: Rho, scale: LossScale | None = None) -> Oracle:
-        groups = self.param_groups
-        names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
-        point = Point([p for g in groups for p in g["params"]], rho, names)
-
-        def recall(name: str) -> Sequence[Tensor | None]:
-            return [self.state[p].get(MEMORY + name) if p in self.state else None for p in point.parameters]
-
-        return Oracle(
-            closure,
-            point,
-            step=self._steps,
-            recall=recall,
-            full=self.full.scaled_by(scale.scaler) if scale and isinstance(self.full, Batch) else self.full,
-            keep_g=self._keep_g,
-            parallel=self._parallel,
-            guard=self._check_finite or scale is not None,
-            modules=self._modules,
-            ranks=self._ranks.of_step(self._modules, point.parameters),
-            scale=scale,
-        )
-
-    def _modules(self) -> Iterator[nn.Module]:
-        """The modules that a plain closure may run; looked for once, and again where one is gone or a group is new."""
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        known, found = self._owners
-        if known != len(parameters) or any(module() is None for module in found):
-            self._owners = len(parameters), [weakref.ref(module) for module in owners(parameters)]
-        for reference in self._owners[1]:
-            module = reference()
-            if module is not None:
-                yield from module.modules()
-
-    def _update_rho(self) -> Rho:
-        steps, rho = self._steps, []
-        for i, g in enumerate(self.param_groups):
-            g.setdefault(STEP, steps)  # a group that was added to the base
-            if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
-                rho.append(scheduled(self._rho, steps, g))
-            else:  # a number lives in the groups, like lr
-                check.non_negative("rho", g["rho"])
-                rho.append(g["rho"])
-        for g, r in zip(self.param_groups, rho, strict=True):
-            g["rho"] = r
-        return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
-
-    def _hand_over(self, update: Update, f: Oracle) -> Callable[[], None]:
-        """Give the parameters their gradients; what is left to do is the move."""
-        memory = f.seen.memory
-        if not f.ranks.alone:
-            update, memory = f.ranks.join(update, memory, f.point.parameters)
-        if self._max_norm is not None:
-            f.seen.numbers["update_norm"] = update.grad.norm()
-            update = clipped(update, self._max_norm)
-        grads = update.grad.materialised()
-        kept = {name: _apart(v.materialised(), grads) for name, v in memory.items()}
-        if update.beside is not None and any("lr" not in group for group in self.param_groups):
-            raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
-        for p, g in zip(f.point.parameters, grads, strict=True):
-            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        return partial(self._move, f.point.parameters, [g is not None for g in grads], update.beside, kept)
-
-    def _move(
-        self,
-        parameters: Sequence[Tensor],
-        took_part: Sequence[bool],
-        beside: Vector | None,
-        memory: dict[str, list[Tensor | None]],
-    ) -> None:
-        self.base.step()
-        if beside is not None:
-            self._move_beside(beside)
-        for name, kept in memory.items():
-            self._keep(MEMORY + name, zip(parameters, kept, took_part, strict=True))
-        self._count_step()
-        self.telemetry = replace(self.telemetry, steps=self._steps)
-
-    def _move_beside(self, beside: Vector) -> None:
-        """``w <- w - lr beside``, each group with its own learning rate."""
-        entries = iter(beside.tensors)
-        for group in self.param_groups:
-            for p in group["params"]:
-                s = next(entries)
-                if s is not None:
-                    shift_(p, s, -group["lr"] * beside.scale)
-
-    def _keep(self, name: str, rows: Iterable[tuple[Tensor, Tensor | None, bool]]) -> None:
-        for p, t, took_part in rows:
-            if t is None or not took_part:  # the base has not seen p: a foreign key would keep it from initialising
-                continue
-            old = self.state[p].get(name)
-            if old is None:
-                self.state[p][name] = t.detach().to(p.dtype, copy=True)
-            else:
-                old.copy_(t)
 
     # ---- the step in two calls
 
@@ -453,12 +293,8 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         refuse_grad_scaler()
         self._refuse_half_step()
-        self._pending = None
-        _, scale = self._scaled(needs_more, scaler)
-        self._clear_room()
-        rho = self._update_rho()
-        f = self._oracle(needs_more, rho, scale)
-        half = TwoCalls(f, self.rule if rho.largest() else Plain(), self._modules)
+        f = self._oracle(needs_more, scaler)
+        half = TwoCalls(f, self.rule if f.rho.largest() else Plain(), self._modules)
         half.look()
         self._half = half
 
@@ -475,11 +311,11 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
         half, self._half = self._half, None
-        update = half.see()
-        self._finish(update, half.f, half.f.rho)()
+        self._finish(half.see(), half.f)()
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
     def cancel_step(self) -> None:
         """Move back to ``w`` after ``first_step``, and forget the step."""
         half, self._half = self._half, None
@@ -490,15 +326,106 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is not None:
             raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
 
-    # ---- around the step
+    # ---- look and see
 
-    @property
-    def _steps(self) -> int:
-        return int(self.param_groups[0].get(STEP, 0))
+    def _passes(
+        self, closure: Closure | Sequence[Batch], scaler: torch.amp.GradScaler | None
+    ) -> tuple[Any, Callable[[], None]]:
+        """The loss at ``w``, and the move that is left."""
+        f = self._oracle(as_closure(closure), scaler)
+        rule: AnyRule = self.rule if f.rho.largest() else Plain()
+        if looks_inside(rule):
+            f.batch(f"{type(self).__name__} is {rule!r}")
+        if f.ranks.unprepared:
+            f.rehearse()
+        if self._gradient_noise:
+            f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
+        try:
+            update = rule(f)
+        except NotFinite:
+            update = None
+        move = self._finish(update, f)
+        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move
 
-    def _count_step(self) -> None:
+    def _oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
+        """The step's oracle; whatever is wrong with its arguments is found here."""
+        closure, scale = self._scaling.of_step(closure, scaler)
+        names = [n for g in self.param_groups for n in g["param_names"]] if self._named else None
+        parameters = self._parameters
+        ranks = self._ranks.of_step(self._modules, parameters)
+        rho = self._update_rho()
+        self._memory.clear_room(self.state)
+        return Oracle(
+            closure,
+            Point(parameters, rho, names),
+            step=self._steps,
+            recall=partial(self._memory.recall, self.state, parameters),
+            full=self.full.scaled_by(scale.scaler) if scale and isinstance(self.full, Batch) else self.full,
+            keep_g=self._keep_g,
+            parallel=self._parallel,
+            guard=self._check_finite or scale is not None,
+            modules=self._modules,
+            ranks=ranks,
+            scale=scale,
+        )
+
+    def _update_rho(self) -> Rho:
+        steps, rho = self._steps, []
+        for i, g in enumerate(self.param_groups):
+            g.setdefault(STEP, steps)  # a group that was added to the base
+            if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
+                rho.append(scheduled(self._rho, steps, g))
+            else:  # a number lives in the groups, like lr
+                check.non_negative("rho", g["rho"])
+                rho.append(g["rho"])
+        for g, r in zip(self.param_groups, rho, strict=True):
+            g["rho"] = r
+        return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
+
+    # ---- move
+
+    def _finish(self, update: Update | None, f: Oracle) -> Callable[[], None]:
+        """Hand an update whose gradients are finite on all ranks to the parameters; what is left is the move."""
+        overflow = update is None or (f.guard and not _finite(f.seen))
+        skip = f.ranks.any(overflow, f.point.parameters[0].device) if f.guard else overflow
+        if skip and not overflow and f.scale is not None:
+            f.scale.overflow(f.point.parameters[0].device)
+        move = _stay if skip or update is None else self._hand_over(update, f)
+        self._report(f, skip)
+        return move
+
+    def _hand_over(self, update: Update, f: Oracle) -> Callable[[], None]:
+        if update.beside is not None and any("lr" not in group for group in self.param_groups):
+            raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
+        parameters = f.point.parameters
+        update, memory = f.ranks.join(update, f.seen.memory, parameters)
+        if self._max_norm is not None:
+            f.seen.numbers["update_norm"] = update.grad.norm()
+            update = clipped(update, self._max_norm)
+        grads = update.grad.materialised()
+        kept = apart(memory, grads)
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
+        return partial(self._take_step, parameters, update.beside, kept)
+
+    def _take_step(
+        self, parameters: Sequence[Tensor], beside: Vector | None, kept: dict[str, list[Tensor | None]]
+    ) -> None:
+        self.base.step()
+        if beside is not None:
+            self._move_beside(beside)
+        for name, tensors in kept.items():
+            self._memory.keep(self.state, parameters, name, tensors)
+        self._count_step()
+
+    def _move_beside(self, beside: Vector) -> None:
+        """``w <- w - lr beside``, each group with its own learning rate."""
+        entries = iter(beside.tensors)
         for group in self.param_groups:
-            group[STEP] += 1
+            for p in group["params"]:
+                s = next(entries)
+                if s is not None:
+                    shift_(p, s, -group["lr"] * beside.scale)
 
     def _base_step(self) -> None:
         if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
@@ -510,48 +437,49 @@ class SharpnessAware(torch.optim.Optimizer):
             self._count_step()
         else:
             self.base.step()
-            self._make_room()
+            self._memory.make_room(self.state, self._parameters)
         self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
 
-    def _make_room(self) -> None:
-        """The memory's entries: distributed checkpoints load into what is there after a step with gradients and lr of
-        0. A step that follows without a checkpoint forgets them."""
-        self._made_room = True
-        for name in memories(self.rule):
-            for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
-                self.state[p].setdefault(MEMORY + name, torch.zeros_like(p, requires_grad=False))
+    # ---- around the step
 
-    def _clear_room(self) -> None:
-        if self._made_room:
-            self._made_room = False
-            for kept in self.state.values():
-                for name in memories(self.rule):
-                    kept.pop(MEMORY + name, None)
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"]]
 
-    def _report(self, seen: Seen, rho: Rho, skip: bool, warn: bool) -> None:
-        numbers: dict[str, Any] = dict(seen.numbers)
+    @property
+    def _named(self) -> bool:
+        return "param_names" in self.param_groups[0]
+
+    def _modules(self) -> Iterator[nn.Module]:
+        return self._owners.modules(self._parameters)
+
+    @property
+    def _steps(self) -> int:
+        return int(self.param_groups[0].get(STEP, 0))
+
+    def _count_step(self) -> None:
+        for group in self.param_groups:
+            group[STEP] += 1
+        self.telemetry = replace(self.telemetry, steps=self._steps)
+
+    def _report(self, f: Oracle, skip: bool) -> None:
+        numbers: dict[str, Any] = dict(f.seen.numbers)
         full_loss = numbers.pop("full_loss", None)
         if "loss" in numbers and "loss_adv" in numbers:
             numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
         numbers.setdefault("loss", full_loss)
         skipped = self.telemetry.skipped + skip
-        self.telemetry = Telemetry(rho=rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
-        if skip and not warn:
-            return  # a scaler looks for its scale by overflows
+        self.telemetry = Telemetry(rho=f.rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
         if skip:
-            self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
-        elif not seen.any_gradient:
+            if f.scale is None:  # a scaler looks for its scale by overflows
+                self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
+        elif not f.seen.any_gradient:
             self._warn_once("no parameter received a gradient: does the closure call backward()?")
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=level_of_caller())
-
-
-def _apart(kept: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``kept``, with a copy where it is the gradient itself, which the base may change in place."""
-    return [t.clone() if t is not None and t is g else t for t, g in zip(kept, grads, strict=True)]
 
 
 def _stay() -> None:

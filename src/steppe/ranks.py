@@ -91,7 +91,9 @@ class Ranks:
         return self._means([g], like, self.replicas[0].process_group)[0]
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank; the one wait for the device of a step."""
+        """Whether the flag is up on any rank."""
+        if self.alone:
+            return flag
         flags = torch.tensor([int(flag)], device=device)
         distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self.replicas[0].process_group)
         return bool(flags)
@@ -100,6 +102,8 @@ class Ranks:
         self, update: Update, memory: dict[str, Vector], like: Sequence[Tensor]
     ) -> tuple[Update, dict[str, Vector]]:
         """The mean of all ranks' updates, and of what they remember: replicas and checkpoints stay equal."""
+        if self.alone:
+            return update, memory
         names = sorted(memory)
         vectors = [] if self.averaged else [update.grad, *([] if update.beside is None else [update.beside])]
         if not self.shared:
@@ -195,5 +199,5 @@ class RankGroups:
             self._group, _ = distributed.new_subgroups(group_size=self.sync)
         return self._group
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"sync": self.sync, "_group": None, "_prepared": weakref.WeakSet()}  # of these processes alone
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return RankGroups, (self.sync,)  # groups are of these processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ class RandomState:
 
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
-        """Read the generators."""
+        """Read the generators; while a CUDA graph is captured there is nothing to read: masks are drawn anew."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            devices = ()
         return cls(
             torch.get_rng_state(),
             {d: torch.get_device_module(d.type).get_rng_state(d) for d in devices},
@@ -86,6 +89,25 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[None]:
             hook.remove()
         with torch.no_grad():
             snapshot.restore()
+
+
+class Owners:
+    """The modules that a plain closure may run; looked for once, and again where one is gone or a parameter is new."""
+
+    def __init__(self) -> None:
+        self._known, self._found = 0, list[weakref.ref[nn.Module]]()
+
+    def modules(self, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
+        """All modules of those that hold the parameters."""
+        if self._known != len(parameters) or any(module() is None for module in self._found):
+            self._known, self._found = len(parameters), [weakref.ref(module) for module in owners(parameters)]
+        for reference in self._found:
+            module = reference()
+            if module is not None:
+                yield from module.modules()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Owners, ()  # a copy has a model of its own
 
 
 def owners(parameters: Sequence[Tensor]) -> list[nn.Module]:

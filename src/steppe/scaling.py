@@ -8,12 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe import check
+from steppe.batch import Batch
+
 
 class _Taker:
     """To the scaler, an optimizer: it keeps a record for each, so that every pass of a step needs its own."""
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
+
+
+class Scaling:
+    """The scalers of an optimizer's steps."""
+
+    def __init__(self) -> None:
+        self._last: LossScale | None = None
+
+    def of_step(self, closure: Any, scaler: torch.amp.GradScaler | None) -> tuple[Any, LossScale | None]:
+        """The closure, and what unscales its gradients.
+
+        Raises:
+            TypeError: ``scaler`` is none.
+            ValueError: it is not the batch's.
+        """
+        check.grad_scaler(scaler)
+        if isinstance(closure, Batch):
+            if scaler is not None and closure.scaler not in (None, scaler):
+                raise ValueError("scaler must be the one of the batch")
+            closure = closure if scaler is None else closure.scaled_by(scaler)
+            scaler = closure.scaler
+        if scaler is None or not scaler.is_enabled():
+            return closure, None
+        if self._last is None or self._last.scaler is not scaler:
+            self._last = LossScale(scaler)
+        self._last.begin()
+        return closure, self._last
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Scaling, ()  # what a scaler knows is of its own process
 
 
 class LossScale:

@@ -46,6 +46,14 @@ def test_every_stack_has_a_page_and_an_example() -> None:
     assert {e.stem.removesuffix("_digits").replace("_", "-") for e in EXAMPLES} == stems
 
 
+def test_the_table_of_costs_is_that_of_the_record() -> None:
+    from benchmarks.stacks import with_table
+
+    text = (ROOT / "docs" / "stacks" / "README.md").read_text()
+    assert with_table(text) == text
+    assert text.count("ratio: median") == 1
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_the_example_learns(example: Path, capsys) -> None:
     runpy.run_path(str(example), run_name="__main__")

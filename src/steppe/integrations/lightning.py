@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from steppe.batch import Batch
+from steppe.integrations import scaled
 from steppe.optimizer import SharpnessAware
 from steppe.replay import RandomState
 
@@ -125,7 +126,7 @@ class SharpnessAwareMixin(_Module):
                 "closure must be a function under DDP: the backward pass of a steppe.Batch is not Lightning's"
             )
         scaler = getattr(strategy.precision_plugin, "scaler", None)
-        loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler)
+        loss = scaled.backward(inner, first if isinstance(first, Batch) else closure, scaler)
         hook = inner.register_step_pre_hook(_run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)

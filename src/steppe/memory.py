@@ -1,0 +1,70 @@
+"""What a rule remembers from step to step, in ``state[p]`` beside the base's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppe.vector import Vector
+
+PREFIX = "sharpness."
+
+
+@dataclass
+class Memory:
+    """Named vectors, one entry a parameter.
+
+    Args:
+        names: what the rule's pieces remember.
+        room: whether the entries are only there for a distributed checkpoint to be loaded into.
+    """
+
+    names: frozenset[str]
+    room: bool = False
+
+    def recall(self, state: Any, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
+        """What is remembered under a name."""
+        return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
+
+    def keep(self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None]) -> None:
+        """Remember, where there is an entry; in the memory that is there."""
+        for p, t in zip(parameters, kept, strict=True):
+            if t is None:
+                continue
+            old = state[p].get(PREFIX + name)
+            if old is None:
+                state[p][PREFIX + name] = t.detach().to(p.dtype, copy=True)
+            else:
+                old.copy_(t)
+
+    def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
+        """Entries of zeros: distributed checkpoints load into what a step with gradients and lr of 0 leaves behind."""
+        self.room = True
+        for p in parameters:
+            if p.grad is not None:
+                for name in self.names:
+                    state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))
+
+    def clear_room(self, state: Any) -> None:
+        """Forget entries that no checkpoint has been loaded into."""
+        if self.room:
+            self.room = False
+            for entries in state.values():
+                for name in self.names:
+                    entries.pop(PREFIX + name, None)
+
+
+def apart(vectors: dict[str, Vector], grads: Sequence[Tensor | None]) -> dict[str, list[Tensor | None]]:
+    """What is to be remembered of the parameters that the base will see (to others a foreign key would keep the base
+    from initialising), with a copy where it is the gradient itself, which the base may change in place."""
+
+    def one(t: Tensor | None, g: Tensor | None) -> Tensor | None:
+        if t is None or g is None:
+            return None
+        return t.clone() if t is g else t
+
+    return {name: [one(t, g) for t, g in zip(v.materialised(), grads, strict=True)] for name, v in vectors.items()}

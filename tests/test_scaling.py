@@ -1,0 +1,172 @@
+"""GradScaler: both passes scaled, gradients unscaled before anything uses them, an overflow in either skips."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from tests.cases import Case, each_base, each_case, optimizer, same_bits, world
+
+SCALE = 1024.0
+
+
+def scaler(**options) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", **{"init_scale": SCALE, "growth_interval": 10_000} | options)
+
+
+@each_base
+@each_case
+def test_a_scaled_step_is_the_step(case: Case, base: str) -> None:
+    """The scale is a power of two: not a bit differs, whatever is sensitive to the scale of the loss."""
+    ours, theirs = world(), world()
+    a, b, s = optimizer(case, ours, base), optimizer(case, theirs, base), scaler()
+    a._parallel = b._parallel = False  # a scaled loss has no factors
+    for scaled, plain in zip(ours.batches(3), theirs.batches(3), strict=True):
+        loss = a.step(scaled, scaler=s)
+        s.update()
+        torch.testing.assert_close(loss, b.step(plain), rtol=0, atol=0)
+        assert same_bits(ours.weights(), theirs.weights())
+        assert a.telemetry.forwards == b.telemetry.forwards
+    assert s.get_scale() == SCALE
+
+
+@each_case
+def test_a_closure_that_scales_its_loss(case: Case) -> None:
+    if case.looks_inside:
+        return
+    ours, theirs = world(), world()
+    a, b, s = optimizer(case, ours), optimizer(case, theirs), scaler()
+
+    def closure():
+        a.zero_grad()
+        loss = ours.batch.losses().mean()
+        s.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        a.full = ours.full  # a batch of its own is scaled by the same scaler
+        a.step(closure, scaler=s)
+        s.update()
+        b.step(theirs.batch)
+    assert same_bits(ours.weights(), theirs.weights())
+
+
+class Overflows(nn.Module):
+    """Its output is infinite at chosen forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls, self.at = nn.Linear(5, 3), 0, ()
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) * (torch.inf if self.calls in self.at else 1.0)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("name", ["SAM", "USAM", "WSAM", "GSAM", "FisherSAM", "FSAM"])
+def test_an_overflow_in_either_pass_backs_off(name: str, at: int, check: bool) -> None:
+    torch.manual_seed(0)
+    model = Overflows()
+    opt = getattr(steppe, name)(torch.optim.AdamW(model.parameters(), lr=0.1), check_finite=check)
+    x, y, s = torch.randn(4, 5), torch.randint(3, (4,)), scaler()
+    batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y, scaler=s)
+    opt.step(batch)
+    s.update()
+    before, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(opt.state_dict())
+    model.at = (model.calls + at,)
+    opt.step(batch)
+    s.update()
+    assert same_bits(before, list(model.parameters()))
+    assert opt.telemetry.was_skipped
+    assert s.get_scale() == SCALE / 2
+    for p, kept in state["state"].items():
+        assert all(torch.equal(v, opt.state_dict()["state"][p][k]) for k, v in kept.items())
+    opt.step(batch)
+    s.update()
+    assert not opt.telemetry.was_skipped
+    assert not same_bits(before, list(model.parameters()))
+
+
+def test_float16_finds_its_scale_and_trains() -> None:
+    """From a scale that overflows at first: the gradients of float16 autocast, never zero and never infinite after."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    opt, s = (
+        steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05),
+        scaler(init_scale=2.0**24),
+    )
+    x, y = torch.randn(64, 16), torch.randint(4, (64,))
+
+    def loss(model, data):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none").float()
+
+    batch, losses = steppe.Batch(model, loss, (x, y), scaler=s), []
+    for _ in range(40):
+        losses.append(float(opt.step(batch)))
+        s.update()
+    assert 0 < opt.telemetry.skipped < 20
+    assert s.get_scale() < 2.0**24
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_bfloat16_parameters_with_a_scaler_and_a_disabled_one() -> None:
+    w, other = world(torch.bfloat16), world(torch.bfloat16)
+    a = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.5)
+    b = steppe.SAM(torch.optim.SGD(other.parameters(), lr=0.1), rho=0.5)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    a.step(w.batch, scaler=off)
+    b.step(other.batch)
+    off.update()
+    assert same_bits(w.weights(), other.weights())
+
+
+def test_a_forgotten_update_is_noticed() -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt.step(w.batch, scaler=s)
+    before = w.weights()
+    with pytest.raises(RuntimeError, match=r"call scaler\.update\(\) after every"):
+        opt.step(w.batch, scaler=s)
+    assert same_bits(before, w.weights())
+    s.update()
+    opt.step(w.batch, scaler=s)
+
+
+def test_what_is_no_scaler_and_another_one() -> None:
+    w = world(torch.float32)
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before = w.weights()
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler or None, got float"):
+        opt.step(w.batch, scaler=2.0)
+    with pytest.raises(TypeError, match="scaler must be"):
+        steppe.Batch.supervised(w.model, w.criterion, w.x, w.y, scaler="fp16")
+    with pytest.raises(ValueError, match="scaler must be the one of the batch"):
+        opt.step(w.batch.scaled_by(scaler()), scaler=scaler())
+    assert same_bits(before, w.weights())
+
+
+def test_copies_and_pickles_leave_the_scaler_behind() -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt.step(w.batch, scaler=s)
+    pickle.loads(pickle.dumps(opt))
+    model, other = copy.deepcopy((w.model, opt))
+    batch = steppe.Batch.supervised(model, w.criterion, w.x, w.y)
+    other.step(batch, scaler=scaler())
+
+
+def test_shared_passes_leave_a_scaled_loss_to_the_serial_loop(caplog) -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4)
+    with caplog.at_level("INFO", logger="steppe"):
+        opt.step(w.batch, scaler=s)
+    assert "the loss is scaled for float16" in caplog.text
+    s.update()
+    with pytest.raises(ValueError, match="the loss is scaled"):
+        steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4, parallel=True).step(w.batch, scaler=s)
