@@ -149,6 +149,13 @@ def test_what_cannot_be_done_is_refused_with_what_to_write(monkeypatch) -> None:
         Backward(accelerator, model, optimizer, loss)
 
 
+def test_without_it_no_second_pass_runs_and_that_is_said() -> None:
+    accelerator, model, optimizer, _ = prepared(METHODS["SAM"])
+    accelerator.backward(loss(model, batches(1)[0]))
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        optimizer.step()
+
+
 def test_methods_that_look_inside_the_batch_say_what_they_need() -> None:
     parts = prepared(lambda base: steppe.SAM(base, rho=0.1, m=4))
     with pytest.raises(TypeError, match=r"steppe\.Batch"):

@@ -265,6 +265,16 @@ def test_a_trainer_of_ones_own(tmp_path) -> None:
     assert trainer.seen == 16
 
 
+def test_without_it_no_second_pass_runs_and_that_is_said(tmp_path) -> None:
+    model = Model()
+    optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        Custom(model, arguments(tmp_path), train_dataset=Digits(64), optimizers=(optimizer, None)).train()
+    assert model.net.forwards == 4
+    with pytest.raises(TypeError, match="SharpnessAwareMixin must come before Trainer"):
+        type("Late", (transformers.Trainer, SharpnessAwareMixin), {})
+
+
 def test_what_cannot_be_done_is_refused_with_what_to_write(tmp_path, monkeypatch) -> None:
     with pytest.raises(TypeError, match=r"pass sharpness=lambda base: steppe\.SAM"):
         Sequential(Model(), arguments(tmp_path), train_dataset=Digits(64)).train()

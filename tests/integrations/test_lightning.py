@@ -244,6 +244,27 @@ def test_other_optimizers_are_left_alone(tmp_path) -> None:
     assert same(module.net, other)
 
 
+def test_the_mixin_comes_first() -> None:
+    with pytest.raises(TypeError, match="SharpnessAwareMixin must come before LightningModule"):
+        type("Late", (L.LightningModule, SharpnessAwareMixin), {})
+
+
+def test_without_the_mixin_float16_is_refused_with_what_to_write(tmp_path) -> None:
+    class Without(L.LightningModule):
+        training_step, loss = Module.training_step, Module.loss
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.random, self.accuracy = Net(), [], torchmetrics.classification.MulticlassAccuracy(10)
+
+        def configure_optimizers(self):
+            return METHODS["SAM"](sgd(self))
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(RuntimeError, match=r"scaler\.step\(optimizer\) knows one pass"):
+        trainer(tmp_path, plugins=[plugin]).fit(Without(), loader(batches(1)))
+
+
 def test_what_cannot_be_done_is_refused_with_what_to_write(tmp_path, monkeypatch) -> None:
     class Forgets(Module):
         def configure_callbacks(self):

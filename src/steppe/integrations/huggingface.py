@@ -38,7 +38,7 @@ class SharpnessAwareMixin(_Trainer):
             ``create_optimizer`` gives a steppe optimizer.
 
     Raises:
-        TypeError: in ``train``, there is no steppe optimizer.
+        TypeError: the mixin comes after ``Trainer``; in ``train``, there is no steppe optimizer.
         NotImplementedError: in ``train``, under DeepSpeed, FSDP, Megatron or XLA.
 
     Example:
@@ -46,6 +46,11 @@ class SharpnessAwareMixin(_Trainer):
         >>> trainer = SharpnessAwareTrainer(model, args, train_dataset=data, sharpness=sam)
         >>> trainer.train()
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.create_optimizer is Trainer.create_optimizer:
+            raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before Trainer")
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class SharpnessAwareMixin(_Module):
     Hooks around ``backward`` run in every pass. The micro-batches' inputs are held until the step.
 
     Raises:
+        TypeError: the mixin comes after ``LightningModule``.
         NotImplementedError: the strategy is neither a single device nor DDP, or ``training_step`` takes an iterator.
 
     Example:
@@ -51,6 +52,11 @@ class SharpnessAwareMixin(_Module):
 
     further_pass = False  #: whether ``training_step`` is run again, away from ``w``
     _kept: _Kept | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.optimizer_step is LightningModule.optimizer_step:
+            raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before LightningModule")
 
     def configure_callbacks(self) -> Any:
         """The module's own callbacks and the one that keeps the micro-batches."""
@@ -221,7 +227,7 @@ def _run_closure_first(optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tup
 
 
 def _kept_by(metric: Metric) -> set[str]:
-    return {*metric.metric_state, "_update_count", "_computed"}
+    return {*metric.metric_state, "_update_count", "_computed", "_forward_cache"}
 
 
 def _copy(value: Any) -> Any:
