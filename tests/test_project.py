@@ -11,6 +11,7 @@ import pytest
 import steppe
 
 EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib")
+EXTRAS += ("accelerate", "transformers", "lightning")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 

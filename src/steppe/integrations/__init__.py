@@ -1,0 +1,1 @@
+"""One file a framework: what runs both passes where the framework calls ``step()`` by itself."""

@@ -1,0 +1,102 @@
+"""Hugging Face Trainer: both passes inside ``training_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from steppe.integrations.accelerate import backward, sharpness_aware
+from steppe.optimizer import SharpnessAware
+
+LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
+
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object  # a mixin: the user's class brings the Trainer
+
+
+class SharpnessAwareMixin(_Trainer):
+    """Makes any ``Trainer`` sharpness-aware: ``class MyTrainer(SharpnessAwareMixin, Trainer)``.
+
+    The Trainer calls ``optimizer.step()`` without a closure. So its ``training_step`` keeps the micro-batches of an
+    update, and at the last one runs all of them, as often as the method needs, each by the Trainer's own
+    ``training_step``: ``compute_loss``, label smoothing, ``num_items_in_batch``, autocast and DDP are as ever. Then
+    ``p.grad`` is what the base optimizer will see: ``max_grad_norm`` clips that, once, and ``grad_norm`` is its norm.
+    The update's micro-batches are held in the collator's form, on the CPU as a rule.
+
+    Training logs gain the telemetry of the last step as ``sharpness_gap``, ``sharpness_eps_norm`` and so on.
+
+    Args:
+        sharpness: makes the sharpness-aware optimizer of the Trainer's own. Not needed where ``optimizers=`` or
+            ``create_optimizer`` gives a steppe optimizer.
+
+    Raises:
+        TypeError: the mixin comes after ``Trainer``; in ``train``, there is no steppe optimizer.
+        NotImplementedError: in ``train``, under DeepSpeed, FSDP, Megatron or XLA.
+
+    Example:
+        >>> sam = lambda base: steppe.SAM(base, rho=0.05)
+        >>> trainer = SharpnessAwareTrainer(model, args, train_dataset=data, sharpness=sam)
+        >>> trainer.train()
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.create_optimizer is Trainer.create_optimizer:
+            raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before Trainer")
+
+    def __init__(
+        self,
+        *args: Any,
+        sharpness: Callable[[torch.optim.Optimizer], SharpnessAware] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._sharpness = sharpness
+        self._kept: list[Callable[[], Tensor]] = []
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer, made sharpness-aware by ``sharpness`` unless it is so already."""
+        self._kept = []  # of an update that an earlier training left unfinished
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not isinstance(getattr(optimizer, "optimizer", optimizer), SharpnessAware):
+            if self._sharpness is None:
+                raise TypeError(
+                    "the Trainer has no steppe optimizer: pass sharpness=lambda base: steppe.SAM(base, rho=0.05), or "
+                    f"optimizers=(steppe.SAM(base), scheduler); its optimizer is {type(optimizer).__name__}"
+                )
+            self.optimizer = self._sharpness(optimizer)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the micro-batch; at the last of an update run all passes over all of them.
+
+        Returns:
+            The update's loss at ``w`` at its last micro-batch, 0 before.
+        """
+        optimizer = sharpness_aware(self.accelerator, self.optimizer)
+        self._kept.append(partial(super().training_step, model, *args, **kwargs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        passes, self._kept = self._kept, []
+        loss: Tensor = backward(self.accelerator, model, optimizer, passes)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the telemetry of the last step to what training logs."""
+        if "loss" in logs:
+            telemetry = sharpness_aware(self.accelerator, self.optimizer).telemetry
+            seen = {name: getattr(telemetry, name) for name in LOGGED}
+            logs |= {f"sharpness_{name}": float(value) for name, value in seen.items() if value is not None}
+        super().log(logs, *args, **kwargs)
+
+
+class SharpnessAwareTrainer(SharpnessAwareMixin, Trainer):
+    """``transformers.Trainer`` with ``sharpness=``: see :class:`SharpnessAwareMixin`."""

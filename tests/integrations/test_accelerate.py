@@ -1,0 +1,162 @@
+"""accelerate agrees with the plain loop bit for bit, and both passes really run."""
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, plain_loop, same
+
+accelerate = pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+
+from steppe.integrations.accelerate import Backward  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _new_state():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def prepared(make, k=1, precision="no", model=None):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=k, mixed_precision=precision)
+    model = Net() if model is None else model
+    wrapped, optimizer = accelerator.prepare(model, make(sgd(model)))
+    return accelerator, wrapped, optimizer, Backward(accelerator, wrapped, optimizer, loss)
+
+
+def train(parts, data, clip=None, scheduler=None):
+    """accelerate's own loop, with ``backward(batch)`` where the three lines were."""
+    accelerator, model, optimizer, backward = parts
+    losses = []
+    for batch in data:
+        with accelerator.accumulate(model):
+            losses.append(backward(batch))
+            if accelerator.sync_gradients and clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [float(value) for value in losses if value is not None]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_the_plain_loop(name: str, k: int) -> None:
+    data = batches(4 * k)
+    parts = prepared(METHODS[name], k)
+    model = parts[0].unwrap_model(parts[1])
+    torch.manual_seed(0)
+    losses = train(parts, data, clip=0.5)
+    other = Net()
+    torch.manual_seed(0)
+    assert losses == plain_loop(other, METHODS[name](sgd(other)), grouped(data, k), clip=0.5)
+    assert same(model, other)
+    assert model.forwards == other.forwards == PASSES[name] * 4 * k
+
+
+def test_bfloat16() -> None:
+    data = batches(6)
+    parts = prepared(METHODS["SAM"], 2, "bf16")
+    torch.manual_seed(0)
+    losses = train(parts, data)
+    other = Net()
+    torch.manual_seed(0)
+    assert losses == plain_loop(other, METHODS["SAM"](sgd(other)), grouped(data, 2), autocast=torch.bfloat16)
+    assert same(parts[0].unwrap_model(parts[1]), other)
+
+
+def float16(accelerator, init_scale):
+    """accelerate refuses float16 on a CPU, where torch has both autocast and scaler: what it sets on a GPU."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    return accelerator
+
+
+@pytest.mark.parametrize("init_scale", [2.0**8, 2.0**20], ids=["fits", "overflows"])
+def test_float16(init_scale: float) -> None:
+    data, make = batches(16), METHODS["USAM"]
+    accelerator = float16(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), init_scale)
+    model, other = Net(), Net()
+    wrapped, optimizer = accelerator.prepare(model, make(sgd(model)))
+    torch.manual_seed(0)
+    train((accelerator, wrapped, optimizer, Backward(accelerator, wrapped, optimizer, loss)), data, clip=0.5)
+    torch.manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    reference = make(sgd(other))
+    plain_loop(other, reference, grouped(data, 2), clip=0.5, autocast=torch.float16, scaler=scaler)
+    assert same(model, other)
+    assert accelerator.scaler.state_dict() == scaler.state_dict()
+    telemetry = optimizer.optimizer.telemetry
+    assert (telemetry.steps, telemetry.skipped) == (reference.telemetry.steps, reference.telemetry.skipped)
+    assert (telemetry.skipped > 0) == (init_scale == 2.0**20)
+
+
+def test_step_with_a_closure_needs_no_backward() -> None:
+    accelerator, model, optimizer, _ = prepared(METHODS["SAM"])
+    data = batches(3)
+    torch.manual_seed(0)
+    for x, y in data:
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            value = nn.functional.cross_entropy(model(x), y)
+            accelerator.backward(value)
+            return value
+
+        optimizer.step(closure)
+    other = Net()
+    torch.manual_seed(0)
+    plain_loop(other, METHODS["SAM"](sgd(other)), grouped(data, 1))
+    assert same(accelerator.unwrap_model(model), other)
+
+
+def test_saved_state_resumes_bit_for_bit(tmp_path) -> None:
+    data = batches(8)
+    whole = prepared(METHODS["FSAM"], 2)
+    torch.manual_seed(0)
+    train(whole, data[:4])
+    whole[0].save_state(tmp_path)
+    train(whole, data[4:])
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    again = prepared(METHODS["FSAM"], 2)
+    again[0].load_state(tmp_path)
+    train(again, data[4:])
+    assert same(whole[0].unwrap_model(whole[1]), again[0].unwrap_model(again[1]))
+
+
+def test_what_cannot_be_done_is_refused_with_what_to_write(monkeypatch) -> None:
+    accelerator, model, optimizer, _ = prepared(METHODS["SAM"])
+    with pytest.raises(TypeError, match=r"accelerator\.prepare\(steppe\.SAM\(base\)\)"):
+        Backward(accelerator, model, optimizer.optimizer, loss)
+    with pytest.raises(TypeError, match="steppe optimizer"):
+        Backward(accelerator, model, accelerator.prepare(sgd(model)), loss)
+    monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match=r"DEEPSPEED.*optimizer\.step\(closure\)"):
+        Backward(accelerator, model, optimizer, loss)
+
+
+def test_without_it_no_second_pass_runs_and_that_is_said() -> None:
+    accelerator, model, optimizer, _ = prepared(METHODS["SAM"])
+    accelerator.backward(loss(model, batches(1)[0]))
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        optimizer.step()
+
+
+def test_methods_that_look_inside_the_batch_say_what_they_need() -> None:
+    parts = prepared(lambda base: steppe.SAM(base, rho=0.1, m=4))
+    with pytest.raises(TypeError, match=r"steppe\.Batch"):
+        train(parts, batches(1))

@@ -1,0 +1,66 @@
+"""The pages' code blocks and the examples run, as they stand, against the installed releases."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+pytest.importorskip("lightning")
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+STACKS = ("plain-loop", "accelerate", "huggingface", "lightning")
+PAGES = [ROOT / "docs" / "stacks" / f"{stack}.md" for stack in STACKS]
+
+pytestmark = pytest.mark.filterwarnings(  # Lightning's own
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec.*", "ignore:.*smaller than the logging interval"
+)
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_code_on_the_page_runs(page: Path) -> None:
+    names: dict[str, object] = {}
+    assert blocks(page)
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_every_stack_has_an_example() -> None:
+    assert {e.stem.removesuffix("_digits").replace("_", "-") for e in EXAMPLES} == set(STACKS)
+
+
+def test_the_table_of_costs_is_that_of_the_record() -> None:
+    from benchmarks.stacks import with_table
+
+    text = (ROOT / "docs" / "stacks" / "README.md").read_text()
+    assert with_table(text) == text
+    assert text.count("ratio: median") == 1
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
+def test_the_example_learns(example: Path, capsys) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    out = capsys.readouterr().out
+    assert float(re.search(r"test accuracy (0\.\d+)", out)[1]) > 0.8
+    if "forwards for" in out:
+        forwards, batches = map(int, re.search(r"(\d+) forwards for (\d+) micro-batches", out).groups())
+        assert forwards == 2 * batches
+    if "resumed" in out:
+        assert "resumed bit for bit: True" in out
