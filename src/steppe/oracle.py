@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steppe.batch import Batch
 from steppe.passes import Passes
 from steppe.point import Point, Rho, Seen
-from steppe.vector import TINY, Vector, shift_
+from steppe.vector import TINY, Vector, copy_, shift_
 
 Closure = Callable[[], Tensor | float]
 
@@ -112,7 +112,7 @@ class Oracle:
                 yield
             finally:
                 if moved:
-                    torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                    copy_(moved, saved[: len(moved)])
 
     @property
     def is_whole(self) -> bool:

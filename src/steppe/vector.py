@@ -36,6 +36,15 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
         w.add_(wide(t), alpha=c)
 
 
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy in place; in one call, so that no interrupt comes half way, except for sharded tensors, which have none."""
+    if any(hasattr(t, "full_tensor") for t in targets):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    else:
+        torch._foreach_copy_(targets, sources)
+
+
 @dataclass(frozen=True, eq=False)
 class Vector:
     """``scale * tensors``, one entry a parameter; ``None`` is a parameter that takes no part and counts as zero.
