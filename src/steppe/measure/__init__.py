@@ -1,6 +1,10 @@
-"""Curvature, sharpness and gradient noise of a model's loss on data."""
+"""Curvature, sharpness, gradient noise and landscape of a model's loss on data."""
 
+from steppe.measure.ball import AverageCase, Sharpness, WorstCase, published
 from steppe.measure.density import Density, spectral_density
+from steppe.measure.landscape import Line, Plane, filter_normalised, line, plane, towards
+from steppe.measure.minimum import Minimum, minimum
+from steppe.measure.noise import GradientNoise, alignment, gradient_noise
 from steppe.measure.operator import EmpiricalFisher, GaussNewton, GradientCovariance, Hessian, Operator
 from steppe.measure.problem import Problem
 from steppe.measure.product import CentralDifference, DoubleBackward
@@ -8,6 +12,7 @@ from steppe.measure.spectrum import Eigenpairs, NotConverged, eigenpairs, power_
 from steppe.measure.trace import Estimate, hutch_pp, hutchinson
 
 __all__ = [
+    "AverageCase",
     "CentralDifference",
     "Density",
     "DoubleBackward",
@@ -16,13 +21,27 @@ __all__ = [
     "Estimate",
     "GaussNewton",
     "GradientCovariance",
+    "GradientNoise",
     "Hessian",
+    "Line",
+    "Minimum",
     "NotConverged",
     "Operator",
+    "Plane",
     "Problem",
+    "Sharpness",
+    "WorstCase",
+    "alignment",
     "eigenpairs",
+    "filter_normalised",
+    "gradient_noise",
     "hutch_pp",
     "hutchinson",
+    "line",
+    "minimum",
+    "plane",
     "power_iteration",
+    "published",
     "spectral_density",
+    "towards",
 ]

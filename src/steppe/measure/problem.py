@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe import check
-from steppe.batch import Batch, Data, Loss, _map
+from steppe.batch import Batch, Data, Loss, mapped
 from steppe.measure.standin import StandIns
 from steppe.oracle import Closure, Oracle
 from steppe.point import Point, Rho
@@ -150,15 +151,43 @@ class Problem:
             )
         return Oracle(closure or self._closure, self.point, modules=self.model.modules)
 
+    def mean_loss(self, f: Oracle) -> float:
+        """The mean loss where ``f`` stands, a forward pass; inside :meth:`untouched` and ``f.at`` or ``f.away``."""
+        with f.passing(), torch.no_grad():
+            return math.fsum(float(batch.losses().double().sum()) for batch in self.batches()) / self.n
+
     def split(self, m: int) -> Iterator[Self]:
         """Problems of ``m`` examples in order, batch by batch; the last of a batch has what remains."""
         check.positive_integer("m", m)
+        for batch in self._kept():
+            for part in batch.split(m):
+                yield self._on([part])
+
+    def first(self, count: int) -> Self:
+        """The problem of the first ``count`` examples, or of all there are."""
+        check.positive_integer("count", count)
+        chosen, left = [], count
+        for batch in self._kept():
+            chosen += batch.split(left)[:1]
+            left -= len(chosen[-1])
+            if not left:
+                break
+        return self._on(chosen)
+
+    def in_mode(self, mode: Mode) -> Self:
+        """The same problem in another mode."""
+        other = copy(self)
+        other.mode = mode
+        return other
+
+    def _kept(self) -> list[Batch]:
         with self.untouched():
-            parts = [part.data for batch in self.batches() for part in batch.split(m)]
-        for data in parts:
-            part = copy(self)
-            part.data, part.n = [data], len(self._batch(data))
-            yield part
+            return list(self.batches())
+
+    def _on(self, batches: list[Batch]) -> Self:
+        part = copy(self)
+        part.data, part.n = [batch.data for batch in batches], sum(map(len, batches))
+        return part
 
     def _closure(self) -> Tensor:
         """Zero, forward and backward over all batches; the mean loss."""
@@ -172,9 +201,9 @@ class Problem:
 
     def _batch(self, data: Data) -> Batch:
         if self._device is not None:
-            data = _map(lambda t: t.to(self._device), data)
+            data = mapped(lambda t: t.to(self._device), data)
         if self._wide is not None:
-            data = _map(lambda t: wide(t) if t.dtype in LOW else t, data)
+            data = mapped(lambda t: wide(t) if t.dtype in LOW else t, data)
         if isinstance(self.loss, nn.Module):
             if not isinstance(data, tuple | list) or len(data) != 2:
                 raise ValueError("data must be (inputs, targets) where loss is a criterion module; else pass a function")

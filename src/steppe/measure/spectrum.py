@@ -16,6 +16,7 @@ from steppe.measure.operator import Symmetric
 from steppe.measure.vectors import gaussian, unit
 from steppe.vector import Vector
 
+ROUNDING = 1e-6  # of the largest absolute eigenvalue: a residual that small is as good as 0
 Which = Literal["largest", "smallest", "magnitude"]
 
 
@@ -94,8 +95,8 @@ def eigenpairs(
         A: an operator.
         k: how many.
         which: ``"largest"`` (algebraically), ``"smallest"`` (most negative), or ``"magnitude"``.
-        tol: the residuals' size relative to the largest absolute eigenvalue found; the error of an eigenvalue is of
-            the order of its residual squared over the gap to the next.
+        tol: each residual relative to its own eigenvalue; the error of an eigenvalue is of the order of its residual
+            squared over the gap to the next. An end of the spectrum near 0 takes many products.
         most: products at most; beyond, the result is not converged and a :class:`NotConverged` warning says so.
         seed: of the Gaussian start.
         start: where to start instead, such as the eigenvector on a part of the data.
@@ -118,7 +119,8 @@ def eigenpairs(
     for space in islice(lanczos(A, gaussian(A.like, generator) if start is None else start, generator), most):
         values, S, residuals = space.ritz()
         chosen = _end(values, which)[:k]
-        converged = len(chosen) == k and bool((residuals[chosen] <= tol * values.abs().max()).all())
+        enough = tol * values[chosen].abs() + ROUNDING * values.abs().max()
+        converged = len(chosen) == k and bool((residuals[chosen] <= enough).all())
         if converged:
             break
     found = tuple(values[chosen].tolist())

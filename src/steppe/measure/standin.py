@@ -39,6 +39,21 @@ class StandIns:
         return f_wide
 
 
+def pure(
+    model: nn.Module, f: Callable[[nn.Module, Data], Tensor], parameters: Sequence[Tensor]
+) -> Callable[[list[Tensor], Data], Tensor]:
+    """``(w, data) -> sum of f(model, data)`` at ``w`` in place of the parameters: for function transforms."""
+    holder = _Holder(model, f)
+    names = {id(p): name for name, p in holder.named_parameters()}
+
+    def f_of_w(w: list[Tensor], data: Data) -> Tensor:
+        state = {names[id(p)]: t for p, t in zip(parameters, w, strict=True)}
+        found: Tensor = functional_call(holder, state, (data,))
+        return found.sum()
+
+    return f_of_w
+
+
 class _Holder(nn.Module):
     """``functional_call`` calls a module: this one is any function of a model and data."""
 

@@ -24,6 +24,11 @@ def rademacher(like: Sequence[Tensor], generator: torch.Generator) -> Vector:
     return Vector([_drawn(p, draw) for p in like])
 
 
+def uniform(like: Sequence[Tensor], generator: torch.Generator) -> Vector:
+    """``z`` uniform in the cube ``[-1, 1]^d``."""
+    return Vector([_drawn(p, lambda shape: torch.rand(shape, generator=generator) * 2 - 1) for p in like])
+
+
 def _drawn(p: Tensor, draw: Callable[[torch.Size], Tensor]) -> Tensor:
     """Drawn on the CPU, whole, so that devices, ranks and types see the same numbers."""
     t = draw(p.shape).to(p.device, wide(p.new_empty(0)).dtype)
