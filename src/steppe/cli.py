@@ -1,4 +1,4 @@
-"""The command line; `steppe compare` and `steppe report` live in the laboratory."""
+"""The command line; `steppe compare`, `steppe measure` and `steppe report` live in the laboratory."""
 
 import sys
 from importlib.util import find_spec

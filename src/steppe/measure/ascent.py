@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from steppe.geometry import Adaptive, Euclidean, Everything
 from steppe.measure.problem import Problem
@@ -103,7 +102,9 @@ def auto_pgd(surface: Surface, start: Vector | None, rho: float, steps: int) -> 
     for k in range(1, steps + 1):
         here = 0.0 * g if u is None else u
         z = ball.project(here + step * ball.steepest(surface.f, g), rho)
-        onward = z if before is None else ball.project(here + MOMENTUM * (z - here) + (1 - MOMENTUM) * (here - before), rho)
+        onward = (
+            z if before is None else ball.project(here + MOMENTUM * (z - here) + (1 - MOMENTUM) * (here - before), rho)
+        )
         before, u = here, onward
         old, (loss, g) = loss, surface.climb(u)
         yield loss
@@ -121,6 +122,6 @@ def checkpoints(steps: int) -> set[int]:
     """Auto-PGD's: ``ceil(p_j steps)``, ``p_0 = 0``, ``p_1 = 0.22``, each interval 0.03 shorter than the last, from 0.06."""
     p, marks = [0.0, 0.22], set()
     while p[-1] <= 1:
-        marks.add(math.ceil(p[-1] * steps))
+        marks.add(math.ceil(p[-1] * steps - 1e-9))  # 0.57 * 100 is above 57
         p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
     return marks

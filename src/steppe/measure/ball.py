@@ -148,9 +148,7 @@ def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
     return measure(problem.first(PUBLISHED_EXAMPLES).in_mode("eval"))
 
 
-def _over_subsets(
-    problem: Problem, m: int | None, ball: Ball, rises_of: Callable[[Surface], list[float]]
-) -> Sharpness:
+def _over_subsets(problem: Problem, m: int | None, ball: Ball, rises_of: Callable[[Surface], list[float]]) -> Sharpness:
     rises: list[float] = []
     total, passes = 0.0, 0
     for part in [problem] if m is None else problem.split(m):

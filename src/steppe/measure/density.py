@@ -81,5 +81,7 @@ def spectral_density(A: Symmetric, probes: int = 8, steps: int = 40, tol: float 
         residual = max(residual, float(residuals[[0, -1]].max() / values.abs().max()))
         products += len(space.alpha)
     if residual > tol:
-        warnings.warn(f"not converged: ends of the spectral density, residual {residual:.2g}", NotConverged, stacklevel=2)
+        warnings.warn(
+            f"not converged: ends of the spectral density, residual {residual:.2g}", NotConverged, stacklevel=2
+        )
     return Density(tuple(nodes), tuple(weights), residual, residual <= tol, products)

@@ -45,7 +45,8 @@ def filter_normalised(problem: Problem, seed: int = 0) -> Vector:
 def _scaled(d: Tensor, w: Tensor) -> Tensor:
     dims = tuple(range(1, w.dim()))
     norm = [torch.linalg.vector_norm(wide(t), dim=dims, keepdim=True) for t in (w, d)]
-    return d * (norm[0] / (norm[1] + TINY))
+    scaled: Tensor = d * (norm[0] / (norm[1] + TINY))
+    return scaled
 
 
 def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector:

@@ -113,7 +113,9 @@ def _one_by_one(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
 
 
 def _mixed(why: str) -> ValueError:
-    return ValueError(f"the gradients of single examples are not defined, because examples influence one another: {why}")
+    return ValueError(
+        f"the gradients of single examples are not defined, because examples influence one another: {why}"
+    )
 
 
 def alignment(A: Symmetric, B: Symmetric, tol: float = 0.02, most: int = 200, seed: int = 0) -> Estimate:
@@ -135,7 +137,8 @@ def alignment(A: Symmetric, B: Symmetric, tol: float = 0.02, most: int = 200, se
     """
     check.number("tol", tol, "a number > 0", low=1e-30)
     check.number("most", most, f"at least {LEAST}", low=LEAST)
-    generator, rows = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[float]] = []
     while len(rows) < most:
         z = rademacher(A.like, generator)
         a, b = A @ z, B @ z

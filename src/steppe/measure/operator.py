@@ -36,12 +36,22 @@ class Operator:
         problem: model, loss and data.
         term: ``(problem, product, v)`` to the function that says what a batch adds.
         product: :class:`DoubleBackward`, or :class:`CentralDifference` where that does not work.
+
+    Raises:
+        TypeError: the model is compiled or sharded, and ``product`` is not :class:`CentralDifference`.
     """
 
     def __init__(
         self, problem: Problem, term: Callable[[Problem, Product, Vector], Term], product: Product | None = None
     ) -> None:
         self.problem, self.term, self.product = problem, term, product or DoubleBackward()
+        compiled = any(hasattr(module, "_orig_mod") for module in problem.model.modules())
+        sharded = any(hasattr(p, "device_mesh") for p in problem.parameters)
+        if isinstance(self.product, DoubleBackward) and (compiled or sharded):
+            raise TypeError(
+                f"a {'compiled' if compiled else 'sharded'} model cannot be differentiated twice: "
+                "pass product=CentralDifference()"
+            )
 
     @cached_property
     def like(self) -> Sequence[Tensor]:

@@ -46,7 +46,7 @@ def _contours(figure: Figure, plane: Plane, x: str, y: str) -> None:
     axes.plot(0, 0, "+", color="white", markersize=10)
     bar = figure.colorbar(drawn, ax=axes, label="loss")
     ticks = levels[:: max(1, len(levels) // 5)]
-    bar.set_ticks(ticks, labels=[f"{t:.3g}" for t in ticks])
+    bar.set_ticks(ticks.tolist(), labels=[f"{t:.3g}" for t in ticks])
 
 
 def traces(what: Named | Plane, x: str = "t", y: str = "loss") -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -57,7 +57,14 @@ def traces(what: Named | Plane, x: str = "t", y: str = "loss") -> tuple[list[dic
         text = {"x": x, "y": y}
         hover = "%{x:.3g}, %{y:.3g}<br>loss %{z:.4g}<extra></extra>"
         scene = {f"{axis}axis": {"title": {"text": name}} for axis, name in text.items()}
-        surface = {"type": "surface", "x": what.x, "y": what.y, "z": loss, "hovertemplate": hover, "colorscale": "Viridis"}
+        surface = {
+            "type": "surface",
+            "x": what.x,
+            "y": what.y,
+            "z": loss,
+            "hovertemplate": hover,
+            "colorscale": "Viridis",
+        }
         return [surface], {"scene": scene | {"zaxis": {"title": {"text": "loss"}}}}
     data = [
         {"type": "scatter", "mode": "lines", "name": name, "x": each.t, "y": [_finite(v) for v in each.loss]}

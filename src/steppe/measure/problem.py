@@ -206,8 +206,10 @@ class Problem:
             data = mapped(lambda t: wide(t) if t.dtype in LOW else t, data)
         if isinstance(self.loss, nn.Module):
             if not isinstance(data, tuple | list) or len(data) != 2:
-                raise ValueError("data must be (inputs, targets) where loss is a criterion module; else pass a function")
-            batch = Batch.supervised(self.model, self.loss, *data)
+                raise ValueError(
+                    "data must be (inputs, targets) where loss is a criterion module; else pass a function"
+                )
+            batch = Batch.supervised(self.model, self.loss, data[0], data[1])
         else:
             batch = Batch(self.model, self.loss, data)
         if self._wide is not None:

@@ -35,7 +35,7 @@ def _drawn(p: Tensor, draw: Callable[[torch.Size], Tensor]) -> Tensor:
     if hasattr(p, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(t, p.device_mesh, p.placements)
+        return distribute_tensor(t, p.device_mesh, p.placements)  # type: ignore[attr-defined]
     return t
 
 
