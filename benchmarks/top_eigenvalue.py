@@ -1,8 +1,8 @@
 """The largest Hessian eigenvalue of an 11 M-parameter ResNet-18 on 1,000 real images: how long, how exact?
 
 ``python -m benchmarks.top_eigenvalue --out benchmarks/records/top_eigenvalue_cpu.json`` trains for a moment on the
-first 1,000 images of Fashion-MNIST, finds the top eigenvector on the first 100 of them, starts Lanczos on all 1,000 from it,
-and goes on until the residual is far below what is asked: each estimate on the way is compared with the last.
+first 1,000 images of Fashion-MNIST, finds the top eigenvector on the first 100 of them, starts Lanczos on all 1,000
+from it, and goes on until the residual is far below what is asked: each estimate on the way is compared with the last.
 Seconds are the wall's and the processor's (all threads together); on an idle machine the wall's are the latter over
 the threads, about.
 """

@@ -15,7 +15,7 @@ def test_the_row_of_a_minimum():
     row = minimum(model, CRITERION, batches(xy, 5, 16, 2), sharpness=WorstCase(0.1, m=8))
     H, V = dense("Hessian", model, xy), dense("GradientCovariance", model, xy)
     assert row.n == 23
-    assert row.loss == pytest.approx(float(losses(model, xy).mean()))
+    assert row.loss == pytest.approx(losses(model, xy).mean().item())
     assert row.error == pytest.approx(float((model(xy[0]).argmax(1) != xy[1]).double().mean()))
     assert row.top == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-4)
     assert abs(row.trace - float(H.trace())) < 3.5 * row.trace_error

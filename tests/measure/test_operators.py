@@ -231,3 +231,11 @@ def test_weights_come_back_bit_for_bit_when_a_pass_raises():
     after = everything(model)
     assert all(a is b or torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1] == after[1]
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_both_products_agree_in_training_mode(kind):
+    whole = Problem(awkward(), CRITERION, batches(data(22), 11, 11), mode="train")
+    exact, differences = OPERATORS[kind](whole), OPERATORS[kind](whole, CentralDifference())
+    v = probe(exact)
+    assert (exact @ v - differences @ v).norm() < 1e-6 * (exact @ v).norm()

@@ -119,7 +119,7 @@ def auto_pgd(surface: Surface, start: Vector | None, rho: float, steps: int) -> 
 
 
 def checkpoints(steps: int) -> set[int]:
-    """Auto-PGD's: ``ceil(p_j steps)``, ``p_0 = 0``, ``p_1 = 0.22``, each interval 0.03 shorter than the last, from 0.06."""
+    """``ceil(p_j steps)``, ``p_0 = 0``, ``p_1 = 0.22``, then intervals that shrink by 0.03 down to 0.06."""
     p, marks = [0.0, 0.22], set()
     while p[-1] <= 1:
         marks.add(math.ceil(p[-1] * steps - 1e-9))  # 0.57 * 100 is above 57

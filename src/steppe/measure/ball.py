@@ -138,8 +138,8 @@ def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
 
     The first 1,024 training examples in subsets of ``m = 128``, normalisation in evaluation mode, 20 steps of Auto-PGD
     from ``w`` with a first step of 2 rho, or 20 draws: these are the measures' defaults, and this function sees to
-    examples and mode. Two things differ: the authors' adaptive l2 step goes along ``abs(w) * g / norm(g)`` where ours is
-    the steepest, and their option to normalise logits is left to the model. Their radii for ResNets are 0.05 to 0.4
+    examples and mode. Two things differ: the authors' adaptive l2 step goes along ``abs(w) * g / norm(g)`` where ours
+    is the steepest, and their option to normalise logits is left to the model. Their radii for ResNets are 0.05 to 0.4
     (average, l2), 0.1 to 0.8 (average, linf), 0.25 to 2 (worst, l2) and 5e-4 to 8e-3 (worst, linf).
 
     Example:

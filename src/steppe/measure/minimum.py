@@ -81,7 +81,7 @@ def minimum(
         ValueError: see :class:`Problem` and :func:`gradient_noise`.
 
     Example:
-        >>> row = steppe.measure.minimum(model, nn.CrossEntropyLoss(reduction="none"), (inputs, targets))
+        >>> row = measure.minimum(model, nn.CrossEntropyLoss(reduction="none"), (inputs, targets))
         >>> print(f"loss {row.loss:.3f}, top eigenvalue {row.top:.2f}, tr H {row.trace:.1f} +- {row.trace_error:.1f}")
     """
     problem = Problem(model, loss, data, batch_size=batch_size)

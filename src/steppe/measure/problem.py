@@ -101,11 +101,18 @@ class Problem:
             with frozen_statistics(self.model.modules()), torch.enable_grad():
                 yield
         finally:
+            self.reshard()
             for module, training in modes:
                 module.training = training
             for p, g in gradients:
                 p.grad = g
             before.restore()
+
+    def reshard(self) -> None:
+        """After a forward without a backward FSDP2 keeps whole weights, which would not follow the next move."""
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def batches(self) -> Iterator[Batch]:
         """Stream the data; inside :meth:`untouched`."""
@@ -135,7 +142,7 @@ class Problem:
 
     def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
         """Every example's loss from the model's outputs, shape ``(n,)``, where the loss is a criterion module."""
-        losses: Tensor = self.loss(outputs, batch.data[1])
+        losses: Tensor = self.loss(outputs, batch.data[1])  # type: ignore[arg-type] # a criterion here
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
     def oracle(self, closure: Closure | None = None) -> Oracle:
@@ -154,7 +161,9 @@ class Problem:
     def mean_loss(self, f: Oracle) -> float:
         """The mean loss where ``f`` stands, a forward pass; inside :meth:`untouched` and ``f.at`` or ``f.away``."""
         with f.passing(), torch.no_grad():
-            return math.fsum(float(batch.losses().double().sum()) for batch in self.batches()) / self.n
+            total = math.fsum(float(batch.losses().double().sum()) for batch in self.batches())
+        self.reshard()
+        return total / self.n
 
     def split(self, m: int) -> Iterator[Self]:
         """Problems of ``m`` examples in order, batch by batch; the last of a batch has what remains."""

@@ -109,6 +109,7 @@ class CentralDifference:
         for eps in (h * v, -h * v):
             with oracle.at(eps), oracle.passing(), torch.no_grad():
                 seen.append(f())
+            problem.reshard()
         Jv = (seen[0] - seen[1]) / (2 * h)
 
         def against() -> Tensor:
