@@ -111,8 +111,9 @@ class Problem:
     def reshard(self) -> None:
         """After a forward without a backward FSDP2 keeps whole weights, which would not follow the next move."""
         for module in self.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
 
     def batches(self) -> Iterator[Batch]:
         """Stream the data; inside :meth:`untouched`."""

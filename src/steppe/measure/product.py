@@ -105,20 +105,19 @@ class CentralDifference:
 
     def gauss_newton(self, problem: Problem, f: Callable[[], Tensor], B: Curvature, v: Vector) -> Vector:
         """``J^T B(f) J v`` of ``f`` of any shape."""
-        oracle, h, seen = _oracle(problem, f), self.h(problem, v), []
+        seen: list[Tensor] = []
+
+        def against() -> Tensor:
+            z = f()
+            return (z * B(z.detach(), (seen[0] - seen[1]) / (2 * h))).sum()
+
+        oracle, h = _oracle(problem, against), self.h(problem, v)  # one oracle: the same dropout in all three passes
         for eps in (h * v, -h * v):
             with oracle.at(eps), oracle.passing(), torch.no_grad():
                 seen.append(f())
             problem.reshard()
-        Jv = (seen[0] - seen[1]) / (2 * h)
-
-        def against() -> Tensor:
-            z = f()
-            return (z * B(z.detach(), Jv)).sum()
-
-        back = _oracle(problem, against)
-        with back.away():
-            return back.grad()
+        with oracle.away():
+            return oracle.grad()
 
     def h(self, problem: Problem, v: Vector) -> float:
         """The step, so that ``norm(h v)`` is the wanted length (where ``w`` is 0, as if its norm were 1)."""
