@@ -123,12 +123,12 @@ class Batch:
 
     def subset(self, on: Tensor) -> Batch:
         """The batch of the examples with the indices ``on``, shape ``(k,)``."""
-        return self._with(_map(lambda t: t[on.to(t.device)], self.data))
+        return self._with(mapped(lambda t: t[on.to(t.device)], self.data))
 
     def split(self, m: int) -> list[Batch]:
         """Micro-batches of ``m`` examples in order; the last has what remains."""
         parts = [slice(i, i + m) for i in range(0, len(self), m)]
-        return [self._with(_map(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
+        return [self._with(mapped(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
 
     def _with(self, data: Data) -> Self:
         other = copy(self)
@@ -234,26 +234,27 @@ class _Supervised:
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
-def _map(f: Callable[[Tensor], Tensor], data: Data) -> Data:
+def mapped(f: Callable[[Tensor], Tensor], data: Data) -> Data:
+    """Nested data with ``f`` of every tensor."""
     if isinstance(data, Tensor):
         return f(data)
     if data is None:
         return None
     if isinstance(data, MutableMapping):  # of any kind, kept
-        mapped = copy(data)
-        mapped.update({key: _map(f, value) for key, value in data.items()})
-        return mapped
+        other = copy(data)
+        other.update({key: mapped(f, value) for key, value in data.items()})
+        return other
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_map(f, value) for value in data))
+        return type(data)(*(mapped(f, value) for value in data))
     if isinstance(data, tuple | list):
-        return type(data)(_map(f, value) for value in data)
+        return type(data)(mapped(f, value) for value in data)
     raise TypeError(f"data must be a nested tuple, list or dict of tensors, found {type(data).__name__}")
 
 
 def leaves(data: Data) -> list[Tensor]:
     """The tensors of nested data, in order."""
     found: list[Tensor] = []
-    _map(lambda t: found.append(t) or t, data)  # type: ignore[func-returns-value]
+    mapped(lambda t: found.append(t) or t, data)  # type: ignore[func-returns-value]
     return found
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steppe
+from steppe.lab import measuring
 from steppe.lab.settings import LabError, preset
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def report(
     console = Console()
     with _told(console):
         _publish(folder, baseline, console)
+
+
+app.command()(measuring.measure)
 
 
 def _plan(

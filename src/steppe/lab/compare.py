@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from steppe.lab import record
+from steppe.lab import record, weights
 from steppe.lab.directory import path_of
 from steppe.lab.record import Record
 from steppe.lab.train import Run, train
@@ -131,7 +132,7 @@ def _execute(folder: Path, run: Run) -> Record | Failure:
     reporter = _Reporter(*_channel, run)
     try:
         reporter(0, 1)
-        result = train(run, reporter)
+        result = train(run, reporter, keep=partial(weights.keep, folder, run))
         record.save(path_of(folder, run), result)
         return result
     except Exception as error:  # returned as text: not every exception survives pickling

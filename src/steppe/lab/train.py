@@ -34,8 +34,15 @@ class Run:
         return self.method.epochs_of(self.settings.epochs)
 
 
-def train(run: Run, progress: Callable[[int, int], None] = lambda step, steps: None) -> Record:
-    """Train one run from scratch; `progress(step, steps)` is called after every step and may raise to stop it."""
+def train(
+    run: Run,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+    keep: Callable[[nn.Module], None] = lambda model: None,
+) -> Record:
+    """Train one run from scratch.
+
+    `progress(step, steps)` is called after every step and may raise to stop it; `keep(model)` gets the final weights.
+    """
     task = tasks.load(run.settings, run.seed)
     model = initial_model(run, task)
     criterion = nn.CrossEntropyLoss(reduction="none")
@@ -56,6 +63,7 @@ def train(run: Run, progress: Callable[[int, int], None] = lambda step, steps: N
         meter.seconds += time.perf_counter() - started
         if epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs:
             meter.evaluate(epoch, model, task)
+    keep(model)
     return finished(run, optimizer, task, meter)
 
 

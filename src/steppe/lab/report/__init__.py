@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from steppe.lab import directory, record, spec, summary
+from steppe.lab.report import minima
 from steppe.lab.report.figures import figures
 from steppe.lab.summary import Summary
 
@@ -19,12 +20,14 @@ def write(folder: Path, baseline: str | None = None) -> Summary:
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
     found = summary.summarise(plan, *directory.finished(folder, plan))
-    record.write_text(folder / "summary.md", summary.markdown(found))
-    record.write_text(folder / "report.html", render(found))
+    table = minima.section(folder, found)
+    text = summary.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
+    record.write_text(folder / "summary.md", text)
+    record.write_text(folder / "report.html", render(found, table))
     return found
 
 
-def render(found: Summary) -> str:
+def render(found: Summary, table: minima.Minima | None = None) -> str:
     """Return the report as HTML."""
     headers, cells = summary.table(found)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -35,7 +38,8 @@ def render(found: Summary) -> str:
         rows=list(zip(found.rows, cells, strict=True)),
         caption=summary.caption(found),
         notes=summary.notes(found),
-        figures=figures(found),
+        minima=table,
+        figures=figures(found) + ([] if table is None else [table.figure]),
         environment=environment(found),
         settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},
         style=_text("style.css"),

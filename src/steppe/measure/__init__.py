@@ -1,0 +1,47 @@
+"""Curvature, sharpness, gradient noise and landscape of a model's loss on data."""
+
+from steppe.measure.ball import AverageCase, Sharpness, WorstCase, published
+from steppe.measure.density import Density, spectral_density
+from steppe.measure.landscape import Line, Plane, filter_normalised, line, plane, towards
+from steppe.measure.minimum import Minimum, minimum
+from steppe.measure.noise import GradientNoise, alignment, gradient_noise
+from steppe.measure.operator import EmpiricalFisher, GaussNewton, GradientCovariance, Hessian, Operator
+from steppe.measure.problem import Problem
+from steppe.measure.product import CentralDifference, DoubleBackward
+from steppe.measure.spectrum import Eigenpairs, NotConverged, eigenpairs, power_iteration
+from steppe.measure.trace import Estimate, hutch_pp, hutchinson
+
+__all__ = [
+    "AverageCase",
+    "CentralDifference",
+    "Density",
+    "DoubleBackward",
+    "Eigenpairs",
+    "EmpiricalFisher",
+    "Estimate",
+    "GaussNewton",
+    "GradientCovariance",
+    "GradientNoise",
+    "Hessian",
+    "Line",
+    "Minimum",
+    "NotConverged",
+    "Operator",
+    "Plane",
+    "Problem",
+    "Sharpness",
+    "WorstCase",
+    "alignment",
+    "eigenpairs",
+    "filter_normalised",
+    "gradient_noise",
+    "hutch_pp",
+    "hutchinson",
+    "line",
+    "minimum",
+    "plane",
+    "power_iteration",
+    "published",
+    "spectral_density",
+    "towards",
+]

@@ -1,0 +1,99 @@
+"""The loss on lines and planes through the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from steppe.measure.problem import Problem
+from steppe.measure.vectors import gaussian
+from steppe.vector import TINY, Vector, wide
+
+
+@dataclass(frozen=True)
+class Line:
+    """``loss[i] = L(w + t[i] d)``."""
+
+    t: tuple[float, ...]
+    loss: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """``loss[j][i] = L(w + x[i] a + y[j] b)``."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    loss: tuple[tuple[float, ...], ...]
+
+
+def filter_normalised(problem: Problem, seed: int = 0) -> Vector:
+    """A Gaussian direction in which every filter has the norm of the model's: ``d_i <- d_i norm(w_i) / norm(d_i)``.
+
+    Li et al. 2018 (arXiv 1712.09913, section 4). A filter is a row of the first dimension of a parameter of two or more
+    dimensions; biases and normalisation parameters stay where they are.
+    """
+    d = gaussian(problem.parameters, torch.Generator().manual_seed(seed))
+    rows = zip(d.tensors, problem.parameters, strict=True)
+    return Vector([None if t is None or p.dim() < 2 else _scaled(t, p.detach()) for t, p in rows])
+
+
+def _scaled(d: Tensor, w: Tensor) -> Tensor:
+    dims = tuple(range(1, w.dim()))
+    norm = [torch.linalg.vector_norm(wide(t), dim=dims, keepdim=True) for t in (w, d)]
+    scaled: Tensor = d * (norm[0] / (norm[1] + TINY))
+    return scaled
+
+
+def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector:
+    """``w' - w``: along it ``t = 0`` is the model and ``t = 1`` another one, a module or its ``state_dict``.
+
+    Buffers stay the model's own; running statistics of normalisation are not right in between (``mode="train"`` uses
+    those of the batch).
+
+    Raises:
+        ValueError: the other model lacks a parameter, or has another shape.
+    """
+    state = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
+    names = {id(p): name for name, p in problem.model.named_parameters()}
+    for name, p in ((names[id(p)], p) for p in problem.parameters):
+        if name not in state or state[name].shape != p.shape:
+            raise ValueError(f"other must have the same parameters, but {name} is missing or of another shape")
+    pairs = [(wide(state[names[id(p)]].detach().to(p.device)), wide(p.detach())) for p in problem.parameters]
+    return Vector([there - here for there, here in pairs])
+
+
+def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
+    """The mean loss at ``w + t_i d``; where it is not finite, so is the entry.
+
+    Example:
+        >>> line(problem, filter_normalised(problem), torch.linspace(-1, 1, 41).tolist())
+        >>> line(problem, towards(problem, other_model), torch.linspace(-0.5, 1.5, 41).tolist())
+    """
+    return Line(tuple(t), tuple(_losses(problem, [s * d for s in t])))
+
+
+def plane(problem: Problem, a: Vector, b: Vector, x: Sequence[float], y: Sequence[float]) -> Plane:
+    """The mean loss at ``w + x_i a + y_j b``.
+
+    Example:
+        >>> top = eigenpairs(Hessian(problem), k=2)
+        >>> plane(problem, *top.vectors, x, y)  # the plane of the two sharpest directions
+    """
+    losses = _losses(problem, (s * a + r * b for r, s in product(y, x)))
+    width = len(x)
+    return Plane(tuple(x), tuple(y), tuple(tuple(losses[j * width : (j + 1) * width]) for j in range(len(y))))
+
+
+def _losses(problem: Problem, where: Iterable[Vector]) -> list[float]:
+    losses = []
+    with problem.untouched():
+        f = problem.oracle()
+        for eps in where:
+            with f.at(eps):
+                losses.append(problem.mean_loss(f))
+    return losses

@@ -1,0 +1,125 @@
+"""One minimum as one row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steppe.batch import Data, Loss
+from steppe.measure.ball import WorstCase
+from steppe.measure.noise import gradient_noise
+from steppe.measure.operator import Hessian
+from steppe.measure.problem import Problem
+from steppe.measure.spectrum import eigenpairs
+from steppe.measure.trace import hutch_pp
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """What a table of minima says of one: plain numbers, which JSON takes.
+
+    Weight decay is not part of the loss; the model is in evaluation mode.
+
+    Attributes:
+        n: examples.
+        loss: mean loss.
+        error: share of wrong answers, ``None`` where the loss is no criterion on class labels.
+        g_norm: norm of the mean loss's gradient: 0 at a minimum.
+        top: largest eigenvalue of the Hessian.
+        top_residual: ``norm(H v - top v)``.
+        trace: of the Hessian.
+        trace_error: its standard error.
+        trace_V: of the gradient covariance (population).
+        sharpness: mean rise of the loss in a ball.
+        sharpness_error: its standard error over the subsets.
+        measure: which sharpness.
+        converged: whether eigenvalue and trace met their tolerance.
+        products: Hessian-vector products that it took.
+    """
+
+    n: int
+    loss: float
+    error: float | None
+    g_norm: float
+    top: float
+    top_residual: float
+    trace: float
+    trace_error: float
+    trace_V: float
+    sharpness: float
+    sharpness_error: float
+    measure: str
+    converged: bool
+    products: int
+
+
+def minimum(
+    model: nn.Module,
+    loss: nn.Module | Loss,
+    data: Data | Iterable[Data],
+    *,
+    sharpness: WorstCase = WorstCase(rho=0.05),  # noqa: B008 - frozen
+    batch_size: int | None = None,
+    tol: float = 0.05,
+    seed: int = 0,
+) -> Minimum:
+    """Loss, error, top Hessian eigenvalue, Hessian trace, tr V and m-sharpness of a trained model on data.
+
+    Args:
+        model: the module.
+        loss: as in :class:`Problem`; a criterion module on class labels gives the error too.
+        data: as in :class:`Problem`.
+        sharpness: which; the default is m-sharpness with ``m = 128`` and rho 0.05.
+        batch_size: examples in one pass at most.
+        tol: relative standard error of the trace; the eigenvalue's residual is held below 1e-3 of it.
+        seed: of all probes.
+
+    Raises:
+        ValueError: see :class:`Problem` and :func:`gradient_noise`.
+
+    Example:
+        >>> row = measure.minimum(model, nn.CrossEntropyLoss(reduction="none"), (inputs, targets))
+        >>> print(f"loss {row.loss:.3f}, top eigenvalue {row.top:.2f}, tr H {row.trace:.1f} +- {row.trace_error:.1f}")
+    """
+    problem = Problem(model, loss, data, batch_size=batch_size)
+    H = Hessian(problem)
+    top = eigenpairs(H, seed=seed)
+    trace = hutch_pp(H, tol=tol, most=400, seed=seed)
+    noise = gradient_noise(problem)
+    ball = sharpness(problem)
+    return Minimum(
+        n=problem.n,
+        loss=float(problem.losses().double().mean()),
+        error=_error(problem),
+        g_norm=noise.g_norm,
+        top=top.value,
+        top_residual=top.residuals[0],
+        trace=trace.value,
+        trace_error=trace.error,
+        trace_V=noise.trace,
+        sharpness=ball.value,
+        sharpness_error=ball.error,
+        measure=repr(sharpness),
+        converged=top.converged and trace.converged,
+        products=top.products + trace.products,
+    )
+
+
+def _error(problem: Problem) -> float | None:
+    if not isinstance(problem.loss, nn.Module):
+        return None
+    wrong = 0
+    with problem.untouched(), torch.no_grad():
+        for batch in problem.batches():
+            outputs, targets = problem.outputs(batch), batch.data[1]
+            if not _classifies(outputs, targets):
+                return None
+            wrong += int((outputs.argmax(1) != targets).sum())
+    return wrong / problem.n
+
+
+def _classifies(outputs: Tensor, targets: Tensor) -> bool:
+    return outputs.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point()

@@ -1,0 +1,239 @@
+"""What is measured: a model's mean loss on data, as a function of the weights, left as it was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from steppe import check
+from steppe.batch import Batch, Data, Loss, mapped
+from steppe.measure.standin import StandIns
+from steppe.oracle import Closure, Oracle
+from steppe.point import Point, Rho
+from steppe.replay import RandomState, frozen_statistics
+from steppe.vector import LOW, wide
+
+Mode = Literal["eval", "train", "keep"]
+RTOL = 1e-4  # two passes over the same examples agree this well, or the loss is not a function of the weights
+
+
+class Problem:
+    """``L(w) = 1/n sum_i f_i(w)`` over all examples of ``data``; batches of different sizes count by their examples.
+
+    Every pass draws the same random numbers (dropout masks, a shuffled loader), so ``L`` is one function for as long as
+    the problem lives. Whatever is measured, weights, gradients, buffers, the modes of all modules and torch's random
+    state are afterwards what they were, also where a pass raises.
+
+    Parameters in bfloat16 or float16 stand in as float32 copies, with buffers and data, so that curvature products are
+    float32's at the weights that the model has.
+
+    Args:
+        model: the module.
+        loss: a criterion module with ``reduction="none"``, such as ``nn.CrossEntropyLoss(reduction="none")``, for data
+            of ``(inputs, targets)``; or a function ``(model, data) -> losses``, one loss an example, shape ``(n,)``.
+        data: one batch (a tensor, or a tuple or mapping of tensors), or an iterable of batches that can be iterated
+            again and again: a ``DataLoader``, a list. Batches are moved to the parameters' device.
+        params: the parameters to differentiate by; ``None`` is every one that requires a gradient.
+        mode: ``"eval"`` measures in evaluation mode, ``"train"`` in training mode, ``"keep"`` as the modules stand.
+        batch_size: examples in one pass through the model at most; ``None`` takes batches as they come.
+
+    Raises:
+        TypeError: ``loss`` is no function, or ``data`` can be iterated once only.
+        ValueError: there is nothing to differentiate by, no example, a loss that is not one number an example, a loss
+            that is not finite, or losses that differ when they are computed twice.
+
+    Example:
+        >>> problem = Problem(model, nn.CrossEntropyLoss(reduction="none"), loader)
+        >>> eigenpairs(Hessian(problem)).value
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module | Loss,
+        data: Data | Iterable[Data],
+        *,
+        params: Iterable[Tensor] | None = None,
+        mode: Mode = "eval",
+        batch_size: int | None = None,
+    ) -> None:
+        if mode not in ("eval", "train", "keep"):
+            raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
+        if batch_size is not None:
+            check.positive_integer("batch_size", batch_size)
+        if not isinstance(data, Tensor | tuple | Mapping) and (
+            not isinstance(data, Iterable) or isinstance(data, Iterator)
+        ):
+            raise TypeError(f"data must be a batch, or batches that can be iterated again, got {type(data).__name__}")
+        self.model, self.loss, self.data, self.mode, self.batch_size = model, loss, data, mode, batch_size
+        self.parameters = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+        if not self.parameters or not all(p.requires_grad for p in self.parameters):
+            raise ValueError("params must be at least one parameter, all of which require a gradient")
+        devices = {p.device for p in self.parameters}
+        self._device = devices.pop() if len(devices) == 1 else None
+        self.point = Point(self.parameters, Rho([1.0] * len(self.parameters)))
+        self._start = RandomState.now(self.point.devices)
+        self._wide = StandIns(self.parameters) if any(p.dtype in LOW for p in self.parameters) else None
+        self.n = self._checked()
+
+    # ---- passes
+
+    @property
+    def w(self) -> Sequence[Tensor]:
+        """What curvature products differentiate by: the parameters, or their float32 stand-ins."""
+        return self.parameters if self._wide is None else self._wide.leaves
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Around one pass over the data: the same random numbers each time, and nothing changed afterwards."""
+        before = RandomState.now(self.point.devices)
+        modes = [(module, module.training) for module in self.model.modules()]
+        gradients = [(p, p.grad) for p in self.model.parameters()]
+        try:
+            if self.mode != "keep":
+                self.model.train(self.mode == "train")
+            with frozen_statistics(self.model.modules()), torch.enable_grad():
+                yield
+        finally:
+            self.reshard()
+            for module, training in modes:
+                module.training = training
+            for p, g in gradients:
+                p.grad = g
+            before.restore()
+
+    def reshard(self) -> None:
+        """After a forward without a backward FSDP2 keeps whole weights, which would not follow the next move."""
+        for module in self.model.modules():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
+
+    def batches(self) -> Iterator[Batch]:
+        """Stream the data; inside :meth:`untouched`."""
+        self._start.restore()
+        if self._wide is not None:
+            self._wide.refresh()
+        single = isinstance(self.data, Tensor | tuple | Mapping)
+        for data in [self.data] if single else self.data:
+            batch = self._batch(data)
+            yield from [batch] if self.batch_size is None else batch.split(self.batch_size)
+
+    def losses(self) -> Tensor:
+        """Every example's loss at ``w``, shape ``(n,)``, detached, in the order of the data."""
+        with self.untouched(), torch.no_grad():
+            parts = [batch.losses().detach() for batch in self.batches()]
+        if not parts:
+            raise ValueError("data must hold at least one example, got no batch")
+        return torch.cat(parts)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """The model's outputs for the inputs of a batch of ``(inputs, targets)``."""
+
+        def f(model: nn.Module, data: Data) -> Tensor:
+            return model(data[0])  # type: ignore[no-any-return]
+
+        return (f if self._wide is None else self._wide.around(f))(self.model, batch.data)
+
+    def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
+        """Every example's loss from the model's outputs, shape ``(n,)``, where the loss is a criterion module."""
+        losses: Tensor = self.loss(outputs, batch.data[1])  # type: ignore[arg-type] # a criterion here
+        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
+    def oracle(self, closure: Closure | None = None) -> Oracle:
+        """The mean loss, or another closure, as the optimizers see it; to be used inside :meth:`untouched`.
+
+        Raises:
+            TypeError: parameters are in low precision, which rounds small moves away.
+        """
+        if self._wide is not None:
+            raise TypeError(
+                "this moves the weights, and parameters in low precision round small moves away: "
+                "measure a float32 copy, copy.deepcopy(model).float()"
+            )
+        return Oracle(closure or self._closure, self.point, modules=self.model.modules)
+
+    def mean_loss(self, f: Oracle) -> float:
+        """The mean loss where ``f`` stands, a forward pass; inside :meth:`untouched` and ``f.at`` or ``f.away``."""
+        with f.passing(), torch.no_grad():
+            total = math.fsum(float(batch.losses().double().sum()) for batch in self.batches())
+        self.reshard()
+        return total / self.n
+
+    def split(self, m: int) -> Iterator[Self]:
+        """Problems of ``m`` examples in order, batch by batch; the last of a batch has what remains."""
+        check.positive_integer("m", m)
+        for batch in self._kept():
+            for part in batch.split(m):
+                yield self._on([part])
+
+    def first(self, count: int) -> Self:
+        """The problem of the first ``count`` examples, or of all there are."""
+        check.positive_integer("count", count)
+        chosen, left = [], count
+        for batch in self._kept():
+            chosen += batch.split(left)[:1]
+            left -= len(chosen[-1])
+            if not left:
+                break
+        return self._on(chosen)
+
+    def in_mode(self, mode: Mode) -> Self:
+        """The same problem in another mode."""
+        other = copy(self)
+        other.mode = mode
+        return other
+
+    def _kept(self) -> list[Batch]:
+        with self.untouched():
+            return list(self.batches())
+
+    def _on(self, batches: list[Batch]) -> Self:
+        part = copy(self)
+        part.data, part.n = [batch.data for batch in batches], sum(map(len, batches))
+        return part
+
+    def _closure(self) -> Tensor:
+        """Zero, forward and backward over all batches; the mean loss."""
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.batches():
+            losses = batch.losses()
+            (losses.sum() / self.n).backward()
+            total += losses.detach().sum().to(total)
+        return total / self.n
+
+    def _batch(self, data: Data) -> Batch:
+        if self._device is not None:
+            data = mapped(lambda t: t.to(self._device), data)
+        if self._wide is not None:
+            data = mapped(lambda t: wide(t) if t.dtype in LOW else t, data)
+        if isinstance(self.loss, nn.Module):
+            if not isinstance(data, tuple | list) or len(data) != 2:
+                raise ValueError(
+                    "data must be (inputs, targets) where loss is a criterion module; else pass a function"
+                )
+            batch = Batch.supervised(self.model, self.loss, data[0], data[1])
+        else:
+            batch = Batch(self.model, self.loss, data)
+        if self._wide is not None:
+            batch.loss = self._wide.around(batch.loss)
+        return batch
+
+    def _checked(self) -> int:
+        """Look at every example twice; the number of examples."""
+        first, second = self.losses(), self.losses()
+        if bad := int((~first.isfinite()).sum()):
+            raise ValueError(f"loss must be finite at w, got {bad} of {len(first)} losses that are not")
+        if first.shape != second.shape or not torch.allclose(first.sort()[0], second.sort()[0], RTOL, RTOL):
+            raise ValueError(
+                "loss must be the same each time it is computed, but two passes over the data differ: "
+                "does the data change (augmentation, a loader of its own random state), or the model?"
+            )
+        return len(first)

@@ -1,0 +1,136 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from steppe.lab import directory, minima, record, report, tasks, weights
+from steppe.lab.commands import app
+from steppe.lab.compare import compare
+from steppe.lab.progress import Display
+from steppe.lab.settings import LabError
+from steppe.lab.train import initial_model, train
+from steppe.measure import Hessian, Problem, eigenpairs
+
+from .helpers import TINY, run, trained
+
+METHODS = ("SGD", "SAM(rho=0.2)")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small comparison with weights kept, of a net small enough to measure in a moment."""
+    plan = trained(tmp_path, *METHODS)
+    for each in plan.runs():
+        record.save(directory.path_of(tmp_path, each), train(each, keep=lambda m, r=each: weights.keep(tmp_path, r, m)))
+    monkeypatch.setattr(minima, "STEPS", (-1.0, 0.0, 1.0))
+    return tmp_path
+
+
+def command(folder):
+    return CliRunner().invoke(app, ["measure", str(folder)])
+
+
+def test_the_weights_kept_are_the_final_ones(folder):
+    one = run("SGD")
+    task = tasks.load(TINY, 0)
+    ended = record.read(directory.path_of(folder, one))
+    model = weights.load(folder, one, ended, task)
+    seen = []
+    train(one, keep=lambda m: seen.extend(p.detach().clone() for p in m.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
+    assert not list((folder / "weights").glob(".*"))
+
+
+def test_weights_of_another_run_are_refused(folder):
+    one, task = run("SGD"), tasks.load(TINY, 0)
+    ended = record.read(directory.path_of(folder, one))
+    weights.keep(folder, one, initial_model(one, task))
+    with pytest.raises(LabError, match="does not belong to its record"):
+        weights.load(folder, one, ended, task)
+    weights.of(folder, one).unlink()
+    with pytest.raises(LabError, match="before weights were kept"):
+        weights.load(folder, one, ended, task)
+
+
+def test_compare_keeps_weights(tmp_path):
+    from rich.console import Console
+
+    plan = directory.open_for(tmp_path, directory.Plan(TINY, (run("SGD").method,), 1))
+    with Display(Console(quiet=True), plan.runs()) as view:
+        assert not compare(tmp_path, plan.runs(), 1, view)
+    assert weights.of(tmp_path, run("SGD")).exists()
+
+
+def test_the_command_measures_every_run_once_and_reports(folder):
+    out = command(folder)
+    assert out.exit_code == 0, out.output
+    assert "4 runs to measure, 0 already measured" in out.output
+    assert "SGD seed 0: loss" in out.output
+    again = command(folder)
+    assert "0 runs to measure, 4 already measured" in again.output
+    page, text = (folder / "report.html").read_text(), (folder / "summary.md").read_text()
+    for word in ("Minima", "top eigenvalue", "m-sharpness", "Loss around the minima"):
+        assert word in page
+    assert "## Minima" in text
+    assert "baseline" in text
+
+
+def test_what_is_recorded_is_the_minimum(folder):
+    one, task = run("SAM(rho=0.2)", seed=1), tasks.load(TINY, 1)
+    ended = record.read(directory.path_of(folder, one))
+    found = minima.measured(folder, one, ended)
+    assert minima.read(folder, one) == found
+    model = weights.load(folder, one, ended, task)
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    H = Hessian(Problem(model, criterion, (task.inputs, task.labels)))
+    assert found.minimum.top == pytest.approx(eigenpairs(H, tol=1e-4).value, rel=1e-3)
+    assert found.minimum.loss == pytest.approx(ended.train_loss, rel=1e-4)
+    assert found.minimum.error == pytest.approx(ended.train_error)
+    assert found.slice["loss"][1] == pytest.approx(ended.train_loss, rel=1e-4)
+    assert found.slice["loss"][0] > ended.train_loss
+
+
+def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
+    measured, seen = minima.measured, []
+
+    def stop_at_third(*arguments):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return measured(*arguments)
+
+    monkeypatch.setattr(minima, "measured", stop_at_third)
+    out = command(folder)
+    assert out.exit_code == 130
+    assert "kept" in out.output
+    assert len(list((folder / "minima").glob("*.json"))) == 2
+    monkeypatch.setattr(minima, "measured", measured)
+    assert "2 runs to measure, 2 already measured" in command(folder).output
+
+
+def test_a_run_that_cannot_be_measured_does_not_stop_the_others(folder):
+    weights.of(folder, run("SGD", seed=1)).unlink()
+    out = command(folder)
+    assert out.exit_code == 1
+    assert "SGD seed 1" in out.output
+    assert len(list((folder / "minima").glob("*.json"))) == 3
+    assert "1 finished runs are not measured" in (folder / "summary.md").read_text()
+
+
+def test_damaged_records_are_told(folder):
+    command(folder)
+    path = minima.path(folder, run("SGD"))
+    for damage in ("{", json.dumps({"format": 1, "method": "SGD"})):
+        path.write_text(damage)
+        with pytest.raises(LabError, match="is damaged"):
+            minima.read(folder, run("SGD"))
+    report.write(folder)
+    assert "is damaged" in (folder / "summary.md").read_text()
+
+
+def test_a_directory_without_runs_is_an_error(tmp_path):
+    assert command(tmp_path).exit_code == 2
+    directory.open_for(tmp_path / "empty", directory.Plan(TINY, (run("SGD").method,), 1))
+    out = command(tmp_path / "empty")
+    assert "holds no finished run" in out.output
