@@ -3,6 +3,9 @@
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
+OPTIMIZERS = ("sgd", "adamw")
+AUGMENTATIONS = ("none", "crop", "crop-flip", "resized-crop-flip")
+
 
 class LabError(Exception):
     """A mistake in what was asked for, told to the user without a traceback."""
@@ -22,14 +25,23 @@ class Settings:
     lr: float = 0.05  # at the first step; cosine to 0 at the last
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"  # the base of every method: sgd or adamw
+    warmup: int = 0  # steps over which the learning rate rises linearly to its cosine
+    label_smoothing: float = 0.0  # share of the training target spread over all classes
+    augment: str = "none"  # what happens to training images: steppe.lab.augment
+    image_size: int = 224  # side of the images of a folder of files, in pixels
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
-        for name in ("train_size", "epochs", "batch_size"):
+        for name in ("train_size", "epochs", "batch_size", "image_size"):
             _require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, name, self, "a positive integer")
         _require(0 <= self.noise <= 1, "noise", self, "a share between 0 and 1")
         _require(0 < self.lr < math.inf, "lr", self, "a positive number")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self, "a number >= 0")
+        _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self, "a number of steps >= 0")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self, "a share of at least 0 and less than 1")
+        for name, known in (("optimizer", OPTIMIZERS), ("augment", AUGMENTATIONS)):
+            _require(getattr(self, name) in known, name, self, f"one of {', '.join(known)}")
         if self.data == "digits" and self.data_dir is not None:
             raise LabError("digits come with scikit-learn; data-dir goes with --data fashion-mnist")
         if self.batch_size > self.train_size:
