@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steppe.lab.settings import LabError
 
@@ -58,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def whole(data: Any) -> Any:
     """Return nested data with every sharded tensor gathered; every process must call this."""
-    if isinstance(data, DTensor):
+    if hasattr(data, "full_tensor"):  # a DTensor; importing its module takes longer than a short run
         return data.full_tensor()
     if isinstance(data, dict):
         return {key: whole(value) for key, value in data.items()}
@@ -67,9 +66,11 @@ def whole(data: Any) -> Any:
     return data
 
 
-def sharded(tensor: Any, like: Tensor) -> Any:
+def sharded(tensor: Any, like: Any) -> Any:
     """Return a gathered tensor sharded as `like` is; anything else as it came."""
-    if isinstance(like, DTensor) and isinstance(tensor, Tensor) and tensor.shape == like.shape:
+    if hasattr(like, "full_tensor") and isinstance(tensor, Tensor) and tensor.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor
 

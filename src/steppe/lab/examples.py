@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _AHEAD = 3  # batches that are decoded before they are needed
 _MULTIPLE = 32  # lengths of batches of texts are rounded up to it
@@ -50,7 +51,7 @@ class Images:
         pixels: all of them in memory, or undecoded files.
         mean: of the bytes, in 0 to 255: one number, or one a channel.
         spread: likewise.
-        side: images leave cropped to this side at their centre; None leaves them whole.
+        side: what images leave with: larger ones are cropped at their centre, smaller ones scaled up; None: neither.
         device: where they leave to.
     """
 
@@ -82,10 +83,12 @@ class Images:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Return bytes as a model takes them."""
-        if self.side is not None and raw.shape[-1] != self.side:
-            edge = (raw.shape[-1] - self.side) // 2
-            raw = raw[..., edge : edge + self.side, edge : edge + self.side]
-        return (raw.float() - self.mean) / self.spread
+        side, own = self.side or raw.shape[-1], raw.shape[-1]
+        if own > side:
+            edge = (own - side) // 2
+            raw = raw[..., edge : edge + side, edge : edge + side]
+        standard = (raw.float() - self.mean) / self.spread
+        return functional.interpolate(standard, (side, side), mode="bilinear") if own < side else standard
 
     def take(self, rows: Tensor | slice) -> "Images":
         """Return the chosen images as a set, still as bytes."""

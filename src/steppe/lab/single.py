@@ -7,13 +7,12 @@ record.json     the finished run, as `steppe compare` records it
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from steppe.lab import checkpoint, record, spec
 from steppe.lab.metrics import Metrics
-from steppe.lab.place import CPU, Hardware, Place
+from steppe.lab.place import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.settings import LabError, Settings, differences
 from steppe.lab.train import Run, Session, fit
@@ -52,11 +51,12 @@ def run(
         >>> found = run(Run(spec.parse("SAM(rho=0.2)"), 0, Settings()), Path("runs/digits"))
     """
     place = hardware.open()
-    open_folder(folder, asked, place)
+    check_folder(folder, asked)
     done = folder / "record.json"
     if done.exists():
         return _read(done)
     session = Session(asked, place)
+    place.on_first(lambda: _create(folder, asked))
     saved = folder / "checkpoint.pt"
     if saved.exists():
         session.restore(checkpoint.read(saved))
@@ -97,23 +97,22 @@ def _fit(session: Session, tell: Callable[[dict[str, Any]], None], keep: Callabl
     fit(session, progress, evaluated, keep)
 
 
-def open_folder(folder: Path, asked: Run, place: Place) -> None:
-    """Create the run directory or make sure that it holds this run; clean up after killed writers."""
-    path = folder / "run.json"
-    if path.exists():
+def check_folder(folder: Path, asked: Run) -> None:
+    """Raise a `LabError` where a directory holds another run or something else."""
+    if (folder / "run.json").exists():
         if changed := _changes(read_run(folder), asked):
             raise LabError(f"{folder} holds another run: {'; '.join(changed)}. Choose another --out")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LabError(f"{folder} exists and holds no run (no run.json). Choose another --out")
 
-    def create() -> None:
-        if not path.exists():
-            settings = asdict(asked.settings)
-            record.write_json(path, {"method": str(asked.method), "seed": asked.seed, "settings": settings})
-        record.clean(folder)
 
-    place.gather(None)  # every process has looked before the first one writes
-    place.on_first(create)
+def _create(folder: Path, asked: Run) -> None:
+    """Create the run directory, or clean up after writers that were killed in it."""
+    path = folder / "run.json"
+    if not path.exists():
+        settings = asked.settings.to_dict()
+        record.write_json(path, {"method": str(asked.method), "seed": asked.seed, "settings": settings})
+    record.clean(folder)
 
 
 def read_run(folder: Path) -> Run:

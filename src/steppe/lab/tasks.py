@@ -70,7 +70,7 @@ def check(settings: Settings) -> None:
         raise LabError(f"train-size {settings.train_size} exceeds the {found} examples that {settings.data} offers")
     inputs = data.read(settings).inputs
     images = isinstance(inputs, Files) or (isinstance(inputs, Tensor) and inputs.dtype == torch.uint8)
-    if settings.augment != "none" and not images:
+    if data.augmentation(settings) != "none" and not images:
         raise LabError(f"augment {settings.augment} is for images, and {settings.data} has none")
 
 
@@ -84,7 +84,7 @@ def _prepared(pool: Pool, train: Any, test: Any, settings: Settings) -> tuple[Ex
     if isinstance(train, Tensor) and train.is_floating_point():
         return _standardised(train, test) if pool.scale else (train, test)
     mean, spread = _constants(pool, train, settings)
-    side = settings.image_size if isinstance(train, Files) else None
+    side = settings.image_size or (data.files.SIDE if isinstance(train, Files) else None)
     return Images(train, mean, spread, side), Images(test, mean, spread, side)
 
 

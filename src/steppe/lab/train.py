@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
-from steppe.lab import augment, checkpoint, models, spec, tasks
+from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.environment import environment
 from steppe.lab.examples import ahead, finish, raw
 from steppe.lab.meter import Meter, evaluate
@@ -89,6 +89,7 @@ class Session:
         self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        self.augment = data.augmentation(run.settings)
         self.meter, self.step = Meter(), 0
         self._loss: Any = math.nan
 
@@ -105,11 +106,13 @@ class Session:
     def advance(self, rows: Tensor, examples: Any) -> None:
         """Take one optimizer step on a batch; `examples` are this process's, raw."""
         started = time.perf_counter()
-        if self.run.settings.augment != "none":
+        if self.augment != "none":
             examples = self._augmented(len(rows), examples)
         labels = self.task.labels[self.place.share(rows).to(self.place.device)]
-        data = (finish(self.task.inputs, examples), labels)
-        batch: Any = steppe.Batch(self.model, self.loss, data)  # torch's stub wants a closure that returns a float
+        inputs = finish(self.task.inputs, examples)
+        batch: Any = steppe.Batch(
+            self.model, self.loss, (inputs, labels)
+        )  # torch's stub wants a closure that returns a float
         self._loss = self.optimizer.step(batch)
         self.schedule.step()
         self.meter.count(self.optimizer)
@@ -118,8 +121,8 @@ class Session:
 
     def _augmented(self, count: int, images: Tensor) -> Tensor:
         """Return images changed by numbers that seed and step alone decide, the same on one process and on many."""
-        name, stream = self.run.settings.augment, tasks.stream(self.run.seed, f"augment/{self.step}")
-        change = augment.draw(name, count, (images.shape[-2], images.shape[-1]), stream)
+        stream = tasks.stream(self.run.seed, f"augment/{self.step}")
+        change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
         mine = {key: self.place.share(values) for key, values in change.items()}
         return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
 

@@ -12,7 +12,7 @@ from steppe.lab.data import cifar, files, hub, idx, own, texts
 from steppe.lab.data.pool import Constants, Pool
 from steppe.lab.settings import LabError, Settings
 
-__all__ = ["SOURCES", "Pool", "Source", "find", "places", "read"]
+__all__ = ["SOURCES", "Pool", "Source", "augmentation", "find", "places", "read"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
@@ -26,12 +26,14 @@ class Source:
         marks: a folder is taken where it holds one of these.
         hint: what to do where no folder does.
         place: where a system's package puts it.
+        augment: what usually happens to its training images.
     """
 
     read: Callable[[Path, int], Pool]
     marks: tuple[str, ...]
     hint: str
     place: Path | None = None
+    augment: str = "none"
 
 
 def _either(read: Callable[[Path], Pool], constants: Constants) -> Callable[[Path, int], Pool]:
@@ -45,23 +47,25 @@ def _fashion(folder: Path, size: int) -> Pool:
     return Pool(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
 
 
-_UNPACK = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
-_TREE = "name a folder with train/CLASS/ and val/CLASS/ with --data-dir"
-_IDX = ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte")
+def _archive(read: Callable[[Path], Pool], constants: Constants, mark: str, augment: str) -> Source:
+    """Return a source whose authors publish an archive."""
+    hint = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
+    return Source(_either(read, constants), (mark, hub.MARK), hint, augment=augment)
+
+
+_TREE = Source(files.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
 SOURCES: dict[str, Source] = {
     "fashion-mnist": Source(
         _fashion,
-        _IDX,
+        ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte"),
         "apt-get install dataset-fashion-mnist, or name a folder of idx files with --data-dir",
         FASHION_MNIST,
     ),
-    "cifar10": Source(
-        _either(cifar.cifar10, cifar.CIFAR10), ("cifar-10-batches-py", "data_batch_1", hub.MARK), _UNPACK
-    ),
-    "cifar100": Source(_either(cifar.cifar100, cifar.CIFAR100), ("cifar-100-python", "train", hub.MARK), _UNPACK),
-    "svhn": Source(_either(cifar.svhn, cifar.SVHN), ("train_32x32.mat", hub.MARK), _UNPACK),
-    "imagenet": Source(files.read, ("train",), _TREE),
-    "image-folder": Source(files.read, ("train",), _TREE),
+    "cifar10": _archive(cifar.cifar10, cifar.CIFAR10, "cifar-10-batches-py", "crop-flip"),
+    "cifar100": _archive(cifar.cifar100, cifar.CIFAR100, "cifar-100-python", "crop-flip"),
+    "svhn": _archive(cifar.svhn, cifar.SVHN, "train_32x32.mat", "crop"),
+    "imagenet": _TREE,
+    "image-folder": _TREE,
     "hf": Source(hub.read, (hub.MARK,), "save a set once with datasets: load_dataset(...).save_to_disk(DIR)"),
     "fortunes": Source(
         lambda folder, size: texts.fortunes(folder), texts.CLASSES[:1], "apt-get install fortunes", texts.FORTUNES
@@ -75,7 +79,14 @@ def read(settings: Settings) -> Pool:
     Raises:
         LabError: no such source, no such folder, or a file in it that cannot be read.
     """
-    return _read(settings.data, settings.data_dir, settings.image_size)
+    return _read(settings.data, settings.data_dir, settings.image_size or files.SIDE)
+
+
+def augmentation(settings: Settings) -> str:
+    """Return what happens to the training images."""
+    if settings.augment != "auto":
+        return settings.augment
+    return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
 
 
 @lru_cache(maxsize=1)
@@ -112,6 +123,8 @@ def find(data: str, data_dir: str | None = None) -> Path:
     for folder in looked:
         if any((folder / mark).exists() for mark in SOURCES[data].marks):
             return folder
+        if folder.name in SOURCES[data].marks and folder.is_dir():  # the archive's own folder was named
+            return folder.parent
     if data_dir is not None and looked[0].is_dir():
         raise LabError(f"no {' or '.join(SOURCES[data].marks)} in {looked[0]}: {SOURCES[data].hint}")
     raise LabError(f"no {data} in {', '.join(map(str, looked))}: {SOURCES[data].hint}")

@@ -21,7 +21,7 @@ _ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar", "encode"}  # what the 
 
 def cifar10(folder: Path) -> Pool:
     """Read five training batches and one of tests: pickled dicts with `data` (n, 3072) and `labels`."""
-    inner = _inner(folder, "cifar-10-batches-py")
+    inner = folder / "cifar-10-batches-py"
     parts = [_batch(inner / f"data_batch_{i}", "labels") for i in range(1, 6)]
     images, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     return Pool(images, labels, *_batch(inner / "test_batch", "labels"), 10, CIFAR10)
@@ -29,17 +29,13 @@ def cifar10(folder: Path) -> Pool:
 
 def cifar100(folder: Path) -> Pool:
     """Read the training and the test file: pickled dicts with `data` (n, 3072) and `fine_labels`."""
-    inner = _inner(folder, "cifar-100-python")
+    inner = folder / "cifar-100-python"
     return Pool(*_batch(inner / "train", "fine_labels"), *_batch(inner / "test", "fine_labels"), 100, CIFAR100)
 
 
 def svhn(folder: Path) -> Pool:
     """Read the cropped digits: MATLAB files with `X` (32, 32, 3, n) and `y` (n, 1), where 10 stands for the digit 0."""
     return Pool(*_matlab(folder / "train_32x32.mat"), *_matlab(folder / "test_32x32.mat"), 10, SVHN)
-
-
-def _inner(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
 
 
 def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:

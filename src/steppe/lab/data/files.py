@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+SIDE = 224  # pixels that models see, where nothing else is asked for
 _MARGIN = 256 / 224  # stored side to the side that models see, as in ImageNet's usual evaluation
 
 
