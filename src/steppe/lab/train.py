@@ -153,7 +153,7 @@ class Session:
     # ---- to a checkpoint and back
 
     def state(self) -> dict[str, Any]:
-        """Return all that later steps depend on; every process must call this."""
+        """Return all that later steps depend on, not copied; every process must call this."""
         return {
             "step": self.step,
             "model": checkpoint.whole(dict(self.model.state_dict())),
