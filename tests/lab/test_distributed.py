@@ -19,7 +19,7 @@ from .helpers import TINY, run
 pytest.importorskip("lightning_fabric", reason="the optional package lightning-fabric is not installed")
 
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from steppe.lab import single, spec
@@ -27,62 +27,61 @@ from steppe.lab.place import Hardware
 from steppe.lab.settings import Settings
 from steppe.lab.train import Run
 torch.set_num_threads(1)
-method, folder, strategy, stop = sys.argv[1:]
-class Stopped(Exception): pass
-def watch(session, line):
-    if session.step >= int(stop):
-        import os; os._exit(7)
 settings = Settings(train_size=255, batch_size=64, epochs=14, model="mlp-16")
-single.run(Run(spec.parse(method), 0, settings), Path(folder), Hardware(strategy=strategy), 10, watch=watch)
+def stop(session, line):
+    if session.step >= 25:
+        os._exit(7)
+for name in sys.argv[2:]:
+    strategy = "fsdp" if name == "fsdp" else "ddp"
+    options = {"watch": stop} if name == "cut" else {}
+    run = Run(spec.parse("SGD"), 0, settings)
+    single.run(run, Path(sys.argv[1]) / name.removesuffix("-on"), Hardware(strategy=strategy), 10, **options)
 """
 SETTINGS = replace(TINY, train_size=255, epochs=14)  # 42 steps; evaluations whose examples two do not share equally
 
 
-def two(method: str, folder: Path, strategy: str = "ddp", stop: int = 999) -> int:
+def two(folder: Path, *names: str) -> int:
+    """Run under torchrun, one after the other, in one start of two processes."""
+    (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = folder.parent / "script.py"
-    script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(
-        [*command, script, method, folder, strategy, str(stop)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
+        [*command, folder / "script.py", folder, *names], capture_output=True, text=True, env=environment, timeout=300
     )
-    assert ran.returncode == 0 or stop < 999, ran.stderr
+    assert ran.returncode == 0 or "cut" in names, ran.stderr
     return ran.returncode
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Whole runs with DDP and FSDP2, and one that a process left at step 25."""
+    folder = tmp_path_factory.mktemp("two")
+    assert two(folder, "ddp", "fsdp", "cut") != 0
+    return folder
 
 
 def weights(folder):
     return checkpoint.read(folder / "checkpoint.pt")["model"]
 
 
-def assert_close(a, b):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_computes(tmp_path, made, strategy):
+    alone = single.run(run("SGD", settings=SETTINGS), tmp_path / "one")
+    together = record.read(made / strategy / "record.json")
+    a, b = weights(tmp_path / "one"), weights(made / strategy)
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_computes(tmp_path, strategy):
-    asked = run("SGD", settings=SETTINGS)
-    alone = single.run(asked, tmp_path / "one")
-    two("SGD", tmp_path / "two", strategy)
-    together = record.read(tmp_path / "two" / "record.json")
-    assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"))
-    assert together.environment["processes"].startswith("2 (")
+    kind = {"ddp": "DDPStrategy", "fsdp": "ModelParallelStrategy"}[strategy]
+    assert together.environment["processes"] == f"2 ({kind})"
     assert together.curves["train_loss"] == pytest.approx(alone.curves["train_loss"], rel=1e-4)
     assert together.test_error == pytest.approx(alone.test_error, abs=2 / 1542)
 
 
-def test_two_processes_resume_bit_for_bit(tmp_path):
-    method = "SAM(rho=0.1)"
-    two(method, tmp_path / "whole")
-    assert two(method, tmp_path / "cut", stop=25) != 0
-    assert checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["step"] == 20
-    two(method, tmp_path / "cut")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+def test_two_processes_resume_bit_for_bit(made):
+    assert checkpoint.read(made / "cut" / "checkpoint.pt")["step"] == 20
+    assert two(made, "cut-on") == 0
+    a, b = weights(made / "ddp"), weights(made / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

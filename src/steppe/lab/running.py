@@ -79,7 +79,7 @@ def run(
         hardware = Hardware(device, devices, nodes, strategy, precision)
         if threads or asked.settings.model.startswith("mlp"):  # small products wait for their threads
             torch.set_num_threads(threads or 1)
-        folder = out or Path("runs") / f"{data.replace(':', '.')}-{asked.method.slug}-s{seed}"
+        folder = out or single.folder_of(asked)
         try:
             with Display(console, asked) as display:
                 found = single.run(asked, folder, hardware, save_every, tensorboard, display)

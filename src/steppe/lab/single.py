@@ -97,6 +97,11 @@ def _fit(session: Session, tell: Callable[[dict[str, Any]], None], keep: Callabl
     fit(session, progress, evaluated, keep)
 
 
+def folder_of(asked: Run) -> Path:
+    """Return the directory of a run that names none."""
+    return Path("runs") / f"{asked.settings.data.replace(':', '.')}-{asked.method.slug}-s{asked.seed}"
+
+
 def check_folder(folder: Path, asked: Run) -> None:
     """Raise a `LabError` where a directory holds another run or something else."""
     if (folder / "run.json").exists():

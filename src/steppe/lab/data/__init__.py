@@ -79,7 +79,18 @@ def read(settings: Settings) -> Pool:
     Raises:
         LabError: no such source, no such folder, or a file in it that cannot be read.
     """
-    return _read(settings.data, settings.data_dir, settings.image_size or files.SIDE)
+    name = settings.data
+    if name != "digits" and ":" not in name and name not in SOURCES:
+        raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
+    folder = find(name, settings.data_dir).resolve() if name in SOURCES else None
+    return _read(name, folder, settings.image_size or files.SIDE)
+
+
+@lru_cache(maxsize=1)
+def _read(name: str, folder: Path | None, image_size: int) -> Pool:
+    if folder is None:
+        return _digits() if name == "digits" else own.read(name)
+    return SOURCES[name].read(folder, image_size)
 
 
 def augmentation(settings: Settings) -> str:
@@ -87,17 +98,6 @@ def augmentation(settings: Settings) -> str:
     if settings.augment != "auto":
         return settings.augment
     return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
-
-
-@lru_cache(maxsize=1)
-def _read(data: str, data_dir: str | None, image_size: int) -> Pool:
-    if data == "digits":
-        return _digits()
-    if ":" in data:
-        return own.read(data)
-    if data not in SOURCES:
-        raise LabError(f"unknown data {data!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
-    return SOURCES[data].read(find(data, data_dir), image_size)
 
 
 def _digits() -> Pool:
