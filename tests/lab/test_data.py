@@ -350,3 +350,17 @@ def test_small_images_are_scaled_up_where_a_model_needs_it(tmp_path):
     large = tasks.load(on("cifar10", tmp_path, image_size=64), 0).inputs
     assert large.shape[-1] == 64
     torch.testing.assert_close(large[:2], torch.nn.functional.interpolate(plain, (64, 64), mode="bilinear"))
+
+
+def test_fortunes_are_split_by_seed(tmp_path):
+    for name in data.texts.CLASSES:
+        texts = [f"{name} says {k}" for k in range(5)] + ["too long " * 40, ""]
+        (tmp_path / name).write_text("\n%\n".join(texts) + "\n%\n")
+    pool = data.read(on("fortunes", tmp_path))
+    assert len(pool.inputs) == 40
+    assert pool.inputs[6] == ("definitions says 1",)
+    assert pool.labels.tolist() == [label for label in range(8) for _ in range(5)]
+    assert (pool.test_labels, tasks.offered(on("fortunes", tmp_path))) == (None, 39)
+    (tmp_path / "zippy").unlink()
+    with pytest.raises(LabError, match="no zippy in"):
+        data.texts.fortunes(tmp_path)

@@ -41,7 +41,7 @@ _SVHN = replace(_CIFAR, data="svhn", train_size=73_257, epochs=100, weight_decay
 _FOLDER = Settings("image-folder", None, 256, 0.0, "resnet18", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4)
 _IMAGENET = replace(_FOLDER, data="imagenet", model="resnet50", label_smoothing=0.1)  # SAM's, batch / 16
 _TEXT = Settings(
-    "fortunes", None, 1000, 0.0, "minilm", epochs=3, batch_size=32, lr=5e-5, weight_decay=0.01, optimizer="adamw"
+    "fortunes", None, 800, 0.0, "minilm", epochs=3, batch_size=32, lr=5e-5, weight_decay=0.01, optimizer="adamw"
 )
 _OWN = Settings("", None, 128, 0.0, epochs=50)
 _PAPER_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.1)", "WSAM(rho=0.1, gamma=0.9)")
