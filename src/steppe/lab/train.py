@@ -110,9 +110,7 @@ class Session:
             examples = self._augmented(len(rows), examples)
         labels = self.task.labels[self.place.share(rows).to(self.place.device)]
         inputs = finish(self.task.inputs, examples)
-        batch: Any = steppe.Batch(
-            self.model, self.loss, (inputs, labels)
-        )  # torch's stub wants a closure that returns a float
+        batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels))  # torch's stub: a function to float
         self._loss = self.optimizer.step(batch)
         self.schedule.step()
         self.meter.count(self.optimizer)
@@ -143,9 +141,8 @@ class Session:
         count, total = len(self.task.labels), torch.zeros((), device=self.place.device)
         for rows in torch.arange(count).split(1000):
             mine = self.place.share(rows)
-            loss = (
-                self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine])).sum() * self.place.world / count
-            )
+            losses = self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine]))
+            loss = losses.sum() * self.place.world / count  # DDP takes the mean over processes
             loss.backward()
             total += loss.detach()
         return total
