@@ -56,7 +56,7 @@ def test_compare_from_end_to_end_then_continue(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "cifar"], "unknown data 'cifar'; choose from digits, fashion-mnist"),
+        (["--data", "cifar"], "unknown data 'cifar'; choose from cifar10, cifar100, digits, fashion-mnist"),
         (["--method", "SAN"], "unknown method 'SAN'"),
         (["--method", "SAM(rho=-1)"], "rho must be"),
         (["--baseline", "ASAM"], "baseline ASAM is none of the methods"),
@@ -116,7 +116,7 @@ def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path):
 
 
 def test_failed_runs_are_reported_with_method_and_seed(tmp_path, monkeypatch):
-    def all_fail(folder, runs, workers, view):
+    def all_fail(folder, runs, workers, view, hardware):
         failures = [pool.Failure(run, "ValueError: [bad]", "the traceback") for run in runs]
         for failure in failures:
             view.done(failure.run, failure)

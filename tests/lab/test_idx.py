@@ -3,7 +3,7 @@ import gzip
 import pytest
 import torch
 
-from steppe.lab import idx
+from steppe.lab.data import idx
 from steppe.lab.settings import LabError
 
 from .helpers import write_idx, write_images

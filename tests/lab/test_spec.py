@@ -31,7 +31,7 @@ def test_epochs():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Sam", r"unknown method 'Sam'.*choose from SGD, .*SAM"),
+        ("Sam", r"unknown method 'Sam'.*choose from SGD, AdamW, .*SAM"),
         ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, m, epochs"),
         ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from epochs"),
         ("SAM(0.2)", "cannot read method"),
@@ -60,7 +60,7 @@ def test_equal_methods_count_once():
 
 
 def test_every_method_of_steppe_can_be_named():
-    assert set(spec.choices()) == {"SGD"} | {method.__name__ for method in steppe.METHODS}
+    assert set(spec.choices()) == {"SGD", "AdamW"} | {method.__name__ for method in steppe.METHODS}
     assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
 
 

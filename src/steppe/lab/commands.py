@@ -1,10 +1,7 @@
 """The commands of the laboratory; they check everything that was asked before anything runs."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +13,13 @@ from rich.text import Text
 
 import steppe
 from steppe.lab import measuring
-from steppe.lab.settings import LabError, preset
+from steppe.lab.console import told
+from steppe.lab.doctor import doctor
+from steppe.lab.running import EXAMPLES, run
 
 if TYPE_CHECKING:
     from steppe.lab.directory import Plan
+    from steppe.lab.place import Hardware
     from steppe.lab.summary import Summary
 
 _SHORT = {"difference": "diff.", "seconds": "s"}  # headers that a terminal of 80 columns has no room for
@@ -58,8 +58,9 @@ def _options(
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help="digits or fashion-mnist.")] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of idx files, gzipped or not.")] = None,
+    data: Annotated[str, typer.Option(help="A source that `steppe doctor` lists, or module:function.")] = "digits",
+    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data.")] = None,
+    model: Annotated[str | None, typer.Option(help="Such as mlp-256-256, cnn-32 or resnet18-gn.")] = None,
     method: Method = None,
     baseline: Baseline = None,
     seeds: Seeds = None,
@@ -69,6 +70,8 @@ def compare(
     weight_decay: Annotated[float | None, typer.Option(help="The base optimizer's weight decay.")] = None,
     noise: Annotated[float | None, typer.Option(help="Share of training labels redrawn from all classes.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training examples, drawn anew for each seed.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: an accelerator where there is one.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny version, some 20 seconds.")] = False,
@@ -79,15 +82,24 @@ def compare(
     """
     given: dict[str, Any] = {
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
+        "model": model,
         "epochs": epochs,
         "batch_size": batch_size,
     }
     given |= {"lr": lr, "weight_decay": weight_decay, "noise": noise, "train_size": train_size}
     folder = out or Path("runs") / f"compare-{data}{'-quick' if quick else ''}"
     console = Console()
-    with _told(console):
+    with told(console):
+        from steppe.lab.place import Hardware
+
+        hardware = Hardware(device=device, precision=precision)
+        hardware.open()
         plan = _plan(data, quick, given, method, baseline, seeds)
-        raise typer.Exit(_run(folder, plan, workers or os.cpu_count() or 1, console))
+        raise typer.Exit(_run(folder, plan, workers or os.cpu_count() or 1, hardware, console))
+
+
+app.command(epilog=EXAMPLES)(run)
+app.command()(doctor)
 
 
 @app.command()
@@ -97,7 +109,7 @@ def report(
 ) -> None:
     """Rebuild a directory's report and summary from its records alone."""
     console = Console()
-    with _told(console):
+    with told(console):
         _publish(folder, baseline, console)
 
 
@@ -109,16 +121,17 @@ def _plan(
 ) -> "Plan":
     from steppe.lab import spec, tasks
     from steppe.lab.directory import Plan
+    from steppe.lab.presets import preset, settings_for
 
     default = preset(data, quick)
-    settings = replace(default.settings, **{key: value for key, value in given.items() if value is not None})
+    settings = settings_for(default, given)
     chosen = tuple(spec.parse_all(methods or list(default.methods), settings))
     plan = Plan(settings, chosen, seeds or default.seeds, None if baseline is None else spec.parse(baseline))
     tasks.check(settings)
     return plan
 
 
-def _run(folder: Path, asked: "Plan", workers: int, console: Console) -> int:
+def _run(folder: Path, asked: "Plan", workers: int, hardware: "Hardware", console: Console) -> int:
     """Run what is missing and report; return the exit code."""
     from steppe.lab import directory
     from steppe.lab.compare import compare
@@ -133,7 +146,7 @@ def _run(folder: Path, asked: "Plan", workers: int, console: Console) -> int:
     try:
         if runs:
             with Display(console, runs) as display:
-                failures = compare(folder, runs, workers, display)
+                failures = compare(folder, runs, workers, display, hardware)
     except (KeyboardInterrupt, BrokenExecutor) as error:
         lost = isinstance(error, BrokenExecutor)
         kept = f"{len(directory.finished(folder, whole)[0])} of {len(whole.runs())} runs are kept in {folder}"
@@ -171,13 +184,3 @@ def _print(found: "Summary", console: Console) -> None:
     console.print(table)
     for note in summary.notes(found):
         console.print(f"- {note}", markup=False, highlight=False)
-
-
-@contextmanager
-def _told(console: Console) -> Iterator[None]:
-    """Tell a mistake in what was asked for without a traceback."""
-    try:
-        yield
-    except LabError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None

@@ -20,6 +20,7 @@ import torch
 
 from steppe.lab import record, weights
 from steppe.lab.directory import path_of
+from steppe.lab.place import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.train import Run, train
 
@@ -45,7 +46,7 @@ class View(Protocol):
         """Take note that a run has ended."""
 
 
-def compare(folder: Path, runs: list[Run], workers: int, view: View) -> list[Failure]:
+def compare(folder: Path, runs: list[Run], workers: int, view: View, hardware: Hardware = CPU) -> list[Failure]:
     """Train and record `runs`, `workers` at a time; return those that failed.
 
     Finished runs are kept whatever happens, also where this raises: `KeyboardInterrupt` on Ctrl-C, `BrokenExecutor`
@@ -56,7 +57,7 @@ def compare(folder: Path, runs: list[Run], workers: int, view: View) -> list[Fai
     stop = context.Event()
     with ProcessPoolExecutor(min(workers, len(runs)), context, _enter, (messages, stop)) as pool:
         with _interrupts_ignored():  # inherited by the processes that the first submit starts
-            futures = {pool.submit(_execute, folder, run): run for run in runs}
+            futures = {pool.submit(_execute, folder, run, hardware): run for run in runs}
         try:
             return _follow(futures, messages, view)
         except BaseException:
@@ -128,11 +129,11 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _execute(folder: Path, run: Run) -> Record | Failure:
+def _execute(folder: Path, run: Run, hardware: Hardware) -> Record | Failure:
     reporter = _Reporter(*_channel, run)
     try:
         reporter(0, 1)
-        result = train(run, reporter, keep=partial(weights.keep, folder, run))
+        result = train(run, reporter, keep=partial(weights.keep, folder, run), hardware=hardware)
         record.save(path_of(folder, run), result)
         return result
     except Exception as error:  # returned as text: not every exception survives pickling

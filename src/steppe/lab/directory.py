@@ -83,7 +83,15 @@ def path_of(folder: Path, run: Run) -> Path:
 
 
 def _matching(run: Run, found: Record) -> Record:
-    wanted = (str(run.method), run.seed, run.settings.to_dict(), run.epochs)
-    if (found.method, found.seed, found.settings, found.epochs) != wanted:
+    wanted = (str(run.method), run.seed, run.settings, run.epochs)
+    if (found.method, found.seed, settings_of(found), found.epochs) != wanted:
         raise ValueError("it records another method, seed or settings")
     return found
+
+
+def settings_of(found: Record) -> Settings:
+    """Return a record's settings; those that came after it was written stand at their defaults."""
+    try:
+        return Settings(**found.settings)
+    except (TypeError, LabError) as error:
+        raise ValueError(f"its settings are none: {error}") from error

@@ -1,18 +1,19 @@
 """What a comparison's runs ended in: one record of its minimum a run, and the table of them (WSAM's Table 9)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steppe import measure
 from steppe.lab import record, tasks, weights
 from steppe.lab.directory import path_of
 from steppe.lab.environment import environment
+from steppe.lab.meter import SEEN
 from steppe.lab.record import Record, finite
 from steppe.lab.settings import LabError
 from steppe.lab.train import Run
@@ -35,6 +36,17 @@ class Measured:
     environment: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The training examples whose loss a run records, batch by batch."""
+
+    task: tasks.Task
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for rows in torch.arange(min(len(self.task.labels), SEEN)).split(BATCH):
+            yield self.task.inputs[rows], self.task.labels[rows]
+
+
 def path(folder: Path, run: Run) -> Path:
     """Return where a run's minimum is recorded."""
     return folder / "minima" / path_of(folder, run).name
@@ -45,9 +57,9 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
     started = time.perf_counter()
     task = tasks.load(run.settings, run.seed)
     model = weights.load(folder, run, ended, task)
-    criterion, data = nn.CrossEntropyLoss(reduction="none"), (task.inputs, task.labels)
-    found = measure.minimum(model, criterion, data, batch_size=BATCH, seed=run.seed)
-    problem = measure.Problem(model, criterion, data, batch_size=BATCH)
+    criterion, data = nn.CrossEntropyLoss(reduction="none"), _Seen(task)
+    found = measure.minimum(model, criterion, data, seed=run.seed)
+    problem = measure.Problem(model, criterion, data)
     line = measure.line(problem, measure.filter_normalised(problem, seed=run.seed), STEPS)
     result = Measured(
         method=str(run.method),

@@ -1,7 +1,10 @@
 """What a comparison holds fixed: every method and every seed is trained under one `Settings` value."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+
+OPTIMIZERS = ("sgd", "adamw")
+AUGMENTATIONS = ("auto", "none", "crop", "crop-flip", "resized-crop-flip")
 
 
 class LabError(Exception):
@@ -22,6 +25,11 @@ class Settings:
     lr: float = 0.05  # at the first step; cosine to 0 at the last
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"  # the base of every method: sgd or adamw
+    warmup: int = 0  # steps over which the learning rate rises linearly to its cosine
+    label_smoothing: float = 0.0  # share of the training target spread over all classes
+    augment: str = "auto"  # what happens to training images, steppe.lab.augment; auto: what is usual for the data
+    image_size: int | None = None  # side of images in pixels; None: their own, 224 for a folder of files
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
@@ -30,6 +38,12 @@ class Settings:
         _require(0 <= self.noise <= 1, "noise", self, "a share between 0 and 1")
         _require(0 < self.lr < math.inf, "lr", self, "a positive number")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self, "a number >= 0")
+        size = self.image_size
+        _require(size is None or (isinstance(size, int) and size > 0), "image_size", self, "a positive integer")
+        _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self, "a number of steps >= 0")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self, "a share of at least 0 and less than 1")
+        for name, known in (("optimizer", OPTIMIZERS), ("augment", AUGMENTATIONS)):
+            _require(getattr(self, name) in known, name, self, f"one of {', '.join(known)}")
         if self.data == "digits" and self.data_dir is not None:
             raise LabError("digits come with scikit-learn; data-dir goes with --data fashion-mnist")
         if self.batch_size > self.train_size:
@@ -50,49 +64,6 @@ class Settings:
 def _require(holds: bool, name: str, settings: Settings, wanted: str) -> None:
     if not holds:
         raise LabError(f"{name.replace('_', '-')} must be {wanted}, not {getattr(settings, name)!r}")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What `steppe compare` does when it is told no more than the data."""
-
-    settings: Settings
-    methods: tuple[str, ...]
-    seeds: int
-
-
-_DIGITS = Settings()
-_FASHION = Settings(data="fashion-mnist", train_size=2000, model="cnn-32", epochs=60)
-_DIGITS_METHODS = (
-    "SGD",
-    "SGD(epochs=2x)",
-    "SAM(rho=0.2)",
-    "SAM(rho=0.5)",
-    "WSAM(rho=0.5, gamma=0.9)",
-    "SAM(rho=0.2, m=64)",
-    "SAM(rho=0.2, m=32)",
-    "SAM(rho=0.2, m=16)",
-    "SAM(rho=0.2, m=8)",
-    "RWSAM(rho=0.5)",
-)
-_QUICK_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.2)", "SAM(rho=0.5)", "SAM(rho=0.2, m=8)")
-_FASHION_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.05)", "SAM(rho=0.1)", "SAM(rho=0.05, m=32)")
-_FASHION_QUICK = replace(_FASHION, train_size=1000, model="cnn-16", epochs=10, lr=0.1)
-
-PRESETS: dict[tuple[str, bool], Preset] = {
-    ("digits", False): Preset(_DIGITS, _DIGITS_METHODS, 5),
-    ("digits", True): Preset(replace(_DIGITS, model="mlp-128-128", train_size=600, epochs=80), _QUICK_METHODS, 3),
-    ("fashion-mnist", False): Preset(_FASHION, _FASHION_METHODS, 3),
-    ("fashion-mnist", True): Preset(_FASHION_QUICK, ("SGD", "SAM(rho=0.05)"), 2),
-}
-
-
-def preset(data: str, quick: bool) -> Preset:
-    """Return the defaults for a data source, the tiny ones when `quick`."""
-    if (data, quick) not in PRESETS:
-        known = ", ".join(sorted({name for name, _ in PRESETS}))
-        raise LabError(f"unknown data {data!r}; choose from {known}")
-    return PRESETS[data, quick]
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

@@ -4,7 +4,8 @@
     key   = a hyper-parameter of the class `steppe.NAME`, or epochs
     value = a Python literal; epochs also takes a multiple of the common number, as in 2x
 
-`SGD` is the base optimizer alone. Values are read by `ast.literal_eval`; nothing is evaluated.
+`SGD` and `AdamW` are those optimizers alone; every other method is built around the one that the settings name. Values
+are read by `ast.literal_eval`; nothing is evaluated.
 """
 
 import ast
@@ -19,7 +20,7 @@ from torch import nn
 import steppe
 from steppe.lab.settings import LabError, Settings
 
-_PLAIN = "SGD"
+_PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
 _SUPPLIED = ("base", "full")  # constructor parameters that come from the run, not from the spec
 
@@ -51,13 +52,13 @@ class Method:
 
 
 def choices() -> dict[str, type[torch.optim.Optimizer]]:
-    """Return every method by name: the base alone, then the methods of steppe."""
-    return {_PLAIN: torch.optim.SGD, **{method.__name__: method for method in steppe.METHODS}}
+    """Return every method by name: the plain optimizers, then the methods of steppe."""
+    return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}}
 
 
 def options_of(name: str) -> list[str]:
     """Return the keys a method's spec may set."""
-    if name == _PLAIN:
+    if name in _PLAIN:
         return ["epochs"]
     parameters = inspect.signature(choices()[name]).parameters.values()
     named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
@@ -132,12 +133,18 @@ def parse_all(texts: list[str], settings: Settings) -> list[Method]:
 def build(
     method: Method, model: nn.Module, settings: Settings, full: Callable[[], torch.Tensor]
 ) -> torch.optim.Optimizer:
-    """Construct the method around its own SGD; `full` is the closure over all training data that NSAM looks with."""
-    base = torch.optim.SGD(
-        model.named_parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    if method.name == _PLAIN:
-        return base
+    """Construct the method around its own base; `full` is the closure over all training data that NSAM looks with."""
+    if method.name in _PLAIN:
+        return _plain(method.name, model, settings)
+    base = _plain({"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer], model, settings)
     make: Callable[..., torch.optim.Optimizer] = choices()[method.name]
     supplied = {"full": full} if "full" in inspect.signature(make).parameters else {}
     return make(base, **dict(method.options), **supplied)
+
+
+def _plain(name: str, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if name == "SGD":
+        options["momentum"] = settings.momentum
+    make: Callable[..., torch.optim.Optimizer] = _PLAIN[name]
+    return make(model.named_parameters(), **options)

@@ -2,27 +2,31 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steppe.lab import idx
+from steppe.lab import data
+from steppe.lab.data.pool import Pool, Texts
+from steppe.lab.examples import Examples, Files, Images, Tokens, take
 from steppe.lab.settings import LabError, Settings
-
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A whole data set in memory; training labels already noisy, test labels clean."""
+    """What a run trains and tests on; training labels already noisy, test labels clean."""
 
-    inputs: Tensor
+    inputs: Examples
     labels: Tensor
-    test_inputs: Tensor
+    test_inputs: Examples
     test_labels: Tensor
     classes: int
+
+    def to(self, device: torch.device) -> "Task":
+        """Return the task on a device; images in files stay there until they are decoded."""
+        moved = (part.to(device) for part in (self.inputs, self.labels, self.test_inputs, self.test_labels))
+        return Task(*moved, self.classes)  # type: ignore[call-arg, arg-type]
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -33,9 +37,17 @@ def stream(seed: int, purpose: str) -> torch.Generator:
 
 def load(settings: Settings, seed: int) -> Task:
     """Return the task of one seed: its split and its label noise depend on the seed alone, never on the method."""
-    inputs, test_inputs, labels, test_labels = _split(settings, seed)
-    classes = int(test_labels.max()) + 1
-    return Task(inputs, noisy(labels, settings.noise, classes, seed), test_inputs, test_labels, classes)
+    check(settings)
+    pool, size = data.read(settings), settings.train_size
+    order = torch.randperm(len(pool.labels), generator=stream(seed, "split"))
+    train, test = order[:size], order[size:]
+    inputs, labels = _chosen(pool.inputs, train), pool.labels[train]
+    if pool.test_labels is None:
+        test_inputs, test_labels = _chosen(pool.inputs, test), pool.labels[test]
+    else:
+        test_inputs, test_labels = pool.test_inputs, pool.test_labels
+    prepared = _prepared(pool, inputs, test_inputs, settings)
+    return Task(prepared[0], noisy(labels, settings.noise, pool.classes, seed), prepared[1], test_labels, pool.classes)
 
 
 def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
@@ -45,24 +57,35 @@ def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
     return torch.where(chosen, torch.randint(classes, (len(labels),), generator=draw), labels)
 
 
+def offered(settings: Settings) -> int:
+    """Return how many training examples the data have; one at least is left to test on."""
+    pool = data.read(settings)
+    return len(pool.labels) - (pool.test_labels is None)
+
+
 def check(settings: Settings) -> None:
-    """Raise a `LabError` where the data cannot be read or is smaller than what is asked for."""
-    offered = len(_digits()[0]) - 1 if settings.data == "digits" else len(_images(_folder(settings))[0])
-    if settings.train_size > offered:
-        raise LabError(f"train-size {settings.train_size} exceeds the {offered} examples that {settings.data} offers")
+    """Raise a `LabError` where the data cannot be read or are not what is asked for."""
+    found = offered(settings)
+    if settings.train_size > found:
+        raise LabError(f"train-size {settings.train_size} exceeds the {found} examples that {settings.data} offers")
+    inputs = data.read(settings).inputs
+    images = isinstance(inputs, Files) or (isinstance(inputs, Tensor) and inputs.dtype == torch.uint8)
+    if data.augmentation(settings) != "none" and not images:
+        raise LabError(f"augment {settings.augment} is for images, and {settings.data} has none")
 
 
-def _split(settings: Settings, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(settings)
-    size = settings.train_size
-    if settings.data == "digits":
-        inputs, labels = _digits()
-        order = torch.randperm(len(labels), generator=stream(seed, "split"))
-        train, test = order[:size], order[size:]
-        return *_standardised(inputs[train], inputs[test]), labels[train], labels[test]
-    inputs, labels, test_inputs, test_labels = _images(_folder(settings))
-    train = torch.randperm(len(labels), generator=stream(seed, "split"))[:size]
-    return *_standardised(inputs[train], test_inputs), labels[train], test_labels
+def _chosen(inputs: Any, rows: Tensor) -> Any:
+    return [inputs[i] for i in rows.tolist()] if isinstance(inputs, list) else take(inputs, rows)
+
+
+def _prepared(pool: Pool, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
+    if isinstance(train, list):
+        return _tokens(settings.model, train), _tokens(settings.model, test)
+    if isinstance(train, Tensor) and train.is_floating_point():
+        return _standardised(train, test) if pool.scale else (train, test)
+    mean, spread = _constants(pool, train, settings)
+    side = settings.image_size or (data.files.SIDE if isinstance(train, Files) else None)
+    return Images(train, mean, spread, side), Images(test, mean, spread, side)
 
 
 def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,24 +94,24 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return (train - mean) / spread, (test - mean) / spread
 
 
-@cache
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+def _constants(pool: Pool, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the bytes: those that a pretrained model expects, the set's own, or measured."""
+    from steppe.lab.models.pretrained import constants_of
 
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64)
+    known = constants_of(settings.model) or pool.constants
+    if known is not None:
+        mean, spread = (255 * torch.tensor(values).reshape(-1, 1, 1) for values in known)
+        return mean, spread
+    if isinstance(train, Files):
+        raise LabError(f"{settings.data} has images in files and no mean and spread to standardise them by")
+    if train.shape[1] == 1:
+        spread, mean = torch.std_mean(train.float())
+    else:
+        spread, mean = torch.std_mean(train.float(), dim=(0, 2, 3), keepdim=True)
+    return mean, spread
 
 
-def _folder(settings: Settings) -> Path:
-    folder = Path(settings.data_dir) if settings.data_dir else FASHION_MNIST
-    if not folder.is_dir():
-        hint = "apt-get install dataset-fashion-mnist, or name a folder of idx files with --data-dir"
-        raise LabError(f"no {settings.data} in {folder}: {hint}")
-    return folder
+def _tokens(model: str, texts: Texts) -> Tokens:
+    from steppe.lab.models.pretrained import tokenised
 
-
-@cache
-def _images(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    train, labels = idx.read_pair(folder, "train")
-    test, test_labels = idx.read_pair(folder, "t10k")
-    return train.unsqueeze(1).float(), labels.long(), test.unsqueeze(1).float(), test_labels.long()
+    return tokenised(model, texts)

@@ -3,21 +3,26 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import steppe
-from steppe.lab import models, spec, tasks
+from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.environment import environment
-from steppe.lab.record import CURVES, Record, finite
-from steppe.lab.settings import Settings
+from steppe.lab.examples import ahead, finish, raw
+from steppe.lab.meter import Meter, evaluate
+from steppe.lab.place import ALONE, CPU, Hardware, Place
+from steppe.lab.record import Record
+from steppe.lab.settings import LabError, Settings
 
 _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in two of 60)
-_TELEMETRY = ("gap", "g_norm", "eps_norm", "cosine")
 COLLAPSE = 0.95  # of log(#classes), the loss of a model that knows nothing
+
+__all__ = ["Run", "Session", "collapsed", "evaluate", "fit", "initial_model", "orders", "train"]
 
 
 @dataclass(frozen=True)
@@ -37,34 +42,182 @@ class Run:
 def train(
     run: Run,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
+    hardware: Hardware = CPU,
     keep: Callable[[nn.Module], None] = lambda model: None,
 ) -> Record:
-    """Train one run from scratch.
+    """Train one run from scratch; the callbacks are told after every step and evaluation, and may raise to stop it.
 
-    `progress(step, steps)` is called after every step and may raise to stop it; `keep(model)` gets the final weights.
+    `keep(model)` gets the final weights.
     """
-    task = tasks.load(run.settings, run.seed)
-    model = initial_model(run, task)
-    criterion = nn.CrossEntropyLoss(reduction="none")
-    optimizer = spec.build(
-        run.method, model, run.settings, full=steppe.Batch.supervised(model, criterion, task.inputs, task.labels)
-    )
-    steps = run.epochs * run.settings.steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    meter, step = Meter(), 0
-    for epoch, order in enumerate(orders(run, task), start=1):
+    session = Session(run, hardware.open())
+    fit(session, progress, evaluated)
+    keep(session.model)
+    return session.record()
+
+
+def fit(
+    session: "Session",
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
+    keep: Callable[["Session"], None] = lambda session: None,
+) -> None:
+    """Train a session from where it stands to its end.
+
+    Args:
+        session: what is trained.
+        progress: called with (step, steps) after every step.
+        evaluated: called with (epoch, test error) after every evaluation.
+        keep: called after every step that is complete, its evaluation included; a checkpoint may be written here.
+    """
+    run = session.run
+    per_epoch = run.settings.steps_per_epoch
+    for rows, examples in session.batches():
+        session.advance(rows, examples)
+        progress(session.step, session.steps)
+        epoch, inside = divmod(session.step, per_epoch)
+        if not inside and (epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs):
+            evaluated(epoch, session.evaluate(epoch))
+        keep(session)
+
+
+class Session:
+    """A run on its way, and all that a checkpoint holds of it."""
+
+    def __init__(self, run: Run, place: Place = ALONE) -> None:
+        if run.settings.batch_size % place.world:
+            raise LabError(f"batch size {run.settings.batch_size} is no multiple of the {place.world} processes")
+        self.run, self.place = run, place
+        self.task = tasks.load(run.settings, run.seed).to(place.device)
+        self.model = place.setup(initial_model(run, self.task))
+        self.loss = Loss(run.settings.label_smoothing, place)
+        self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
+        self.steps = run.epochs * run.settings.steps_per_epoch
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        self.augment = data.augmentation(run.settings)
+        self.meter, self.step = Meter(), 0
+        self._loss: Any = math.nan
+
+    def _factor(self, step: int) -> float:
+        """Share of the learning rate: a linear rise times a cosine to 0."""
+        rise = min(1.0, (step + 1) / (run.warmup + 1)) if (run := self.run.settings).warmup else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def batches(self) -> Iterator[tuple[Tensor, Any]]:
+        """Yield what is left: the row numbers of every batch, and this process's raw examples of them."""
+        left = islice(chain.from_iterable(orders(self.run, self.task)), self.step, None)
+        return ahead(lambda rows: raw(self.task.inputs, self.place.share(rows)), left, self.task.inputs)
+
+    def advance(self, rows: Tensor, examples: Any) -> None:
+        """Take one optimizer step on a batch; `examples` are this process's, raw."""
         started = time.perf_counter()
-        for rows in order:
-            batch = steppe.Batch.supervised(model, criterion, task.inputs[rows], task.labels[rows])
-            optimizer.step(batch)  # type: ignore[arg-type] # torch's stub wants a closure that returns a float
-            schedule.step()
-            meter.count(optimizer)
-            progress(step := step + 1, steps)
-        meter.seconds += time.perf_counter() - started
-        if epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs:
-            meter.evaluate(epoch, model, task)
-    keep(model)
-    return finished(run, optimizer, task, meter)
+        if self.augment != "none":
+            examples = self._augmented(len(rows), examples)
+        labels = self.task.labels[self.place.share(rows).to(self.place.device)]
+        inputs = finish(self.task.inputs, examples)
+        batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels))  # torch's stub: a function to float
+        self._loss = self.optimizer.step(batch)
+        self.schedule.step()
+        self.meter.count(self.optimizer)
+        self.step += 1
+        self.meter.seconds += time.perf_counter() - started
+
+    def _augmented(self, count: int, images: Tensor) -> Tensor:
+        """Return images changed by numbers that seed and step alone decide, the same on one process and on many."""
+        stream = tasks.stream(self.run.seed, f"augment/{self.step}")
+        change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
+        mine = {key: self.place.share(values) for key, values in change.items()}
+        return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
+
+    def evaluate(self, epoch: int) -> float:
+        """Add a point to the curves and return the test error."""
+        started = time.perf_counter()
+        self.place.synchronise()
+        self.meter.seconds += time.perf_counter() - started
+        return self.meter.evaluate(epoch, self.model, self.task, self.place)
+
+    def last_loss(self) -> float:
+        """Return the loss of the last batch (of this process's part); waits for the device."""
+        return float(self._loss)
+
+    def full(self) -> Tensor:
+        """Zero, forward and backward over all training data; n-SAM looks with it."""
+        self.model.zero_grad(set_to_none=True)
+        count, total = len(self.task.labels), torch.zeros((), device=self.place.device)
+        for rows in torch.arange(count).split(1000):
+            mine = self.place.share(rows)
+            losses = self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine]))
+            loss = losses.sum() * self.place.world / count  # DDP takes the mean over processes
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    # ---- to a checkpoint and back
+
+    def state(self) -> dict[str, Any]:
+        """Return all that later steps depend on, not copied; every process must call this."""
+        return {
+            "step": self.step,
+            "model": checkpoint.whole(dict(self.model.state_dict())),
+            "optimizer": checkpoint.whole(self.optimizer.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "meter": asdict(self.meter),
+            "random": self.place.gather(checkpoint.random_state()),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state as if there had been no interruption."""
+        own = self.model.state_dict()
+        self.model.load_state_dict({key: checkpoint.sharded(value, own[key]) for key, value in state["model"].items()})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        memory = state["optimizer"]["state"]
+        for i, kept in memory.items():
+            memory[i] = {key: checkpoint.sharded(value, parameters[i]) for key, value in kept.items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.meter, self.step = Meter(**state["meter"]), state["step"]
+        if len(state["random"]) == self.place.world:
+            checkpoint.set_random_state(state["random"][self.place.rank])
+
+    def record(self) -> Record:
+        """Assemble the record of a session that came to its end."""
+        run, meter = self.run, self.meter
+        last = {name: values[-1] for name, values in meter.curves.items()}
+        return Record(
+            method=str(run.method),
+            rule=repr(self.optimizer.rule) if hasattr(self.optimizer, "rule") else "none: the base optimizer alone",
+            rho=self.optimizer.param_groups[0].get("rho"),
+            base=_base(run, self.optimizer),
+            seed=run.seed,
+            settings=run.settings.to_dict(),
+            epochs=run.epochs,
+            curves=meter.curves,
+            test_error=cast(float, last["test_error"]),
+            train_error=cast(float, last["train_error"]),
+            train_loss=last["train_loss"],
+            classes=self.task.classes,
+            steps=self.steps,
+            forwards=meter.forwards,
+            backwards=meter.backwards,
+            skipped=meter.skipped,
+            seconds=meter.seconds,
+            collapsed=collapsed(last["train_loss"], self.task.classes),
+            environment=environment() | self.place.describe(),
+        )
+
+
+class Loss:
+    """Cross-entropy of every example, computed in the place's precision."""
+
+    def __init__(self, smoothing: float, place: Place) -> None:
+        self.criterion, self.place = nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing), place
+
+    def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        inputs, labels = data
+        with self.place.autocast():
+            logits = model(inputs)
+        losses: Tensor = self.criterion(logits.float(), labels)
+        return losses
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
@@ -83,78 +236,14 @@ def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
         yield list(torch.split(permutation, run.settings.batch_size)[: run.settings.steps_per_epoch])
 
 
-@dataclass
-class Meter:
-    """What is counted while a run goes on."""
-
-    seconds: float = 0.0
-    forwards: float = 0.0
-    backwards: float = 0.0
-    skipped: int = 0
-    sums: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _TELEMETRY})
-    curves: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVES})
-
-    def count(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add one step's passes and telemetry; a plain optimizer does one pass of each kind."""
-        telemetry = getattr(optimizer, "telemetry", None)
-        self.forwards += 1 if telemetry is None else float(telemetry.forwards)
-        self.backwards += 1 if telemetry is None else float(telemetry.backwards)
-        self.skipped = 0 if telemetry is None else int(telemetry.skipped)
-        for name, values in self.sums.items():
-            value = getattr(telemetry, name, None)
-            if value is not None:
-                values.append(float(value))
-
-    def evaluate(self, epoch: int, model: nn.Module, task: tasks.Task) -> None:
-        """Add a point to every curve; telemetry is the mean over the steps since the last point."""
-        train_loss, train_error = evaluate(model, task.inputs, task.labels)
-        _, test_error = evaluate(model, task.test_inputs, task.test_labels)
-        point = {"epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_error": test_error}
-        for name, values in self.sums.items():
-            point[name] = math.fsum(values) / len(values) if values else math.nan
-            values.clear()
-        for name, value in point.items():
-            self.curves[name].append(finite(value))
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the mean loss and the share of wrong answers."""
-    model.eval()
-    logits = torch.cat([model(part) for part in torch.split(inputs, 1000)])
-    model.train()
-    loss = nn.functional.cross_entropy(logits, labels).item()
-    return loss, (logits.argmax(1) != labels).double().mean().item()
-
-
 def collapsed(train_loss: float | None, classes: int) -> bool:
     """Tell whether a run ended where it knows nothing: loss near log(#classes), or not finite."""
     return train_loss is None or not train_loss < COLLAPSE * math.log(classes)
 
 
-def finished(run: Run, optimizer: torch.optim.Optimizer, task: tasks.Task, meter: Meter) -> Record:
-    """Assemble the record of a run that came to its end."""
-    last = {name: values[-1] for name, values in meter.curves.items()}
-    group = optimizer.param_groups[0]
-    base = ", ".join(f"{key}={group[key]!r}" for key in ("momentum", "weight_decay"))
-    return Record(
-        method=str(run.method),
-        rule=repr(optimizer.rule) if hasattr(optimizer, "rule") else "none: the base optimizer alone",
-        rho=group.get("rho"),
-        base=f"SGD(lr={run.settings.lr!r}, {base}), cosine to 0",
-        seed=run.seed,
-        settings=run.settings.to_dict(),
-        epochs=run.epochs,
-        curves=meter.curves,
-        test_error=cast(float, last["test_error"]),
-        train_error=cast(float, last["train_error"]),
-        train_loss=last["train_loss"],
-        classes=task.classes,
-        steps=run.epochs * run.settings.steps_per_epoch,
-        forwards=meter.forwards,
-        backwards=meter.backwards,
-        skipped=meter.skipped,
-        seconds=meter.seconds,
-        collapsed=collapsed(last["train_loss"], task.classes),
-        environment=environment(),
-    )
+def _base(run: Run, optimizer: torch.optim.Optimizer) -> str:
+    """Say what the base optimizer was."""
+    base, group = getattr(optimizer, "base", optimizer), optimizer.param_groups[0]
+    options = ", ".join(f"{key}={group[key]!r}" for key in ("momentum", "betas", "weight_decay") if key in group)
+    warmup = f"linear warm-up of {run.settings.warmup} steps, " if run.settings.warmup else ""
+    return f"{type(base).__name__}(lr={run.settings.lr!r}, {options}), {warmup}cosine to 0"

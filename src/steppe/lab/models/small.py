@@ -1,20 +1,8 @@
 """The two small models: a ReLU perceptron for vectors, a convolutional net for images."""
 
-import re
 from itertools import pairwise
 
-from torch import Tensor, nn
-
-from steppe.lab.settings import LabError
-
-
-def build(name: str, example: Tensor, classes: int) -> nn.Module:
-    """Return the model called `mlp-WIDTH-WIDTH...` or `cnn-WIDTH` for inputs shaped like `example`."""
-    if re.fullmatch(r"mlp(-\d+)+", name):
-        return mlp([example.numel(), *map(int, name.split("-")[1:]), classes])
-    if re.fullmatch(r"cnn-\d+", name):
-        return cnn(example.shape[0], int(name.split("-")[1]), classes)
-    raise LabError(f"unknown model {name!r}; write mlp-256-256 or cnn-16")
+from torch import nn
 
 
 def mlp(widths: list[int]) -> nn.Sequential:

@@ -1,0 +1,130 @@
+"""Where data come from: every source by name, the folder it lies in, and what to do where there is none."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from steppe.lab.data import cifar, files, hub, idx, own, texts
+from steppe.lab.data.pool import Constants, Pool
+from steppe.lab.settings import LabError, Settings
+
+__all__ = ["SOURCES", "Pool", "Source", "augmentation", "find", "places", "read"]
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of data in a folder.
+
+    Args:
+        read: (folder, image size) to its examples.
+        marks: a folder is taken where it holds one of these.
+        hint: what to do where no folder does.
+        place: where a system's package puts it.
+        augment: what usually happens to its training images.
+    """
+
+    read: Callable[[Path, int], Pool]
+    marks: tuple[str, ...]
+    hint: str
+    place: Path | None = None
+    augment: str = "none"
+
+
+def _either(read: Callable[[Path], Pool], constants: Constants) -> Callable[[Path, int], Pool]:
+    """Read a folder of the authors' files, or one that `datasets` has saved."""
+    return lambda folder, size: hub.read(folder, size, constants) if (folder / hub.MARK).exists() else read(folder)
+
+
+def _fashion(folder: Path, size: int) -> Pool:
+    train, labels = idx.read_pair(folder, "train")
+    test, test_labels = idx.read_pair(folder, "t10k")
+    return Pool(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
+
+
+def _archive(read: Callable[[Path], Pool], constants: Constants, mark: str, augment: str) -> Source:
+    """Return a source whose authors publish an archive."""
+    hint = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
+    return Source(_either(read, constants), (mark, hub.MARK), hint, augment=augment)
+
+
+_TREE = Source(files.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
+SOURCES: dict[str, Source] = {
+    "fashion-mnist": Source(
+        _fashion,
+        ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte"),
+        "apt-get install dataset-fashion-mnist, or name a folder of idx files with --data-dir",
+        FASHION_MNIST,
+    ),
+    "cifar10": _archive(cifar.cifar10, cifar.CIFAR10, "cifar-10-batches-py", "crop-flip"),
+    "cifar100": _archive(cifar.cifar100, cifar.CIFAR100, "cifar-100-python", "crop-flip"),
+    "svhn": _archive(cifar.svhn, cifar.SVHN, "train_32x32.mat", "crop"),
+    "imagenet": _TREE,
+    "image-folder": _TREE,
+    "hf": Source(hub.read, (hub.MARK,), "save a set once with datasets: load_dataset(...).save_to_disk(DIR)"),
+    "fortunes": Source(
+        lambda folder, size: texts.fortunes(folder), texts.CLASSES[:1], "apt-get install fortunes", texts.FORTUNES
+    ),
+}
+
+
+def read(settings: Settings) -> Pool:
+    """Return all examples of the settings' source, read once.
+
+    Raises:
+        LabError: no such source, no such folder, or a file in it that cannot be read.
+    """
+    name = settings.data
+    if name != "digits" and ":" not in name and name not in SOURCES:
+        raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
+    folder = find(name, settings.data_dir).resolve() if name in SOURCES else None
+    return _read(name, folder, settings.image_size or files.SIDE)
+
+
+@lru_cache(maxsize=1)
+def _read(name: str, folder: Path | None, image_size: int) -> Pool:
+    if folder is None:
+        return _digits() if name == "digits" else own.read(name)
+    return SOURCES[name].read(folder, image_size)
+
+
+def augmentation(settings: Settings) -> str:
+    """Return what happens to the training images."""
+    if settings.augment != "auto":
+        return settings.augment
+    return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
+
+
+def _digits() -> Pool:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    inputs = torch.tensor(images, dtype=torch.float32)
+    return Pool(inputs, torch.tensor(labels, dtype=torch.int64), None, None, 10, scale=True)
+
+
+def places(data: str, data_dir: str | None = None) -> list[Path]:
+    """Return the folders where a source is looked for, in order: `$STEPPE_DATA` (else ./data), then the system's."""
+    if data_dir is not None:
+        return [Path(data_dir)]
+    root = Path(os.environ.get("STEPPE_DATA", "data"))
+    system = SOURCES[data].place
+    return [root / data, root, *([] if system is None else [system])]
+
+
+def find(data: str, data_dir: str | None = None) -> Path:
+    """Return the first folder that holds the source."""
+    looked = places(data, data_dir)
+    for folder in looked:
+        if any((folder / mark).exists() for mark in SOURCES[data].marks):
+            return folder
+        if folder.name in SOURCES[data].marks and folder.is_dir():  # the archive's own folder was named
+            return folder.parent
+    if data_dir is not None and looked[0].is_dir():
+        raise LabError(f"no {' or '.join(SOURCES[data].marks)} in {looked[0]}: {SOURCES[data].hint}")
+    raise LabError(f"no {data} in {', '.join(map(str, looked))}: {SOURCES[data].hint}")

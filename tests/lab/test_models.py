@@ -1,0 +1,235 @@
+"""Models: published sizes, shapes, how they look at examples; augmentation: what is drawn and what is done."""
+
+import json
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from steppe.lab import augment, models, tasks
+from steppe.lab.models.pretrained import constants_of, tokenised
+from steppe.lab.settings import LabError, Settings
+from steppe.lab.train import Session, train
+
+from . import formats
+from .helpers import run
+
+CIFAR, IMAGENET = torch.zeros(3, 32, 32), torch.zeros(3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "classes", "count"),
+    [
+        ("resnet18", CIFAR, 10, 11_173_962),  # as of the widely used CIFAR implementations
+        ("resnet50", CIFAR, 10, 23_520_842),
+        ("resnet18", IMAGENET, 1000, 11_689_512),  # torchvision's documentation
+        ("resnet50", IMAGENET, 1000, 25_557_032),
+        ("wrn28-10", CIFAR, 10, 36_479_194),  # 36.5 M in the paper
+        ("wrn16-8", CIFAR, 10, 10_961_370),  # 11.0 M in the paper
+        ("vit-ti16", IMAGENET, 1000, 5_717_416),  # timm's and DeiT's
+        ("vit-s16", IMAGENET, 1000, 22_050_664),
+        ("vit-b16", IMAGENET, 1000, 86_567_656),
+    ],
+)
+def test_published_sizes(name, example, classes, count):
+    with torch.device("meta"):
+        model = models.build(name, example, classes)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18-w8", "resnet18-w8-gn", "resnet50-w8-gn", "wrn10-1", "wrn10-1-gn", "vit-64x2-p8", "cnn-4"]
+)
+def test_a_step_trains_every_parameter(name):
+    model = models.build(name, CIFAR, 7)
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y)
+    steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05).step(batch)
+    assert model(x).shape == (4, 7)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18-w8-gn", "wrn10-1-gn", "vit-64x2-p8"])
+def test_examples_keep_apart_without_batch_norm(name):
+    model, x = models.build(name, CIFAR, 5), torch.randn(6, 3, 32, 32)
+    torch.testing.assert_close(model(x)[:2], model(x[:2]), atol=1e-5, rtol=1e-4)
+
+
+def test_large_images_get_imagenets_stem():
+    model = models.build("resnet18-w8", torch.zeros(3, 64, 64), 5)
+    assert model[:4](torch.zeros(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "message"),
+    [
+        ("resnet", CIFAR, "unknown model 'resnet'; write it like one of mlp-256-256"),
+        ("resnet34", CIFAR, "unknown model"),
+        ("vit-x4", CIFAR, "unknown model"),
+        ("vit-s5", CIFAR, "patches of 5 do not tile images of 32 x 32"),
+        ("cnn-4", torch.zeros(64), "model cnn-4 takes images, and an example has shape"),
+        ("resnet18", {"input_ids": torch.zeros(3)}, "takes no texts"),
+        ("hf:nowhere", CIFAR, "no config.json in nowhere"),
+    ],
+)
+def test_models_that_do_not_fit_are_told(name, example, message):
+    with pytest.raises(LabError, match=message):
+        models.build(name, example, 10)
+
+
+# ---- augmentation
+
+
+def test_a_crop_is_a_shift_with_black_around():
+    images = torch.arange(1, 2 * 3 * 36 + 1).reshape(2, 3, 6, 6).remainder(255).to(torch.uint8)
+    cut = augment.crop(images, torch.tensor([4, 0]), torch.tensor([4, 7]))
+    assert torch.equal(cut[0], images[0])  # corner 4 of a border of 4: nothing moves
+    assert cut[1, :, :4].unique().tolist() == [0]  # moved down by 4 ...
+    assert torch.equal(cut[1, :, 4:, :3], images[1, :, :2, 3:])  # ... and left by 3
+    assert cut[1, :, :, 3:].unique().tolist() == [0]
+
+
+def test_flips_and_corners_are_as_often_as_they_should_be():
+    change = augment.draw("crop-flip", 20_000, (32, 32), torch.Generator().manual_seed(0))
+    assert change["flip"].double().mean() == pytest.approx(0.5, abs=0.015)
+    for name in ("top", "left"):
+        counts = torch.bincount(change[name], minlength=9) / 20_000
+        assert counts.tolist() == pytest.approx([1 / 9] * 9, abs=0.01)
+    images = torch.rand(2, 3, 4, 4)
+    flipped = augment.apply(images, {"flip": torch.tensor([True, False])})
+    assert torch.equal(flipped[0], images[0].flip(2))
+    assert torch.equal(flipped[1], images[1])
+
+
+def test_a_resized_crop_is_the_box_scaled():
+    images = torch.rand(2, 3, 8, 8)
+    whole = torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2)
+    torch.testing.assert_close(augment.resized_crop(images, whole, 8), images)
+    halved = augment.resized_crop(images, whole, 4)  # each sample falls between four pixels
+    torch.testing.assert_close(halved, nn.functional.avg_pool2d(images, 2))
+    inner = torch.tensor([[2.0, 4.0, 4.0, 4.0]] * 2)
+    torch.testing.assert_close(augment.resized_crop(images, inner, 4), images[:, :, 2:6, 4:8])
+
+
+def test_boxes_lie_inside_and_have_the_areas_of_the_protocol():
+    box = augment.draw("resized-crop-flip", 20_000, (256, 256), torch.Generator().manual_seed(0))
+    top, left, height, width = (box[f"box_{part}"] for part in ("top", "left", "height", "width"))
+    assert min(top.min(), left.min()) >= 0
+    assert max((top + height).max(), (left + width).max()) <= 256 + 1e-3
+    area, ratio = height * width / 256**2, width / height
+    assert area.min() >= 0.08 - 1e-6
+    assert area.max() <= 1 + 1e-6
+    assert ratio.min() >= 0.75 - 1e-4
+    assert ratio.max() <= 4 / 3 + 1e-4
+    # an area a fits with probability min(1, log(1 / a) / log(4 / 3)): the mass above 0.75 is the integral of that
+    above = (0.25 + 0.75 * math.log(0.75)) / math.log(4 / 3)
+    assert area.median() == pytest.approx(0.08 + (0.67 + above) / 2, abs=0.01)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    formats.cifar10(tmp_path)
+    return Settings("cifar10", str(tmp_path), 60, 0.0, "cnn-4", epochs=2, batch_size=20, lr=0.01)
+
+
+def test_cifar_is_cropped_and_flipped_and_a_run_can_be_made_again(cifar):
+    changed, plain = train(run("SGD", settings=cifar)), train(run("SGD", settings=replace(cifar, augment="none")))
+    assert changed.curves == train(run("SGD", settings=cifar)).curves
+    assert changed.curves["train_loss"] != plain.curves["train_loss"]
+    session = Session(run("SGD", settings=cifar))
+    state = deepcopy(session.state())  # as a checkpoint: not the live weights
+    rows, examples = next(session.batches())
+    session.advance(rows, examples)
+    torch.rand(7)  # augmentation does not depend on the global stream
+    again = Session(run("SGD", settings=cifar))
+    again.restore(state)
+    again.advance(*next(again.batches()))
+    assert session.last_loss() == again.last_loss()
+
+
+def test_only_images_are_augmented():
+    with pytest.raises(LabError, match="augment crop is for images, and digits has none"):
+        tasks.check(Settings(augment="crop"))
+
+
+# ---- checkpoints of transformers
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="the optional package transformers is not installed")
+
+
+@pytest.fixture
+def vit(transformers, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    folder = tmp_path / "vit"
+    transformers.ViTForImageClassification(config).save_pretrained(str(folder))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return folder
+
+
+def test_a_vit_is_fine_tuned_from_its_checkpoint(vit, cifar, transformers):
+    name = f"hf:{vit}"
+    kept = transformers.ViTForImageClassification.from_pretrained(str(vit)).state_dict()
+    model = models.build(name, CIFAR, 10)
+    own = {key.removeprefix("inner."): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(own[key], kept[key]) for key in kept if not key.startswith("classifier"))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert constants_of(name) == ((0.5,) * 3, (0.5,) * 3)
+    settings = replace(cifar, model=name, optimizer="adamw", lr=1e-3, epochs=1)
+    seen = tasks.load(settings, 0).inputs[:60]
+    assert seen.min() >= -1
+    assert seen.max() <= 1  # the checkpoint's own constants, not CIFAR's
+    assert train(run("SAM(rho=0.05)", settings=settings)).base.startswith("AdamW(lr=0.001, betas=(0.9, 0.999)")
+    with pytest.raises(LabError, match=r"takes images of 32 pixels, not 48 x 48; see --image-size"):
+        models.build(name, torch.zeros(3, 48, 48), 10)
+    with pytest.raises(LabError, match="takes images, and the data are none"):
+        models.build(name, {"input_ids": torch.zeros(3)}, 10)
+
+
+@pytest.fixture
+def bert(transformers, tmp_path):
+    """A tiny BERT with a word-piece tokenizer of ten words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "not"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    folder = tmp_path / "bert"
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(str(folder))
+    config = transformers.BertConfig(
+        vocab_size=10, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(str(folder))
+    return folder
+
+
+def test_texts_are_tokenised_padded_and_cut_to_what_a_batch_needs(bert):
+    tokens = tokenised(f"hf:{bert}", [("good film",), ("very " * 60,), ("bad",)])
+    assert tokens.lengths.tolist() == [4, 62, 3]
+    assert tokens[torch.tensor([0, 2])]["input_ids"].shape == (2, 32)  # rounded up to a multiple of 32
+    assert tokens[0:2]["input_ids"].shape == (2, 62)
+    assert tokens.take(torch.tensor([2]))[0]["input_ids"][:4].tolist() == [2, 6, 3, 0]
+    assert tokenised(f"hf:{bert}", [("very " * 500,)]).lengths.tolist() == [128]
+    pair = tokenised(f"hf:{bert}", [("good", "bad film")])
+    assert pair.parts["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+    with pytest.raises(LabError, match="model cnn-4 takes no texts"):
+        tokenised("cnn-4", [("good",)])
+
+
+def test_a_text_encoder_is_fine_tuned(bert, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = {"sentence": ["good film", "very bad", "not good", "very good film"] * 8, "label": [1, 0, 0, 1] * 8}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=split, validation=split).save_to_disk(str(tmp_path / "glue"))
+    settings = Settings("hf", str(tmp_path / "glue"), 32, 0.0, f"hf:{bert}", 20, 16, lr=3e-3, optimizer="adamw")
+    record = train(run("SAM(rho=0.05)", settings=settings))
+    assert record.test_error == 0
+    assert record.curves == train(run("SAM(rho=0.05)", settings=settings)).curves  # dropout and all

@@ -1,0 +1,205 @@
+"""A run in a directory: resumed bit for bit, whatever stopped it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steppe.lab import checkpoint, metrics, record, single
+from steppe.lab.place import Hardware
+from steppe.lab.settings import LabError
+from steppe.lab.train import Session, train
+
+from .helpers import TINY, run
+
+STATEFUL = ("SGD", "AdamW", "SAM(rho=0.1, m=16)", "LookSAM(k=3)", "FSAM", "ESAM", "RWSAM(rho=0.1)", "NSAM")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def watch(session, line):
+        if session.step >= step:
+            raise Stopped
+
+    return watch
+
+
+def weights(folder):
+    return checkpoint.read(folder / "checkpoint.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("text", STATEFUL)
+def test_a_session_goes_on_bit_for_bit_from_any_step(text):
+    settings = replace(TINY, warmup=3, epochs=2)  # 8 steps, evaluated after 4 and 8
+    whole = Session(run(text, settings=settings))
+    for rows, examples in whole.batches():
+        whole.advance(rows, examples)
+    first = Session(run(text, settings=settings))
+    for rows, examples in first.batches():
+        first.advance(rows, examples)
+        if first.step == 5:
+            break
+    state = first.state()
+    second = Session(run(text, settings=settings))
+    torch.manual_seed(99)  # ESAM draws from the global stream
+    second.restore(state)
+    for rows, examples in second.batches():
+        second.advance(rows, examples)
+    assert second.step == 8
+    assert same(whole.model.state_dict(), second.model.state_dict())
+    assert whole.schedule.get_last_lr() == second.schedule.get_last_lr()
+    assert (whole.meter.forwards, whole.meter.backwards) == (second.meter.forwards, second.meter.backwards)
+
+
+def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path):
+    asked = run("ESAM(rho=0.1)", settings=replace(TINY, epochs=20))  # 80 steps; draws random masks
+    whole = single.run(asked, tmp_path / "whole", save_every=10)
+    with pytest.raises(Stopped):
+        single.run(asked, tmp_path / "cut", save_every=7, watch=stop_at(40))
+    assert checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["step"] == 35
+    torch.rand(3)
+    cut = single.run(asked, tmp_path / "cut", save_every=7)
+    assert cut.curves == whole.curves == train(asked).curves
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (cut.forwards, cut.backwards) == (whole.forwards, whole.backwards)
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(tmp_path / "cut/metrics.jsonl")]
+    expected = metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    assert lines == [{k: v for k, v in line.items() if k != "seconds"} for line in expected]
+    assert single.run(asked, tmp_path / "cut", watch=stop_at(0)) == cut  # finished: nothing is trained again
+
+
+KILL = """
+import os, signal, sys
+import torch
+from steppe.lab import record, single, spec
+from steppe.lab.settings import Settings
+from steppe.lab.train import Run
+torch.set_num_threads(1)
+sync, count, deadly = os.fsync, 0, int(sys.argv[2])
+def fsync(handle):
+    global count
+    count += 1
+    if count == deadly:
+        os.truncate(handle, os.fstat(handle).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(handle)
+os.fsync = fsync
+settings = Settings(train_size=256, batch_size=64, epochs=30, model="mlp-16")
+single.run(Run(spec.parse("SAM(rho=0.1, m=16)"), 0, settings), __import__("pathlib").Path(sys.argv[1]), save_every=10)
+"""
+
+
+def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path):
+    # file syncs: run.json, metrics.jsonl, then two for each checkpoint: its content and its folder
+    for deadly in (9, 8):
+        killed = subprocess.run([sys.executable, "-c", KILL, tmp_path / "cut", str(deadly)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert list((tmp_path / "cut").glob(".checkpoint.pt.*.tmp"))  # half a file
+    kept = checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["step"]
+    assert 0 < kept < 120
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 110, "lo')  # and half a line
+    asked = run("SAM(rho=0.1, m=16)", settings=replace(TINY, epochs=30))
+    single.run(asked, tmp_path / "cut", save_every=10)
+    single.run(asked, tmp_path / "whole")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert not list((tmp_path / "cut").glob(".*"))
+    assert [line["step"] for line in metrics.read(tmp_path / "cut" / "metrics.jsonl")] == [
+        line["step"] for line in metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    ]
+
+
+def test_every_global_stream_is_restored():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand(2).tolist(), np.random.randn()
+
+    np.random.randn()  # leaves a second gaussian waiting
+    state = checkpoint.random_state()
+    first = draw()
+    assert draw() != first
+    checkpoint.set_random_state(state)
+    assert draw() == first
+
+
+def test_metrics_say_what_happened(tmp_path):
+    single.run(run("SAM(rho=0.1)", settings=replace(TINY, epochs=10)), tmp_path / "r")
+    lines = [json.loads(text) for text in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    points = [line for line in lines if "test_error" in line]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["epoch"] for line in points] == list(range(1, 11))
+    assert [line["step"] for line in steps] == [20, 40]
+    assert steps[0]["rho"] == 0.1
+    assert steps[1]["loss"] < steps[0]["loss"]
+    assert record.read(tmp_path / "r" / "record.json").test_error == points[-1]["test_error"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "r"
+    asked = run("SGD", settings=replace(TINY, epochs=1))
+    single.run(asked, folder)
+    with pytest.raises(LabError, match=r"seed was 0, now 1; epochs was 1, now 2\. Choose another --out"):
+        single.run(run("SGD", 1, replace(TINY, epochs=2)), folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    with pytest.raises(LabError, match="holds no run"):
+        single.run(asked, tmp_path / "other")
+    assert os.listdir(tmp_path / "other") == ["letter.txt"]
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no zip" * 9])
+def test_a_damaged_checkpoint_is_told(tmp_path, damage):
+    asked = run("SGD", settings=replace(TINY, epochs=1))
+    single.run(asked, tmp_path / "r")
+    path = tmp_path / "r" / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    (tmp_path / "r" / "record.json").unlink()
+    with pytest.raises(LabError, match=r"checkpoint\.pt is damaged .*; delete it to start the run again"):
+        single.run(asked, tmp_path / "r")
+    path.unlink()
+    assert single.run(asked, tmp_path / "r").epochs == 1
+
+
+def test_bf16_trains_beside_fp32():
+    asked = run("SAM(rho=0.1)")
+    full, half = train(asked), train(asked, hardware=Hardware(precision="bf16"))
+    assert half.environment["precision"] == "bf16"
+    assert half.curves["train_loss"] != full.curves["train_loss"]
+    assert half.curves["train_loss"] == pytest.approx(full.curves["train_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda, mps, not 'gpu'"),
+        ({"precision": "fp16"}, "precision fp16 needs a loss scaler"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16"),
+        ({"strategy": "dp"}, "strategy must be one of ddp, fsdp"),
+        ({"devices": 0}, "devices must be a positive integer"),
+    ],
+)
+def test_hardware_is_checked(options, message):
+    with pytest.raises(LabError, match=message):
+        Hardware(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_told():
+    with pytest.raises(LabError, match="device cuda is not there: "):
+        Hardware(device="cuda").open()
+    assert Hardware(device="auto").open().device.type in ("cpu", "mps")
