@@ -10,7 +10,7 @@ import pytest
 
 import steppe
 
-EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2")
+EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "optuna", "sqlalchemy")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 

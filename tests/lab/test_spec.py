@@ -60,7 +60,7 @@ def test_equal_methods_count_once():
 
 
 def test_every_method_of_steppe_can_be_named():
-    assert set(spec.choices()) == {"SGD"} | {method.__name__ for method in steppe.METHODS}
+    assert set(spec.choices()) == {"SGD", "AdaptiveWSAM", "FisherWSAM"} | {m.__name__ for m in steppe.METHODS}
     assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
 
 

@@ -1,31 +1,26 @@
 """The commands of the laboratory; they check everything that was asked before anything runs."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import steppe
-from steppe.lab.settings import LabError, preset
+from steppe.lab.console import publish, run, told
+from steppe.lab.recipes.commands import recipes, reproduce
+from steppe.lab.settings import preset
+from steppe.lab.sweep.commands import sweep
 
 if TYPE_CHECKING:
     from steppe.lab.directory import Plan
-    from steppe.lab.summary import Summary
 
-_SHORT = {"difference": "diff.", "seconds": "s"}  # headers that a terminal of 80 columns has no room for
-
-app = typer.Typer(
-    help="Sharpness-aware training: compare methods on real data.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="Sharpness-aware training: compare methods on real data.", no_args_is_help=True)
+app.command()(recipes)
+app.command()(reproduce)
+app.command()(sweep)
 
 Method = Annotated[
     list[str] | None,
@@ -84,9 +79,9 @@ def compare(
     given |= {"lr": lr, "weight_decay": weight_decay, "noise": noise, "train_size": train_size}
     folder = out or Path("runs") / f"compare-{data}{'-quick' if quick else ''}"
     console = Console()
-    with _told(console):
+    with told(console):
         plan = _plan(data, quick, given, method, baseline, seeds)
-        raise typer.Exit(_run(folder, plan, workers or os.cpu_count() or 1, console))
+        raise typer.Exit(run(folder, plan, workers or os.cpu_count() or 1, console))
 
 
 @app.command()
@@ -96,8 +91,8 @@ def report(
 ) -> None:
     """Rebuild a directory's report and summary from its records alone."""
     console = Console()
-    with _told(console):
-        _publish(folder, baseline, console)
+    with told(console):
+        publish(folder, baseline, console)
 
 
 def _plan(
@@ -112,68 +107,3 @@ def _plan(
     plan = Plan(settings, chosen, seeds or default.seeds, None if baseline is None else spec.parse(baseline))
     tasks.check(settings)
     return plan
-
-
-def _run(folder: Path, asked: "Plan", workers: int, console: Console) -> int:
-    """Run what is missing and report; return the exit code."""
-    from steppe.lab import directory
-    from steppe.lab.compare import compare
-    from steppe.lab.progress import Display
-
-    whole = directory.open_for(folder, asked)
-    known, _ = directory.finished(folder, whole)
-    runs = [run for run in asked.runs() if run not in known]
-    done = len(asked.runs()) - len(runs)
-    console.print(f"{len(runs)} runs to do, {done} already in {folder}", highlight=False, soft_wrap=True)
-    failures = []
-    try:
-        if runs:
-            with Display(console, runs) as display:
-                failures = compare(folder, runs, workers, display)
-    except (KeyboardInterrupt, BrokenExecutor) as error:
-        lost = isinstance(error, BrokenExecutor)
-        kept = f"{len(directory.finished(folder, whole)[0])} of {len(whole.runs())} runs are kept in {folder}"
-        why = "A worker process was lost, killed for memory perhaps" if lost else "Stopped"
-        console.print(f"{why}. {kept}; the same command continues.", highlight=False, soft_wrap=True)
-        return 1 if lost else 130
-    _publish(folder, None, console)
-    for failure in failures:
-        console.print(
-            f"\n{failure.run.method} seed {failure.run.seed} failed: {failure.reason}", style="red", markup=False
-        )
-        console.print(failure.details, markup=False, highlight=False)
-    return 1 if failures else 0
-
-
-def _publish(folder: Path, baseline: str | None, console: Console) -> None:
-    from steppe.lab import report as page
-
-    with console.status("writing the report"):
-        found = page.write(folder, baseline)
-    _print(found, console)
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _print(found: "Summary", console: Console) -> None:
-    from steppe.lab import summary
-
-    headers, lines = summary.table(found)
-    table = Table(title=summary.title(found), caption=summary.caption(found), caption_justify="left")
-    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
-    for i, header in enumerate(headers):
-        table.add_column(_SHORT.get(header, header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for cells in lines:
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    for note in summary.notes(found):
-        console.print(f"- {note}", markup=False, highlight=False)
-
-
-@contextmanager
-def _told(console: Console) -> Iterator[None]:
-    """Tell a mistake in what was asked for without a traceback."""
-    try:
-        yield
-    except LabError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import steppe
+from steppe.lab.composed import COMPOSED
 from steppe.lab.settings import LabError, Settings
 
 _PLAIN = "SGD"
@@ -50,9 +51,10 @@ class Method:
         return common if self.epochs is None else self.epochs
 
 
-def choices() -> dict[str, type[torch.optim.Optimizer]]:
-    """Return every method by name: the base alone, then the methods of steppe."""
-    return {_PLAIN: torch.optim.SGD, **{method.__name__: method for method in steppe.METHODS}}
+def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Return every method by name: the base alone, the methods of steppe, then what the laboratory composes of them."""
+    named = {method.__name__: method for method in steppe.METHODS}
+    return {_PLAIN: torch.optim.SGD, **named, **COMPOSED}
 
 
 def options_of(name: str) -> list[str]:
@@ -138,6 +140,6 @@ def build(
     )
     if method.name == _PLAIN:
         return base
-    make: Callable[..., torch.optim.Optimizer] = choices()[method.name]
+    make = choices()[method.name]
     supplied = {"full": full} if "full" in inspect.signature(make).parameters else {}
     return make(base, **dict(method.options), **supplied)

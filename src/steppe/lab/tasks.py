@@ -35,7 +35,18 @@ def load(settings: Settings, seed: int) -> Task:
     """Return the task of one seed: its split and its label noise depend on the seed alone, never on the method."""
     inputs, test_inputs, labels, test_labels = _split(settings, seed)
     classes = int(test_labels.max()) + 1
-    return Task(inputs, noisy(labels, settings.noise, classes, seed), test_inputs, test_labels, classes)
+    task = Task(inputs, noisy(labels, settings.noise, classes, seed), test_inputs, test_labels, classes)
+    return held_out(task, settings.fitted) if settings.validation else task
+
+
+def held_out(task: Task, fitted: int) -> Task:
+    """Train on the first `fitted` training examples and put the others in the test set's place.
+
+    Training examples come in the seed's random order. Those held out keep their noisy labels, because a search that
+    may not see the test set has no clean ones either; the test set itself is left out.
+    """
+    parts = task.inputs[fitted:], task.labels[fitted:]
+    return Task(task.inputs[:fitted], task.labels[:fitted], *parts, task.classes)
 
 
 def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
@@ -47,6 +58,8 @@ def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
 
 def check(settings: Settings) -> None:
     """Raise a `LabError` where the data cannot be read or is smaller than what is asked for."""
+    if settings.data not in ("digits", "fashion-mnist"):
+        raise LabError(f"cannot read data {settings.data!r}; choose from digits, fashion-mnist")
     offered = len(_digits()[0]) - 1 if settings.data == "digits" else len(_images(_folder(settings))[0])
     if settings.train_size > offered:
         raise LabError(f"train-size {settings.train_size} exceeds the {offered} examples that {settings.data} offers")
@@ -57,8 +70,11 @@ def _split(settings: Settings, seed: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     size = settings.train_size
     if settings.data == "digits":
         inputs, labels = _digits()
-        order = torch.randperm(len(labels), generator=stream(seed, "split"))
+        drawn_by = seed if settings.test_seed is None else settings.test_seed
+        order = torch.randperm(len(labels), generator=stream(drawn_by, "split"))
         train, test = order[:size], order[size:]
+        if settings.test_seed is not None:
+            train = train[torch.randperm(size, generator=stream(seed, "training"))]
         return *_standardised(inputs[train], inputs[test]), labels[train], labels[test]
     inputs, labels, test_inputs, test_labels = _images(_folder(settings))
     train = torch.randperm(len(labels), generator=stream(seed, "split"))[:size]

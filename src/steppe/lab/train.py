@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,7 +15,7 @@ import steppe
 from steppe.lab import models, spec, tasks
 from steppe.lab.environment import environment
 from steppe.lab.record import CURVES, Record, finite
-from steppe.lab.settings import Settings
+from steppe.lab.settings import LabError, Settings
 
 _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in two of 60)
 _TELEMETRY = ("gap", "g_norm", "eps_norm", "cosine")
@@ -34,8 +36,21 @@ class Run:
         return self.method.epochs_of(self.settings.epochs)
 
 
-def train(run: Run, progress: Callable[[int, int], None] = lambda step, steps: None) -> Record:
-    """Train one run from scratch; `progress(step, steps)` is called after every step and may raise to stop it."""
+def train(
+    run: Run,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
+) -> Record:
+    """Train one run from its start; `progress(step, steps)` is called after every step and `evaluated(epoch, error)`
+    after every evaluation; either may raise to stop it.
+    """
+    return fit(run, progress, evaluated)[1]
+
+
+def fit(
+    run: Run, progress: Callable[[int, int], None], evaluated: Callable[[int, float], None]
+) -> tuple[nn.Module, Record]:
+    """Train one run as :func:`train` does, and return the model too."""
     task = tasks.load(run.settings, run.seed)
     model = initial_model(run, task)
     criterion = nn.CrossEntropyLoss(reduction="none")
@@ -55,16 +70,31 @@ def train(run: Run, progress: Callable[[int, int], None] = lambda step, steps: N
             progress(step := step + 1, steps)
         meter.seconds += time.perf_counter() - started
         if epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs:
-            meter.evaluate(epoch, model, task)
-    return finished(run, optimizer, task, meter)
+            evaluated(epoch, meter.evaluate(epoch, model, task))
+    return model, finished(run, optimizer, task, meter)
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
     """Return the seed's model, and leave the global random state to the seed's optimizer."""
     torch.manual_seed(tasks.stream(run.seed, "init").initial_seed())
     model = models.build(run.settings.model, task.inputs[0], task.classes)
+    if run.settings.start is not None:
+        model.load_state_dict(_start(run.settings, run.seed))
     torch.manual_seed(tasks.stream(run.seed, "optimizer").initial_seed())
     return model
+
+
+@lru_cache(maxsize=1)  # a comparison runs all methods of a seed in a row
+def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
+    """Return the weights that `settings.start` names: of a file, or of a method trained first on the same task."""
+    text = settings.start or ""
+    if text.endswith(".pt"):
+        if not Path(text).is_file():
+            raise LabError(f"no weights at {text}; save a model's state_dict there")
+        weights: dict[str, Tensor] = torch.load(text, map_location="cpu", weights_only=True)
+        return weights
+    before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
+    return fit(before, lambda step, steps: None, lambda epoch, error: None)[0].state_dict()
 
 
 def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
@@ -97,8 +127,8 @@ class Meter:
             if value is not None:
                 values.append(float(value))
 
-    def evaluate(self, epoch: int, model: nn.Module, task: tasks.Task) -> None:
-        """Add a point to every curve; telemetry is the mean over the steps since the last point."""
+    def evaluate(self, epoch: int, model: nn.Module, task: tasks.Task) -> float:
+        """Add a point to every curve and return its error; telemetry is the mean over the steps since the last one."""
         train_loss, train_error = evaluate(model, task.inputs, task.labels)
         _, test_error = evaluate(model, task.test_inputs, task.test_labels)
         point = {"epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_error": test_error}
@@ -107,6 +137,7 @@ class Meter:
             values.clear()
         for name, value in point.items():
             self.curves[name].append(finite(value))
+        return test_error
 
 
 @torch.inference_mode()
