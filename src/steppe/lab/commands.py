@@ -1,5 +1,6 @@
 """The commands of the laboratory; they check everything that was asked before anything runs."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,12 @@ def compare(
     """Train one model with several methods over several seeds; record every run, print and write the comparison.
 
     The same command continues a directory; methods and seeds may be added to it.
+
+    Examples:
+
+        steppe compare --quick
+
+        steppe compare --method 'SGD(epochs=2x)' --method 'SAM(rho=0.5)' --method 'WSAM(rho=0.5, gamma=0.9)' --seeds 10
     """
     given: dict[str, Any] = {
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
@@ -86,13 +93,25 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare`.")],
+    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare` or `steppe reproduce`.")],
     baseline: Baseline = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of the table.")] = False,
 ) -> None:
-    """Rebuild a directory's report and summary from its records alone."""
+    """Rebuild a directory's report.html and summary.md, .csv and .tex from its records alone.
+
+    Examples:
+
+        steppe report runs/compare-digits
+
+        steppe report runs/label_noise-laptop/noise-0.4 --baseline 'SAM(rho=0.5)' --json
+    """
     console = Console()
     with told(console):
-        publish(folder, baseline, console)
+        found = publish(folder, baseline, console, quiet=as_json)
+    if as_json:
+        from steppe.lab.exports import plain
+
+        typer.echo(json.dumps(plain(found), indent=1))
 
 
 def _plan(

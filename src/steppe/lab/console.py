@@ -52,14 +52,17 @@ def run(folder: Path, asked: "Plan", workers: int, console: Console) -> int:
     return 1 if failures else 0
 
 
-def publish(folder: Path, baseline: str | None, console: Console) -> None:
-    """Write a directory's report and print its table."""
+def publish(folder: Path, baseline: str | None, console: Console, quiet: bool = False) -> "Summary":
+    """Write a directory's report; print its table unless `quiet`."""
     from steppe.lab import report as page
 
+    if quiet:
+        return page.write(folder, baseline)
     with console.status("writing the report"):
         found = page.write(folder, baseline)
     show(found, console)
     console.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return found
 
 
 def show(found: "Summary", console: Console) -> None:
@@ -67,6 +70,9 @@ def show(found: "Summary", console: Console) -> None:
     from steppe.lab import summary
 
     headers, lines = summary.table(found)
+    if all(row.paper is None for row in found.rows) and "paper %" in headers:  # a terminal has no room to say nothing
+        at = headers.index("paper %")
+        headers, lines = headers[:at] + headers[at + 1 :], [cells[:at] + cells[at + 1 :] for cells in lines]
     table = Table(title=summary.title(found), caption=summary.caption(found), caption_justify="left")
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
     for i, header in enumerate(headers):

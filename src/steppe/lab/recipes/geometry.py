@@ -35,7 +35,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     """Return the six methods on one data set."""
     if scale == "laptop":
         coarse = p.on_digits(STAGES, **COARSE)
-        return (Study("digits", p.NOISY_DIGITS, METHODS, seeds=10, stages=coarse, search_seeds=2),)
+        return (Study("digits", p.NOISY_DIGITS, METHODS, seeds=5, stages=coarse, search_seeds=2),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", replace(p.HOUR, epochs=12), METHODS, seeds=3, values=FOUND),)
     return (Study("cifar10-wrn28-10", p.wide(p.CIFAR10), METHODS, seeds=5, values=p.EXAMPLE, stages=STAGES),)

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import record
+from steppe.lab.context import RECIPE, SEARCH
 from steppe.lab.directory import Plan
 from steppe.lab.recipes.frame import Recipe, Scale, Study
 from steppe.lab.recipes.timing import multiples
 from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Value, applied, filled
 from steppe.lab.sweep.work import Ended, search
-
-SEARCH, RECIPE = "search.json", "recipe.json"
 
 
 def searched(

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from steppe.lab.recipes import protocol as p
 from steppe.lab.recipes.frame import Recipe, Scale, Study
-from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Stage
 
 METHODS = ("SGD", p.SAM, p.GSAM, p.WSAM)
@@ -13,13 +12,14 @@ GAMMA = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98)
 STAGES = (Stage("radius", p.SAM, {"rho": RHO}), p.GSAM_STAGE, Stage("WSAM", p.WSAM, {"gamma": GAMMA}))
 DEIT = replace(p.IMAGENET, model="deit-b16", epochs=3, batch_size=256, lr=1e-5, weight_decay=1e-4, start="deit-b16.pt")
 HOUR = replace(p.HOUR, epochs=3, lr=1e-3, start="SGD(epochs=15)", start_lr=0.1)
-DIGITS = Settings(noise=0.2, epochs=10, lr=0.005, start="SGD(epochs=100)", start_lr=0.05, test_seed=0)
+DIGITS = replace(p.NOISY_DIGITS, noise=0.2, epochs=10, lr=0.005, start="SGD(epochs=80)")
 
 
 def studies(scale: Scale) -> tuple[Study, ...]:
     """Return the further training from one finished run a seed."""
     if scale == "laptop":
-        return (Study("digits", DIGITS, METHODS, seeds=10, stages=STAGES, search_seeds=3),)
+        coarse = p.on_digits(STAGES, rho=(0.05, 0.1, 0.5, 1.0, 2.0, 4.0), gamma=(0.8, 0.88, 0.92, 0.96))
+        return (Study("digits", DIGITS, METHODS, seeds=10, stages=coarse, search_seeds=2),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", HOUR, METHODS, seeds=3, values={**p.EXAMPLE, "rho": 0.5}),)
     return (Study("imagenet-deit", DEIT, METHODS, seeds=5, stages=STAGES),)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page, a pure function of a directory's records."""
+"""One self-contained HTML page and tables in other formats, pure functions of a directory's records."""
 
 import math
 from dataclasses import replace
@@ -8,20 +8,28 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from steppe.lab import directory, record, spec, summary
+from steppe.lab import context, directory, exports, record, spec, summary
 from steppe.lab.report.figures import figures
+from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
 from steppe.lab.summary import Summary
 
 
 def write(folder: Path, baseline: str | None = None) -> Summary:
-    """Rebuild `report.html` and `summary.md` from the records in `folder`, and return what they say."""
+    """Rebuild `report.html`, `summary.md`, `.csv` and `.tex` from the records in `folder`, and return what they say."""
+    found = read(folder, baseline)
+    texts = {"md": summary.markdown(found), "csv": exports.csv_text(found), "tex": exports.latex(found)}
+    for suffix, text in texts.items():
+        record.write_text(folder / f"summary.{suffix}", text)
+    record.write_text(folder / "report.html", render(found))
+    return found
+
+
+def read(folder: Path, baseline: str | None = None) -> Summary:
+    """Return what the records in `folder` say."""
     plan = directory.read_plan(folder)
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
-    found = summary.summarise(plan, *directory.finished(folder, plan))
-    record.write_text(folder / "summary.md", summary.markdown(found))
-    record.write_text(folder / "report.html", render(found))
-    return found
+    return summary.summarise(plan, *directory.finished(folder, plan), context.read(folder))
 
 
 def render(found: Summary) -> str:
@@ -35,11 +43,12 @@ def render(found: Summary) -> str:
         rows=list(zip(found.rows, cells, strict=True)),
         caption=summary.caption(found),
         notes=summary.notes(found),
-        figures=figures(found),
+        figures=figures(found) + pair_matrix(found) + sensitivities(found) + searches(found),
+        recipe=found.context.recipe,
         environment=environment(found),
         settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},
         style=_text("style.css"),
-        script=_text("figures.js"),
+        script=_text("figures.js") + _text("sort.js"),
         plotly=get_plotlyjs(),
     )
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from optuna.trial import Trial, TrialState
 
 from steppe.lab.compare import leave_with_parent
+from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
 from steppe.lab.sweep.storage import HEARTBEAT, open_storage
 from steppe.lab.sweep.study import POINT, Grid
@@ -51,15 +52,17 @@ def search(
     same call continues where all of them were.
     """
     values, ended = dict(asked.values), []
-    for stage in asked.stages:
-        study = f"{name}/{stage.name}/{asked.digest(stage, values)}"
-        grid = _open(asked, stage, values, url, study, heartbeat)
-        with _helpers(min(workers, grid.waiting()) - 1, (asked, stage, values, url, study, heartbeat)):
+    with ExitStack() as helpers:
+        for stage in asked.stages:
+            grid = _open(asked, stage, values, url, f"{name}/{stage.name}/{asked.digest(stage, values)}", heartbeat)
+            if workers > 1 and grid.waiting() > 1:
+                helpers.enter_context(_helpers(workers - 1, (asked, url, name, heartbeat)))
+                workers = 1  # they go through the stages that follow by themselves
             _work(grid, asked, values, tell)
-        chosen = grid.best()
-        values |= chosen
-        tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
-        ended.append(Ended(stage, chosen, exported(grid)))
+            chosen = grid.best()
+            values |= chosen
+            tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
+            ended.append(Ended(stage, chosen, exported(grid)))
     return values, ended
 
 
@@ -70,7 +73,7 @@ def _open(asked: Search, stage: Stage, values: Mapping[str, Value], url: str, st
 
 @contextmanager
 def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Run `count` further processes that do the same work; they end by themselves, or with this one."""
+    """Run `count` further processes that make the same search; they end by themselves, or with this one."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_help, args=arguments) for _ in range(count)]
     for process in processes:
@@ -86,11 +89,11 @@ def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
             process.join()
 
 
-def _help(asked: Search, stage: Stage, values: Mapping[str, Value], url: str, study: str, heartbeat: int) -> None:
+def _help(asked: Search, url: str, name: str, heartbeat: int) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    with suppress(KeyboardInterrupt):
-        _work(_open(asked, stage, values, url, study, heartbeat), asked, values, lambda line: None)
+    with suppress(KeyboardInterrupt, LabError):  # the process that started this one tells what was wrong
+        search(asked, url, name, workers=1, heartbeat=heartbeat)
 
 
 def _work(grid: Grid, asked: Search, values: Mapping[str, Value], tell: Callable[[str], None]) -> None:
