@@ -230,9 +230,9 @@ class Worker:
     def __init__(self, url, log):
         command = [sys.executable, "-m", "tests.lab.sweep_worker", url, str(log), "0.2"]
         root = Path(__file__).parents[2]
-        environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+        path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, cwd=root, env=environment, **pipes)
+        self.process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, **pipes)
 
     def end(self):
         return self.process.communicate(timeout=120)[0], self.process.returncode
@@ -255,12 +255,14 @@ def killed_in_the_middle_of_a_point(worker, log):
             if len([1 for _, who, _ in lines(log, "end") if who == pid]) == len(ended):
                 return started[-1]
             raise AssertionError("the point ended before the kill")
+        assert worker.process.poll() is None, worker.end()[0]
         time.sleep(0.005)
     raise AssertionError("no point was under way in time")
 
 
 def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_twice(tmp_path, monkeypatch):
-    url, log = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "log"
+    """On SQLite, or on the empty database that STEPPE_TEST_STORAGE names."""
+    url, log = os.environ.get("STEPPE_TEST_STORAGE", f"sqlite:///{tmp_path / 'study.db'}"), tmp_path / "log"
     first, second, third = (Worker(url, log) for _ in range(3))
     lost = killed_in_the_middle_of_a_point(first, log)
     outputs = [worker.end() for worker in (second, third)]

@@ -22,7 +22,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
                     for hole, text in METHODS.items())  # fmt: skip
     if scale == "laptop":
         values = {"rho": 0.5, "gamma": 0.9}
-        return (Study("digits", p.NOISY_DIGITS, methods, seeds=10, values=values, timed=METHODS),)
+        return (Study("digits", p.NOISY_DIGITS, methods, values=values, timed=METHODS),)
     settings = p.CIFAR10 if scale == "paper" else replace(p.HOUR, epochs=12)
     return (Study("cifar10-resnet18", settings, methods, 5 if scale == "paper" else 3, p.EXAMPLE, timed=METHODS),)
 

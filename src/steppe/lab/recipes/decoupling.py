@@ -12,7 +12,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     """Return vanilla, SAM and both WSAMs."""
     if scale == "laptop":
         coarse = p.on_digits(STAGES[1:], gamma=FEW, coupled_gamma=FEW)
-        return (Study("digits", p.NOISY_DIGITS, METHODS, seeds=10, stages=coarse, search_seeds=2),)
+        return (Study("digits", p.NOISY_DIGITS, METHODS, seeds=10, stages=coarse, search_seeds=2, held_out=p.THIRD),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", p.HOUR, METHODS, seeds=3, values=p.EXAMPLE),)
     settings = {"cifar10-resnet18": p.CIFAR10, "cifar10-wrn28-10": p.wide(p.CIFAR10)}

@@ -1,7 +1,7 @@
 """What a recipe is: the studies of a paper's table or figure at a scale, and what is known of their protocol."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from steppe.lab import spec
@@ -24,13 +24,13 @@ class Study:
     values: Mapping[str, Value] = field(default_factory=dict)  # fill the holes that no stage searches
     stages: tuple[Stage, ...] = ()
     search_seeds: int = 1
+    held_out: float = 0.1  # share of the training examples that the search validates on
     timed: Mapping[str, str] = field(default_factory=dict)  # hole of `epochs=` -> method: all take equal time
     published: Mapping[str, float] = field(default_factory=dict)  # the paper's test error in per cent, by method
 
     def search(self) -> Search:
-        """Return the search on a tenth of the training examples, as SAM's authors tuned rho."""
-        held_out = Settings(**{**self.settings.to_dict(), "validation": 0.1})  # type: ignore[arg-type]
-        return Search(held_out, self.stages, self.search_seeds, self.values)
+        """Return the search, on a split of the training examples."""
+        return Search(replace(self.settings, validation=self.held_out), self.stages, self.search_seeds, self.values)
 
     def plan(self, values: Mapping[str, Value]) -> Plan:
         """Return the comparison with its holes filled."""

@@ -20,13 +20,13 @@ STAGES = (
     Stage("Fisher", FISHER, {"rho_fisher": RHO}),
     Stage("FisherWSAM", FISHER_WSAM, {"gamma_fisher": GAMMA}),
 )
-FEW = (0.5, 0.8, 0.88, 0.92)
 COARSE = {
-    "rho_asam": (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
-    "rho_fisher": (0.1, 0.5, 1.0, 2.0, 4.0),
-    "gamma": FEW,
-    "gamma_asam": FEW,
-    "gamma_fisher": FEW,
+    "rho": (0.05, 0.1, 0.2, 0.5),
+    "rho_asam": (0.5, 1.0, 2.0, 4.0),
+    "rho_fisher": (0.1, 0.5, 1.0, 2.0),
+    "gamma": p.FEW,
+    "gamma_asam": p.FEW,
+    "gamma_fisher": p.FEW,
 }
 FOUND = {**p.EXAMPLE, "rho_asam": 5.0, "rho_fisher": 5.0, "gamma_asam": 0.88, "gamma_fisher": 0.88}
 
@@ -35,7 +35,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     """Return the six methods on one data set."""
     if scale == "laptop":
         coarse = p.on_digits(STAGES, **COARSE)
-        return (Study("digits", p.NOISY_DIGITS, METHODS, seeds=5, stages=coarse, search_seeds=2),)
+        return (Study("digits", p.NOISY_DIGITS, METHODS, stages=coarse, search_seeds=2, held_out=p.THIRD),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", replace(p.HOUR, epochs=12), METHODS, seeds=3, values=FOUND),)
     return (Study("cifar10-wrn28-10", p.wide(p.CIFAR10), METHODS, seeds=5, values=p.EXAMPLE, stages=STAGES),)

@@ -34,8 +34,8 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     if scale == "laptop":
         table = published("cifar10", "resnet18")
         return (
-            Study("digits", p.CLEAN_DIGITS, METHODS, seeds=10, stages=STAGES, search_seeds=2, published=table),
-            Study("digits-same-rho", p.CLEAN_DIGITS, METHODS, seeds=10, values=VALUES, published=table),
+            Study("digits", p.CLEAN_DIGITS, METHODS, 5, {}, STAGES, search_seeds=2, held_out=p.THIRD, published=table),
+            Study("digits-same-rho", p.CLEAN_DIGITS, METHODS, 5, VALUES, published=table),
         )
     if scale == "gpu-hour":
         hour = replace(p.HOUR, batch_size=256)

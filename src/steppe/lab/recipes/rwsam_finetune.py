@@ -19,7 +19,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     errors = {data: tuple(round(100 - right, 2) for right in row) for data, row in TABLE.items()}
     tables = {data: dict(zip(METHODS, row, strict=True)) for data, row in errors.items()}
     if scale == "laptop":
-        return (Study("digits", DIGITS, METHODS, 10, stages=STAGES, search_seeds=2, published=tables["cifar10"]),)
+        return (Study("digits", DIGITS, METHODS, 5, {}, STAGES, 2, p.THIRD, published=tables["cifar10"]),)
     if scale == "gpu-hour":
         values = {"rho": 0.1, "lam": 0.5}
         return (Study("cifar10-resnet18", HOUR, METHODS, 3, values=values, published=tables["cifar10"]),)

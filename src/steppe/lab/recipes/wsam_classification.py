@@ -12,7 +12,8 @@ STAGES = (p.BASE_STAGE, p.RHO_STAGE, p.ESAM_STAGE, p.GSAM_STAGE, p.WSAM_STAGE)
 def studies(scale: Scale) -> tuple[Study, ...]:
     """Return the comparison on each data set and net."""
     if scale == "laptop":
-        return (Study("digits", p.CLEAN_DIGITS, METHODS, seeds=10, stages=STAGES, search_seeds=2),)
+        coarse = p.on_digits(STAGES, esam_beta=(0.5,), esam_gamma=(0.4, 0.6), alpha=(0.02, 0.1, 0.3), gamma=p.FEW)
+        return (Study("digits", p.CLEAN_DIGITS, METHODS, stages=coarse, search_seeds=2, held_out=p.THIRD),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", p.HOUR, METHODS, seeds=3, values=p.EXAMPLE),)
     nets = [(name, net) for name in ("cifar10", "cifar100") for net in ("resnet18", "wrn28-10")]

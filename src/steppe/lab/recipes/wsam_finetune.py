@@ -19,7 +19,7 @@ def studies(scale: Scale) -> tuple[Study, ...]:
     """Return the further training from one finished run a seed."""
     if scale == "laptop":
         coarse = p.on_digits(STAGES, rho=(0.05, 0.1, 0.5, 1.0, 2.0, 4.0), gamma=(0.8, 0.88, 0.92, 0.96))
-        return (Study("digits", DIGITS, METHODS, seeds=10, stages=coarse, search_seeds=2),)
+        return (Study("digits", DIGITS, METHODS, stages=coarse, search_seeds=2, held_out=p.THIRD),)
     if scale == "gpu-hour":
         return (Study("cifar10-resnet18", HOUR, METHODS, seeds=3, values={**p.EXAMPLE, "rho": 0.5}),)
     return (Study("imagenet-deit", DEIT, METHODS, seeds=5, stages=STAGES),)
