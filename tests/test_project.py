@@ -32,6 +32,15 @@ def test_the_benchmark_tables_are_those_of_the_records() -> None:
         assert "two passes" in text
 
 
+def test_the_tables_of_results_are_those_of_the_records() -> None:
+    import results_table
+
+    text = results_table.PAGE.read_text()
+    assert results_table.with_tables(text) == text
+    shown = re.findall(r"<!-- table: (\w+) -->", text)
+    assert {f"{name}_laptop" for name in shown} == {path.stem for path in results_table.RECORDS.glob("*_laptop.json")}
+
+
 def test_ci_calls_the_readmes_commands() -> None:
     commands = re.findall(r"^python -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [c.split("/")[-1] for c in commands] == ["steppe compare", "pytest"]

@@ -234,8 +234,16 @@ class Worker:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, **pipes)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.end()
+
     def end(self):
-        return self.process.communicate(timeout=120)[0], self.process.returncode
+        return self.process.communicate(timeout=300)[0], self.process.returncode
 
 
 def lines(log, word):
@@ -245,7 +253,7 @@ def lines(log, word):
 
 def killed_in_the_middle_of_a_point(worker, log):
     """Kill -9 once the worker has ended a point and is in another; return that point."""
-    deadline, pid = time.monotonic() + 60, str(worker.process.pid)
+    deadline, pid = time.monotonic() + 180, str(worker.process.pid)
     while time.monotonic() < deadline:
         started = [point for _, who, point in lines(log, "start") if who == pid]
         ended = [point for _, who, point in lines(log, "end") if who == pid]
@@ -263,9 +271,9 @@ def killed_in_the_middle_of_a_point(worker, log):
 def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_twice(tmp_path, monkeypatch):
     """On SQLite, or on the empty database that STEPPE_TEST_STORAGE names."""
     url, log = os.environ.get("STEPPE_TEST_STORAGE", f"sqlite:///{tmp_path / 'study.db'}"), tmp_path / "log"
-    first, second, third = (Worker(url, log) for _ in range(3))
-    lost = killed_in_the_middle_of_a_point(first, log)
-    outputs = [worker.end() for worker in (second, third)]
+    with Worker(url, log) as first, Worker(url, log) as second, Worker(url, log) as third:
+        lost = killed_in_the_middle_of_a_point(first, log)
+        outputs = [worker.end() for worker in (second, third)]
     assert [code for _, code in outputs] == [0, 0], outputs
     assert [output for output, _ in outputs] == ["{'lr': 0.05, 'rho': 0.1}\n"] * 2
 

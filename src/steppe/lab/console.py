@@ -86,9 +86,12 @@ def show(found: "Summary", console: Console) -> None:
 
 @contextmanager
 def told(console: Console) -> Iterator[None]:
-    """Tell a mistake in what was asked for without a traceback."""
+    """Tell a mistake in what was asked for, or an interruption, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        line(console, "Stopped. What is finished is kept; the same command continues.")
+        raise typer.Exit(130) from None
     except LabError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

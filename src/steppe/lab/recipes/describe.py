@@ -12,10 +12,11 @@ from steppe.lab.recipes.frame import SCALES, Recipe, Study, names
 def brief(recipes: list[Recipe], console: Console) -> None:
     """Print a line for each recipe."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("recipe", "question", "source"):
+    for header in ("recipe", "question", "source", "its numbers"):
         table.add_column(header, overflow="fold")
     for recipe in recipes:
-        table.add_row(recipe.name, recipe.question, recipe.source)
+        known = any(study.published for study in recipe.studies("paper"))
+        table.add_row(recipe.name, recipe.question, recipe.source, "known" if known else "not known")
     console.print(table)
     console.print("`steppe recipes NAME` shows a protocol whole, `steppe reproduce NAME` runs it.", highlight=False)
 

@@ -27,15 +27,16 @@ def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
 
     Raises a `LabError` without the URL's password where that fails.
     """
-    for attempt in range(_ATTEMPTS):
+    attempt = 0
+    while True:
         try:
             return _opened(url, heartbeat)
         except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            if attempt == _ATTEMPTS - 1 or isinstance(error, ImportError | ValueError):
+            attempt += 1
+            if attempt == _ATTEMPTS or isinstance(error, ImportError | ValueError):
+                reason = str(error).splitlines()[0]
                 raise LabError(f"cannot open storage {shown(url)}: {reason}") from error
-            time.sleep(0.2 * 2**attempt)
-    raise AssertionError
+            time.sleep(0.1 * 2**attempt)
 
 
 def _opened(url: str, heartbeat: int) -> RDBStorage:

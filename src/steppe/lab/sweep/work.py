@@ -91,6 +91,7 @@ def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
 
 def _help(asked: Search, url: str, name: str, heartbeat: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down an ignored one
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with suppress(KeyboardInterrupt, LabError):  # the process that started this one tells what was wrong
         search(asked, url, name, workers=1, heartbeat=heartbeat)
