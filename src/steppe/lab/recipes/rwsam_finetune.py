@@ -10,7 +10,7 @@ from steppe.lab.sweep.space import Stage
 
 METHODS = ("SGD", p.SAM, RWSAM)
 TABLE = {"cifar10": (98.24, 98.40, 98.58), "cifar100": (88.71, 89.63, 89.89)}  # accuracies, ViT-B/16
-VIT = replace(p.CIFAR10, model="vit-b16", epochs=10, lr=0.01, weight_decay=0.0, start="vit-b16.pt")
+VIT = replace(p.CIFAR10, model="hf:vit-b16", epochs=10, lr=0.01, weight_decay=0.0)
 STAGES = (p.RHO_STAGE, Stage("RWSAM", RWSAM, {"lam": (0.25, 0.5, 1.0, 2.0)}))
 
 
@@ -34,7 +34,7 @@ RECIPE = Recipe(
     "Does RW-SAM help where a pre-trained net is fine-tuned?",
     "RW-SAM (arXiv 2509.18001), as reported in published reading notes",
     (
-        ("net and data", "ViT-B/16, pre-trained, on CIFAR-10 and CIFAR-100; bring vit-b16.pt"),
+        ("net and data", "ViT-B/16, pre-trained, on CIFAR-10 and CIFAR-100; bring a folder vit-b16 of transformers"),
         ("base optimizer, lr, epochs, batch, rho, lambda", f"{p.NOT_KNOWN}; here SGD, lr 0.01, 10 epochs: our choice"),
         ("GLUE", f"reported there too; its numbers are {p.NOT_KNOWN} and it is left out"),
         ("smaller scales", "the start is SGD on the same data; " + p.LAPTOP),
