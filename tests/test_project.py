@@ -10,7 +10,7 @@ import pytest
 
 import steppe
 
-EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib")
+EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib", "optuna", "sqlalchemy")
 EXTRAS += ("accelerate", "transformers", "lightning")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,6 +31,15 @@ def test_the_benchmark_tables_are_those_of_the_records() -> None:
         text = (ROOT / name).read_text()
         assert with_table(text) == text
         assert "two passes" in text
+
+
+def test_the_tables_of_results_are_those_of_the_records() -> None:
+    import results_table
+
+    text = results_table.PAGE.read_text()
+    assert results_table.with_tables(text) == text
+    shown = re.findall(r"<!-- table: (\w+) -->", text)
+    assert {f"{name}_laptop" for name in shown} == {path.stem for path in results_table.RECORDS.glob("*_laptop.json")}
 
 
 def test_ci_calls_the_readmes_commands() -> None:

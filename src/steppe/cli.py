@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib")
+_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib", "optuna", "sqlalchemy")
 
 
 def main() -> None:

@@ -112,6 +112,35 @@ def test_progress_may_stop_a_run():
         train(run("SAM(rho=0.1)"), stop)
 
 
+def test_evaluations_are_told():
+    told = []
+    record = train(run("SGD"), evaluated=lambda epoch, error: told.append((epoch, error)))
+    assert told == list(zip(record.curves["epoch"], record.curves["test_error"], strict=True))
+
+
+def still(**changes):
+    """Settings under which nothing moves, so that a run ends where it starts."""
+    return replace(TINY, epochs=1, lr=1e-30, weight_decay=0.0, **changes)
+
+
+def test_a_run_may_start_where_another_method_ends():
+    before = train(run("SAM(rho=0.1)", settings=replace(TINY, epochs=2, lr=0.1, weight_decay=0.0)))
+    settings = still(start="SAM(rho=0.1, epochs=2)", start_lr=0.1)
+    assert train(run("SGD", settings=settings)).test_error == before.test_error
+    assert train(run("SGD", settings=still())).test_error != before.test_error
+
+
+def test_a_run_may_start_from_a_file(tmp_path):
+    model = initial_model(run("SGD", seed=5), tasks.load(TINY, 0))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    task = tasks.load(TINY, 0)
+    loaded = initial_model(run("SGD", settings=still(start=str(tmp_path / "w.pt"))), task)
+    for mine, saved in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, saved)
+    with pytest.raises(LabError, match=r"no weights at nowhere\.pt"):
+        initial_model(run("SGD", settings=still(start="nowhere.pt")), task)
+
+
 def test_every_method_trains():
     for name in spec.choices():
         assert train(run(f"{name}(epochs=1)")).test_error < 1
@@ -143,6 +172,9 @@ def test_models_by_name():
         ({"lr": math.nan}, "lr must be a positive number"),
         ({"weight_decay": -1.0}, "weight-decay must be"),
         ({"batch_size": 512}, "batch size 512 exceeds the 256 training examples"),
+        ({"validation": 1.0}, "validation must be a share"),
+        ({"validation": 0.9}, "batch size 64 exceeds the 26 training examples"),
+        ({"start_lr": 0.0}, "start-lr must be a positive number"),
         ({"data_dir": "d"}, "digits come with scikit-learn"),
     ],
 )

@@ -1,32 +1,29 @@
 """The commands of the laboratory; they check everything that was asked before anything runs."""
 
+import json
 import os
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import steppe
 from steppe.lab import measuring
-from steppe.lab.console import told
+from steppe.lab.console import publish, told
+from steppe.lab.console import run as run_plan
 from steppe.lab.doctor import doctor
+from steppe.lab.recipes.commands import recipes, reproduce
 from steppe.lab.running import EXAMPLES, run
+from steppe.lab.sweep.commands import sweep
 
 if TYPE_CHECKING:
     from steppe.lab.directory import Plan
-    from steppe.lab.place import Hardware
-    from steppe.lab.summary import Summary
 
-_SHORT = {"difference": "diff.", "seconds": "s"}  # headers that a terminal of 80 columns has no room for
-
-app = typer.Typer(
-    help="Sharpness-aware training: compare methods on real data.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="Sharpness-aware training: compare methods on real data.", no_args_is_help=True)
+app.command()(recipes)
+app.command()(reproduce)
+app.command()(sweep)
 
 Method = Annotated[
     list[str] | None,
@@ -79,6 +76,12 @@ def compare(
     """Train one model with several methods over several seeds; record every run, print and write the comparison.
 
     The same command continues a directory; methods and seeds may be added to it.
+
+    Examples:
+
+        steppe compare --quick
+
+        steppe compare --method 'SGD(epochs=2x)' --method 'SAM(rho=0.5)' --method 'WSAM(rho=0.5, gamma=0.9)' --seeds 10
     """
     given: dict[str, Any] = {
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
@@ -95,7 +98,7 @@ def compare(
         hardware = Hardware(device=device, precision=precision)
         hardware.open()
         plan = _plan(data, quick, given, method, baseline, seeds)
-        raise typer.Exit(_run(folder, plan, workers or os.cpu_count() or 1, hardware, console))
+        raise typer.Exit(run_plan(folder, plan, workers or os.cpu_count() or 1, console, hardware))
 
 
 app.command(epilog=EXAMPLES)(run)
@@ -104,13 +107,25 @@ app.command()(doctor)
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare`.")],
+    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare` or `steppe reproduce`.")],
     baseline: Baseline = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of the table.")] = False,
 ) -> None:
-    """Rebuild a directory's report and summary from its records alone."""
+    """Rebuild a directory's report.html and summary.md, .csv and .tex from its records alone.
+
+    Examples:
+
+        steppe report runs/compare-digits
+
+        steppe report runs/label_noise-laptop/noise-0.4 --baseline 'SAM(rho=0.5)' --json
+    """
     console = Console()
     with told(console):
-        _publish(folder, baseline, console)
+        found = publish(folder, baseline, console, quiet=as_json)
+    if as_json:
+        from steppe.lab.exports import plain
+
+        typer.echo(json.dumps(plain(found), indent=1))
 
 
 app.command()(measuring.measure)
@@ -129,58 +144,3 @@ def _plan(
     plan = Plan(settings, chosen, seeds or default.seeds, None if baseline is None else spec.parse(baseline))
     tasks.check(settings)
     return plan
-
-
-def _run(folder: Path, asked: "Plan", workers: int, hardware: "Hardware", console: Console) -> int:
-    """Run what is missing and report; return the exit code."""
-    from steppe.lab import directory
-    from steppe.lab.compare import compare
-    from steppe.lab.progress import Display
-
-    whole = directory.open_for(folder, asked)
-    known, _ = directory.finished(folder, whole)
-    runs = [run for run in asked.runs() if run not in known]
-    done = len(asked.runs()) - len(runs)
-    console.print(f"{len(runs)} runs to do, {done} already in {folder}", highlight=False, soft_wrap=True)
-    failures = []
-    try:
-        if runs:
-            with Display(console, runs) as display:
-                failures = compare(folder, runs, workers, display, hardware)
-    except (KeyboardInterrupt, BrokenExecutor) as error:
-        lost = isinstance(error, BrokenExecutor)
-        kept = f"{len(directory.finished(folder, whole)[0])} of {len(whole.runs())} runs are kept in {folder}"
-        why = "A worker process was lost, killed for memory perhaps" if lost else "Stopped"
-        console.print(f"{why}. {kept}; the same command continues.", highlight=False, soft_wrap=True)
-        return 1 if lost else 130
-    _publish(folder, None, console)
-    for failure in failures:
-        console.print(
-            f"\n{failure.run.method} seed {failure.run.seed} failed: {failure.reason}", style="red", markup=False
-        )
-        console.print(failure.details, markup=False, highlight=False)
-    return 1 if failures else 0
-
-
-def _publish(folder: Path, baseline: str | None, console: Console) -> None:
-    from steppe.lab import report as page
-
-    with console.status("writing the report"):
-        found = page.write(folder, baseline)
-    _print(found, console)
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _print(found: "Summary", console: Console) -> None:
-    from steppe.lab import summary
-
-    headers, lines = summary.table(found)
-    table = Table(title=summary.title(found), caption=summary.caption(found), caption_justify="left")
-    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
-    for i, header in enumerate(headers):
-        table.add_column(_SHORT.get(header, header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for cells in lines:
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    for note in summary.notes(found):
-        console.print(f"- {note}", markup=False, highlight=False)

@@ -118,10 +118,10 @@ def _enter(messages: "SimpleQueue[tuple[Run, int, int]]", stop: Event) -> None:
     global _channel
     _channel = (messages, stop)
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
     """End this process when the one that started it is gone, even by `kill -9`."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -9,6 +9,8 @@ from steppe.lab.settings import LabError, Settings, differences
 from steppe.lab.spec import Method
 from steppe.lab.train import Run
 
+_BEFORE = ("recipe.json", "search.json", "study.db")  # what a recipe's search leaves before its comparison begins
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,7 +44,7 @@ def open_for(folder: Path, asked: Plan) -> Plan:
             )
         methods = tuple(dict.fromkeys(old.methods + asked.methods))
         plan = Plan(asked.settings, methods, max(old.seeds, asked.seeds), asked.baseline or old.baseline)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and all(path.name.startswith(_BEFORE) for path in folder.iterdir())):
         raise LabError(f"{folder} exists and holds no comparison (no config.json). Choose another --out")
     data = {"settings": plan.settings.to_dict(), "methods": list(map(str, plan.methods)), "seeds": plan.seeds}
     record.write_json(folder / "config.json", data | {"baseline": str(plan.reference)})

@@ -30,13 +30,18 @@ class Settings:
     label_smoothing: float = 0.0  # share of the training target spread over all classes
     augment: str = "auto"  # what happens to training images, steppe.lab.augment; auto: what is usual for the data
     image_size: int | None = None  # side of images in pixels; None: their own, 224 for a folder of files
+    validation: float = 0.0  # share of the training examples held out; errors are then on these, never on the test set
+    test_seed: int | None = None  # draws the digits' test set, the same for all seeds; None: each seed draws its own
+    start: str | None = None  # weights before the first step: a method trained first, SGD(epochs=50), or a file x.pt
+    start_lr: float = 0.05  # of the method in start
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
         for name in ("train_size", "epochs", "batch_size"):
             _require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, name, self, "a positive integer")
         _require(0 <= self.noise <= 1, "noise", self, "a share between 0 and 1")
-        _require(0 < self.lr < math.inf, "lr", self, "a positive number")
+        for name in ("lr", "start_lr"):
+            _require(0 < getattr(self, name) < math.inf, name, self, "a positive number")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self, "a number >= 0")
         size = self.image_size
         _require(size is None or (isinstance(size, int) and size > 0), "image_size", self, "a positive integer")
@@ -46,15 +51,21 @@ class Settings:
             _require(getattr(self, name) in known, name, self, f"one of {', '.join(known)}")
         if self.data == "digits" and self.data_dir is not None:
             raise LabError("digits come with scikit-learn; data-dir goes with --data fashion-mnist")
-        if self.batch_size > self.train_size:
+        _require(0 <= self.validation < 1, "validation", self, "a share of at least 0 and less than 1")
+        if self.batch_size > self.fitted:
             raise LabError(
-                f"batch size {self.batch_size} exceeds the {self.train_size} training examples: no full batch fits"
+                f"batch size {self.batch_size} exceeds the {self.fitted} training examples: no full batch fits"
             )
+
+    @property
+    def fitted(self) -> int:
+        """Training examples less those held out for validation."""
+        return self.train_size - round(self.validation * self.train_size)
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in an epoch; the short last batch is dropped, so that every step sees `batch_size` examples."""
-        return self.train_size // self.batch_size
+        return self.fitted // self.batch_size
 
     def to_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import steppe
+from steppe.lab.composed import COMPOSED
 from steppe.lab.settings import LabError, Settings
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
@@ -51,9 +52,9 @@ class Method:
         return common if self.epochs is None else self.epochs
 
 
-def choices() -> dict[str, type[torch.optim.Optimizer]]:
-    """Return every method by name: the plain optimizers, then the methods of steppe."""
-    return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}}
+def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Return every method by name: the base alone, the methods of steppe, then what the laboratory composes of them."""
+    return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **COMPOSED}
 
 
 def options_of(name: str) -> list[str]:

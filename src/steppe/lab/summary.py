@@ -1,15 +1,20 @@
 """Records to one table: the numbers that terminal, Markdown file and report all show."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 
+from steppe.lab.context import Context
 from steppe.lab.directory import Plan
 from steppe.lab.record import Record
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 from steppe.lab.train import Run
 
-HEADERS = ("method", "n", "error %", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds", "collapsed")
+HEADERS = (
+    "method", "n", "error %", "sd", "paper %", "difference", "95 % CI", "p (Holm)", "passes", "seconds", "collapsed"
+)  # fmt: skip
+NOT_KNOWN = "not known"
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -29,6 +34,17 @@ class Row:
     passes: float
     seconds: float
     collapsed: int
+    paper: float | None = None  # the paper's error, on its own task
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods compared over the seeds both have: `method` minus `other`; `p` is Holm-corrected over all pairs."""
+
+    method: Method
+    other: Method
+    paired: Paired
+    p: float
 
 
 @dataclass(frozen=True)
@@ -39,23 +55,40 @@ class Summary:
     records: dict[Run, Record]
     rows: list[Row]
     problems: list[str]
+    context: Context = field(default_factory=Context)
 
     def of(self, method: Method) -> list[Record]:
         """Return a method's records in the order of their seeds."""
         return [record for run, record in self.records.items() if run.method == method]
 
 
-def summarise(plan: Plan, records: dict[Run, Record], problems: list[str]) -> Summary:
+def summarise(plan: Plan, records: dict[Run, Record], problems: list[str], context: Context | None = None) -> Summary:
     """Compute the table of a plan's finished runs."""
-    errors: dict[Method, dict[int, float]] = {method: {} for method in plan.methods}
-    for run, record in records.items():
-        errors[run.method][run.seed] = 100 * record.test_error
+    errors, context = _errors(plan, records), context or Context()
     present = [method for method in plan.methods if errors[method]]
     tests = [_against(errors[method], errors[plan.reference], method == plan.reference) for method in present]
     adjusted = holm([math.nan if test is None else test.p for test in tests])
     groups = [[record for run, record in records.items() if run.method == method] for method in present]
-    rows = [_row(*parts, plan.reference) for parts in zip(present, groups, tests, adjusted, strict=True)]
-    return Summary(plan, records, rows, problems)
+    rows = [_row(*parts, plan.reference, context) for parts in zip(present, groups, tests, adjusted, strict=True)]
+    return Summary(plan, records, rows, problems, context)
+
+
+def _errors(plan: Plan, records: dict[Run, Record]) -> dict[Method, dict[int, float]]:
+    """Return each method's errors in per cent by seed."""
+    errors: dict[Method, dict[int, float]] = {method: {} for method in plan.methods}
+    for run, record in records.items():
+        errors[run.method][run.seed] = 100 * record.test_error
+    return errors
+
+
+def pairs(summary: Summary) -> list[Pair]:
+    """Compare every two methods that share seeds."""
+    errors = _errors(summary.plan, summary.records)
+    couples = [(row.method, other.method) for row, other in combinations(summary.rows, 2)]
+    tests = [_against(errors[method], errors[other], same=False) for method, other in couples]
+    adjusted = holm([math.nan if test is None else test.p for test in tests])
+    found = zip(couples, tests, adjusted, strict=True)
+    return [Pair(*couple, test, p) for couple, test, p in found if test is not None]
 
 
 def _against(errors: dict[int, float], baseline: dict[int, float], same: bool) -> Paired | None:
@@ -63,7 +96,9 @@ def _against(errors: dict[int, float], baseline: dict[int, float], same: bool) -
     return None if same or not seeds else paired([errors[s] for s in seeds], [baseline[s] for s in seeds])
 
 
-def _row(method: Method, records: list[Record], test: Paired | None, p: float, baseline: Method) -> Row:
+def _row(
+    method: Method, records: list[Record], test: Paired | None, p: float, baseline: Method, context: Context
+) -> Row:
     errors = [100 * record.test_error for record in records]
     return Row(
         method=method,
@@ -78,6 +113,7 @@ def _row(method: Method, records: list[Record], test: Paired | None, p: float, b
         passes=mean([record.passes for record in records]),
         seconds=mean([record.seconds for record in records]),
         collapsed=sum(record.collapsed for record in records),
+        paper=context.published.get(str(method)),
     )
 
 
@@ -86,15 +122,18 @@ def cells(row: Row) -> list[str]:
     test = row.paired
     compared = ["baseline" if row.baseline else NONE if test is None else number(test.difference, "+.2f")]
     compared += ["", ""] if test is None else [interval(test), number(row.p, ".2g")]
-    middle = [str(row.n), number(row.mean, ".2f"), number(row.sd, ".2f")]
+    paper = NOT_KNOWN if row.paper is None else number(row.paper, ".2f")
+    middle = [str(row.n), number(row.mean, ".2f"), number(row.sd, ".2f"), paper]
     collapsed = f"{row.collapsed} of {row.n}" if row.collapsed else ""
     return [str(row.method), *middle, *compared, number(row.passes, ".0f"), number(row.seconds, ".1f"), collapsed]
 
 
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Return the table's headers and cells; the column of collapsed runs is there only where one has."""
-    columns = slice(None if any(row.collapsed for row in summary.rows) else -1)
-    return list(HEADERS[columns]), [cells(row)[columns] for row in summary.rows]
+    """Return the table's headers and cells; those of collapsed runs and of the paper only where there are any."""
+    absent = set() if any(row.collapsed for row in summary.rows) else {"collapsed"}
+    absent |= set() if summary.context.published else {"paper %"}
+    kept = [i for i, header in enumerate(HEADERS) if header not in absent]
+    return [HEADERS[i] for i in kept], [[texts[i] for i in kept] for texts in map(cells, summary.rows)]
 
 
 def number(value: float, form: str) -> str:
@@ -110,8 +149,11 @@ def interval(test: Paired) -> str:
 def caption(summary: Summary) -> str:
     """Say what every column of the table is."""
     comparisons = sum(not math.isnan(row.p) for row in summary.rows)
+    known = any(number is not None for number in summary.context.published.values())
+    paper = f"Paper: the published error, on {summary.context.recipe['setting']}. " if known else ""
+    split = "Validation" if summary.plan.settings.validation else "Test"
     return (
-        "Test error at the last epoch in per cent: mean and standard deviation (sd) over n seeds. "
+        f"{split} error at the last epoch in per cent: mean and standard deviation (sd) over n seeds. {paper}"
         f"Difference: method minus {summary.plan.reference} in percentage points, paired by seed over the seeds "
         "both have, with the 95 % confidence interval of its mean (each interval on its own, not adjusted) and the "
         f"two-sided p-value of the paired t-test, Holm-corrected over the {comparisons} comparisons of this table. "
@@ -130,8 +172,14 @@ def title(summary: Summary) -> str:
 def notes(summary: Summary) -> list[str]:
     """Say what a reader of the numbers must know."""
     plan = summary.plan
+    same = (
+        "the test set and the training examples are the same for all seeds"
+        if plan.settings.test_seed is not None
+        else ""
+    )
     lines = [
-        "Runs of one seed share split, label noise, initial weights and data order, whatever the method.",
+        "Runs of one seed share split, label noise, initial weights and data order, whatever the method"
+        + (f"; {same}." if same else "."),
         f"An epoch is {plan.settings.steps_per_epoch} batches of {plan.settings.batch_size}; "
         "the short last batch is dropped.",
     ]
@@ -162,10 +210,41 @@ def markdown(summary: Summary) -> str:
     headers, rows = table(summary)
     lines = [f"# {title(summary)}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (headers, ["---"] + ["---:"] * (len(headers) - 1), *rows)]
-    lines += ["", caption(summary), "", "## Notes", "", *(f"- {note}" for note in notes(summary)), ""]
+    lines += [
+        "",
+        caption(summary),
+        "",
+        *_recipe(summary),
+        "## Notes",
+        "",
+        *(f"- {note}" for note in notes(summary)),
+        "",
+    ]
     lines += [
         "## Methods",
         "",
         *(f"- `{row.method}`: `{row.rule}`{'' if row.rho is None else f', rho {row.rho}'}" for row in summary.rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _recipe(summary: Summary) -> list[str]:
+    """Return the recipe's protocol as a section of the Markdown page."""
+    recipe = summary.context.recipe
+    if not recipe:
+        return []
+    facts = [f"- {topic}: {fact}" for topic, fact in recipe["facts"]]
+    chosen = ", ".join(f"{key} {value}" for key, value in recipe["values"].items())
+    chosen = chosen and f"Values searched, timed or given: {chosen}."
+    return [
+        f"## {recipe['recipe']}",
+        "",
+        recipe["question"],
+        "",
+        f"Source: {recipe['source']}.",
+        "",
+        *facts,
+        "",
+        chosen,
+        "",
+    ]

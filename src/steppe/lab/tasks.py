@@ -39,15 +39,31 @@ def load(settings: Settings, seed: int) -> Task:
     """Return the task of one seed: its split and its label noise depend on the seed alone, never on the method."""
     check(settings)
     pool, size = data.read(settings), settings.train_size
-    order = torch.randperm(len(pool.labels), generator=stream(seed, "split"))
+    common = settings.test_seed if pool.test_labels is None else None  # of the split, for all seeds
+    order = torch.randperm(len(pool.labels), generator=stream(seed if common is None else common, "split"))
     train, test = order[:size], order[size:]
+    if common is not None:
+        train = train[torch.randperm(size, generator=stream(seed, "training"))]
     inputs, labels = _chosen(pool.inputs, train), pool.labels[train]
     if pool.test_labels is None:
         test_inputs, test_labels = _chosen(pool.inputs, test), pool.labels[test]
     else:
         test_inputs, test_labels = pool.test_inputs, pool.test_labels
     prepared = _prepared(pool, inputs, test_inputs, settings)
-    return Task(prepared[0], noisy(labels, settings.noise, pool.classes, seed), prepared[1], test_labels, pool.classes)
+    labels = noisy(labels, settings.noise, pool.classes, seed)
+    task = Task(prepared[0], labels, prepared[1], test_labels, pool.classes)
+    return held_out(task, settings.fitted) if settings.validation else task
+
+
+def held_out(task: Task, fitted: int) -> Task:
+    """Train on the first `fitted` training examples and put the others in the test set's place.
+
+    Training examples come in the seed's random order. Those held out keep their noisy labels, because a search that
+    may not see the test set has no clean ones either; the test set itself is left out.
+    """
+    kept, held = slice(fitted), slice(fitted, None)
+    parts = take(task.inputs, held), task.labels[held]
+    return Task(take(task.inputs, kept), task.labels[kept], *parts, task.classes)
 
 
 def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:

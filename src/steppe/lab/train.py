@@ -3,8 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -224,8 +226,25 @@ def initial_model(run: Run, task: tasks.Task) -> nn.Module:
     """Return the seed's model, and leave the global random state to the seed's optimizer."""
     torch.manual_seed(tasks.stream(run.seed, "init").initial_seed())
     model = models.build(run.settings.model, task.inputs[0], task.classes)
+    if run.settings.start is not None:
+        model.load_state_dict(_start(run.settings, run.seed))
     torch.manual_seed(tasks.stream(run.seed, "optimizer").initial_seed())
     return model
+
+
+@lru_cache(maxsize=1)  # a comparison runs all methods of a seed in a row
+def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
+    """Return the weights that `settings.start` names: of a file, or of a method trained first on the same task."""
+    text = settings.start or ""
+    if text.endswith(".pt"):
+        if not Path(text).is_file():
+            raise LabError(f"no weights at {text}; save a model's state_dict there")
+        weights: dict[str, Tensor] = torch.load(text, map_location="cpu", weights_only=True)
+        return weights
+    before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
+    session = Session(before)
+    fit(session)
+    return session.model.state_dict()
 
 
 def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:

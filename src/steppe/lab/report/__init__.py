@@ -1,4 +1,4 @@
-"""One self-contained HTML page, a pure function of a directory's records."""
+"""One self-contained HTML page and tables in other formats, pure functions of a directory's records."""
 
 import math
 from dataclasses import replace
@@ -8,23 +8,31 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from steppe.lab import directory, record, spec, summary
+from steppe.lab import context, directory, exports, record, spec, summary
 from steppe.lab.report import minima
 from steppe.lab.report.figures import figures
+from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
 from steppe.lab.summary import Summary
 
 
 def write(folder: Path, baseline: str | None = None) -> Summary:
-    """Rebuild `report.html` and `summary.md` from the records in `folder`, and return what they say."""
+    """Rebuild `report.html`, `summary.md`, `.csv` and `.tex` from the records in `folder`, and return what they say."""
+    found = read(folder, baseline)
+    table = minima.section(folder, found)
+    text = summary.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
+    texts = {"md": text, "csv": exports.csv_text(found), "tex": exports.latex(found)}
+    for suffix, text in texts.items():
+        record.write_text(folder / f"summary.{suffix}", text)
+    record.write_text(folder / "report.html", render(found, table))
+    return found
+
+
+def read(folder: Path, baseline: str | None = None) -> Summary:
+    """Return what the records in `folder` say."""
     plan = directory.read_plan(folder)
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
-    found = summary.summarise(plan, *directory.finished(folder, plan))
-    table = minima.section(folder, found)
-    text = summary.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
-    record.write_text(folder / "summary.md", text)
-    record.write_text(folder / "report.html", render(found, table))
-    return found
+    return summary.summarise(plan, *directory.finished(folder, plan), context.read(folder))
 
 
 def render(found: Summary, table: minima.Minima | None = None) -> str:
@@ -39,11 +47,16 @@ def render(found: Summary, table: minima.Minima | None = None) -> str:
         caption=summary.caption(found),
         notes=summary.notes(found),
         minima=table,
-        figures=figures(found) + ([] if table is None else [table.figure]),
+        figures=figures(found)
+        + pair_matrix(found)
+        + sensitivities(found)
+        + searches(found)
+        + ([] if table is None else [table.figure]),
+        recipe=found.context.recipe,
         environment=environment(found),
         settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},
         style=_text("style.css"),
-        script=_text("figures.js"),
+        script=_text("figures.js") + _text("sort.js"),
         plotly=get_plotlyjs(),
     )
 

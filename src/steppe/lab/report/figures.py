@@ -181,6 +181,8 @@ def cost(found: Summary) -> Figure:
         passes = {"x": [row.passes], "hovertemplate": f"{name}<br>%{{x:.0f}} passes: %{{y:.2f}} %<extra></extra>"}
         seconds = {"x": [row.seconds], "hovertemplate": f"{name}<br>%{{x:.1f}} s: %{{y:.2f}} %<extra></extra>"}
         data += [common | passes, common | seconds | {"xaxis": "x2", "yaxis": "y2", "showlegend": False}]
+    data += [_front([(row.passes, row.mean) for row in found.rows], {})]
+    data += [_front([(row.seconds, row.mean) for row in found.rows], {"xaxis": "x2", "yaxis": "y2"})]
     layout = {
         "xaxis": {
             "title": {"text": "gradient passes over the training set"},
@@ -191,5 +193,19 @@ def cost(found: Summary) -> Figure:
         "yaxis": {"title": {"text": "test error, %"}, "rangemode": "tozero"},
         "yaxis2": {"rangemode": "tozero", "matches": "y", "showticklabels": False, "anchor": "x2"},
     }
-    caption = "Mean over seeds, one standard deviation to either side. Down and to the left is better."
+    caption = (
+        "Mean over seeds, one standard deviation to either side. Down and to the left is better; "
+        "the stepped line joins the methods that no other beats in both."
+    )
     return Figure("cost", "Cost against error", caption, data, layout, height=480)
+
+
+def _front(points: list[tuple[float, float]], axes: Trace) -> Trace:
+    """Return the Pareto front of (cost, error) as a stepped line."""
+    front: list[tuple[float, float]] = []
+    for cost, error in sorted(points):
+        if not front or error < front[-1][1]:
+            front.append((cost, error))
+    line = {"color": COLOURS[0], "width": 1, "dash": "dot", "shape": "hv"}
+    trace: Trace = {"x": [cost for cost, _ in front], "y": [error for _, error in front], "mode": "lines", "line": line}
+    return trace | axes | {"showlegend": False, "hoverinfo": "skip"}

@@ -1,0 +1,157 @@
+"""Work through a search: claim a point, train its seeds, tell the value; wait while others have the last points."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from optuna.trial import Trial, TrialState
+
+from steppe.lab.compare import leave_with_parent
+from steppe.lab.settings import LabError
+from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
+from steppe.lab.sweep.storage import HEARTBEAT, open_storage
+from steppe.lab.sweep.study import POINT, Grid
+from steppe.lab.train import Run, train
+
+ERRORS = "errors"
+_POLL = 0.5  # seconds between looks at points that others train
+
+
+class _Dropped(Exception):  # noqa: N818 - it is no error
+    """The point is clearly worse than others."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One stage's outcome."""
+
+    stage: Stage
+    chosen: Mapping[str, Value]
+    points: list[dict[str, Any]]  # its values, the error per seed in per cent, and what became of it
+
+
+def search(
+    asked: Search,
+    url: str,
+    name: str,
+    workers: int = 1,
+    heartbeat: int = HEARTBEAT,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Value], list[Ended]]:
+    """Run every stage with `workers` processes here, beside those of other machines; return the values chosen.
+
+    `name` tells searches in one storage apart. Any process may be killed: the others train its point again, and the
+    same call continues where all of them were.
+    """
+    values, ended = dict(asked.values), []
+    with ExitStack() as helpers:
+        for stage in asked.stages:
+            grid = _open(asked, stage, values, url, f"{name}/{stage.name}/{asked.digest(stage, values)}", heartbeat)
+            if workers > 1 and grid.waiting() > 1:
+                helpers.enter_context(_helpers(workers - 1, (asked, url, name, heartbeat)))
+                workers = 1  # they go through the stages that follow by themselves
+            _work(grid, asked, values, tell)
+            chosen = grid.best()
+            values |= chosen
+            tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
+            ended.append(Ended(stage, chosen, exported(grid)))
+    return values, ended
+
+
+def _open(asked: Search, stage: Stage, values: Mapping[str, Value], url: str, study: str, heartbeat: int) -> Grid:
+    warmup = min(_run(asked, stage, {**values, **point}, seed=0).epochs for point in stage.points()) // 2
+    return Grid.open(open_storage(url, heartbeat), study, stage, warmup)
+
+
+@contextmanager
+def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Run `count` further processes that make the same search; they end by themselves, or with this one."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_help, args=arguments) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            os.kill(process.pid or 0, signal.SIGINT)  # they give their points back
+        raise
+    finally:
+        for process in processes:
+            process.join()
+
+
+def _help(asked: Search, url: str, name: str, heartbeat: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down an ignored one
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with suppress(KeyboardInterrupt, LabError):  # the process that started this one tells what was wrong
+        search(asked, url, name, workers=1, heartbeat=heartbeat)
+
+
+def _work(grid: Grid, asked: Search, values: Mapping[str, Value], tell: Callable[[str], None]) -> None:
+    """Train points until all are done, here or elsewhere."""
+    stage, points = grid.stage, grid.stage.points()
+    while True:
+        if trial := grid.claim():
+            with grid.beating(trial):
+                _train(grid, trial, asked, {**values, **points[trial.user_attrs[POINT]]})
+            tell(f"{stage.name}: {len(grid.ended())} of {len(points)} points")
+        elif grid.under_way():
+            time.sleep(_POLL)
+        else:
+            return
+
+
+def _run(asked: Search, stage: Stage, values: Mapping[str, Value], seed: int) -> Run:
+    return Run(filled(stage.method, values), seed, applied(asked.settings, values))
+
+
+def _train(grid: Grid, trial: Trial, asked: Search, values: Mapping[str, Value]) -> None:
+    """Train a point under every seed and tell its mean validation error in per cent."""
+    errors: list[float] = []
+    try:
+        for seed in range(asked.seeds):
+            errors.append(100 * _error(_run(asked, grid.stage, values, seed), trial))
+            trial.set_user_attr(ERRORS, errors)
+        grid.tell(trial, fmean(errors), TrialState.COMPLETE)
+    except _Dropped:
+        grid.tell(trial, None, TrialState.PRUNED)
+    except Exception as error:
+        grid.tell(trial, None, TrialState.FAIL, f"{type(error).__name__}: {error}")
+    except BaseException:  # interrupted: the point goes back into the queue at once
+        grid.tell(trial, None, TrialState.FAIL)
+        raise
+
+
+def _error(run: Run, trial: Trial) -> float:
+    """Return a run's error at its last epoch; leave it where the pruner says so."""
+
+    def evaluated(epoch: int, error: float) -> None:
+        trial.report(100 * error, run.seed * run.epochs + epoch)
+        if trial.should_prune():
+            raise _Dropped
+
+    return train(run, evaluated=evaluated).test_error
+
+
+def exported(grid: Grid) -> list[dict[str, Any]]:
+    """Return a stage's points as plain data: values, errors per seed in per cent, whether it was dropped."""
+    points = grid.stage.points()
+    return [
+        {
+            "values": points[index],
+            "errors": trial.user_attrs.get(ERRORS, []),
+            "error": trial.value,
+            "dropped": trial.state is TrialState.PRUNED,
+        }
+        for index, trial in sorted(grid.ended().items())
+    ]

@@ -1,0 +1,40 @@
+"""A process of a search whose runs take a moment and are logged: `python sweep_worker.py URL LOG SECONDS`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from steppe.lab.settings import Settings
+from steppe.lab.sweep import work
+from steppe.lab.sweep.space import Search, Stage
+
+LRS = tuple(round(0.01 * k, 2) for k in range(1, 17))
+TWO_STAGES = Search(
+    Settings(validation=0.1, test_seed=0),
+    (Stage("base", "SGD", {"lr": LRS}), Stage("radius", "SAM(rho={rho})", {"rho": (0.1, 0.2, 0.3)})),
+)
+
+
+def logged(log, seconds):
+    """Stand in for training: the error is the learning rate's distance from 0.05, or rho."""
+
+    def write(word, run):
+        with open(log, "a") as file:  # one short append is one write
+            file.write(f"{word} {os.getpid()} {run.method} lr={run.settings.lr}\n")
+
+    def train(run, evaluated):
+        write("start", run)
+        time.sleep(seconds)
+        write("end", run)
+        rho = dict(run.method.options).get("rho")
+        return SimpleNamespace(test_error=abs(run.settings.lr - 0.05) if rho is None else rho)
+
+    return train
+
+
+if __name__ == "__main__":
+    url, log, seconds = sys.argv[1:]
+    work.train = logged(Path(log), float(seconds))
+    print(work.search(TWO_STAGES, url, "test", heartbeat=1)[0])

@@ -1,0 +1,292 @@
+"""Searches: what is tried, that each point is trained once whatever dies, and that the test set stays out of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from optuna.trial import TrialState, create_trial
+
+from steppe.lab import tasks
+from steppe.lab.settings import LabError, Settings
+from steppe.lab.sweep import space, work
+from steppe.lab.sweep.space import Search, Stage
+from steppe.lab.sweep.storage import open_storage, shown
+from steppe.lab.sweep.study import POINT, Grid
+
+from .helpers import TINY, write_images
+from .sweep_worker import LRS, TWO_STAGES
+
+VALID = replace(TINY, validation=0.25, test_seed=0)
+BASE = Stage("base", "SGD", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 1e-3)})
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+
+
+# ---- what is tried
+
+
+def test_points_are_the_whole_grid_in_order():
+    assert BASE.points() == [
+        {"lr": 0.05, "weight_decay": 1e-4},
+        {"lr": 0.05, "weight_decay": 1e-3},
+        {"lr": 0.1, "weight_decay": 1e-4},
+        {"lr": 0.1, "weight_decay": 1e-3},
+    ]
+
+
+def test_values_fill_holes_and_settings():
+    values = {"rho": 0.2, "gamma": 0.9, "lr": 0.3}
+    assert str(space.filled("WSAM(rho={rho}, gamma={gamma})", values)) == "WSAM(rho=0.2, gamma=0.9)"
+    assert space.applied(TINY, values) == replace(TINY, lr=0.3)
+    with pytest.raises(LabError, match=r"needs a value for alpha"):
+        space.filled("GSAM(rho={rho}, alpha={alpha})", values)
+
+
+def test_spaces_are_parsed_and_narrow_the_stages():
+    assert space.parse("rho=0.05, 0.1,1") == ("rho", (0.05, 0.1, 1))
+    (stage,) = space.narrowed((BASE,), {"lr": (0.3,)})
+    assert stage.grid == {"lr": (0.3,), "weight_decay": (1e-4, 1e-3)}
+    with pytest.raises(LabError, match="space 'rho' is not searched here; choose from lr, weight_decay"):
+        space.narrowed((BASE,), {"rho": (1.0,)})
+
+
+@pytest.mark.parametrize("text", ["rho", "rho=", "rho=a", "=1", "rho=1,,2", "rho=__import__('os')"])
+def test_spaces_that_cannot_be_read(text):
+    with pytest.raises(LabError, match="cannot read space"):
+        space.parse(text)
+
+
+def test_bad_values_are_found_before_anything_runs():
+    with pytest.raises(LabError, match="gamma must be"):
+        space.check(Search(VALID, (Stage("WSAM", "WSAM(gamma={gamma})", {"gamma": (0.5, 1.0)}),)))
+    with pytest.raises(LabError, match="lr must be"):
+        space.check(Search(VALID, (Stage("base", "SGD", {"lr": (0.1, -1.0)}),)))
+
+
+# ---- the test set stays out
+
+
+def test_a_search_needs_a_validation_split():
+    with pytest.raises(LabError, match="needs a validation share"):
+        Search(TINY, (BASE,))
+    with pytest.raises(LabError, match="needs a test-seed"):
+        Search(replace(TINY, validation=0.1), (BASE,))
+
+
+def rows_of(part, whole):
+    """The examples of `part` as row numbers of `whole`, found by their pixels."""
+    numbers = {tuple(example): row for row, example in enumerate(whole.tolist())}
+    return {numbers[tuple(example)] for example in part.tolist()}
+
+
+def test_validation_examples_are_training_examples_and_never_test_examples():
+    settings = replace(VALID, train_size=1000, noise=0.0)
+    digits = tasks._digits()[0]
+    tests = {seed: tasks._split(replace(settings, validation=0.0), seed)[1] for seed in range(3)}
+    assert torch.equal(tests[0].argsort(0), tests[1].argsort(0))  # the same test set, whatever scaling training gives
+    order = torch.randperm(1797, generator=tasks.stream(0, "split"))
+    pool, reserved = set(order[:1000].tolist()), set(order[1000:].tolist())
+    spread, mean = torch.std_mean(digits[order[:1000]])
+    for seed in range(3):
+        task = tasks.load(settings, seed)
+        assert (len(task.labels), len(task.test_labels)) == (750, 250)
+        fitted, held = (rows_of((part * spread + mean).round(), digits) for part in (task.inputs, task.test_inputs))
+        assert fitted | held <= pool | reserved
+        assert (fitted | held).isdisjoint(reserved)
+        assert fitted.isdisjoint(held)
+
+
+def test_a_search_does_not_change_with_the_test_set(tmp_path, monkeypatch):
+    asked = Search(VALID, (Stage("base", "SGD", {"lr": (0.05, 0.2)}),))
+    honest = work.search(asked, f"sqlite:///{tmp_path / 'a.db'}", "a")
+    split = tasks._split
+
+    def spoiled(settings, seed):
+        inputs, test_inputs, labels, test_labels = split(settings, seed)
+        return inputs, torch.full_like(test_inputs, torch.nan), labels, test_labels.flip(0)
+
+    monkeypatch.setattr(tasks, "_split", spoiled)
+    assert work.search(asked, f"sqlite:///{tmp_path / 'b.db'}", "b") == honest
+
+
+def test_images_are_held_out_of_the_training_file_alone(tmp_path):
+    folder = write_images(tmp_path / "d")
+    settings = Settings("fashion-mnist", str(folder), 80, 0.0, "cnn-4", 1, 16, validation=0.2)
+    task = tasks.load(settings, 0)
+    assert (len(task.labels), len(task.test_labels)) == (64, 16)
+    whole = tasks.load(replace(settings, validation=0.0), 0)
+    assert torch.equal(torch.cat([task.inputs, task.test_inputs]), whole.inputs)
+
+
+# ---- each point once
+
+
+def points_of(grid):
+    claimed = []
+    while trial := grid.claim():
+        claimed.append(trial.user_attrs[POINT])
+        grid.tell(trial, 1.0, TrialState.COMPLETE)
+    return claimed
+
+
+def test_points_queued_twice_are_claimed_once(storage):
+    grid = Grid.open(storage, "s", BASE, warmup=0)
+    grid.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={POINT: 2}))
+    assert points_of(Grid.open(storage, "s", BASE, warmup=0)) == [0, 1, 2, 3]
+    assert len(grid.ended()) == 4
+    assert not grid.under_way()
+
+
+def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
+    grid = Grid.open(storage, "s", BASE, warmup=0)
+    slow = grid.claim()
+    storage.set_trial_state_values(grid._id(slow.number), TrialState.FAIL)  # what a missed heartbeat leads to
+    assert points_of(grid) == [1, 2, 3, 0]
+    grid.tell(slow, 0.0, TrialState.COMPLETE)
+    assert {index: trial.value for index, trial in grid.ended().items()} == dict.fromkeys(range(4), 1.0)
+
+
+def test_an_interrupted_point_is_queued_again_at_once(tmp_path, storage, monkeypatch):
+    def interrupted(run, evaluated):
+        raise KeyboardInterrupt
+
+    asked = Search(VALID, (BASE,))
+    monkeypatch.setattr(work, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work.search(asked, str(storage.engine.url), "s")
+    monkeypatch.setattr(work, "train", lambda run, evaluated: SimpleNamespace(test_error=run.settings.lr))
+    values, (ended,) = work.search(asked, str(storage.engine.url), "s")
+    assert values == {"lr": 0.05, "weight_decay": 1e-4}  # the first among equals
+    assert [point["error"] for point in ended.points] == [5.0, 5.0, 10.0, 10.0]
+
+
+def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, monkeypatch):
+    trained = []
+
+    def train(run, evaluated):
+        trained.append(run.settings.lr)
+        if run.settings.lr == 0.1 and broken:
+            raise ValueError("no memory")
+        return SimpleNamespace(test_error=0.5)
+
+    monkeypatch.setattr(work, "train", train)
+    asked, broken = Search(VALID, (Stage("base", "SGD", {"lr": (0.05, 0.1)}),), seeds=2), True
+    with pytest.raises(LabError, match=r"1 of 2 points of stage base failed.*'lr': 0\.1.*ValueError: no memory"):
+        work.search(asked, str(storage.engine.url), "s")
+    assert trained == [0.05, 0.05, 0.1]
+    broken = False
+    work.search(asked, str(storage.engine.url), "s")
+    assert trained == [0.05, 0.05, 0.1, 0.1, 0.1]
+
+
+def test_another_search_in_the_same_storage_is_another_study(storage, monkeypatch):
+    monkeypatch.setattr(work, "train", lambda run, evaluated: SimpleNamespace(test_error=run.settings.lr))
+    first, other = Search(VALID, (BASE,)), Search(replace(VALID, epochs=9), (BASE,))
+    assert first.digest(BASE, {}) != other.digest(BASE, {})
+    assert first.digest(BASE, {"rho": 0.1}) != first.digest(BASE, {"rho": 0.2})
+
+
+def test_a_point_in_the_worst_quarter_is_dropped_half_way(storage, monkeypatch):
+    seen = Counter()
+
+    def train(run, evaluated):
+        for epoch in range(1, 11):
+            seen[run.settings.lr] += 1
+            evaluated(epoch, run.settings.lr)
+        return SimpleNamespace(test_error=run.settings.lr)
+
+    monkeypatch.setattr(work, "train", train)
+    lrs = (0.1, 0.2, 0.3, 0.4, 0.9, 0.05)
+    asked = Search(replace(VALID, epochs=10), (Stage("base", "SGD", {"lr": lrs}),))
+    values, (ended,) = work.search(asked, str(storage.engine.url), "s")
+    assert values == {"lr": 0.05}
+    assert [point["dropped"] for point in ended.points] == [False] * 4 + [True, False]
+    assert seen == {0.1: 10, 0.2: 10, 0.3: 10, 0.4: 10, 0.9: 5, 0.05: 10}
+
+
+def test_a_storage_that_cannot_be_opened_is_told_without_its_password():
+    with pytest.raises(LabError, match="cannot open storage nonsense"):
+        open_storage("nonsense")
+    assert shown("postgresql://user:secret@host/db") == "postgresql://...@host/db"
+
+
+# ---- several processes, one of them killed
+
+
+class Worker:
+    """A process that works through `TWO_STAGES`."""
+
+    def __init__(self, url, log):
+        command = [sys.executable, "-m", "tests.lab.sweep_worker", url, str(log), "0.2"]
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.end()
+
+    def end(self):
+        return self.process.communicate(timeout=300)[0], self.process.returncode
+
+
+def lines(log, word):
+    text = log.read_text() if log.exists() else ""
+    return [line.split(maxsplit=2) for line in text.splitlines() if line.startswith(word)]
+
+
+def killed_in_the_middle_of_a_point(worker, log):
+    """Kill -9 once the worker has ended a point and is in another; return that point."""
+    deadline, pid = time.monotonic() + 180, str(worker.process.pid)
+    while time.monotonic() < deadline:
+        started = [point for _, who, point in lines(log, "start") if who == pid]
+        ended = [point for _, who, point in lines(log, "end") if who == pid]
+        if ended and len(started) == len(ended) + 1:
+            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.end()
+            if len([1 for _, who, _ in lines(log, "end") if who == pid]) == len(ended):
+                return started[-1]
+            raise AssertionError("the point ended before the kill")
+        assert worker.process.poll() is None, worker.end()[0]
+        time.sleep(0.005)
+    raise AssertionError("no point was under way in time")
+
+
+def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_twice(tmp_path, monkeypatch):
+    """On SQLite, or on the empty database that STEPPE_TEST_STORAGE names."""
+    url, log = os.environ.get("STEPPE_TEST_STORAGE", f"sqlite:///{tmp_path / 'study.db'}"), tmp_path / "log"
+    with Worker(url, log) as first, Worker(url, log) as second, Worker(url, log) as third:
+        lost = killed_in_the_middle_of_a_point(first, log)
+        outputs = [worker.end() for worker in (second, third)]
+    assert [code for _, code in outputs] == [0, 0], outputs
+    assert [output for output, _ in outputs] == ["{'lr': 0.05, 'rho': 0.1}\n"] * 2
+
+    points = [f"SGD lr={lr}" for lr in LRS] + [f"SAM(rho={rho}) lr=0.05" for rho in (0.1, 0.2, 0.3)]
+    assert Counter(point for _, _, point in lines(log, "end")) == Counter(points)
+    assert Counter(point for _, _, point in lines(log, "start")) == Counter([*points, lost])
+    assert len({who for _, who, _ in lines(log, "end")}) == 3
+
+    monkeypatch.setattr(work, "train", lambda run, evaluated: pytest.fail("trained again"))
+    assert work.search(TWO_STAGES, url, "test")[0] == {"lr": 0.05, "rho": 0.1}
+
+
+def test_processes_here_find_what_one_alone_finds(tmp_path):
+    asked = Search(VALID, (Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.5)}),), seeds=2)
+    alone = work.search(asked, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    assert work.search(asked, f"sqlite:///{tmp_path / 'b.db'}", "s", workers=2) == alone
