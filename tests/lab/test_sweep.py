@@ -14,7 +14,7 @@ import pytest
 import torch
 from optuna.trial import TrialState, create_trial
 
-from steppe.lab import tasks
+from steppe.lab import data, tasks
 from steppe.lab.settings import LabError, Settings
 from steppe.lab.sweep import space, work
 from steppe.lab.sweep.space import Search, Stage
@@ -92,8 +92,8 @@ def rows_of(part, whole):
 
 def test_validation_examples_are_training_examples_and_never_test_examples():
     settings = replace(VALID, train_size=1000, noise=0.0)
-    digits = tasks._digits()[0]
-    tests = {seed: tasks._split(replace(settings, validation=0.0), seed)[1] for seed in range(3)}
+    digits = data.read(settings).inputs
+    tests = {seed: tasks.load(replace(settings, validation=0.0), seed).test_inputs for seed in range(3)}
     assert torch.equal(tests[0].argsort(0), tests[1].argsort(0))  # the same test set, whatever scaling training gives
     order = torch.randperm(1797, generator=tasks.stream(0, "split"))
     pool, reserved = set(order[:1000].tolist()), set(order[1000:].tolist())
@@ -110,13 +110,12 @@ def test_validation_examples_are_training_examples_and_never_test_examples():
 def test_a_search_does_not_change_with_the_test_set(tmp_path, monkeypatch):
     asked = Search(VALID, (Stage("base", "SGD", {"lr": (0.05, 0.2)}),))
     honest = work.search(asked, f"sqlite:///{tmp_path / 'a.db'}", "a")
-    split = tasks._split
-
-    def spoiled(settings, seed):
-        inputs, test_inputs, labels, test_labels = split(settings, seed)
-        return inputs, torch.full_like(test_inputs, torch.nan), labels, test_labels.flip(0)
-
-    monkeypatch.setattr(tasks, "_split", spoiled)
+    pool = data.read(VALID)
+    reserved = torch.randperm(len(pool.labels), generator=tasks.stream(VALID.test_seed, "split"))[VALID.train_size :]
+    inputs, labels = pool.inputs.clone(), pool.labels.clone()
+    inputs[reserved], labels[reserved] = torch.nan, labels[reserved].flip(0)
+    spoiled = replace(pool, inputs=inputs, labels=labels)
+    monkeypatch.setattr(data, "read", lambda settings: spoiled)
     assert work.search(asked, f"sqlite:///{tmp_path / 'b.db'}", "b") == honest
 
 
@@ -126,7 +125,7 @@ def test_images_are_held_out_of_the_training_file_alone(tmp_path):
     task = tasks.load(settings, 0)
     assert (len(task.labels), len(task.test_labels)) == (64, 16)
     whole = tasks.load(replace(settings, validation=0.0), 0)
-    assert torch.equal(torch.cat([task.inputs, task.test_inputs]), whole.inputs)
+    assert torch.equal(torch.cat([task.inputs[:], task.test_inputs[:]]), whole.inputs[:])
 
 
 # ---- each point once
