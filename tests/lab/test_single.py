@@ -13,7 +13,7 @@ import torch
 from steppe.lab import checkpoint, metrics, record, single
 from steppe.lab.place import Hardware
 from steppe.lab.settings import LabError
-from steppe.lab.train import Session, train
+from steppe.lab.train import Session, fit, train
 
 from .helpers import TINY, run
 
@@ -175,6 +175,25 @@ def test_a_damaged_checkpoint_is_told(tmp_path, damage):
     assert single.run(asked, tmp_path / "r").epochs == 1
 
 
+@pytest.mark.parametrize("text", ["SGD", "WSAM(rho=0.1)", "NSAM"])
+def test_fp16_scales_its_loss_and_goes_on_bit_for_bit(text):
+    place = Hardware(precision="fp16").open()
+    asked = run(text, settings=replace(TINY, epochs=3))  # 12 steps
+    whole = Session(asked, place)
+    fit(whole)
+    assert whole.meter.skipped < 6
+    assert whole.record().test_error == pytest.approx(train(asked).test_error, abs=0.1)
+    first, second = Session(asked, place), Session(asked, place)
+    for rows, examples in first.batches():
+        first.advance(rows, examples)
+        if first.step == 5:
+            break
+    second.restore(first.state())
+    assert second.scaler.get_scale() == first.scaler.get_scale()
+    fit(second)
+    assert same(whole.model.state_dict(), second.model.state_dict())
+
+
 def test_bf16_trains_beside_fp32():
     asked = run("SAM(rho=0.1)")
     full, half = train(asked), train(asked, hardware=Hardware(precision="bf16"))
@@ -187,8 +206,7 @@ def test_bf16_trains_beside_fp32():
     ("options", "message"),
     [
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda, mps, not 'gpu'"),
-        ({"precision": "fp16"}, "precision fp16 needs a loss scaler"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
         ({"strategy": "dp"}, "strategy must be one of ddp, fsdp"),
         ({"devices": 0}, "devices must be a positive integer"),
     ],

@@ -68,7 +68,7 @@ def compare(
     noise: Annotated[float | None, typer.Option(help="Share of training labels redrawn from all classes.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training examples, drawn anew for each seed.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: an accelerator where there is one.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny version, some 20 seconds.")] = False,

@@ -10,27 +10,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from steppe.lab.console import told
 from steppe.lab.settings import LabError
 
 _SHOWN = 5  # columns that a terminal has room for: up to the trace; the report has all
 
 
 def measure(
-    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare`.")],
+    folder: Annotated[Path, typer.Argument(help="A run directory of `steppe compare` or `steppe reproduce`.")],
 ) -> None:
     """Measure the minimum of every finished run: loss, top Hessian eigenvalue, trace, tr V, m-sharpness.
 
     The same command continues where it was interrupted. The table goes into the directory's report.
     """
     console = Console()
-    try:
-        raise typer.Exit(_run(folder, console))
-    except LabError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+    with told(console):
+        raise typer.Exit(measure_minima(folder, console))
 
 
-def _run(folder: Path, console: Console) -> int:
+def measure_minima(folder: Path, console: Console) -> int:
+    """Measure what is missing and report; return the exit code."""
     from steppe.lab import directory, minima
 
     records, problems = directory.finished(folder, directory.read_plan(folder))

@@ -18,7 +18,7 @@ from steppe.lab.settings import LabError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("ddp", "fsdp")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Hardware:
         devices: processes on each node, one a device; `torchrun` says so itself.
         nodes: machines; `torchrun` says so itself.
         strategy: ddp (a whole model in each process) or fsdp (parameters sharded by FSDP2), for several processes.
-        precision: fp32, or bf16 under autocast with parameters in float32.
+        precision: fp32, or bf16 or fp16 under autocast with parameters in float32; fp16 with a loss scaler.
 
     Raises:
         LabError: a value that is none of these.
@@ -43,8 +43,6 @@ class Hardware:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision == "fp16":
-            raise LabError("precision fp16 needs a loss scaler, which a step of two passes has not got yet; take bf16")
         choices = {"device": DEVICES, "strategy": STRATEGIES, "precision": tuple(PRECISIONS)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -140,6 +138,10 @@ class Place:
         """Return the context of forward passes."""
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Return the loss scaler that the precision needs."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this process's part of a batch's rows: every `world`-th."""

@@ -48,7 +48,7 @@ def run(
     devices: Annotated[int, typer.Option(min=1, help="Processes on this node; torchrun sets it itself.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes; torchrun sets it itself.")] = 1,
     strategy: Annotated[str, typer.Option(help="ddp or fsdp, for several processes.")] = "ddp",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the processor; else one for an MLP.")] = None,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="1 epoch")

@@ -93,7 +93,11 @@ class Session:
         self.task = tasks.load(run.settings, run.seed).to(place.device)
         self.model = place.setup(initial_model(run, self.task))
         self.loss = Loss(run.settings.label_smoothing, place)
-        self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
+        self.scaler = place.scaler()
+        optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
+        if self.scaler is not None and not isinstance(optimizer, steppe.SharpnessAware):
+            optimizer = steppe.SharpnessAware(optimizer, steppe.Plain(), rho=0.0)  # it unscales
+        self.optimizer = optimizer
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.augment = data.augmentation(run.settings)
@@ -117,8 +121,10 @@ class Session:
             examples = self._augmented(len(rows), examples)
         labels = self.task.labels[self.place.share(rows).to(self.place.device)]
         inputs = finish(self.task.inputs, examples)
-        batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels))  # torch's stub: a function to float
+        batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels), scaler=self.scaler)
         self._loss = self.optimizer.step(batch)
+        if self.scaler is not None:
+            self.scaler.update()
         self.schedule.step()
         self.meter.count(self.optimizer)
         self.step += 1
@@ -150,7 +156,7 @@ class Session:
             mine = self.place.share(rows)
             losses = self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine]))
             loss = losses.sum() * self.place.world / count  # DDP takes the mean over processes
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         return total
 
@@ -164,6 +170,7 @@ class Session:
             "optimizer": checkpoint.whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "meter": asdict(self.meter),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random": self.place.gather(checkpoint.random_state()),
         }
 
@@ -177,6 +184,8 @@ class Session:
             memory[i] = {key: checkpoint.sharded(value, parameters[i]) for key, value in kept.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.meter, self.step = Meter(**state["meter"]), state["step"]
         if len(state["random"]) == self.place.world:
             checkpoint.set_random_state(state["random"][self.place.rank])

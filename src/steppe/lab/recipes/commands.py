@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from steppe.lab.console import line, run, told
+from steppe.lab.measuring import measure_minima
 
 Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
 AtScale = Annotated[str, typer.Option(help="paper, gpu-hour or laptop.")]
@@ -80,5 +81,8 @@ def reproduce(
             folder = (out or Path("runs") / f"{name}-{scale}") / each.name
             asked = replace(each, seeds=seeds or each.seeds)
             plan = planned(recipe, scale_of(scale), asked, folder, storage, processes, lambda text: line(console, text))
-            if code := run(folder, plan, processes, console):
+            code = run(folder, plan, processes, console)
+            if recipe.measured and not code:
+                code = measure_minima(folder, console)
+            if code:
                 raise typer.Exit(code)

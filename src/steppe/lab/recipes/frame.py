@@ -64,6 +64,7 @@ class Recipe:
     facts: tuple[tuple[str, str], ...]
     studies: Callable[[Scale], tuple[Study, ...]]
     setting: str = ""  # what the published numbers were measured on
+    measured: bool = False  # whether the minima are measured once the runs have ended
 
 
 def unfilled(study: Study) -> list[str]:

@@ -30,4 +30,5 @@ RECIPE = Recipe(
         ("smaller scales", "1,000 digits with 40 % label noise, `steppe compare`'s protocol; " + p.LAPTOP),
     ),
     studies,
+    measured=True,
 )
