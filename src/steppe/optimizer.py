@@ -388,8 +388,10 @@ class SharpnessAware(torch.optim.Optimizer):
         """Hand an update whose gradients are finite on all ranks to the parameters; what is left is the move."""
         overflow = update is None or (f.guard and not _finite(f.seen))
         skip = f.ranks.any(overflow, f.point.parameters[0].device) if f.guard else overflow
-        if skip and not overflow and f.scale is not None:
-            f.scale.overflow(f.point.parameters[0].device)
+        if f.scale is not None:
+            if skip and not overflow:
+                f.scale.overflow(f.point.parameters[0].device)
+            f.scale.end()
         move = _stay if skip or update is None else self._hand_over(update, f)
         self._report(f, skip)
         return move
