@@ -31,6 +31,7 @@ from tests.reference import Base, Problem
 from tests.test_common import assert_equal_states
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
+EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms of whole batches, where the model factors and loss is not scaled
 TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
 
 
@@ -69,12 +70,40 @@ class Unlucky(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
+class Rate:
+    """A learning rate that is 0 at times."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = self.now = lr
+
+    def toggle(self) -> None:
+        self.now = self.lr - self.now
+
+
+EVENTS = {"none": 40, "raise_at": 12, "spoil_at": 12, "left out": 8, "freeze": 4, "lr": 4, "copy": 4, "resume": 4}
+
+
+def draw_event(draw: random.Random, p: Program, rate: Rate, never: tuple[str, ...] = ()) -> str:
+    """What happens before the next step, or in it."""
+    event = draw.choices(list(EVENTS), [0 if e in never else n for e, n in EVENTS.items()])[0]
+    if event == "freeze":
+        p.freeze(not p.frozen)
+    elif event == "lr":
+        rate.toggle()
+        p.set_lr(rate.now)
+    elif event == "copy":
+        p.copy()
+    elif event == "resume":
+        p.resume()
+    return event
+
+
 class Program:
     """An optimizer and its model, and what may happen to both."""
 
     def __init__(self, case: Case, base: str, fresh: Callable[[], World]) -> None:
         self.case, self.base, self.fresh = case, base, fresh
-        self.world = fresh()
+        self.world, self.frozen = fresh(), False
         self.opt = self.make(self.world)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=50)
         self.seen = dict.fromkeys(("taken", "raised", "skipped"), 0)
@@ -154,9 +183,10 @@ class Program:
     # ---- events
 
     @contextmanager
-    def unlucky(self, how: str, k: int):
-        """Pass ``k`` of the step raises, or is spoiled."""
-        setattr(self.model, how, self.model.calls + k)
+    def unlucky(self, event: str, k: int):
+        """Pass ``k`` of the step raises, or is spoiled, if that is the event."""
+        if event.endswith("_at"):
+            setattr(self.model, event, self.model.calls + k)
         try:
             yield
         finally:
@@ -186,6 +216,7 @@ class Program:
 
     def freeze(self, frozen: bool) -> None:
         """One group takes no part for a while."""
+        self.frozen = frozen
         self.model.branches[1].requires_grad_(not frozen)
 
     def set_lr(self, lr: float) -> None:
@@ -275,21 +306,21 @@ OF_REFERENCE: dict[str, tuple[str, dict]] = {
     "m-RWSAM": ("RWSAMProbe", {"lam": 0.5}),
     "m-FSAM": ("FSAM", {"sigma": 1.0, "decay": 0.9}),
     "m-VaSSO": ("VaSSO", {"theta": 0.9}),
+    "parallel m-RWSAM": ("RWSAM", {"lam": 0.5}),
 }
 FLAT_BASES = {
     "momentum": lambda: Base("momentum", 0.05, weight_decay=1e-2),
     "adamw": lambda: Base("adamw", 1e-2, weight_decay=0.1),
 }
-LRS = {"momentum": 0.05, "adamw": 1e-2}
 
 
 class Flat:
     """The reference's run: a tensor that takes no part in a step is not there, to the method and to the base."""
 
     def __init__(self, case: Case, base: str, w: Tensor) -> None:
-        kind = case.name.removeprefix("parallel ")
-        self.method, self.hyper = OF_REFERENCE[kind if kind in OF_REFERENCE else kind.removeprefix("m-")]
-        self.m = 4 if kind.startswith("m-") else None
+        known = [n for n in (case.name, case.name.removeprefix("parallel "), case.name.split("m-")[-1]) if n in OF_REFERENCE]
+        self.method, self.hyper = OF_REFERENCE[known[0]]
+        self.m = 4 if "m-" in case.name else None
         self.w, self.bases = w.clone(), [FLAT_BASES[base]() for _ in SIZES]
         self.memory: dict[str, Tensor] = {}
         self.t = 0
@@ -331,57 +362,107 @@ class Flat:
         return {}
 
 
-WITH_REFERENCE = [c for c in METHODS + MICRO + PARALLEL]
-
-
 @pytest.mark.parametrize("base", FLAT_BASES)
-@pytest.mark.parametrize("case", WITH_REFERENCE, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", METHODS + MICRO + PARALLEL, ids=lambda c: c.name)
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
 def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     draw = random.Random(f"{case.name} {base}")
     g = torch.Generator().manual_seed(draw.randrange(2**31))
     p = Program(case, base, least_squares)
     flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.model.branches.parameters()]))
     idle = [t.detach().clone() for t in p.model.idle.parameters()]
-    exact = "RWSAM" in case.name and "probe" not in case.name and case.name != "m-RWSAM"  # where losses factor
-    ways = p.ways(lists=not exact)
-    frozen, lr = False, LRS[base]
-    for k in range(120 * LONGER):
+    exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
+    ways, rate = p.ways(lists=not exact), Rate(FLAT_BASES[base]().lr)
+    never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
+    for step in range(60 * LONGER):
         x = torch.randn(N, 4, generator=g, dtype=torch.float64)
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
-        event = draw.choices(
-            ["none", "raise_at", "spoil_at", "left out", "freeze", "lr", "copy", "resume"], [60, 8, 8, 8, 4, 4, 4, 4]
-        )[0]
-        if k == 0:
-            event = "none"  # all memories begin here
-        if event == "freeze":
-            frozen = not frozen
-            p.freeze(frozen)
-        elif event == "lr":
-            lr = LRS[base] - lr
-            p.set_lr(lr)
-        elif event == "copy":
-            p.copy()
-        elif event == "resume":
-            p.resume()
+        event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
         p.model.both = event != "left out"
-        way, scaled = draw.choice(ways), not (exact or case in PARALLEL) and draw.random() < 0.3
-        if event.endswith("_at"):
-            if case in PARALLEL:
-                p.rehearse(x, y)
-            pass_k = draw.randint(1, 3)
-            if case.selects and event == "spoil_at":
-                pass_k = 1  # a later forward of ESAM only chooses
-            with p.unlucky(event, pass_k):
-                what = p.step(way, x, y, scaled)
-        else:
+        way, scaled, k = draw.choice(ways), not shared and draw.random() < 0.3, draw.randint(1, 3)
+        if event.endswith("_at") and shared:
+            way = "batch"
+            p.rehearse(x, y)
+        with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
-            assert what == "taken"
         if what == "taken":
-            flat.step(x, y, p.world, p.model.both, frozen, lr)
+            flat.step(x, y, p.world, p.model.both, p.frozen, rate.now)
+        else:
+            assert event.endswith("_at")
         now = torch.cat([t.detach().flatten() for t in p.model.branches.parameters()])
         torch.testing.assert_close(now, flat.w, rtol=0, atol=1e-9)
     assert same_bits(idle, list(p.model.idle.parameters()))
-    assert all(t.grad is None and t not in p.opt.state for t in p.model.idle.parameters())
+    assert all(t not in p.opt.state for t in p.model.idle.parameters())
     assert p.opt.telemetry.steps == flat.t
+    assert p.seen["taken"] > 0
+    assert p.seen["skipped"] > 0
+    assert p.seen["raised"] > 0 or exact
+
+
+# ------------------------------------------------------------------------------------------------------ against a twin
+
+
+def chance(over_batch: bool) -> World:
+    """Dropout and, in one branch, normalisation, over the batch where that is never a single example."""
+    torch.manual_seed(3)
+    x, y = torch.randn(3 * N, 4), torch.randint(3, (3 * N,))
+
+    def branches() -> list[nn.Module]:
+        first = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 3))
+        norm = nn.BatchNorm1d(5) if over_batch else nn.LayerNorm(5)
+        return [first, nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 3))]
+
+    return World(Unlucky(branches), x[:N], y[:N], x, y)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
+def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
+    """Bit for bit: weights, buffers, states and random numbers. The twin is an optimizer of ordinary steps."""
+    draw = random.Random(case.name)
+    g = torch.Generator().manual_seed(draw.randrange(2**31))
+    p, twin = (Program(case, "adamw", lambda: chance(not case.selects)) for _ in range(2))
+    ways, rate = p.ways(), Rate(1e-2)
+    if case.name == "NSAM":  # in two calls, the larger batch draws its random numbers last
+        ways.remove("two calls")
+    for _ in range(40 * LONGER):
+        x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
+        event = draw_event(draw, p, rate)
+        way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
+        twin.freeze(p.frozen)
+        twin.set_lr(rate.now)
+        p.model.both = twin.model.both = event != "left out"
+        p.opt._parallel = twin.opt._parallel = False  # where passes are shared, a scaled loss is not the same bits
+        start = torch.get_rng_state()
+        with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
+            what = p.step(way, x, y, scaled)
+        end = torch.get_rng_state()
+        torch.set_rng_state(start)
+        if what == "taken":
+            assert twin.step({"backward": "batch", "two calls": "closure"}.get(way, way), x, y) == "taken"
+            assert torch.equal(torch.get_rng_state(), end)
+        else:
+            follow(p, twin, x, one_pass=way != "list" and case in METHODS and case.name != "NSAM", end=end)
+        torch.set_rng_state(end)
+        assert same_bits(p.world.parameters(), twin.world.parameters())
+        assert same_bits(floating(p.model), floating(twin.model))
+        assert_equal_states(p.opt.state_dict(), twin.opt.state_dict())
     assert min(p.seen.values()) > 0
+
+
+def floating(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def follow(p: Program, twin: Program, x: Tensor, one_pass: bool, end: Tensor) -> None:
+    """After a step that was not taken: statistics and random numbers as after one ordinary forward, or untouched."""
+    before = [b.clone() for b in floating(twin.model)]
+    if one_pass:
+        with torch.no_grad():
+            twin.model(x)
+        assert torch.equal(torch.get_rng_state(), end)
+        now = floating(p.model)
+        assert same_bits(now, floating(twin.model)) or same_bits(now, before)
+    twin.model.load_state_dict(p.model.state_dict())
