@@ -208,3 +208,41 @@ def test_a_cancelled_step_leaves_nothing_to_update() -> None:
         opt.cancel_step()
     opt.step(w.batch, scaler=s)
     s.update()
+
+
+def test_an_optimizer_that_ends_in_an_error_leaves_nothing_to_the_next() -> None:
+    """A scaler knows optimizers by their address, which the next one may be given."""
+    w, s = world(torch.float32), scaler()
+
+    def fails_later(model, data, calls=[]):  # noqa: B006
+        calls.append(None)
+        if len(calls) % 2 == 0:
+            raise KeyError("out of memory")
+        return w.criterion(model(data[0]), data[1])
+
+    for _ in range(20):
+        opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+        with pytest.raises(KeyError):
+            opt.step(steppe.Batch(w.model, fails_later, (w.x, w.y), scaler=s))
+        del opt
+
+
+def test_the_larger_batch_of_n_sam_has_the_scale_of_the_step() -> None:
+    """Also none, where the step has none."""
+    ours, theirs = world(), world()
+    rule = steppe.Rule(steppe.OnFull(), steppe.Unnormalised())
+    a = steppe.SharpnessAware(torch.optim.SGD(ours.parameters(), lr=0.1), rule, full=ours.full.scaled_by(scaler()))
+    b = steppe.SharpnessAware(torch.optim.SGD(theirs.parameters(), lr=0.1), rule, full=theirs.full)
+    a.step(ours.batch)
+    b.step(theirs.batch)
+    assert same_bits(ours.weights(), theirs.weights())
+
+
+def test_grad_scaler_cannot_finish_a_step_of_unscaled_gradients() -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before = w.weights()
+    opt.backward(w.batch, scaler=s)
+    with pytest.raises(RuntimeError, match="knows one pass of a step's several"):
+        s.step(opt)
+    assert same_bits(before, w.weights())

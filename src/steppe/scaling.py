@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ class _Taker:
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
+
+
+# A scaler keeps its records by address: no address is to be used again while it lives.
+_ALIVE: WeakKeyDictionary[torch.amp.GradScaler, list[list[_Taker]]] = WeakKeyDictionary()
 
 
 class Scaling:
@@ -59,6 +64,7 @@ class LossScale:
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
         self._takers: list[_Taker] = []
+        _ALIVE.setdefault(scaler, []).append(self._takers)
         self._used = 0
 
     def end(self) -> None:
