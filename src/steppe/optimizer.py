@@ -340,7 +340,9 @@ class SharpnessAware(torch.optim.Optimizer):
         if f.ranks.unprepared:
             f.rehearse()
         if self._gradient_noise:
-            f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
+            with f.ranks.apart():
+                noise = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters)
+            f.seen.numbers["trace_V"] = noise.trace
         try:
             update = rule(f)
         except NotFinite:
