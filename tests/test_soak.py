@@ -13,7 +13,7 @@ import random
 import signal
 import subprocess
 import sys
-import warnings
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ import steppe
 from steppe import Masked, SharpnessAware
 from steppe.factored.plan import plan_for
 from tests import reference
-from tests.cases import BASES, CASES, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
+from tests.cases import BASES, CASES, COMBINATIONS, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
 from tests.reference import Base, Problem
 from tests.test_common import assert_equal_states
 
@@ -318,7 +318,9 @@ class Flat:
     """The reference's run: a tensor that takes no part in a step is not there, to the method and to the base."""
 
     def __init__(self, case: Case, base: str, w: Tensor) -> None:
-        known = [n for n in (case.name, case.name.removeprefix("parallel "), case.name.split("m-")[-1]) if n in OF_REFERENCE]
+        known = [
+            n for n in (case.name, case.name.removeprefix("parallel "), case.name.split("m-")[-1]) if n in OF_REFERENCE
+        ]
         self.method, self.hyper = OF_REFERENCE[known[0]]
         self.m = 4 if "m-" in case.name else None
         self.w, self.bases = w.clone(), [FLAT_BASES[base]() for _ in SIZES]
@@ -332,7 +334,9 @@ class Flat:
         p = problem(x, y, self.w, both, trained, full)
         memory = {k: v[trained] for k, v in self.memory.items()}
         hyper = self.hyper | self.drawn(there, frozen)
-        u, beside, memory = reference.direction(self.method, p, self.w[trained], memory, self.t, self.m, rho=0.1, **hyper)
+        u, beside, memory = reference.direction(
+            self.method, p, self.w[trained], memory, self.t, self.m, rho=0.1, **hyper
+        )
         for name, v in memory.items():
             self.memory[name] = self.memory.get(name, torch.zeros_like(self.w)).masked_scatter(trained, v)
         w = self.w.clone()
@@ -354,7 +358,9 @@ class Flat:
         if self.method == "RWSAMProbe":
             shapes = [(2, 2), (2,)] * 3
             probe = steppe.FiniteDifference()
-            zeros = [torch.zeros(s, dtype=torch.float64) if may else None for s, may in zip(shapes, movable, strict=True)]
+            zeros = [
+                torch.zeros(s, dtype=torch.float64) if may else None for s, may in zip(shapes, movable, strict=True)
+            ]
             z = probe.direction(steppe.Vector(zeros), self.t).tensors
             d = sum(t.numel() for t in z if t is not None)
             used = [t.flatten() for t, here in zip(z, there, strict=False) if here]
@@ -466,3 +472,88 @@ def follow(p: Program, twin: Program, x: Tensor, one_pass: bool, end: Tensor) ->
         now = floating(p.model)
         assert same_bits(now, floating(twin.model)) or same_bits(now, before)
     twin.model.load_state_dict(p.model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
+def test_nothing_grows(case: Case) -> None:
+    """As many tensors after many steps of every kind as after few."""
+    p = Program(case, "adamw", lambda: chance(False))
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    counts = []
+    for _ in range(3):
+        for k in range(4 * LONGER):
+            for way in p.ways():
+                with p.unlucky(("none", "raise_at", "spoil_at")[k % 3], 1 + k % 2):
+                    p.step(way, x, y, scaled=case.name not in EXACT)
+        p.opt.zero_grad()
+        gc.collect()
+        counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert counts[1] == counts[2]
+
+
+def problems() -> dict[str, Program]:
+    return {case.name: Program(case, "adamw", lambda: chance(False)) for case in METHODS + COMBINATIONS}
+
+
+def train(path: str, steps: int) -> None:
+    """Goes on from the checkpoint that is there; one more after every step."""
+    programs, done = problems(), 0
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        done = saved["done"]
+        torch.set_rng_state(saved["random"])
+        for name, p in programs.items():
+            p.model.load_state_dict(saved["models"][name])
+            p.opt.load_state_dict(saved["optimizers"][name])
+    for step in range(done, steps):
+        g = torch.Generator().manual_seed(step)
+        x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
+        for p in programs.values():
+            p.step(p.ways()[step % len(p.ways())], x, y)
+        state = {
+            "done": step + 1,
+            "random": torch.get_rng_state(),
+            "models": {name: p.model.state_dict() for name, p in programs.items()},
+            "optimizers": {name: p.opt.state_dict() for name, p in programs.items()},
+        }
+        torch.save(state, path + ".new")
+        os.replace(path + ".new", path)
+        print(step, flush=True)
+
+
+def live(path: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    train(path, steps)
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
+    """Three lives and one, bit for bit."""
+    steps, draw = 9 * LONGER, random.Random(0)
+    live(str(tmp_path / "one"), steps)
+    code = "import sys; from tests import test_soak; test_soak.live(sys.argv[1], int(sys.argv[2]))"
+    life = [sys.executable, "-c", code, str(tmp_path / "many"), str(steps)]
+    kills = 0
+    while True:
+        process = subprocess.Popen(life, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if kills < 2 and int(line) >= (kills + 1) * steps // 3:
+                time.sleep(draw.random() * 0.05)  # at any moment of the next step
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 2
+    one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "many"))
+    for name in one["models"]:
+        assert same_bits(list(one["models"][name].values()), list(many["models"][name].values())), name
+        assert_equal_states(one["optimizers"][name], many["optimizers"][name])
