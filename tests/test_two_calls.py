@@ -194,6 +194,18 @@ def test_copies_are_not_in_the_middle_of_a_step() -> None:
     opt.second_step()
 
 
+def test_hooks_and_schedulers_see_a_step() -> None:
+    w, seen = world(), []
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    two_calls(opt, w.batch)
+    schedule.step()  # warns where it has seen no step
+    assert opt.param_groups[0]["lr"] == 0.05
+    assert seen == ["before", "after"]
+
+
 class CopiedSAM(torch.optim.Optimizer):
     """The layout of the widely copied sam.py: the weights' copy in its state, the base's state elsewhere."""
 

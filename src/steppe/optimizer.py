@@ -312,7 +312,8 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
         half, self._half = self._half, None
-        self._finish(half.see(), half.f)()
+        self._move = self._finish(half.see(), half.f)
+        self.step()  # so that hooks and schedulers of this optimizer see a step
         if zero_grad:
             self.zero_grad()
 
