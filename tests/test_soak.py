@@ -381,7 +381,7 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
     ways, rate = p.ways(lists=not exact), Rate(FLAT_BASES[base]().lr)
     never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
-    for step in range(60 * LONGER):
+    for step in range(45 * LONGER):
         x = torch.randn(N, 4, generator=g, dtype=torch.float64)
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
         event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
@@ -433,7 +433,7 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
     ways, rate = p.ways(), Rate(1e-2)
     if case.name == "NSAM":  # in two calls, the larger batch draws its random numbers last
         ways.remove("two calls")
-    for _ in range(40 * LONGER):
+    for _ in range(30 * LONGER):
         x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
         event = draw_event(draw, p, rate)
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)

@@ -1,6 +1,7 @@
 """``first_step`` and ``second_step``, the calling convention of the widely copied ``sam.py``."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -192,6 +193,19 @@ def test_copies_are_not_in_the_middle_of_a_step() -> None:
             other.second_step()
     w.batch()
     opt.second_step()
+
+
+def test_an_optimizer_dropped_half_way_goes_back_and_leaves_no_hook() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before = w.weights()
+    w.batch()
+    opt.first_step()
+    assert not same_bits(before, w.weights())
+    del opt
+    gc.collect()
+    assert same_bits(before, w.parameters())
+    assert not nn.modules.module._global_forward_pre_hooks
 
 
 def test_hooks_and_schedulers_see_a_step() -> None:
