@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import Case, each_base, each_case, optimizer, same_bits, world
+from tests.cases import BASES, Case, each_base, each_case, optimizer, same_bits, world
 
 
 @each_base
@@ -126,3 +126,37 @@ def test_copies_have_nothing_to_finish() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step()
+
+
+@each_base
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "LookSAM"])
+def test_gradients_dropped_between_are_a_step_of_nothing(name: str, base: str) -> None:
+    """As after an ordinary backward: neither weights nor memory of a parameter without a gradient change."""
+    w, other = world(), world()
+    a = getattr(steppe, name)(BASES[base](w.parameters()), rho=0.1)
+    b = getattr(steppe, name)(BASES[base](other.parameters()), rho=0.1)
+    before = w.weights()
+    a.backward(w.batch)
+    a.zero_grad()
+    a.step()
+    assert same_bits(before, w.parameters())
+    assert not any(a.state.values())
+    a.param_groups[0]["sharpness_step"] = 0
+    for ours, theirs in zip(w.batches(3), other.batches(3), strict=True):  # what follows is a beginning
+        a.step(ours)
+        b.step(theirs)
+    assert same_bits(w.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("to", ["wrapper", "base"])
+def test_a_group_added_between_waits_for_the_next_step(to: str) -> None:
+    w, other = world(), world()
+    a = steppe.WSAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    b = steppe.WSAM(torch.optim.SGD(other.parameters(), lr=0.1))
+    late = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    a.backward(w.batch)
+    (a if to == "wrapper" else a.base).add_param_group({"params": [late]})
+    a.step()
+    b.step(other.batch)
+    assert same_bits(w.parameters(), other.parameters())
+    assert torch.equal(late.detach(), torch.ones(2, dtype=torch.float64))

@@ -607,3 +607,35 @@ def test_bad_batches() -> None:
 def test_world_is_what_the_tests_think() -> None:
     assert isinstance(world(), World)
     assert len({case.name for case in METHODS} & {m.__name__ for m in steppe.METHODS}) == len(steppe.METHODS)
+
+
+def test_a_step_of_the_base_at_lr_zero_forgets_nothing() -> None:
+    """It makes room for a distributed checkpoint where there is no memory, and only there."""
+    w, other = world(), world()
+    a, b = (steppe.FSAM(torch.optim.SGD(each.parameters(), lr=0.1), rho=0.1) for each in (w, other))
+    for opt, each in ((a, w), (b, other)):
+        opt.step(each.batch)
+    a.param_groups[0]["lr"] = 0.0
+    a.step()
+    a.param_groups[0]["lr"] = 0.1
+    assert all(
+        torch.equal(t, b.state[q][k])
+        for p, q in zip(w.parameters(), other.parameters(), strict=True)
+        for k, t in a.state[p].items()
+        if k.startswith("sharpness.")
+    )
+    a.step(w.batch)
+    b.step(other.batch)
+    assert same_bits(w.parameters(), other.parameters())
+
+
+def test_a_mask_may_keep_tensors_alone_that_nobody_uses() -> None:
+    """The closure's loss must have a graph all the same; eps is then 0."""
+    w, other = world(), world()
+    unused = [nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(30)]
+    a = steppe.ESAM(torch.optim.SGD([*unused, *w.parameters()], lr=0.1), beta=1e-3, gamma=1.0)
+    b = torch.optim.SGD(other.parameters(), lr=0.1)
+    a.step(lambda: w.batch())
+    b.step(lambda: other.batch())
+    assert a.telemetry.eps_norm == 0
+    assert same_bits(w.parameters(), other.parameters())

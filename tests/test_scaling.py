@@ -170,3 +170,79 @@ def test_shared_passes_leave_a_scaled_loss_to_the_serial_loop(caplog) -> None:
     s.update()
     with pytest.raises(ValueError, match="the loss is scaled"):
         steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4, parallel=True).step(w.batch, scaler=s)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_after_an_error_in_a_pass_there_is_nothing_to_update(at: int) -> None:
+    """A loop that catches an error, and never comes to ``scaler.update()``, goes on with the next batch."""
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    calls = []
+
+    def fails(model, data):
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyError("out of memory")
+        return w.criterion(model(data[0]), data[1])
+
+    for _ in range(3):
+        calls.clear()
+        with pytest.raises(KeyError):
+            opt.step(steppe.Batch(w.model, fails, (w.x, w.y), scaler=s))
+    before = w.weights()
+    opt.step(w.batch, scaler=s)
+    assert not same_bits(before, w.weights())
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match=r"call scaler\.update\(\) after every"):
+            opt.step(w.batch, scaler=s)
+    s.update()
+    opt.step(w.batch, scaler=s)
+
+
+def test_a_cancelled_step_leaves_nothing_to_update() -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    for _ in range(2):
+        w.batch.scaled_by(s)()
+        opt.first_step(scaler=s)
+        opt.cancel_step()
+    opt.step(w.batch, scaler=s)
+    s.update()
+
+
+def test_an_optimizer_that_ends_in_an_error_leaves_nothing_to_the_next() -> None:
+    """A scaler knows optimizers by their address, which the next one may be given."""
+    w, s = world(torch.float32), scaler()
+
+    def fails_later(model, data, calls=[]):  # noqa: B006
+        calls.append(None)
+        if len(calls) % 2 == 0:
+            raise KeyError("out of memory")
+        return w.criterion(model(data[0]), data[1])
+
+    for _ in range(20):
+        opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+        with pytest.raises(KeyError):
+            opt.step(steppe.Batch(w.model, fails_later, (w.x, w.y), scaler=s))
+        del opt
+
+
+def test_the_larger_batch_of_n_sam_has_the_scale_of_the_step() -> None:
+    """Also none, where the step has none."""
+    ours, theirs = world(), world()
+    rule = steppe.Rule(steppe.OnFull(), steppe.Unnormalised())
+    a = steppe.SharpnessAware(torch.optim.SGD(ours.parameters(), lr=0.1), rule, full=ours.full.scaled_by(scaler()))
+    b = steppe.SharpnessAware(torch.optim.SGD(theirs.parameters(), lr=0.1), rule, full=theirs.full)
+    a.step(ours.batch)
+    b.step(theirs.batch)
+    assert same_bits(ours.weights(), theirs.weights())
+
+
+def test_grad_scaler_cannot_finish_a_step_of_unscaled_gradients() -> None:
+    w, s = world(torch.float32), scaler()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before = w.weights()
+    opt.backward(w.batch, scaler=s)
+    with pytest.raises(RuntimeError, match="knows one pass of a step's several"):
+        s.step(opt)
+    assert same_bits(before, w.weights())

@@ -1,6 +1,7 @@
 """``first_step`` and ``second_step``, the calling convention of the widely copied ``sam.py``."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -108,6 +109,34 @@ def test_statistics_are_counted_once_also_when_cancelled() -> None:
     assert same_bits(kept, list(model.buffers()))
 
 
+@pytest.mark.parametrize(("method", "rho"), [(steppe.LookSAM, 0.1), (steppe.SAM, 0.0)])
+def test_statistics_are_counted_once_also_where_nothing_moves(method: type, rho: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    plain = copy.deepcopy(model)
+    w = world(torch.float32)
+    opt = method(torch.optim.SGD(model.parameters(), lr=0.0), rho=rho)
+    for _ in range(2):  # LookSAM's second step takes the gradient at w alone
+        two_calls(opt, steppe.Batch.supervised(model, w.criterion, w.x, w.y))
+        steppe.Batch.supervised(plain, w.criterion, w.x, w.y)()
+    assert same_bits(list(model.buffers()), list(plain.buffers()))
+
+
+def test_an_error_in_the_second_call_goes_back_too() -> None:
+    w = world(torch.float32)
+    embedding = nn.Embedding(3, 2, sparse=True)
+    opt = steppe.SAM(torch.optim.SGD([*w.parameters(), *embedding.parameters()], lr=0.1))
+    before = w.weights()
+    w.batch()
+    opt.first_step()
+    (w.batch.losses().mean() + embedding(torch.tensor([1])).sum()).backward()
+    with pytest.raises(TypeError, match="dense gradients") as caught:
+        opt.second_step()
+    assert same_bits(before, w.parameters()), caught  # while the error, and with it the step, is still held
+    w.batch()
+    opt.first_step()
+
+
 @pytest.mark.parametrize("spoil", ["g", "g_adv"])
 def test_a_bad_gradient_skips(spoil: str) -> None:
     w = world()
@@ -164,6 +193,31 @@ def test_copies_are_not_in_the_middle_of_a_step() -> None:
             other.second_step()
     w.batch()
     opt.second_step()
+
+
+def test_an_optimizer_dropped_half_way_goes_back_and_leaves_no_hook() -> None:
+    w = world()
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    before = w.weights()
+    w.batch()
+    opt.first_step()
+    assert not same_bits(before, w.weights())
+    del opt
+    gc.collect()
+    assert same_bits(before, w.parameters())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_hooks_and_schedulers_see_a_step() -> None:
+    w, seen = world(), []
+    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    two_calls(opt, w.batch)
+    schedule.step()  # warns where it has seen no step
+    assert opt.param_groups[0]["lr"] == 0.05
+    assert seen == ["before", "after"]
 
 
 class CopiedSAM(torch.optim.Optimizer):

@@ -42,7 +42,12 @@ class Memory:
                 old.copy_(t)
 
     def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
-        """Entries of zeros: distributed checkpoints load into what a step with gradients and lr of 0 leaves behind."""
+        """Entries of zeros: distributed checkpoints load into what a step with gradients and lr of 0 leaves behind.
+
+        Only where nothing is remembered yet: what is must neither change nor be forgotten as room.
+        """
+        if any(name.startswith(PREFIX) for entries in state.values() for name in entries):
+            return
         self.room = True
         for p in parameters:
             if p.grad is not None:

@@ -194,7 +194,8 @@ class SharpnessAware(torch.optim.Optimizer):
             self._memory.room = False
 
     def __repr__(self) -> str:
-        rho = self.param_groups[0]["rho"] if len(self.param_groups) == 1 else [g["rho"] for g in self.param_groups]
+        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 
     # ---- the step
@@ -223,10 +224,10 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
                 ``first_step``; nothing has been changed.
         """
+        refuse_grad_scaler()
         if closure is None and self._move is not None:
             move, self._move = self._move, None
             return move()
-        refuse_grad_scaler()
         self._refuse_half_step()
         if closure is None:
             return self._base_step()
@@ -311,7 +312,8 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
         half, self._half = self._half, None
-        self._finish(half.see(), half.f)()
+        self._move = self._finish(half.see(), half.f)
+        self.step()  # so that hooks and schedulers of this optimizer see a step
         if zero_grad:
             self.zero_grad()
 
@@ -339,7 +341,9 @@ class SharpnessAware(torch.optim.Optimizer):
         if f.ranks.unprepared:
             f.rehearse()
         if self._gradient_noise:
-            f.seen.numbers["trace_V"] = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters).trace
+            with f.ranks.apart():
+                noise = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters)
+            f.seen.numbers["trace_V"] = noise.trace
         try:
             update = rule(f)
         except NotFinite:
@@ -360,7 +364,7 @@ class SharpnessAware(torch.optim.Optimizer):
             Point(parameters, rho, names),
             step=self._steps,
             recall=partial(self._memory.recall, self.state, parameters),
-            full=self.full.scaled_by(scale.scaler) if scale and isinstance(self.full, Batch) else self.full,
+            full=self.full.scaled_by(scale.scaler if scale else None) if isinstance(self.full, Batch) else self.full,
             keep_g=self._keep_g,
             parallel=self._parallel,
             guard=self._check_finite or scale is not None,
@@ -388,8 +392,10 @@ class SharpnessAware(torch.optim.Optimizer):
         """Hand an update whose gradients are finite on all ranks to the parameters; what is left is the move."""
         overflow = update is None or (f.guard and not _finite(f.seen))
         skip = f.ranks.any(overflow, f.point.parameters[0].device) if f.guard else overflow
-        if skip and not overflow and f.scale is not None:
-            f.scale.overflow(f.point.parameters[0].device)
+        if f.scale is not None:
+            if skip and not overflow:
+                f.scale.overflow(f.point.parameters[0].device)
+            f.scale.end()
         move = _stay if skip or update is None else self._hand_over(update, f)
         self._report(f, skip)
         return move
@@ -406,26 +412,31 @@ class SharpnessAware(torch.optim.Optimizer):
         kept = apart(memory, grads)
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        return partial(self._take_step, parameters, update.beside, kept)
+        handed = [p for p in parameters if p.grad is not None]
+        return partial(self._take_step, parameters, handed, update.beside, kept)
 
     def _take_step(
-        self, parameters: Sequence[Tensor], beside: Vector | None, kept: dict[str, list[Tensor | None]]
+        self,
+        parameters: Sequence[Tensor],
+        handed: Sequence[Tensor],
+        beside: Vector | None,
+        kept: dict[str, list[Tensor | None]],
     ) -> None:
+        dropped = {id(p) for p in handed if p.grad is None}  # by the loop, after backward(): these take no step
+        moving = [id(p) not in dropped for p in parameters]
         self.base.step()
         if beside is not None:
-            self._move_beside(beside)
+            self._move_beside(parameters, beside.where(moving))
         for name, tensors in kept.items():
-            self._memory.keep(self.state, parameters, name, tensors)
+            self._memory.keep(self.state, parameters, name, Vector(tensors).where(moving).tensors)
         self._count_step()
 
-    def _move_beside(self, beside: Vector) -> None:
+    def _move_beside(self, parameters: Sequence[Tensor], beside: Vector) -> None:
         """``w <- w - lr beside``, each group with its own learning rate."""
-        entries = iter(beside.tensors)
-        for group in self.param_groups:
-            for p in group["params"]:
-                s = next(entries)
-                if s is not None:
-                    shift_(p, s, -group["lr"] * beside.scale)
+        lr = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        for p, s in zip(parameters, beside.tensors, strict=True):
+            if s is not None:
+                shift_(p, s, -lr[id(p)] * beside.scale)
 
     def _base_step(self) -> None:
         if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
@@ -458,8 +469,9 @@ class SharpnessAware(torch.optim.Optimizer):
         return int(self.param_groups[0].get(STEP, 0))
 
     def _count_step(self) -> None:
+        steps = self._steps + 1
         for group in self.param_groups:
-            group[STEP] += 1
+            group[STEP] = steps  # also of a group that was added to the base since the passes
         self.telemetry = replace(self.telemetry, steps=self._steps)
 
     def _report(self, f: Oracle, skip: bool) -> None:

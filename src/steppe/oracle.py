@@ -196,10 +196,14 @@ class Oracle:
             final: the update is this gradient alone, so that DDP may average it over the ranks in its backward pass.
         """
         synced = wrt is None and (self.ranks.shared or (final and self.is_whole))
-        left_out = wrt if self.point.sharded else None
-        inputs, wrt = None, None if self.point.sharded else wrt
-        if wrt is not None and under is None and isinstance(self.closure, Batch):  # no change that compiled code sees
-            inputs, wrt = [p for p, k in zip(self.point.parameters, wrt, strict=True) if k], None
+        left_out, inputs = wrt, None
+        if self.point.sharded:
+            wrt = None
+        elif wrt is not None and under is None:
+            if isinstance(self.closure, Batch):  # no change that compiled code sees
+                inputs, wrt = [p for p, k in zip(self.point.parameters, wrt, strict=True) if k], None
+            else:  # a loss must hang on some parameter: vectors cost next to nothing
+                wrt = [k or p.dim() < 2 for p, k in zip(self.point.parameters, wrt, strict=True)]
         with self.passing(), self._passes.only(wrt):
             if isinstance(self.closure, Batch) or on is not None or weights is not None:
                 self._run_batch(on, weights, inputs, under or nullcontext(), synced)

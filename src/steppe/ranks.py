@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 from steppe.guards import FSDP1
 from steppe.update import Update
-from steppe.vector import Vector, is_sharded
+from steppe.vector import Vector, is_sharded, wide
 
 Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks share a perturbation
 
@@ -67,9 +67,11 @@ class Ranks:
         """Around a forward and its backward: DDP averages the gradients, or leaves them alone."""
         broadcast, self.begun = not self.begun, True
         with nullcontext() if synced else self.apart():
-            for replica in self.replicas:
-                replica.require_forward_param_sync = broadcast
-            yield
+            self._broadcast_buffers(broadcast)
+            try:
+                yield
+            finally:
+                self._broadcast_buffers(True)  # as a step of ordinary training leaves it: evaluation comes next
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -77,8 +79,16 @@ class Ranks:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
-                replica.require_forward_param_sync = False
-            yield
+            self._broadcast_buffers(False)
+            try:
+                yield
+            finally:
+                self._broadcast_buffers(True)
+
+    def _broadcast_buffers(self, broadcast: bool) -> None:
+        """Whether the next forward takes the buffers of the first rank."""
+        for replica in self.replicas:
+            replica.require_forward_param_sync = broadcast
 
     def shared_gradient(self, g: Vector, like: Sequence[Tensor]) -> Vector:
         """``g`` as the ranks share it, where DDP has not averaged it in the backward pass."""
@@ -116,7 +126,10 @@ class Ranks:
         return update, memory
 
     def _means(self, vectors: Sequence[Vector], like: Sequence[Tensor], group: Any) -> list[Vector]:
-        """Means over a group; an entry that a rank lacks counts as zero there, one that all lack stays ``None``."""
+        """Means over a group; an entry that a rank lacks counts as zero there, one that all lack stays ``None``.
+
+        In at least float32: whether an entry has been widened already may differ from rank to rank.
+        """
         if not vectors:
             return []
         entries = [t for v in vectors for t in v.materialised()]
@@ -124,7 +137,7 @@ class Ranks:
         distributed.all_reduce(present, distributed.ReduceOp.MAX, group=group)
         shapes = [p for _ in vectors for p in like]
         kept = [
-            (torch.zeros_like(p) if t is None else t) if there else None
+            wide(torch.zeros_like(p) if t is None else t) if there else None
             for t, p, there in zip(entries, shapes, present.tolist(), strict=True)
         ]
         averaged = iter(_averaged([t for t in kept if t is not None], group))
@@ -180,7 +193,9 @@ class RankGroups:
         if any(type(m).__name__ == "FullyShardedDataParallel" for m in found):
             raise TypeError(FSDP1)
         replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
-        if not replicas or self.sync == "global":
+        if not replicas:
+            return Ranks()
+        if self.sync == "global":
             return Ranks(replicas, shared=True, averaged=True)
         group = self._neighbours(replicas[0].process_group)
         unprepared = {r for r in replicas if r.static_graph} - set(self._prepared)

@@ -82,11 +82,12 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[None]:
         compiled |= hasattr(module, "_orig_mod")
         snapshot.take(module)
     hook = None if compiled else register_module_forward_pre_hook(snapshot.take)
+    hooks = {} if hook is None else hook.hooks_dict_ref() or {}
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
+        if hook is not None:  # not hook.remove(): its weak reference is dead where a step left half done is garbage
+            hooks.pop(hook.id, None)
         with torch.no_grad():
             snapshot.restore()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ class _Taker:
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
+
+
+# A scaler keeps its records by address: no address is to be used again while it lives.
+_ALIVE: WeakKeyDictionary[torch.amp.GradScaler, list[list[_Taker]]] = WeakKeyDictionary()
 
 
 class Scaling:
@@ -42,7 +47,6 @@ class Scaling:
             return closure, None
         if self._last is None or self._last.scaler is not scaler:
             self._last = LossScale(scaler)
-        self._last.begin()
         return closure, self._last
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -53,16 +57,18 @@ class LossScale:
     """Unscales the gradients of every pass, and lets the scaler know of an overflow in any of them.
 
     ``GradScaler.unscale_`` accepts one call an optimizer between two ``update()``; here every pass is one optimizer,
-    the same at every step, so that a forgotten ``update()`` is noticed. Nothing else of the scaler is touched.
+    the same at every step, so that a forgotten ``update()`` is noticed. A step that raised or was cancelled is no
+    reason for one: the next takes others. Nothing else of the scaler is touched.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
         self._takers: list[_Taker] = []
+        _ALIVE.setdefault(scaler, []).append(self._takers)
         self._used = 0
 
-    def begin(self) -> None:
-        """A new step."""
+    def end(self) -> None:
+        """The step is over."""
         self._used = 0
 
     def unscale(self, parameters: Sequence[Tensor]) -> None:
@@ -81,6 +87,7 @@ class LossScale:
         except RuntimeError as error:
             if "already been called" not in str(error):
                 raise
+            self._used -= 1  # asked again, it says so again
             raise RuntimeError("call scaler.update() after every optimizer.step(..., scaler=scaler)") from None
         finally:
             taker.param_groups = []

@@ -47,10 +47,11 @@ class TwoCalls:
         given = [p.grad for p in self.f.point.parameters]
         try:
             self.f.keep(self.f.given())
-            if isinstance(self.rule, Rule):
-                eps = self.rule.perturbation(self.f)
-                self._away.enter_context(frozen_statistics(self._modules()))
-                self._away.enter_context(self.f.at(eps, keep_g=self.rule.uses_g))
+            rule = self.rule if isinstance(self.rule, Rule) else None
+            eps = rule.perturbation(self.f) if rule else None
+            self._away.enter_context(frozen_statistics(self._modules()))  # also where nothing moves: a pass follows
+            if rule and eps:
+                self._away.enter_context(self.f.at(eps, keep_g=rule.uses_g))
         except NotFinite:
             self.finite = False
         except BaseException:
@@ -61,8 +62,10 @@ class TwoCalls:
 
     def see(self) -> Update | None:
         """Take the gradients that are there as ``g_adv``, go back to ``w``, and combine; ``None`` is no update."""
-        g_adv = self.f.given()
-        self.leave()
+        try:
+            g_adv = self.f.given()
+        finally:
+            self.leave()
         if not self.finite:
             return None
         f = self.f

@@ -438,3 +438,80 @@ def test_two_calls_under_no_sync_are_local(two_ranks, name) -> None:
     for got in two_ranks(train_in_two_calls, name):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def train_without_replicas(name: str):
+    model = net()
+    optimizer = getattr(steppe, name)(sgd(model), rho=0.3)
+    for step in range(2):
+        optimizer.step(batch_of(model, *data(step)))
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", ["SAM", "ESAM", "RWSAM"])
+def test_a_model_that_is_no_replica_is_alone(two_ranks, name) -> None:
+    """Processes that know of one another, and train models of their own."""
+    model = net()
+    optimizer = getattr(steppe, name)(sgd(model), rho=0.3)
+    for step in range(2):
+        optimizer.step(batch_of(model, *data(step)))
+    for got in two_ranks(train_without_replicas, name):
+        assert all(torch.equal(a, b) for a, b in zip(got, weights(model), strict=True))
+
+
+def train_low(name: str, sync: str):
+    model = DistributedDataParallel(Branches().bfloat16(), find_unused_parameters=True)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = getattr(steppe, name)(base, rho=0.3, sync=sync)
+    for step in range(3):
+        x, y = map(share, data(step))
+        optimizer.step(batch_of(model, x.bfloat16(), y))
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "GSAM", "FSAM"])
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_replicas_in_low_precision_with_parameters_of_single_ranks_stay_equal(two_ranks, name, sync) -> None:
+    mine, theirs = two_ranks(train_low, name, sync)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def evaluate_after_a_step(name: str | None):
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double())
+    batch = batch_of(model, *map(share, data(0)))
+    if name is None:
+        batch()
+    else:
+        getattr(steppe, name)(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.3).step(batch)
+    model.eval()
+    with torch.no_grad():
+        return model(data(1)[0])
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "RWSAM"])
+def test_evaluation_after_a_step_is_that_of_plain_ddp(two_ranks, name) -> None:
+    """With the first rank's statistics, on all."""
+    for plain, ours in zip(two_ranks(evaluate_after_a_step, None), two_ranks(evaluate_after_a_step, name), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def train_with_noise(static_graph: bool):
+    model = DistributedDataParallel(net(), static_graph=static_graph)
+    optimizer = steppe.SAM(sgd(model), rho=0.3, gradient_noise=True)
+    traces = []
+    for step in range(3):
+        optimizer.step(batch_of(model, *map(share, data(step))))
+        traces.append(float(optimizer.telemetry.trace_V))
+    return weights(model), traces
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_gradient_noise_is_that_of_the_ranks_own_examples(two_ranks, static_graph) -> None:
+    (expected, *_), _ = two_ranks(train, "SAM", {}, 3)
+    for rank, (got, traces) in enumerate(two_ranks(train_with_noise, static_graph)):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        x, y = (t[rank * B : rank * B + B] for t in data(0))
+        noise = steppe.factored.gradient_statistics(batch_of(net(), x, y))
+        assert traces[0] == pytest.approx(float(noise.trace), rel=1e-9)

@@ -1,0 +1,559 @@
+"""Long random programs of ordinary and of unlucky events: nothing drifts, nothing leaks, nothing is half done.
+
+``STEPPE_SOAK=20`` makes every program twenty times as long. A program is drawn from its name and repeats.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+import steppe
+from steppe import Masked, SharpnessAware
+from steppe.factored.plan import plan_for
+from tests import reference
+from tests.cases import BASES, CASES, COMBINATIONS, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
+from tests.reference import Base, Problem
+from tests.test_common import assert_equal_states
+
+LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
+EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms of whole batches, where the model factors and loss is not scaled
+TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects():
+    """A first step looks through all objects alive: those of the libraries are not among them then."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class BrokenError(Exception):
+    """What a pass raises."""
+
+
+class Unlucky(nn.Module):
+    """Two branches, of which one may be left out; passes may raise or be spoiled; some parameters nobody uses."""
+
+    def __init__(self, branches: Callable[[], list[nn.Module]]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches())
+        self.idle = nn.Linear(2, 2)
+        self.calls, self.raise_at, self.spoil_at, self.both = 0, 0, 0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.branches[0](x)
+        if self.both:
+            out = out + self.branches[1](x)
+        if self.calls == self.raise_at:
+            raise BrokenError
+        return out * (torch.nan if self.calls == self.spoil_at else 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+class Rate:
+    """A learning rate that is 0 at times."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = self.now = lr
+
+    def toggle(self) -> None:
+        self.now = self.lr - self.now
+
+
+EVENTS = {"none": 40, "raise_at": 12, "spoil_at": 12, "left out": 8, "freeze": 4, "lr": 4, "copy": 4, "resume": 4}
+
+
+def draw_event(draw: random.Random, p: Program, rate: Rate, never: tuple[str, ...] = ()) -> str:
+    """What happens before the next step, or in it."""
+    event = draw.choices(list(EVENTS), [0 if e in never else n for e, n in EVENTS.items()])[0]
+    if event == "freeze":
+        p.freeze(not p.frozen)
+    elif event == "lr":
+        rate.toggle()
+        p.set_lr(rate.now)
+    elif event == "copy":
+        p.copy()
+    elif event == "resume":
+        p.resume()
+    return event
+
+
+class Program:
+    """An optimizer and its model, and what may happen to both."""
+
+    def __init__(self, case: Case, base: str, fresh: Callable[[], World]) -> None:
+        self.case, self.base, self.fresh = case, base, fresh
+        self.world, self.frozen = fresh(), False
+        self.opt = self.make(self.world)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=50)
+        self.seen = dict.fromkeys(("taken", "raised", "skipped"), 0)
+
+    def make(self, world: World) -> SharpnessAware:
+        model = world.model
+        groups = [
+            {"params": list(model.branches[0].parameters())},
+            {"params": list(model.branches[1].parameters())},
+            {"params": list(model.idle.parameters())},
+            {"params": []},
+        ]
+        return self.case.make(BASES[self.base](groups), world, 0.1)
+
+    @property
+    def model(self) -> Unlucky:
+        return self.world.model
+
+    def ways(self, lists: bool = True) -> list[str]:
+        """How this method can be run."""
+        ways = ["batch", "backward"]
+        if lists:
+            ways.append("list")
+        if not self.case.looks_inside:
+            ways.append("closure")
+        if self.case.name in TWO_GRADIENTS:
+            ways.append("two calls")
+        return ways
+
+    def step(self, way: str, x: Tensor, y: Tensor, scaled: bool = False) -> str:
+        """One step, come what may: "taken", "raised" or "skipped". What is not taken leaves no trace."""
+        self.world.x, self.world.y = x, y
+        batch, scaler = self.world.batch, self.scaler if scaled else None
+        before, state = self.world.weights(), copy.deepcopy(self.opt.state_dict())
+        try:
+            self._run(way, batch.scaled_by(scaler), scaler)
+            if scaler is not None:
+                scaler.update()
+            what = "skipped" if self.opt.telemetry.was_skipped else "taken"
+        except BrokenError:
+            what = "raised"
+        self.seen[what] += 1
+        if what != "taken":
+            assert same_bits(before, self.world.parameters())
+            assert_equal_states(self.opt.state_dict(), state)
+        assert all(p.isfinite().all() for p in self.world.parameters())
+        assert all(p.requires_grad for p in self.model.idle.parameters())
+        assert_no_hooks(self.model)
+        return what
+
+    def _run(self, way: str, batch: steppe.Batch, scaler: torch.amp.GradScaler | None) -> None:
+        opt = self.opt
+        if way == "batch":
+            opt.step(batch)
+        elif way == "list":
+            opt.step([batch.subset(torch.arange(a, b)) for a, b in ((0, 4), (4, 8), (8, N))])
+        elif way == "closure":
+            opt.step(lambda: batch(), scaler=scaler)
+        elif way == "backward":
+            opt.backward(batch)
+            opt.step()
+        else:
+            start = torch.get_rng_state()
+            batch()
+            opt.first_step(scaler=scaler)
+            end = torch.get_rng_state()
+            torch.set_rng_state(start)  # the loop's own affair: the same dropout masks
+            try:
+                batch()
+            except BrokenError:
+                opt.cancel_step()
+                raise
+            finally:
+                torch.set_rng_state(end)
+            opt.second_step(zero_grad=True)
+
+    # ---- events
+
+    @contextmanager
+    def unlucky(self, event: str, k: int):
+        """Pass ``k`` of the step raises, or is spoiled, if that is the event."""
+        if event.endswith("_at"):
+            setattr(self.model, event, self.model.calls + k)
+        try:
+            yield
+        finally:
+            self.model.raise_at = self.model.spoil_at = 0
+
+    def rehearse(self, x: Tensor, y: Tensor) -> None:
+        """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
+        self.world.x, self.world.y = x, y
+        plan_for(self.opt._oracle(self.world.batch), self.world.batch)
+
+    def copy(self) -> None:
+        """A copy goes on in place of the original."""
+        self.world, self.opt = copy.deepcopy((self.world, self.opt))
+
+    def resume(self) -> None:
+        """What is saved goes on in a fresh model and a fresh optimizer."""
+        file, model = io.BytesIO(), self.model
+        torch.save({"model": model.state_dict(), "optimizer": self.opt.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        self.world = self.fresh()
+        for old, new in zip(model.parameters(), self.world.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        self.opt = self.make(self.world)
+        self.model.load_state_dict(saved["model"])
+        self.opt.load_state_dict(saved["optimizer"])
+
+    def freeze(self, frozen: bool) -> None:
+        """One group takes no part for a while."""
+        self.frozen = frozen
+        self.model.branches[1].requires_grad_(not frozen)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+
+
+def assert_no_hooks(model: nn.Module) -> None:
+    assert not global_hooks._global_forward_pre_hooks
+    assert not global_hooks._global_forward_hooks
+    for m in model.modules():
+        assert not m._forward_pre_hooks
+        assert not m._forward_hooks
+        assert m.training
+    for p in model.parameters():
+        assert not p._backward_hooks
+        assert not getattr(p, "_post_accumulate_grad_hooks", None)
+
+
+# ----------------------------------------------------------------------------------------------- against the reference
+
+
+class Two(nn.Module):
+    """A linear layer on two of the inputs."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start, self.layer = start, nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, self.start : self.start + 2])
+
+
+class Squares(nn.Module):
+    """``f_i = norm(out_i - y_i)^2 / 2``."""
+
+    reduction = "none"
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (out - y).square().sum(1)
+
+
+def least_squares() -> World:
+    torch.manual_seed(3)
+    x, y = torch.randn(3 * N, 4, dtype=torch.float64), torch.randn(3 * N, 2, dtype=torch.float64)
+    model = Unlucky(lambda: [Two(0), Two(2)]).double()
+    return World(model, x[:N], y[:N], x, y, Squares())
+
+
+def problem(x: Tensor, y: Tensor, w: Tensor, both: bool, trained: Tensor, full: Problem | None = None) -> Problem:
+    """The same squares on the flat vector of the tensors that take part, the others as they are in ``w``."""
+    one, eye = torch.ones(len(x), 2, 1, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    layers = [torch.einsum("od,ni->nodi", eye, x[:, a : a + 2]).reshape(len(x), 2, 4) for a in (0, 2)]
+    J = torch.cat([layers[0], eye * one, layers[1] * both, eye * one * both], 2)  # d out / d w
+    rest = torch.einsum("noi,i->no", J[:, :, ~trained], w[~trained]) - y
+    J = J[:, :, trained]
+    return Problem(
+        n=len(x),
+        losses=lambda v: 0.5 * (J @ v + rest).square().sum(1),
+        grads=lambda v: torch.einsum("noi,no->ni", J, J @ v + rest),
+        sizes=[4, 2] * (len(trained[trained]) // 6),
+        weight_like=[True, False] * (len(trained[trained]) // 6),
+        full=full,
+    )
+
+
+SIZES = [4, 2, 4, 2]
+OF_REFERENCE: dict[str, tuple[str, dict]] = {
+    "SAM": ("SAM", {}),
+    "USAM": ("USAM", {}),
+    "UnifiedSAM": ("UnifiedSAM", {"lam": 0.3}),
+    "ASAM": ("ASAM", {"eta": 0.01}),
+    "FisherSAM": ("FisherSAM", {"eta": 1.0}),
+    "GSAM": ("GSAM", {"alpha": 0.4}),
+    "ESAM": ("ESAM", {"beta": 0.6, "gamma": 0.5}),
+    "ESAM-all": ("ESAM", {"beta": 0.6, "gamma": 1.0}),
+    "WSAM": ("WSAM", {"gamma": 0.9}),
+    "CoupledWSAM": ("CoupledWSAM", {"gamma": 0.9}),
+    "NSAM": ("NSAM", {}),
+    "RWSAM": ("RWSAM", {"lam": 0.5}),
+    "RWSAM probe": ("RWSAMProbe", {"lam": 0.5}),
+    "LookSAM": ("LookSAM", {"k": 2, "alpha": 0.7}),
+    "FSAM": ("FSAM", {"sigma": 0.7, "decay": 0.9}),
+    "VaSSO": ("VaSSO", {"theta": 0.4}),
+    "m-UnifiedSAM": ("UnifiedSAM", {"lam": 0.5}),
+    "m-ESAM": ("ESAM", {"beta": 1.0, "gamma": 0.5}),
+    "m-RWSAM": ("RWSAMProbe", {"lam": 0.5}),
+    "m-FSAM": ("FSAM", {"sigma": 1.0, "decay": 0.9}),
+    "m-VaSSO": ("VaSSO", {"theta": 0.9}),
+    "parallel m-RWSAM": ("RWSAM", {"lam": 0.5}),
+}
+FLAT_BASES = {
+    "momentum": lambda: Base("momentum", 0.05, weight_decay=1e-2),
+    "adamw": lambda: Base("adamw", 1e-2, weight_decay=0.1),
+}
+
+
+class Flat:
+    """The reference's run: a tensor that takes no part in a step is not there, to the method and to the base."""
+
+    def __init__(self, case: Case, base: str, w: Tensor) -> None:
+        known = [
+            n for n in (case.name, case.name.removeprefix("parallel "), case.name.split("m-")[-1]) if n in OF_REFERENCE
+        ]
+        self.method, self.hyper = OF_REFERENCE[known[0]]
+        self.m = 4 if "m-" in case.name else None
+        self.w, self.bases = w.clone(), [FLAT_BASES[base]() for _ in SIZES]
+        self.memory: dict[str, Tensor] = {}
+        self.t = 0
+
+    def step(self, x: Tensor, y: Tensor, world: World, both: bool, frozen: bool, lr: float) -> None:
+        there = torch.tensor([True, True, both and not frozen, both and not frozen])
+        trained = there.repeat_interleave(torch.tensor(SIZES))
+        full = problem(world.full_x, world.full_y, self.w, both, trained)
+        p = problem(x, y, self.w, both, trained, full)
+        memory = {k: v[trained] for k, v in self.memory.items()}
+        hyper = self.hyper | self.drawn(there, frozen)
+        u, beside, memory = reference.direction(
+            self.method, p, self.w[trained], memory, self.t, self.m, rho=0.1, **hyper
+        )
+        for name, v in memory.items():
+            self.memory[name] = self.memory.get(name, torch.zeros_like(self.w)).masked_scatter(trained, v)
+        w = self.w.clone()
+        ws, us, besides = (torch.zeros_like(w).masked_scatter(trained, v) for v in (w[trained], u, beside))
+        pieces = zip(self.bases, there, ws.split(SIZES), us.split(SIZES), besides.split(SIZES), strict=True)
+        moved = []
+        for base, here, piece, of_u, of_beside in pieces:
+            base.lr = lr
+            moved.append(base.step(piece, of_u) - lr * of_beside if here else piece)
+        self.w = torch.where(trained, torch.cat(moved), w)
+        self.t += 1
+
+    def drawn(self, there: Tensor, frozen: bool) -> dict:
+        """What the method draws anew at every step, over all that may move, also what nobody uses."""
+        movable = [True, True, not frozen, not frozen, True, True]
+        if self.method == "ESAM":
+            kept = Masked(self.hyper["beta"]).kept(self.t, movable) if self.hyper["beta"] < 1 else [True] * 6
+            return {"kept": [k for k, t in zip(kept, there, strict=False) if t]}
+        if self.method == "RWSAMProbe":
+            shapes = [(2, 2), (2,)] * 3
+            probe = steppe.FiniteDifference()
+            zeros = [
+                torch.zeros(s, dtype=torch.float64) if may else None for s, may in zip(shapes, movable, strict=True)
+            ]
+            z = probe.direction(steppe.Vector(zeros), self.t).tensors
+            d = sum(t.numel() for t in z if t is not None)
+            used = [t.flatten() for t, here in zip(z, there, strict=False) if here]
+            return {"z": torch.cat(used), "delta": probe.length * 0.1 / d**0.5}
+        return {}
+
+
+@pytest.mark.parametrize("base", FLAT_BASES)
+@pytest.mark.parametrize("case", METHODS + MICRO + PARALLEL, ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
+def test_many_steps_against_the_reference(case: Case, base: str) -> None:
+    draw = random.Random(f"{case.name} {base}")
+    g = torch.Generator().manual_seed(draw.randrange(2**31))
+    p = Program(case, base, least_squares)
+    flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.model.branches.parameters()]))
+    idle = [t.detach().clone() for t in p.model.idle.parameters()]
+    exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
+    ways, rate = p.ways(lists=not exact), Rate(FLAT_BASES[base]().lr)
+    never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
+    for step in range(45 * LONGER):
+        x = torch.randn(N, 4, generator=g, dtype=torch.float64)
+        y = torch.randn(N, 2, generator=g, dtype=torch.float64)
+        event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
+        p.model.both = event != "left out"
+        way, scaled, k = draw.choice(ways), not shared and draw.random() < 0.3, draw.randint(1, 3)
+        if event.endswith("_at") and shared:
+            way = "batch"
+            p.rehearse(x, y)
+        with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
+            what = p.step(way, x, y, scaled)
+        if what == "taken":
+            flat.step(x, y, p.world, p.model.both, p.frozen, rate.now)
+        else:
+            assert event.endswith("_at")
+        now = torch.cat([t.detach().flatten() for t in p.model.branches.parameters()])
+        torch.testing.assert_close(now, flat.w, rtol=0, atol=1e-9)
+    assert same_bits(idle, list(p.model.idle.parameters()))
+    assert all(t not in p.opt.state for t in p.model.idle.parameters())
+    assert p.opt.telemetry.steps == flat.t
+    assert p.seen["taken"] > 0
+    assert p.seen["skipped"] > 0
+    assert p.seen["raised"] > 0 or exact
+
+
+# ------------------------------------------------------------------------------------------------------ against a twin
+
+
+def chance(over_batch: bool) -> World:
+    """Dropout and, in one branch, normalisation, over the batch where that is never a single example."""
+    torch.manual_seed(3)
+    x, y = torch.randn(3 * N, 4), torch.randint(3, (3 * N,))
+
+    def branches() -> list[nn.Module]:
+        first = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 3))
+        norm = nn.BatchNorm1d(5) if over_batch else nn.LayerNorm(5)
+        return [first, nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 3))]
+
+    return World(Unlucky(branches), x[:N], y[:N], x, y)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
+def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
+    """Bit for bit: weights, buffers, states and random numbers. The twin is an optimizer of ordinary steps."""
+    draw = random.Random(case.name)
+    g = torch.Generator().manual_seed(draw.randrange(2**31))
+    p, twin = (Program(case, "adamw", lambda: chance(not case.selects)) for _ in range(2))
+    ways, rate = p.ways(), Rate(1e-2)
+    if case.name == "NSAM":  # in two calls, the larger batch draws its random numbers last
+        ways.remove("two calls")
+    for _ in range(30 * LONGER):
+        x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
+        event = draw_event(draw, p, rate)
+        way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
+        twin.freeze(p.frozen)
+        twin.set_lr(rate.now)
+        p.model.both = twin.model.both = event != "left out"
+        p.opt._parallel = twin.opt._parallel = False  # where passes are shared, a scaled loss is not the same bits
+        start = torch.get_rng_state()
+        with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
+            what = p.step(way, x, y, scaled)
+        end = torch.get_rng_state()
+        torch.set_rng_state(start)
+        if what == "taken":
+            assert twin.step({"backward": "batch", "two calls": "closure"}.get(way, way), x, y) == "taken"
+            assert torch.equal(torch.get_rng_state(), end)
+        else:
+            follow(p, twin, x, one_pass=way != "list" and case in METHODS and case.name != "NSAM", end=end)
+        torch.set_rng_state(end)
+        assert same_bits(p.world.parameters(), twin.world.parameters())
+        assert same_bits(floating(p.model), floating(twin.model))
+        assert_equal_states(p.opt.state_dict(), twin.opt.state_dict())
+    assert min(p.seen.values()) > 0
+
+
+def floating(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def follow(p: Program, twin: Program, x: Tensor, one_pass: bool, end: Tensor) -> None:
+    """After a step that was not taken: statistics and random numbers as after one ordinary forward, or untouched."""
+    before = [b.clone() for b in floating(twin.model)]
+    if one_pass:
+        with torch.no_grad():
+            twin.model(x)
+        assert torch.equal(torch.get_rng_state(), end)
+        now = floating(p.model)
+        assert same_bits(now, floating(twin.model)) or same_bits(now, before)
+    twin.model.load_state_dict(p.model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.usefixtures("rehearsed_once")
+def test_nothing_grows(case: Case) -> None:
+    """As many tensors after many steps of every kind as after few."""
+    p = Program(case, "adamw", lambda: chance(False))
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    counts = []
+    for _ in range(3):
+        for k in range(4 * LONGER):
+            for way in p.ways():
+                with p.unlucky(("none", "raise_at", "spoil_at")[k % 3], 1 + k % 2):
+                    p.step(way, x, y, scaled=case.name not in EXACT)
+        p.opt.zero_grad()
+        gc.collect()
+        counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert counts[1] == counts[2]
+
+
+def problems() -> dict[str, Program]:
+    return {case.name: Program(case, "adamw", lambda: chance(False)) for case in METHODS + COMBINATIONS}
+
+
+def train(path: str, steps: int) -> None:
+    """Goes on from the checkpoint that is there; one more after every step."""
+    programs, done = problems(), 0
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        done = saved["done"]
+        torch.set_rng_state(saved["random"])
+        for name, p in programs.items():
+            p.model.load_state_dict(saved["models"][name])
+            p.opt.load_state_dict(saved["optimizers"][name])
+    for step in range(done, steps):
+        g = torch.Generator().manual_seed(step)
+        x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
+        for p in programs.values():
+            p.step(p.ways()[step % len(p.ways())], x, y)
+        state = {
+            "done": step + 1,
+            "random": torch.get_rng_state(),
+            "models": {name: p.model.state_dict() for name, p in programs.items()},
+            "optimizers": {name: p.opt.state_dict() for name, p in programs.items()},
+        }
+        torch.save(state, path + ".new")
+        os.replace(path + ".new", path)
+        print(step, flush=True)
+
+
+def live(path: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    train(path, steps)
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
+    """Three lives and one, bit for bit."""
+    steps, draw = 9 * LONGER, random.Random(0)
+    live(str(tmp_path / "one"), steps)
+    code = "import sys; from tests import test_soak; test_soak.live(sys.argv[1], int(sys.argv[2]))"
+    life = [sys.executable, "-c", code, str(tmp_path / "many"), str(steps)]
+    kills = 0
+    while True:
+        process = subprocess.Popen(life, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if kills < 2 and int(line) >= (kills + 1) * steps // 3:
+                time.sleep(draw.random() * 0.05)  # at any moment of the next step
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 2
+    one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "many"))
+    for name in one["models"]:
+        assert same_bits(list(one["models"][name].values()), list(many["models"][name].values())), name
+        assert_equal_states(one["optimizers"][name], many["optimizers"][name])
