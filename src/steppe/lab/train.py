@@ -36,20 +36,12 @@ class Run:
         return self.method.epochs_of(self.settings.epochs)
 
 
-def train(
-    run: Run,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
-    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
-) -> Record:
-    """Train one run from its start; `progress(step, steps)` is called after every step and `evaluated(epoch, error)`
-    after every evaluation; either may raise to stop it.
-    """
-    return fit(run, progress, evaluated)[1]
+def train(run: Run, progress: Callable[[int, int], None] = lambda step, steps: None) -> Record:
+    """Train one run from its start; `progress(step, steps)` is called after every step and may raise to stop it."""
+    return fit(run, progress)[1]
 
 
-def fit(
-    run: Run, progress: Callable[[int, int], None], evaluated: Callable[[int, float], None]
-) -> tuple[nn.Module, Record]:
+def fit(run: Run, progress: Callable[[int, int], None]) -> tuple[nn.Module, Record]:
     """Train one run as :func:`train` does, and return the model too."""
     task = tasks.load(run.settings, run.seed)
     model = initial_model(run, task)
@@ -70,7 +62,7 @@ def fit(
             progress(step := step + 1, steps)
         meter.seconds += time.perf_counter() - started
         if epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs:
-            evaluated(epoch, meter.evaluate(epoch, model, task))
+            meter.evaluate(epoch, model, task)
     return model, finished(run, optimizer, task, meter)
 
 
@@ -94,7 +86,7 @@ def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = torch.load(text, map_location="cpu", weights_only=True)
         return weights
     before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
-    return fit(before, lambda step, steps: None, lambda epoch, error: None)[0].state_dict()
+    return fit(before, lambda step, steps: None)[0].state_dict()
 
 
 def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
@@ -127,8 +119,8 @@ class Meter:
             if value is not None:
                 values.append(float(value))
 
-    def evaluate(self, epoch: int, model: nn.Module, task: tasks.Task) -> float:
-        """Add a point to every curve and return its error; telemetry is the mean over the steps since the last one."""
+    def evaluate(self, epoch: int, model: nn.Module, task: tasks.Task) -> None:
+        """Add a point to every curve; telemetry is the mean over the steps since the last point."""
         train_loss, train_error = evaluate(model, task.inputs, task.labels)
         _, test_error = evaluate(model, task.test_inputs, task.test_labels)
         point = {"epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_error": test_error}
@@ -137,7 +129,6 @@ class Meter:
             values.clear()
         for name, value in point.items():
             self.curves[name].append(finite(value))
-        return test_error
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ def searches(found: Summary) -> list[Figure]:
         cells = [
             Cell(
                 point["values"],
-                mean(point["errors"]) if point["errors"] else point["error"],
+                mean(point["errors"]),
                 spread(point["errors"]) if len(point["errors"]) > 1 else 0.0,
                 "dropped" if point["dropped"] else "",
             )
@@ -69,7 +69,7 @@ def searches(found: Summary) -> list[Figure]:
         chosen = ", ".join(f"{key} {value}{_edge(key, value, cells)}" for key, value in stage["chosen"].items())
         caption = (
             f"{stage['method']}: validation error in per cent, mean over {found.context.search['seeds']} seeds; "
-            f"chosen: {chosen}. Points dropped on the way show the error of the seeds they had, or where they stood."
+            f"chosen: {chosen}. A cross: dropped before its last seed."
         )
         if len(cells) > 1 and len(keys) <= 2:
             drawn.append(_figure(f"search-{stage['name']}", f"Search: {stage['name']}", caption, keys, cells))
