@@ -33,16 +33,17 @@ def record_of(folder: Path) -> dict[str, Any]:
     data = exports.plain(found)
     rows = [{key: _short(row[key]) for key in ROW} for row in data["methods"]]
     stages = [
-        {
-            "name": s["name"],
-            "chosen": s["chosen"],
-            "points": [[*p["values"].values(), _short(p["error"])] for p in s["points"]],
-        }
-        for s in data["search"].get("stages", [])
+        {"name": stage["name"], "chosen": stage["chosen"], "points": [_point(point) for point in stage["points"]]}
+        for stage in data["search"].get("stages", [])
     ]
     kept = {key: data[key] for key in KEPT}
     about = {"study": folder.name, "values": data["recipe"].get("values", {}), "search": stages}
     return kept | about | {"environment": report.environment(found), "methods": rows}
+
+
+def _point(point: dict[str, Any]) -> list[Any]:
+    """Return a point's values, its validation error and, where it was dropped, the word."""
+    return [*point["values"].values(), _short(point["error"]), *(["dropped"] if point["dropped"] else [])]
 
 
 def _short(value: Any) -> Any:

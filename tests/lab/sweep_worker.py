@@ -24,7 +24,7 @@ def logged(log, seconds):
         with open(log, "a") as file:  # one short append is one write
             file.write(f"{word} {os.getpid()} {run.method} lr={run.settings.lr}\n")
 
-    def train(run, evaluated):
+    def train(run):
         write("start", run)
         time.sleep(seconds)
         write("end", run)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from steppe.lab import exports, summary
+from steppe.lab.pairs import pairs
 from steppe.lab.statistics import paired
 
 from .test_report import folder, found  # noqa: F401 - fixtures
@@ -32,14 +33,14 @@ def test_latex_is_a_table(found):  # noqa: F811
 
 
 def test_pairs_are_all_of_them_corrected_together(found):  # noqa: F811
-    pairs = summary.pairs(found)
-    assert len(pairs) == 10
-    by = {(str(pair.method), str(pair.other)): pair for pair in pairs}
+    every = pairs(found)
+    assert len(every) == 10
+    by = {(str(pair.method), str(pair.other)): pair for pair in every}
     pair = by["SAM(rho=0.1)", "SAM(rho=0.1, m=16)"]
     errors = [[100 * r.test_error for r in found.of(method)] for method in (pair.method, pair.other)]
     assert pair.paired == paired(*errors)
-    smallest = min((each for each in pairs if not math.isnan(each.p)), key=lambda each: each.paired.p)
-    tested = sum(not math.isnan(each.p) for each in pairs)
+    smallest = min((each for each in every if not math.isnan(each.p)), key=lambda each: each.paired.p)
+    tested = sum(not math.isnan(each.p) for each in every)
     assert smallest.p == pytest.approx(min(1.0, tested * smallest.paired.p))
 
 

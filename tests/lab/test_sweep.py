@@ -140,15 +140,15 @@ def points_of(grid):
 
 
 def test_points_queued_twice_are_claimed_once(storage):
-    grid = Grid.open(storage, "s", BASE, warmup=0)
+    grid = Grid.open(storage, "s", BASE)
     grid.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={POINT: 2}))
-    assert points_of(Grid.open(storage, "s", BASE, warmup=0)) == [0, 1, 2, 3]
+    assert points_of(Grid.open(storage, "s", BASE)) == [0, 1, 2, 3]
     assert len(grid.ended()) == 4
     assert not grid.under_way()
 
 
 def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
-    grid = Grid.open(storage, "s", BASE, warmup=0)
+    grid = Grid.open(storage, "s", BASE)
     slow = grid.claim()
     storage.set_trial_state_values(grid._id(slow.number), TrialState.FAIL)  # what a missed heartbeat leads to
     assert points_of(grid) == [1, 2, 3, 0]
@@ -157,14 +157,14 @@ def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
 
 
 def test_an_interrupted_point_is_queued_again_at_once(tmp_path, storage, monkeypatch):
-    def interrupted(run, evaluated):
+    def interrupted(run):
         raise KeyboardInterrupt
 
     asked = Search(VALID, (BASE,))
     monkeypatch.setattr(work, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         work.search(asked, str(storage.engine.url), "s")
-    monkeypatch.setattr(work, "train", lambda run, evaluated: SimpleNamespace(test_error=run.settings.lr))
+    monkeypatch.setattr(work, "train", lambda run: SimpleNamespace(test_error=run.settings.lr))
     values, (ended,) = work.search(asked, str(storage.engine.url), "s")
     assert values == {"lr": 0.05, "weight_decay": 1e-4}  # the first among equals
     assert [point["error"] for point in ended.points] == [5.0, 5.0, 10.0, 10.0]
@@ -173,7 +173,7 @@ def test_an_interrupted_point_is_queued_again_at_once(tmp_path, storage, monkeyp
 def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, monkeypatch):
     trained = []
 
-    def train(run, evaluated):
+    def train(run):
         trained.append(run.settings.lr)
         if run.settings.lr == 0.1 and broken:
             raise ValueError("no memory")
@@ -190,28 +190,26 @@ def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, m
 
 
 def test_another_search_in_the_same_storage_is_another_study(storage, monkeypatch):
-    monkeypatch.setattr(work, "train", lambda run, evaluated: SimpleNamespace(test_error=run.settings.lr))
+    monkeypatch.setattr(work, "train", lambda run: SimpleNamespace(test_error=run.settings.lr))
     first, other = Search(VALID, (BASE,)), Search(replace(VALID, epochs=9), (BASE,))
     assert first.digest(BASE, {}) != other.digest(BASE, {})
     assert first.digest(BASE, {"rho": 0.1}) != first.digest(BASE, {"rho": 0.2})
 
 
-def test_a_point_in_the_worst_quarter_is_dropped_half_way(storage, monkeypatch):
+def test_a_point_in_the_worst_quarter_gets_no_further_seed(storage, monkeypatch):
     seen = Counter()
 
-    def train(run, evaluated):
-        for epoch in range(1, 11):
-            seen[run.settings.lr] += 1
-            evaluated(epoch, run.settings.lr)
+    def train(run):
+        seen[run.settings.lr] += 1
         return SimpleNamespace(test_error=run.settings.lr)
 
     monkeypatch.setattr(work, "train", train)
     lrs = (0.1, 0.2, 0.3, 0.4, 0.9, 0.05)
-    asked = Search(replace(VALID, epochs=10), (Stage("base", "SGD", {"lr": lrs}),))
+    asked = Search(VALID, (Stage("base", "SGD", {"lr": lrs}),), seeds=3)
     values, (ended,) = work.search(asked, str(storage.engine.url), "s")
     assert values == {"lr": 0.05}
     assert [point["dropped"] for point in ended.points] == [False] * 4 + [True, False]
-    assert seen == {0.1: 10, 0.2: 10, 0.3: 10, 0.4: 10, 0.9: 5, 0.05: 10}
+    assert seen == {0.1: 3, 0.2: 3, 0.3: 3, 0.4: 3, 0.9: 1, 0.05: 3}
 
 
 def test_a_storage_that_cannot_be_opened_is_told_without_its_password():
@@ -281,7 +279,7 @@ def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_tw
     assert Counter(point for _, _, point in lines(log, "start")) == Counter([*points, lost])
     assert len({who for _, who, _ in lines(log, "end")}) == 3
 
-    monkeypatch.setattr(work, "train", lambda run, evaluated: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "train", lambda run: pytest.fail("trained again"))
     assert work.search(TWO_STAGES, url, "test")[0] == {"lr": 0.05, "rho": 0.1}
 
 

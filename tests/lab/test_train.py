@@ -112,12 +112,6 @@ def test_progress_may_stop_a_run():
         train(run("SAM(rho=0.1)"), stop)
 
 
-def test_evaluations_are_told():
-    told = []
-    record = train(run("SGD"), evaluated=lambda epoch, error: told.append((epoch, error)))
-    assert told == list(zip(record.curves["epoch"], record.curves["test_error"], strict=True))
-
-
 def still(**changes):
     """Settings under which nothing moves, so that a run ends where it starts."""
     return replace(TINY, epochs=1, lr=1e-30, weight_decay=0.0, **changes)

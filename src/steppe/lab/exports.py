@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from steppe.lab import summary as words
+from steppe.lab.pairs import pairs
 from steppe.lab.record import finite
 from steppe.lab.statistics import Paired
-from steppe.lab.summary import Summary, pairs
+from steppe.lab.summary import Summary
 
 _LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "\N{EN DASH}": "--", "\N{MINUS SIGN}": "$-$"}
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations
 
 from steppe.lab.context import Context
 from steppe.lab.directory import Plan
@@ -38,16 +37,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two methods compared over the seeds both have: `method` minus `other`; `p` is Holm-corrected over all pairs."""
-
-    method: Method
-    other: Method
-    paired: Paired
-    p: float
-
-
-@dataclass(frozen=True)
 class Summary:
     """All there is to say about a directory's records."""
 
@@ -64,16 +53,16 @@ class Summary:
 
 def summarise(plan: Plan, records: dict[Run, Record], problems: list[str], context: Context | None = None) -> Summary:
     """Compute the table of a plan's finished runs."""
-    errors, context = _errors(plan, records), context or Context()
+    errors, context = errors_of(plan, records), context or Context()
     present = [method for method in plan.methods if errors[method]]
-    tests = [_against(errors[method], errors[plan.reference], method == plan.reference) for method in present]
+    tests = [against(errors[method], errors[plan.reference], method == plan.reference) for method in present]
     adjusted = holm([math.nan if test is None else test.p for test in tests])
     groups = [[record for run, record in records.items() if run.method == method] for method in present]
     rows = [_row(*parts, plan.reference, context) for parts in zip(present, groups, tests, adjusted, strict=True)]
     return Summary(plan, records, rows, problems, context)
 
 
-def _errors(plan: Plan, records: dict[Run, Record]) -> dict[Method, dict[int, float]]:
+def errors_of(plan: Plan, records: dict[Run, Record]) -> dict[Method, dict[int, float]]:
     """Return each method's errors in per cent by seed."""
     errors: dict[Method, dict[int, float]] = {method: {} for method in plan.methods}
     for run, record in records.items():
@@ -81,17 +70,8 @@ def _errors(plan: Plan, records: dict[Run, Record]) -> dict[Method, dict[int, fl
     return errors
 
 
-def pairs(summary: Summary) -> list[Pair]:
-    """Compare every two methods that share seeds."""
-    errors = _errors(summary.plan, summary.records)
-    couples = [(row.method, other.method) for row, other in combinations(summary.rows, 2)]
-    tests = [_against(errors[method], errors[other], same=False) for method, other in couples]
-    adjusted = holm([math.nan if test is None else test.p for test in tests])
-    found = zip(couples, tests, adjusted, strict=True)
-    return [Pair(*couple, test, p) for couple, test, p in found if test is not None]
-
-
-def _against(errors: dict[int, float], baseline: dict[int, float], same: bool) -> Paired | None:
+def against(errors: dict[int, float], baseline: dict[int, float], same: bool) -> Paired | None:
+    """Compare two methods over the seeds both have; None for the `same` one and where they share none."""
     seeds = sorted(errors.keys() & baseline.keys())
     return None if same or not seeds else paired([errors[s] for s in seeds], [baseline[s] for s in seeds])
 

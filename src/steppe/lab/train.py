@@ -44,16 +44,15 @@ class Run:
 def train(
     run: Run,
     progress: Callable[[int, int], None] = lambda step, steps: None,
-    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
     hardware: Hardware = CPU,
     keep: Callable[[nn.Module], None] = lambda model: None,
 ) -> Record:
-    """Train one run from scratch; the callbacks are told after every step and evaluation, and may raise to stop it.
+    """Train one run from scratch.
 
-    `keep(model)` gets the final weights.
+    `progress(step, steps)` is called after every step and may raise to stop it; `keep(model)` gets the final weights.
     """
     session = Session(run, hardware.open())
-    fit(session, progress, evaluated)
+    fit(session, progress)
     keep(session.model)
     return session.record()
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steppe.lab.pairs import pairs
 from steppe.lab.report.figures import COLOURS, Figure, Trace
 from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
-from steppe.lab.summary import MINUS, Summary, pairs
+from steppe.lab.summary import MINUS, Summary
 
 _MOST = 16  # methods that a matrix of pairs has room for
 
@@ -59,7 +60,7 @@ def searches(found: Summary) -> list[Figure]:
         cells = [
             Cell(
                 point["values"],
-                mean(point["errors"]) if point["errors"] else point["error"],
+                mean(point["errors"]),
                 spread(point["errors"]) if len(point["errors"]) > 1 else 0.0,
                 "dropped" if point["dropped"] else "",
             )
@@ -69,7 +70,7 @@ def searches(found: Summary) -> list[Figure]:
         chosen = ", ".join(f"{key} {value}{_edge(key, value, cells)}" for key, value in stage["chosen"].items())
         caption = (
             f"{stage['method']}: validation error in per cent, mean over {found.context.search['seeds']} seeds; "
-            f"chosen: {chosen}. Points dropped on the way show the error of the seeds they had, or where they stood."
+            f"chosen: {chosen}. A cross: dropped before its last seed."
         )
         if len(cells) > 1 and len(keys) <= 2:
             drawn.append(_figure(f"search-{stage['name']}", f"Search: {stage['name']}", caption, keys, cells))

@@ -22,6 +22,7 @@ from steppe.lab.sweep.space import Stage, Value
 from steppe.lab.sweep.storage import HEARTBEAT, known_experimental
 
 RETRIES = 3  # of a point whose worker died, lest a point that kills its workers is tried for ever
+DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
 POINT, REASON = "point", "reason"
 TWIN = "queued twice"
 
@@ -35,14 +36,13 @@ class Grid:
     stage: Stage
 
     @classmethod
-    def open(cls, storage: RDBStorage, name: str, stage: Stage, warmup: int) -> "Grid":
+    def open(cls, storage: RDBStorage, name: str, stage: Stage) -> "Grid":
         """Create or join the study called `name`, and queue the points that it lacks or that failed.
 
-        After `warmup` evaluations a point is dropped when even the best error it has had is in the worst quarter of
-        those that finished points had at the same evaluation.
+        A point gets no further seed when its mean is in the worst quarter of what finished points had after as many.
+        Never within a run: a large radius or learning rate looks bad half-way and ends well.
         """
-        drop = PercentilePruner(percentile=75.0, n_startup_trials=4, n_warmup_steps=warmup)
-        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=drop)
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=DROP)
         grid = cls(study, storage, stage)
         grid.queue(again=True)
         return grid

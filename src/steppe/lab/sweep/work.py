@@ -25,10 +25,6 @@ ERRORS = "errors"
 _POLL = 0.5  # seconds between looks at points that others train
 
 
-class _Dropped(Exception):  # noqa: N818 - it is no error
-    """The point is clearly worse than others."""
-
-
 @dataclass(frozen=True)
 class Ended:
     """One stage's outcome."""
@@ -54,7 +50,8 @@ def search(
     values, ended = dict(asked.values), []
     with ExitStack() as helpers:
         for stage in asked.stages:
-            grid = _open(asked, stage, values, url, f"{name}/{stage.name}/{asked.digest(stage, values)}", heartbeat)
+            study = f"{name}/{stage.name}/{asked.digest(stage, values)}"
+            grid = Grid.open(open_storage(url, heartbeat), study, stage)
             if workers > 1 and grid.waiting() > 1:
                 helpers.enter_context(_helpers(workers - 1, (asked, url, name, heartbeat)))
                 workers = 1  # they go through the stages that follow by themselves
@@ -64,11 +61,6 @@ def search(
             tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
             ended.append(Ended(stage, chosen, exported(grid)))
     return values, ended
-
-
-def _open(asked: Search, stage: Stage, values: Mapping[str, Value], url: str, study: str, heartbeat: int) -> Grid:
-    warmup = min(_run(asked, stage, {**values, **point}, seed=0).epochs for point in stage.points()) // 2
-    return Grid.open(open_storage(url, heartbeat), study, stage, warmup)
 
 
 @contextmanager
@@ -116,31 +108,21 @@ def _run(asked: Search, stage: Stage, values: Mapping[str, Value], seed: int) ->
 
 
 def _train(grid: Grid, trial: Trial, asked: Search, values: Mapping[str, Value]) -> None:
-    """Train a point under every seed and tell its mean validation error in per cent."""
+    """Train a point seed by seed and tell its mean validation error in per cent, or that it is not worth another."""
     errors: list[float] = []
     try:
         for seed in range(asked.seeds):
-            errors.append(100 * _error(_run(asked, grid.stage, values, seed), trial))
+            errors.append(100 * train(_run(asked, grid.stage, values, seed)).test_error)
             trial.set_user_attr(ERRORS, errors)
+            trial.report(fmean(errors), step=seed)
+            if len(errors) < asked.seeds and trial.should_prune():
+                return grid.tell(trial, None, TrialState.PRUNED)
         grid.tell(trial, fmean(errors), TrialState.COMPLETE)
-    except _Dropped:
-        grid.tell(trial, None, TrialState.PRUNED)
     except Exception as error:
         grid.tell(trial, None, TrialState.FAIL, f"{type(error).__name__}: {error}")
     except BaseException:  # interrupted: the point goes back into the queue at once
         grid.tell(trial, None, TrialState.FAIL)
         raise
-
-
-def _error(run: Run, trial: Trial) -> float:
-    """Return a run's error at its last epoch; leave it where the pruner says so."""
-
-    def evaluated(epoch: int, error: float) -> None:
-        trial.report(100 * error, run.seed * run.epochs + epoch)
-        if trial.should_prune():
-            raise _Dropped
-
-    return train(run, evaluated=evaluated).test_error
 
 
 def exported(grid: Grid) -> list[dict[str, Any]]:
