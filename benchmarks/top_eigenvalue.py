@@ -19,7 +19,8 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.models import resnet18
-from steppe.lab import idx, tasks
+from steppe.lab import data
+from steppe.lab.data import idx
 from steppe.measure import Hessian, Problem, eigenpairs
 from steppe.measure.krylov import lanczos
 from steppe.vector import Vector
@@ -27,7 +28,7 @@ from steppe.vector import Vector
 
 def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first images, standardised, as three equal channels."""
-    x, y = idx.read_pair(tasks.FASHION_MNIST, "train")
+    x, y = idx.read_pair(data.FASHION_MNIST, "train")
     x = x[:count].float()
     return ((x - x.mean()) / x.std()).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(), y[:count].long()
 

@@ -109,5 +109,6 @@ def test_the_tables_of_the_committed_records() -> None:
     assert table.with_table(written) == written
     for path in table.RECORDS.glob("*.json"):
         data = record.read(path)
-        for row in data["rows"] if data["benchmark"] != "probe_quality" else []:
-            assert row.get("model", row.get("shapes")) in written
+        for row in data["rows"]:
+            named = row.get("model", row.get("shapes"))  # other records are cited where they belong
+            assert data["benchmark"] not in ("m_sam", "step_cost") or named in written

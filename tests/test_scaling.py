@@ -246,3 +246,23 @@ def test_grad_scaler_cannot_finish_a_step_of_unscaled_gradients() -> None:
     with pytest.raises(RuntimeError, match="knows one pass of a step's several"):
         s.step(opt)
     assert same_bits(before, w.weights())
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "USAM"])
+def test_a_framework_that_unscales_and_steps_by_itself(name: str) -> None:
+    """``scaler.step`` is right where gradients were left scaled again, and refused where they were not."""
+    ours, theirs, s = world(), world(), scaler()
+    a = getattr(steppe, name)(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.1)
+    b = getattr(steppe, name)(torch.optim.SGD(theirs.parameters(), lr=0.1), rho=0.1)
+    for batch, plain in zip(ours.batches(3), theirs.batches(3), strict=True):
+        a.backward(batch.scaled_by(s), rescale=True)
+        s.unscale_(a)
+        s.step(a)
+        s.update()
+        b.step(plain)
+    assert same_bits(ours.weights(), theirs.weights())
+    before = ours.weights()
+    a.backward(ours.batch, scaler=s)
+    with pytest.raises(RuntimeError, match="scaler=scaler"):
+        s.step(a)
+    assert same_bits(before, ours.weights())

@@ -100,6 +100,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _warned: set[str]
     _half: TwoCalls | None  # between first_step and second_step
     _move: Callable[[], None] | None  # between backward and step
+    _rescaled: bool  # whether the gradients in between are scaled
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_warned": set(),
                 "_half": None,
                 "_move": None,
+                "_rescaled": False,
             }
         )
         for group, radius in zip(base.param_groups, radii, strict=True):
@@ -224,7 +226,8 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
                 ``first_step``; nothing has been changed.
         """
-        refuse_grad_scaler()
+        if not (self._rescaled and self._move is not None):
+            refuse_grad_scaler()
         if closure is None and self._move is not None:
             move, self._move = self._move, None
             return move()
@@ -236,7 +239,13 @@ class SharpnessAware(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def backward(self, closure: Closure | Sequence[Batch], *, scaler: torch.amp.GradScaler | None = None) -> Any:
+    def backward(
+        self,
+        closure: Closure | Sequence[Batch],
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        rescale: bool = False,
+    ) -> Any:
         """A step's passes without its move, in place of ``loss.backward()``.
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
@@ -247,6 +256,8 @@ class SharpnessAware(torch.optim.Optimizer):
         Args:
             closure: as for :meth:`step`.
             scaler: as for :meth:`step`; the gradients are left unscaled.
+            rescale: leave them scaled again, as after ``scaler.scale(loss).backward()``, for frameworks that call
+                ``scaler.unscale_``, ``scaler.step`` and ``scaler.update`` by themselves.
 
         Returns:
             The loss at ``w``.
@@ -266,6 +277,11 @@ class SharpnessAware(torch.optim.Optimizer):
         if self.telemetry.was_skipped:
             for p in self._parameters:
                 p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
+        scaler = scaler or getattr(closure, "scaler", None)
+        self._rescaled = rescale and scaler is not None
+        if rescale and scaler is not None:
+            for p in self._parameters:
+                p.grad = None if p.grad is None else scaler.scale(p.grad)
         return loss
 
     # ---- the step in two calls

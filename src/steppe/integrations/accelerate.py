@@ -12,7 +12,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from steppe.integrations import scaled
 from steppe.optimizer import SharpnessAware
 
 RUNS_ON = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -106,4 +105,4 @@ def backward(
                 losses.append(one())
         return torch.stack(losses).sum()
 
-    return scaled.backward(optimizer, closure, accelerator.scaler)
+    return optimizer.backward(closure, scaler=accelerator.scaler, rescale=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from steppe.batch import Batch
-from steppe.integrations import scaled
 from steppe.optimizer import SharpnessAware
 from steppe.replay import RandomState
 
@@ -132,7 +131,7 @@ class SharpnessAwareMixin(_Module):
                 "closure must be a function under DDP: the backward pass of a steppe.Batch is not Lightning's"
             )
         scaler = getattr(strategy.precision_plugin, "scaler", None)
-        loss = scaled.backward(inner, first if isinstance(first, Batch) else closure, scaler)
+        loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler, rescale=True)
         hook = inner.register_step_pre_hook(_run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)
