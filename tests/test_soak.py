@@ -381,7 +381,8 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
     ways, rate = p.ways(lists=not exact), Rate(FLAT_BASES[base]().lr)
     never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
-    for step in range(45 * LONGER):
+    never += ("spoil_at",) * (case.name == "ESAM")  # a mask of tensors without gradient spoils the choice alone
+    for step in range(60 * LONGER):
         x = torch.randn(N, 4, generator=g, dtype=torch.float64)
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
         event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
@@ -402,8 +403,8 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     assert all(t not in p.opt.state for t in p.model.idle.parameters())
     assert p.opt.telemetry.steps == flat.t
     assert p.seen["taken"] > 0
-    assert p.seen["skipped"] > 0
-    assert p.seen["raised"] > 0 or exact
+    assert p.seen["skipped"] > 0 or "spoil_at" in never
+    assert p.seen["raised"] > 0 or "raise_at" in never
 
 
 # ------------------------------------------------------------------------------------------------------ against a twin
@@ -433,7 +434,7 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
     ways, rate = p.ways(), Rate(1e-2)
     if case.name == "NSAM":  # in two calls, the larger batch draws its random numbers last
         ways.remove("two calls")
-    for _ in range(30 * LONGER):
+    for _ in range(50 * LONGER):
         x, y = torch.randn(N, 4, generator=g), torch.randint(3, (N,), generator=g)
         event = draw_event(draw, p, rate)
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
@@ -493,7 +494,7 @@ def test_nothing_grows(case: Case) -> None:
         p.opt.zero_grad()
         gc.collect()
         counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
-    assert counts[1] == counts[2]
+    assert counts[2] <= counts[1]
 
 
 def problems() -> dict[str, Program]:
