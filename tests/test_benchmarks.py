@@ -38,7 +38,7 @@ def test_the_vmap_baseline_is_m_sam(name: str) -> None:
 
 
 def test_m_sam_is_measured(tmp_path: Path) -> None:
-    args = m_sam.arguments(["--ms", "2", "8", "--rounds", "2", "--time-limit", "0.1", "--batch-size", "8"])
+    args = m_sam.arguments(["--ms", "2", "8", "--rounds", "2", "--time-limit", "5", "--batch-size", "8"])
     rows = m_sam.measure("digits_mlp", CASES["digits_mlp"], args)
     run = [row for row in rows if row["ratio"] is not None]
     assert {(row["way"], row["m"]) for row in run} >= {("sam", None), ("vmap", 2), ("serial", 8), ("parallel", 2)}
