@@ -32,9 +32,9 @@ def stop(session, line):
     if session.step >= 25:
         os._exit(7)
 for name in sys.argv[2:]:
-    strategy = "fsdp" if name == "fsdp" else "ddp"
+    strategy = "fsdp" if name.startswith("fsdp") else "ddp"
     options = {"watch": stop} if name == "cut" else {}
-    run = Run(spec.parse("SGD"), 0, settings)
+    run = Run(spec.parse("WSAM(rho=0.1)" if name == "fsdp-wsam" else "SGD"), 0, settings)
     single.run(run, Path(sys.argv[1]) / name.removesuffix("-on"), Hardware(strategy=strategy), 10, **options)
 """
 SETTINGS = replace(TINY, train_size=255, epochs=14)  # 42 steps; evaluations whose examples two do not share equally
@@ -56,7 +56,7 @@ def two(folder: Path, *names: str) -> int:
 def made(tmp_path_factory):
     """Whole runs with DDP and FSDP2, and one that a process left at step 25."""
     folder = tmp_path_factory.mktemp("two")
-    assert two(folder, "ddp", "fsdp", "cut") != 0
+    assert two(folder, "ddp", "fsdp", "fsdp-wsam", "cut") != 0
     return folder
 
 
@@ -64,15 +64,15 @@ def weights(folder):
     return checkpoint.read(folder / "checkpoint.pt")["model"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_computes(tmp_path, made, strategy):
-    alone = single.run(run("SGD", settings=SETTINGS), tmp_path / "one")
-    together = record.read(made / strategy / "record.json")
-    a, b = weights(tmp_path / "one"), weights(made / strategy)
+@pytest.mark.parametrize(("name", "method"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-wsam", "WSAM(rho=0.1)")])
+def test_two_processes_compute_what_one_computes(tmp_path, made, name, method):
+    alone = single.run(run(method, settings=SETTINGS), tmp_path / "one")
+    together = record.read(made / name / "record.json")
+    a, b = weights(tmp_path / "one"), weights(made / name)
     assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
-    kind = {"ddp": "DDPStrategy", "fsdp": "ModelParallelStrategy"}[strategy]
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-4)
+    kind = "DDPStrategy" if name == "ddp" else "ModelParallelStrategy"
     assert together.environment["processes"] == f"2 ({kind})"
     assert together.curves["train_loss"] == pytest.approx(alone.curves["train_loss"], rel=1e-4)
     assert together.test_error == pytest.approx(alone.test_error, abs=2 / 1542)

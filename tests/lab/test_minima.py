@@ -89,6 +89,8 @@ def test_what_is_recorded_is_the_minimum(folder):
     assert found.minimum.error == pytest.approx(ended.train_error)
     assert found.slice["loss"][1] == pytest.approx(ended.train_loss, rel=1e-4)
     assert found.slice["loss"][0] > ended.train_loss
+    assert sum(found.spectrum["share"]) == pytest.approx(1)
+    assert max(found.spectrum["node"]) == pytest.approx(found.minimum.top, rel=0.02)
 
 
 def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):

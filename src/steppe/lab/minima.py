@@ -1,6 +1,7 @@
 """What a comparison's runs ended in: one record of its minimum a run, and the table of them (WSAM's Table 9)."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from steppe.lab.train import Run
 from steppe.measure import Minimum
 
 BATCH = 500  # examples in one pass
+PROBES = 2  # of the spectral density
 STEPS = tuple(round(i / 20 - 1, 2) for i in range(41))  # of the slice, in units of the filter-normalised direction
 
 
@@ -32,6 +34,7 @@ class Measured:
     settings: dict[str, Any]
     minimum: Minimum
     slice: dict[str, list[float | None]]  # the loss along a random filter-normalised direction, the same for each seed
+    spectrum: dict[str, list[float]]  # the Hessian's: eigenvalue estimates and their shares, which add up to 1
     seconds: float
     environment: dict[str, str]
 
@@ -61,12 +64,19 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
     found = measure.minimum(model, criterion, data, seed=run.seed)
     problem = measure.Problem(model, criterion, data)
     line = measure.line(problem, measure.filter_normalised(problem, seed=run.seed), STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", measure.NotConverged)  # of the ends, which the top eigenvalue tells
+        density = measure.spectral_density(measure.Hessian(problem), PROBES, seed=run.seed)
     result = Measured(
         method=str(run.method),
         seed=run.seed,
         settings=run.settings.to_dict(),
         minimum=found,
         slice={"t": list(line.t), "loss": [finite(loss) for loss in line.loss]},
+        spectrum={
+            "node": torch.cat(density.nodes).tolist(),
+            "share": (torch.cat(density.weights) / PROBES).tolist(),
+        },
         seconds=time.perf_counter() - started,
         environment=environment(),
     )

@@ -51,7 +51,7 @@ def render(found: Summary, table: minima.Minima | None = None) -> str:
         + pair_matrix(found)
         + sensitivities(found)
         + searches(found)
-        + ([] if table is None else [table.figure]),
+        + ([] if table is None else table.figures),
         recipe=found.context.recipe,
         environment=environment(found),
         settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},

@@ -21,6 +21,7 @@ COLUMNS: dict[str, Callable[[Minimum], float]] = {
     "tr V": lambda m: m.trace_V,
     "m-sharpness": lambda m: m.sharpness,
 }
+FAINT = 1e-6  # of a flat density: below, nothing is drawn
 TESTED = ("loss", "top eigenvalue")
 
 
@@ -32,7 +33,7 @@ class Minima:
     rows: list[tuple[str, bool, list[str]]]  # method, whether it is the baseline, cells
     caption: str
     notes: list[str]
-    figure: Figure
+    figures: list[Figure]
 
 
 def section(folder: Path, found: Summary) -> Minima | None:
@@ -45,7 +46,8 @@ def section(folder: Path, found: Summary) -> Minima | None:
     rows = [_row(i, method, measured[method], tests, found) for i, method in enumerate(methods)]
     headers = ["method", "n", *COLUMNS, *(f"{name}, difference [95 % CI], p (Holm)" for name in TESTED)]
     notes += _not_converged(measured)
-    return Minima(headers, rows, _caption(measured, found), notes, _figure(methods, measured, found))
+    figures = [_slices(methods, measured, found), _spectra(methods, measured, found)]
+    return Minima(headers, rows, _caption(measured, found), notes, figures)
 
 
 def _read(folder: Path, found: Summary) -> tuple[dict[Method, list[Measured]], list[str]]:
@@ -131,7 +133,7 @@ def _not_converged(measured: dict[Method, list[Measured]]) -> list[str]:
     return [f"Not converged (eigenvalue or trace missed its tolerance): {', '.join(rough)}."] if rough else []
 
 
-def _figure(methods: list[Method], measured: dict[Method, list[Measured]], found: Summary) -> Figure:
+def _slices(methods: list[Method], measured: dict[Method, list[Measured]], found: Summary) -> Figure:
     data = []
     for method in methods:
         rows = [one.slice for one in measured[method]]
@@ -147,6 +149,34 @@ def _figure(methods: list[Method], measured: dict[Method, list[Measured]], found
         "Loss at w + t d, each filter of d as long as the model's (Li et al. 2018); geometric scale, mean over seeds."
     )
     return Figure("slices", "Loss around the minima", caption, data, layout)
+
+
+def _spectra(methods: list[Method], measured: dict[Method, list[Measured]], found: Summary) -> Figure:
+    nodes = [x for method in methods for one in measured[method] for x in one.spectrum["node"]]
+    low, high = min(nodes), max(nodes)
+    width = (high - low) / 200 or 1.0
+    grid = [low - 4 * width + i * (high - low + 8 * width) / 400 for i in range(401)]
+    data = []
+    for method in methods:
+        group = [one.spectrum for one in measured[method]]
+        y = [mean([_smooth(x, each, width) for each in group]) for x in grid]
+        line = {"color": colour(found, method), "width": 2}
+        shown = [value if value > FAINT / (high - low or 1.0) else None for value in y]
+        data.append({"x": grid, "y": shown, "name": str(method), "line": line, "mode": "lines"})
+    layout = {
+        "xaxis": {"title": {"text": "eigenvalue of the Hessian"}},
+        "yaxis": {"title": {"text": "density"}, "type": "log"},
+    }
+    caption = (
+        "Stochastic Lanczos quadrature (Ghorbani et al. 2019), 2 probes of 40 steps a run; mean over seeds, smoothed "
+        f"by a Gaussian of standard deviation {width:.2g}. Most eigenvalues are near 0; a far peak is a few of many."
+    )
+    return Figure("spectra", "Hessian spectra", caption, data, layout)
+
+
+def _smooth(x: float, spectrum: dict[str, list[float]], width: float) -> float:
+    rows = zip(spectrum["node"], spectrum["share"], strict=True)
+    return sum(w * math.exp(-0.5 * ((x - node) / width) ** 2) for node, w in rows) / (width * math.sqrt(2 * math.pi))
 
 
 def markdown(table: Minima) -> str:
