@@ -60,8 +60,7 @@ class Passes:
     def forget_unsharded(self) -> None:
         """Whole parameters that ``fully_shard`` has gathered are of other weights than those of the next pass."""
         if self.point.sharded:
-            for module in self.modules():
-                getattr(module, "reshard", _nothing)()
+            reshard(self.modules())
 
     def take(self) -> Vector:
         """The gradients, out of reach of the next pass."""
@@ -85,8 +84,12 @@ class Passes:
             p.grad = None
 
 
-def _nothing() -> None:
-    pass
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let modules under ``fully_shard`` forget the whole parameters that a forward without a backward left behind."""
+    for module in modules:
+        let_go = getattr(module, "reshard", None)
+        if callable(let_go):
+            let_go()
 
 
 def _take(p: Tensor) -> Tensor | None:

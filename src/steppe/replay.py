@@ -23,8 +23,9 @@ class RandomState:
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
         """Read the generators; while a CUDA graph is captured there is nothing to read: masks are drawn anew."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            devices = ()
+        devices = list(devices)
+        if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
+            devices = []
         return cls(
             torch.get_rng_state(),
             {d: torch.get_device_module(d.type).get_rng_state(d) for d in devices},

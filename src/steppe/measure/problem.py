@@ -15,6 +15,7 @@ from steppe import check
 from steppe.batch import Batch, Data, Loss, mapped
 from steppe.measure.standin import StandIns
 from steppe.oracle import Closure, Oracle
+from steppe.passes import reshard
 from steppe.point import Point, Rho
 from steppe.replay import RandomState, frozen_statistics
 from steppe.vector import LOW, wide
@@ -110,10 +111,7 @@ class Problem:
 
     def reshard(self) -> None:
         """After a forward without a backward FSDP2 keeps whole weights, which would not follow the next move."""
-        for module in self.model.modules():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard):
-                reshard()
+        reshard(self.model.modules())
 
     def batches(self) -> Iterator[Batch]:
         """Stream the data; inside :meth:`untouched`."""
