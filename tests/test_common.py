@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.factored.terms import Gradient
+from steppe.factored import terms
 from tests.cases import BASES, CASES, Case, N, each_base, each_case, mlp, optimizer, same_bits, world
 
 EVALUABLE = {name: getattr(steppe, name) for name in steppe.__all__}
@@ -272,8 +272,8 @@ def test_one_wait_for_the_device_a_step(case: Case, monkeypatch) -> None:
     at = steppe.Oracle.at
     monkeypatch.setattr(steppe.Oracle, "at", lambda self, *args, **kw: (looks.append(1), at(self, *args, **kw))[1])
     grams = []  # nor to look whether examples cancel
-    gram = Gradient._gram
-    monkeypatch.setattr(Gradient, "_gram", lambda self, terms: (grams.append(1), gram(self, terms))[1])
+    gram = terms._grams
+    monkeypatch.setattr(terms, "_grams", lambda gradients: (grams.append(1), gram(gradients))[1])
     for check_finite in (True, False):
         w = world(torch.float32)
         opt = case.make(torch.optim.SGD(w.parameters(), lr=0.1, momentum=0.9), w, 0.1)

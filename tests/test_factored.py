@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.factored import gradient_statistics, register_factored
+from steppe.factored.cost import HELD, TWO_PASSES, Cost
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
 from steppe.factored.plan import plan_for
 from steppe.factored.record import factors_of
-from steppe.factored.terms import cheaper_whole
 from steppe.point import Point, Rho
 from tests.factored_models import EXAMPLES, Example
 
@@ -83,16 +83,16 @@ def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, monkeypatch) -> None:
-    for module in ("gradients", "conv"):
-        monkeypatch.setattr(f"steppe.factored.{module}.cheaper_whole", lambda *_: whole)
+    monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+    monkeypatch.setattr(Cost, "table", lambda *_: whole)
     make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
 
 
 def test_the_cost_rule_prefers_factors_for_few_rows() -> None:
-    assert not cheaper_whole(1, 256, 256)
-    assert not cheaper_whole(8, 1024, 1024)
-    assert cheaper_whole(1024, 256, 256)
+    assert not TWO_PASSES.whole(1, 256, 256)
+    assert not TWO_PASSES.whole(8, 1024, 1024)
+    assert TWO_PASSES.whole(1024, 256, 256)
 
 
 def test_other_rules_run_one_after_the_other() -> None:
@@ -441,7 +441,7 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     plan = plan_for(f, batch)
     assert plan.mixes
     factors = factors_of(f)
-    matrices, small = gradients(factors.look, Parts(N, 5), whole=True)
+    matrices, small = gradients(factors.look, Parts(N, 5), HELD)
     total = [
         sum(c.sum(0) for c in matrices[i].full()) if i in matrices else small[i].sum(0) for i in range(len(inputs))
     ]

@@ -10,10 +10,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steppe.factored.cost import Cost
 from steppe.factored.linear import low
 from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
-from steppe.factored.terms import Dense, cheaper_whole
+from steppe.factored.terms import Dense, Product
 
 LOOP = 8  # inputs in a part from which one convolution a part is faster than a group a part, which copies
 
@@ -34,10 +35,10 @@ class Spec:
         where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
         return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
 
-    def forward(self, x: Tensor, W: Tensor, groups: int) -> Tensor:
-        """The convolution without bias."""
+    def forward(self, x: Tensor, W: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
+        """The convolution."""
         zero = [0] * len(self.stride)
-        return torch.convolution(x, W, None, self.stride, self.padding, self.dilation, False, zero, groups)
+        return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
 
 
 def side_by_side(x: Tensor, k: int) -> Tensor:
@@ -96,22 +97,25 @@ def unfolded(x: Tensor, spec: Spec) -> Tensor:
 
 
 class PartwiseConv(torch.autograd.Function):
-    """``y_k = conv(x_k, P_k)``; the gradient goes to ``x`` through ``P`` and to ``W`` as if it were every ``P_k``."""
+    """``conv(x_k, P_k) + b_k``: to ``x`` gradients go through ``P_k``, to ``W`` and ``b`` as if they were these."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, P: Tensor, W: Tensor, spec: Spec) -> Tensor:
-        """``x``: ``(k m, C, ...)``; ``P``: ``(k, *W.shape)``."""
+    def forward(ctx: Any, x: Tensor, P: Tensor, b_k: Tensor | None, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
+        """``x``: ``(k m, C, ...)``; ``P``: ``(k, *W.shape)``; ``b_k``: ``(k, C_out)``."""
         ctx.save_for_backward(x, P)
         ctx.spec, ctx.dtype = spec, W.dtype
         k = len(P)
         if len(x) // k >= LOOP:
-            return torch.cat([spec.forward(a, p, spec.groups) for a, p in zip(x.chunk(k), P, strict=True)])
-        return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups), k)
+            biases = [None] * k if b_k is None else b_k
+            parts = zip(x.chunk(k), P, biases, strict=True)
+            return torch.cat([spec.forward(a, p, spec.groups, c) for a, p, c in parts])
+        bias = None if b_k is None else b_k.flatten()
+        return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups, bias), k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        """Gradients of ``x`` and ``W``."""
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``W`` and ``b``."""
         x, P = ctx.saved_tensors
         spec, k, dx, dW = ctx.spec, len(P), None, None
         if ctx.needs_input_grad[0] and len(x) // k >= LOOP:
@@ -121,9 +125,10 @@ class PartwiseConv(torch.autograd.Function):
             shape = x.new_empty(1).expand(len(x) // k, k * x.shape[1], *x.shape[2:])  # read for its shape alone
             d, groups = side_by_side(delta, k), k * spec.groups
             dx = below(spec.backward(d, shape, P.flatten(0, 1), groups, [True, False])[0], k)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             dW = spec.backward(delta, x, P[0], spec.groups, [False, True])[1].to(ctx.dtype)
-        return dx, None, dW, None
+        db = delta.flatten(2).sum((0, 2), dtype=ctx.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, dW, db, None
 
 
 class Conv:
@@ -180,43 +185,64 @@ class Conv:
         if (weight is None and bias is None) or x.dim() != self.dims + 2:
             return NotImplemented
         site = see.next(self, weight, bias)
+        x = x.to(low(x))
         if weight is None:
             y = func(x, W, None, spec.stride, spec.padding, spec.dilation, spec.groups)
-        else:
-            y = self.perturbed(see, site, x, W, spec)
-        if b is not None:
-            rows = b if bias is None else see.rows_of(site, b, bias, y.shape[:1])
-            y = y + rows.reshape(*rows.shape, *[1] * self.dims)
-        return y.to(low(x))
+            rows = see.rows_of(site, b, bias, y.shape[:1])  # type: ignore[arg-type]
+            return (y + rows.reshape(*rows.shape, *[1] * self.dims)).to(x.dtype)
+        see_with = self.with_held if see.matrix(site)[0].whole else self.with_patches
+        return see_with(see, site, x, W, b, spec)
 
-    def perturbed(self, see: See, site: Site, x: Tensor, W: Tensor, spec: Spec) -> Tensor:
-        """``conv(x, W + eps_k)``."""
-        gradient, scale = see.matrices[site.weight]  # type: ignore[index]
-        x = x.to(low(x))
-        if not gradient.whole:
-            return self.by_patches(see, site, x, W, spec)
+    def with_held(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
+        """``conv(x, W + eps_k) + b_k`` with ``W + eps_k`` in memory."""
+        gradient, scale = see.matrix(site)
         x_e = site.by_example(x)
+        P = gradient.perturbed(W, scale, x.dtype)
+        biases: Any = [None] * len(P)
+        if b is not None:
+            biases = see.parts.split(see.of_parts(b, site.bias).to(x.dtype).expand(see.parts.k, -1))
         made = []
-        for x_k, P in zip(see.parts.chunks(x_e), gradient.perturbed(W, scale, x.dtype), strict=True):
-            y = PartwiseConv.apply(x_k.flatten(0, 1), P.reshape(-1, *W.shape), W, spec)  # type: ignore[no-untyped-call]
+        for x_k, P_k, b_k in zip(see.parts.chunks(x_e), P, biases, strict=True):
+            y = PartwiseConv.apply(x_k.flatten(0, 1), P_k.reshape(-1, *W.shape), b_k, W, b, spec)  # type: ignore[no-untyped-call]
             made.append(y.reshape(len(x_k), -1, *y.shape[1:]))
         return site.by_row(see.parts.join(made, x_e.shape[1]), (len(x),))
 
-    def by_patches(self, see: See, site: Site, x: Tensor, W: Tensor, spec: Spec) -> Tensor:
-        """``conv(x, W)`` and the perturbation as a product of patches."""
-        gradient, scale = see.matrices[site.weight]  # type: ignore[index]
+    def with_patches(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
+        """``conv(x, W) + b`` and the perturbation as a product of patches."""
         y = spec.forward(x, W.to(x.dtype), spec.groups)
         patches = site.by_example(unfolded(x, spec))  # (n, q, positions, columns)
         q, positions = patches.shape[1:3]
-        chunks = see.parts.chunks(patches.flatten(1, 2))
-        extra = gradient.apply(lambda t: t.times(chunks, see.parts))
-        extra = [(s * e).to(y.dtype) for s, e in zip(see.parts.split(scale[:, None, None]), extra, strict=True)]
-        rows = see.parts.join(extra, q * positions).unflatten(1, (q, positions))
-        return y + site.by_row(rows, (len(x),)).mT.reshape(y.shape)
+        extra = Extra.apply(patches.flatten(1, 2), Product(*see.matrix(site)), len(W))  # type: ignore[no-untyped-call]
+        rows = site.by_row(extra.unflatten(1, (q, positions)), (len(x),))
+        y = y + rows.mT.reshape(y.shape)
+        if b is None:
+            return y
+        shift = b if site.bias is None else see.rows_of(site, b, site.bias, y.shape[:1])
+        return (y + shift.reshape(*shift.shape, *[1] * self.dims)).to(x.dtype)
 
 
-def settle(term: Convolved, parts: Parts, products: int) -> Convolved | Dense:
+class Extra(torch.autograd.Function):
+    """``s_k x_k G_k^T`` with ``G_k`` as factors; the gradient goes to ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Product, height: int) -> Tensor:
+        """``x``: ``(n, q, columns)``."""
+        ctx.product, ctx.width = product, x.shape[-1]
+        y = x.new_zeros(*x.shape[:-1], height)
+        product.add(y, x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of ``x``."""
+        dx = delta.new_zeros(*delta.shape[:-1], ctx.width)
+        ctx.product.add(dx, delta, back=True)
+        return dx, None, None
+
+
+def settle(term: Convolved, parts: Parts, cost: Cost) -> Convolved | Dense:
     """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
     rows, height, width = term.shape(parts)
-    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cheaper_whole(2 * rows, height, width, products)
+    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cost.whole(2 * rows, height, width)
     return term.dense() if by_patches else term

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
-from steppe.factored.terms import Lookup
+from steppe.factored.terms import Gradient
+
+
+class PartwiseEmbedding(torch.autograd.Function):
+    """Rows of every part's own table; the gradient goes to ``W`` as if they were rows of ``W``."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, rows: Tensor, index: Tensor, padding: int | None) -> Tensor:
+        """``rows``: ``(*index.shape, columns)``."""
+        ctx.save_for_backward(index)
+        ctx.height, ctx.padding = len(W), padding
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of ``W``."""
+        (index,) = ctx.saved_tensors
+        padding = -1 if ctx.padding is None else ctx.padding % ctx.height
+        return torch.ops.aten.embedding_dense_backward(delta, index, ctx.height, padding, False), None, None, None
 
 
 class Embedding:
@@ -58,15 +80,15 @@ class Embedding:
         site = see.next(self, weight, None)
         padding, free, _ = site.static
         index = self.repeated(index, see.tracked.n) if free else index
-        gradient, scale = see.matrices[weight]
-        index_e = site.by_example(index)
-        chunks = see.parts.chunks(index_e)
-        if gradient.whole:
-            P = gradient.perturbed(W, scale, W.dtype)
-            looked = [p.gather(1, i[..., None].expand(-1, -1, W.shape[1])) for p, i in zip(P, chunks, strict=True)]
-            rows = site.by_row(see.parts.join(looked, index_e.shape[1]), index.shape) - F.embedding(index, W.detach())
-        else:
-            extra = gradient.apply(lambda t: t.rows(chunks, see.parts))
-            extra = [s * e for s, e in zip(see.parts.split(scale[:, None, None]), extra, strict=True)]
-            rows = site.by_row(see.parts.join(extra, index_e.shape[1]), index.shape)
-        return F.embedding(index, W, padding) + rows.to(W.dtype)
+        rows = site.by_row(self.rows(see, site.by_example(index), W.detach(), *see.matrices[weight]), index.shape)
+        return PartwiseEmbedding.apply(W, rows, index, padding)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def rows(see: See, index: Tensor, W: Tensor, gradient: Gradient | Coalesced, scale: Tensor) -> Tensor:
+        """``W[index] + eps_k[index]`` for indices of ``(n, q)``."""
+        if isinstance(gradient, Gradient) and gradient.whole:
+            pairs = zip(gradient.perturbed(W, scale, W.dtype), see.parts.chunks(index), strict=True)
+            looked = [P.gather(1, i[..., None].expand(-1, -1, W.shape[1])) for P, i in pairs]
+            return see.parts.join(looked, index.shape[1])
+        eps = see.parts.spread(scale)[:, None, None].to(W.dtype) * gradient.rows(index)
+        return W[index] + eps

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steppe.factored.conv import Convolved, settle
+from steppe.factored.cost import Cost
+from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, Small
-from steppe.factored.terms import Gradient, Lookup, cheaper_whole
+from steppe.factored.terms import Dense, Gradient
+
+Gradients = tuple[Mapping[int, Gradient | Coalesced], Mapping[int, Tensor]]
 
 
-def gradients(
-    look: Look, parts: Parts, whole: bool | None = None, products: int = 3
-) -> tuple[Mapping[int, Gradient], Mapping[int, Tensor]]:
+def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
     """Every micro-batch's gradient of every perturbed parameter: matrices as factors, the rest ``(k, *shape)``.
 
     The losses' mean over the batch was differentiated: these are its parts, ``n / m`` times too small as means over
@@ -24,28 +29,54 @@ def gradients(
     Args:
         look: the recorded pass.
         parts: the micro-batches.
-        whole: hold every matrix, or none; ``None`` asks the cost rule.
-        products: for the cost rule, how many products with factors are to come; 1 where only norms are asked for.
+        cost: which matrices to hold whole.
+        rho: by parameter; a bias rides along with the factors of its weight where both have the same.
     """
     terms: Matrices = {}
     by_example: Small = {}
     for site in look.sites:
         site.operation.collect(site, terms, by_example)
-    small = {i: parts.sums(sum(ts[1:], ts[0])) for i, ts in by_example.items() if i not in terms}
-    matrices = {}
+    uses = Counter(i for site in look.sites for i in (site.weight, site.bias))
+    matrices: dict[int, Gradient | Coalesced] = {}
     for i, ts in terms.items():
-        ts = [settle(t, parts, products) if isinstance(t, Convolved) and whole is None else t for t in ts]
-        for extra in by_example.get(i, ()):
-            raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly ({tuple(extra.shape)})")
-        matrices[i] = Gradient(ts, parts, _whole(ts, parts, products) if whole is None else whole)
-    return matrices, small
+        ts = [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in ts]
+        whole = _whole(ts, parts, cost)
+        biases = [t.bias for t in ts if isinstance(t, Dense) and t.bias is not None]
+        if whole or len(ts) > 1 or any(uses[b] > 1 or (rho is not None and rho[b] != rho[i]) for b in biases):
+            ts = [_alone(t, by_example) for t in ts]
+        coalesces = not whole and all(isinstance(t, Lookup) for t in ts)
+        matrices[i] = Coalesced(ts, parts) if coalesces else Gradient(ts, parts, whole)
+    for i in by_example.keys() & terms.keys():
+        raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly")
+    return matrices, _by_part(by_example, parts)
 
 
-def _whole(terms: Iterable[Any], parts: Parts, products: int) -> bool:
-    """Hold ``G_k`` where a convolution needs it or it is cheaper; never only for lookups."""
-    terms = list(terms)
+def _alone(term: Any, by_example: Small) -> Any:
+    """A term without the bias that would ride along, which is summed by itself."""
+    if not isinstance(term, Dense) or term.bias is None:
+        return term
+    by_example.setdefault(term.bias, []).append(term.left.sum(1))
+    return replace(term, bias=None)
+
+
+def _by_part(by_example: Small, parts: Parts) -> dict[int, Tensor]:
+    """Sums over uses and over the examples of every part, in one call for all parameters of a type."""
+    total = {i: sum(ts[1:], ts[0]) for i, ts in by_example.items()}
+    if len({(t.dtype, t.device) for t in total.values()}) > 1:
+        return {i: parts.sums(t) for i, t in total.items()}
+    if not total:
+        return {}
+    sums = parts.sums(torch.cat([t.flatten(1) for t in total.values()], 1))
+    split = sums.split([t[0].numel() for t in total.values()], 1)
+    return {i: s.unflatten(1, t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
+
+
+def _whole(terms: Sequence[Any], parts: Parts, cost: Cost) -> bool:
+    """Hold ``G_k`` where a convolution needs it or it is cheaper."""
     if any(isinstance(t, Convolved) for t in terms):
         return True
-    dense = [t for t in terms if not isinstance(t, Lookup)]
     rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
-    return bool(dense) and cheaper_whole(rows, dense[0].left.shape[-1], dense[0].right.shape[-1], products)
+    dense = [t for t in terms if isinstance(t, Dense)]
+    if not dense:
+        return cost.table(rows, terms[0].height)
+    return cost.whole(rows, dense[0].left.shape[-1], dense[0].right.shape[-1])

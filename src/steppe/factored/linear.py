@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steppe.factored.tape import Look, Matrices, See, Site, Small
-from steppe.factored.terms import Dense
+from steppe.factored.terms import Dense, Product
 
 
 def low(t: Tensor) -> torch.dtype:
@@ -19,24 +19,53 @@ def low(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
-class PartwiseLinear(torch.autograd.Function):
-    """``y_k = x_k P_k^T``; the gradient goes to ``x`` through ``P`` and to ``W`` as if it were every ``P_k``."""
+class HeldLinear(torch.autograd.Function):
+    """``y_k = x_k P_k^T + b_k``: to ``x`` gradients go through ``P_k``, to ``W`` and ``b`` as if they were these."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, P: Tensor, W: Tensor) -> Tensor:
-        """``x``: ``(parts, rows, columns)``; ``P``: ``(parts, height, columns)``."""
+    def forward(ctx: Any, x: Tensor, P: Tensor, b_k: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
+        """``x``: ``(k, rows, columns)``; ``P``: ``(k, height, columns)``; ``b_k``: ``(k or 1, 1, height)``."""
         ctx.save_for_backward(x, P)
         ctx.dtype = W.dtype
-        return x @ P.mT
+        return x @ P.mT if b_k is None else torch.baddbmm(b_k, x, P.mT)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        """Gradients of ``x`` and ``W``."""
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``W`` and ``b``."""
         x, P = ctx.saved_tensors
         dx = delta @ P if ctx.needs_input_grad[0] else None
-        dW = (delta.flatten(0, 1).mT @ x.flatten(0, 1)).to(ctx.dtype) if ctx.needs_input_grad[2] else None
-        return dx, None, dW
+        return dx, None, None, *of_parameters(ctx, delta, x, ctx.needs_input_grad[3:])
+
+
+class FactoredLinear(torch.autograd.Function):
+    """``y_k = x_k (W + s_k G_k)^T + b_k``, ``G_k`` as factors: gradients go to ``W`` as if it were ``W + s_k G_k``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, product: Product, b_eps: Tensor | None) -> Tensor:
+        """``x``: ``(n, q, columns)``; ``b_eps``: ``(n, 1, height)``, unless it rides along in ``product``."""
+        ctx.dtype, ctx.product, W = W.dtype, product, W.to(x.dtype)
+        ctx.save_for_backward(x, W)
+        y = F.linear(x, W, None if b is None else b.to(x.dtype))
+        product.add(y, x)
+        return y if b_eps is None else y.add_(b_eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``W`` and ``b``."""
+        x, W = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = delta @ W
+            ctx.product.add(dx, delta, back=True)
+        return dx, *of_parameters(ctx, delta, x, ctx.needs_input_grad[1:3]), None, None
+
+
+def of_parameters(ctx: Any, delta: Tensor, x: Tensor, needed: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``W`` and ``b`` by the usual products over the whole batch."""
+    dW = (delta.flatten(0, 1).mT @ x.flatten(0, 1)).to(ctx.dtype) if needed[0] else None
+    return dW, delta.sum((0, 1), dtype=ctx.dtype) if needed[1] else None
 
 
 class Linear:
@@ -62,12 +91,13 @@ class Linear:
         return look.record(y, Site(self, weight, bias, kept, tuple(y.shape[:-1])))
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """The terms of the weight and the sums of the bias."""
+        """The terms of the weight, with which the bias may ride, or the sums of the bias."""
         delta = site.delta
         if site.weight is not None:
             a = site.by_example(site.kept)  # type: ignore[arg-type]
-            matrices.setdefault(site.weight, []).append(Dense(a, delta) if self.transposed else Dense(delta, a))
-        if site.bias is not None:
+            term = Dense(a, delta) if self.transposed else Dense(delta, a, site.bias)
+            matrices.setdefault(site.weight, []).append(term)
+        if site.bias is not None and (site.weight is None or self.transposed):
             small.setdefault(site.bias, []).append(delta.sum(1))
 
     def see(self, see: See, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,27 +108,30 @@ class Linear:
         if (weight is None and bias is None) or see.tracked.index(x) is not None or W.dim() != 2:
             return NotImplemented
         site = see.next(self, weight, bias)
-        y = F.linear(x, self.turned(W)) if weight is None else self.perturbed(see, site, x, W)
-        return see.plus(site, y, b).to(low(x))
+        W = W.mT if self.transposed else W
+        x = x.to(low(x))
+        if weight is None:
+            return see.plus(site, F.linear(x, W), b).to(x.dtype)
+        x_e = site.by_example(x)
+        see_with = self.with_held if see.matrix(site)[0].whole else self.with_factors
+        return site.by_row(see_with(see, site, x_e, W, b), x.shape[:-1])
 
-    def turned(self, W: Tensor) -> Tensor:
-        """The weight as ``(outputs, inputs)``."""
-        return W.mT if self.transposed else W
+    def with_held(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """``x (W + eps_k)^T + b_k`` with ``W + eps_k`` in memory."""
+        gradient, scale = see.matrix(site)
+        P = gradient.perturbed(W.mT if self.transposed else W, scale, x.dtype)
+        b_k = None if b is None else see.of_parts(b, site.bias)[:, None].to(x.dtype)
+        biases = [b_k] * len(P) if b_k is None or len(b_k) == 1 else see.parts.split(b_k)
+        made = [
+            HeldLinear.apply(x_k, P_k.mT if self.transposed else P_k, c, W, b)  # type: ignore[no-untyped-call]
+            for x_k, P_k, c in zip(see.parts.chunks(x), P, biases, strict=True)
+        ]
+        return see.parts.join(made, x.shape[1])
 
-    def perturbed(self, see: See, site: Site, x: Tensor, W: Tensor) -> Tensor:
-        """``x (W + eps_k)^T``."""
-        gradient, scale = see.matrices[site.weight]  # type: ignore[index]
-        x_e = site.by_example(x.to(low(x)))
-        chunks = see.parts.chunks(x_e)
-        scales = see.parts.split(scale[:, None, None])
-        if gradient.whole:
-            P = gradient.perturbed(W, scale, x_e.dtype)
-            rows = zip(chunks, P, strict=True)
-            made = [PartwiseLinear.apply(x_k, self.turned(P_k), self.turned(W)) for x_k, P_k in rows]  # type: ignore[no-untyped-call]
-            return site.by_row(see.parts.join(made, x_e.shape[1]), x.shape[:-1])
-        extra = gradient.apply(
-            lambda t: t.transposed_times(chunks, see.parts) if self.transposed else t.times(chunks, see.parts)
-        )
-        extra = [(s * e).to(e.dtype) for s, e in zip(scales, extra, strict=True)]
-        plain = x.to(low(x)) @ W.to(low(x)) if self.transposed else F.linear(x, W)
-        return plain + site.by_row(see.parts.join(extra, x_e.shape[1]), x.shape[:-1])
+    def with_factors(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """``x (W + eps_k)^T + b_k`` with ``eps_k`` as factors."""
+        gradient, scale = see.matrix(site)
+        rides = site.bias not in see.small
+        b_eps = None if rides else see.parts.spread(see.small[site.bias])[:, None].to(x.dtype)  # type: ignore[index]
+        product = Product(gradient, scale, self.transposed)
+        return FactoredLinear.apply(x, W, b, product, b_eps)  # type: ignore[no-any-return, no-untyped-call]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +17,15 @@ from steppe.factored.parts import Parts
 from steppe.factored.plan import fall_back, plan_for, refusal
 from steppe.factored.record import Factors, factors_of
 from steppe.factored.tape import See
+from steppe.factored.terms import squared_norms
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 from steppe.update import Update
 
 if TYPE_CHECKING:
     from steppe.rule import Rule
+
+T = TypeVar("T")
 
 
 def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
@@ -68,24 +74,33 @@ def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:
 
 def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
     """The second pass: ``eps_k = rho radial(norm(G_k)) G_k`` of every micro-batch."""
-    matrices, small = factors.of(parts)
-    squares = factors.squares(matrices, small)
+    rho = f.rho.values
+    matrices, small = factors.of(parts, rho=rho)
     with torch.no_grad():
-        total = torch.stack(list(squares.values())).sum(0).clamp_min(0)
+        squares = {
+            radius: squared_norms(_with(radius, matrices, rho), _with(radius, small, rho))
+            for radius in sorted({rho[i] for i in (*matrices, *small)})
+        }
+        total = _sum(squares.values()).clamp_min(0)
         per_mean = factors.n / parts.sizes(total)  # a part's own mean, from its share of the batch's
         norms = per_mean * total.sqrt()
         factor = rule.geometry.radial(norms) * per_mean  # type: ignore[attr-defined]
-        scale = {i: f.rho.values[i] * factor for i in squares}
-        eps = {i: scale[i].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
-        f.note_parts(norms, _norm_of_eps(scale, squares), parts.sizes(total) / factors.n)
+        scale = {radius: radius * factor for radius in squares}
+        eps = {i: scale[rho[i]].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
+        eps_squares = _sum(scale[radius].square() * square for radius, square in squares.items())
+        f.note_parts(norms, eps_squares.clamp_min(0).sqrt(), parts.sizes(total) / factors.n)
     for gradient in matrices.values():
         gradient.settle()
     for site in factors.look.sites:  # their memory serves the second pass
         site.kept = None
         site.deltas.clear()
-    big = {i: (gradient, scale[i]) for i, gradient in matrices.items()}
+    big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
     return See(factors.look.tracked, OPERATIONS, factors.look.sites, parts, big, eps)
 
 
-def _norm_of_eps(scale: dict[int, Tensor], squares: dict[int, Tensor]) -> Tensor:
-    return torch.stack([scale[i] ** 2 * squares[i] for i in squares]).sum(0).clamp_min(0).sqrt()
+def _with(radius: float, found: Mapping[int, T], rho: Sequence[float]) -> list[T]:
+    return [value for i, value in found.items() if rho[i] == radius]
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(add, tensors)

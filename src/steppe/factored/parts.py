@@ -21,10 +21,14 @@ class Layout:
     def by_example(self, t: Tensor) -> Tensor:
         """``(rows, ...)`` as ``(n, rows / n, ...)``; a view where an example's rows are neighbours."""
         rest = t.shape[1:]
+        if len(t) == self.n * self.inner:
+            return t.reshape(self.n, self.inner, *rest)
         return t.reshape(-1, self.n, self.inner, *rest).transpose(0, 1).reshape(self.n, -1, *rest)
 
     def by_row(self, t: Tensor) -> Tensor:
         """The inverse of :meth:`by_example`."""
+        if t.shape[1] == self.inner:
+            return t.flatten(0, 1)
         rest = t.shape[2:]
         return t.reshape(self.n, -1, self.inner, *rest).transpose(0, 1).reshape(-1, *rest)
 
@@ -71,24 +75,38 @@ class Parts:
         return torch.tensor(sizes, dtype=like.dtype, device=like.device)
 
     def chunks(self, t: Tensor) -> list[Tensor]:
-        """``(n, q, ...)`` as a list of ``(parts, m q, ...)``."""
+        """``(n, q, ...)`` as a list of ``(parts, m q, ...)``; views where ``t`` is contiguous."""
+        q, *rest = t.shape[1:]
         if len(self.spans) == 1:
-            return [t.reshape(self.k, -1, *t.shape[2:])]
-        return [t[a:b].reshape((b - a) // m, -1, *t.shape[2:]) for a, b, m in self.spans]
+            return [t.reshape(self.k, self.spans[0][2] * q, *rest)]
+        return [t[a:b].reshape((b - a) // m, m * q, *rest) for a, b, m in self.spans]
+
+    def beside(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Chunks of several tensors: ``(n, q, ...)`` by :meth:`chunks`, ``(k,)`` by :meth:`split`."""
+        chunked = [self.split(t) if t.dim() == 1 else self.chunks(t) for t in tensors]
+        return list(zip(*chunked, strict=True))
 
     def join(self, chunks: Sequence[Tensor], q: int) -> Tensor:
         """The inverse of :meth:`chunks`."""
-        flat = [c.reshape(-1, q, *c.shape[2:]) for c in chunks]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        return self.together([c.reshape(-1, q, *c.shape[2:]) for c in chunks])
 
     def split(self, t: Tensor) -> list[Tensor]:
         """``(k, ...)`` by chunk."""
-        return list(t.split([(b - a) // m for a, b, m in self.spans]))
+        return [t] if len(self.spans) == 1 else list(t.split([(b - a) // m for a, b, m in self.spans]))
 
     def sums(self, t: Tensor) -> Tensor:
         """``(n, ...)`` summed over each part: ``(k, ...)``."""
-        return torch.cat([t[a:b].reshape((b - a) // m, m, *t.shape[1:]).sum(1) for a, b, m in self.spans])
+        return self.together([t[a:b].reshape((b - a) // m, m, *t.shape[1:]).sum(1) for a, b, m in self.spans])
 
     def spread(self, t: Tensor) -> Tensor:
         """``(k, ...)`` repeated for each example of a part: ``(n, ...)``."""
-        return torch.cat([c.repeat_interleave(m, 0) for c, (_, _, m) in zip(self.split(t), self.spans, strict=True)])
+        repeated = [
+            c[:, None].expand(-1, m, *c.shape[1:]).flatten(0, 1)
+            for c, (_, _, m) in zip(self.split(t), self.spans, strict=True)
+        ]
+        return self.together(repeated)
+
+    @staticmethod
+    def together(chunks: Sequence[Tensor]) -> Tensor:
+        """Chunks below each other."""
+        return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))

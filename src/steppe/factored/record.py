@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steppe.factored.black_box import black_boxes
-from steppe.factored.gradients import gradients
+from steppe.factored.cost import NORMS, TWO_PASSES, WEIGHTED, Cost
+from steppe.factored.gradients import Gradients, gradients
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
 from steppe.factored.plan import fall_back, plan_for, refusal
 from steppe.factored.tape import Look
-from steppe.factored.terms import Gradient
+from steppe.factored.terms import Gradient, squared_norms
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
-from steppe.vector import Vector, wide
+from steppe.vector import Vector
 
 
 @dataclass
@@ -28,28 +29,43 @@ class Factors:
     n: int
     parameters: Sequence[Tensor]
     g: Vector  # of the mean loss; no entries where it was not asked for
+    examples: Gradients | None = None  # every example's gradient, between norms and their weighted sum
 
-    def of(self, parts: Parts, products: int = 3) -> tuple[Mapping[int, Gradient], Mapping[int, Tensor]]:
+    def of(self, parts: Parts, cost: Cost = TWO_PASSES, rho: Sequence[float] | None = None) -> Gradients:
         """Matrices and other parameters of every part, as contributions to the batch's mean."""
         with torch.no_grad():
-            return gradients(self.look, parts, products=products)
+            return gradients(self.look, parts, cost, rho)
 
     def norms(self, parts: Parts) -> Tensor:
         """``norm(G_k)`` of every part over all perturbed parameters together, shape ``(k,)``."""
-        total = sum(self.squares(*self.of(parts, products=1)).values())
-        assert isinstance(total, Tensor)
-        return self.n / parts.sizes(total) * total.clamp_min(0).sqrt()
-
-    @staticmethod
-    def squares(matrices: Mapping[int, Gradient], small: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """By parameter, the squared norm of every part's contribution, shape ``(k,)``."""
-        with torch.no_grad():
-            squares = {i: gradient.squares() for i, gradient in matrices.items()}
-            return squares | {i: wide(t).flatten(1).square().sum(1) for i, t in small.items()}
+        return self._norms(parts, self.of(parts, NORMS))
 
     def by_example(self) -> Tensor:
-        """``norm(grad f_i)``, shape ``(n,)``."""
-        return self.norms(Parts(self.n, 1))
+        """``norm(grad f_i)``, shape ``(n,)``; :meth:`weighted` may follow."""
+        parts = Parts(self.n, 1)
+        self.examples = self.of(parts, WEIGHTED)
+        return self._norms(parts, self.examples)
+
+    def _norms(self, parts: Parts, gradients: Gradients) -> Tensor:
+        matrices, small = gradients
+        with torch.no_grad():
+            squares = squared_norms(matrices.values(), small.values())
+            return self.n / parts.sizes(squares) * squares.clamp_min(0).sqrt()
+
+    def weighted(self, p: Tensor) -> Vector:
+        """``sum_i p_i grad f_i`` on the perturbed parameters, after :meth:`by_example`: no backward, no other pass."""
+        assert self.examples is not None
+        (matrices, small), self.examples = self.examples, None
+        made: list[Tensor | None] = [None] * len(self.parameters)
+        with torch.no_grad():
+            c = self.n * p
+            for i, gradient in matrices.items():
+                made[i] = gradient.weighted(c).reshape(self.parameters[i].shape)
+                if isinstance(gradient, Gradient) and gradient.bias is not None:
+                    made[gradient.bias] = gradient.weighted_bias(c)
+            for i, t in small.items():
+                made[i] = (c.to(t.dtype) @ t.flatten(1)).reshape(self.parameters[i].shape)
+        return Vector(made)
 
     def scale(self, c: Tensor) -> None:
         """Multiply every example's loss by ``c_i``: its gradients follow."""
@@ -59,18 +75,6 @@ class Factors:
             assert site.layout is not None
             c_rows = c[site.layout.example_of_row(rows, c.device)].to(delta.dtype)
             site.deltas[0] = delta * c_rows.reshape(*site.leading, *[1] * (delta.dim() - len(site.leading)))
-
-    def weighted(self, p: Tensor) -> Vector:
-        """``sum_i p_i grad f_i`` on the perturbed parameters: one weight-gradient pass, no backward."""
-        with torch.no_grad():
-            self.scale(self.n * p)
-            matrices, small = gradients(self.look, Parts(self.n, self.n), whole=True)
-            made: list[Tensor | None] = [None] * len(self.parameters)
-            for i, gradient in matrices.items():
-                made[i] = gradient.full()[0][0].reshape(self.parameters[i].shape)
-            for i, t in small.items():
-                made[i] = t[0].reshape(self.parameters[i].shape)
-        return Vector(made)
 
 
 def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:

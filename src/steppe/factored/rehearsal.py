@@ -10,13 +10,15 @@ from torch import Tensor
 
 from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
+from steppe.factored.cost import HELD, TWO_PASSES
 from steppe.factored.embedding import Embedding
 from steppe.factored.gradients import gradients
+from steppe.factored.lookups import Lookup
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
 from steppe.factored.still import NoDropout, shaken
 from steppe.factored.tape import CannotFactor, Look, See, Site, Tracked, Unsure
-from steppe.factored.terms import Lookup
+from steppe.factored.terms import Gradient
 from steppe.oracle import Oracle
 from steppe.passes import Passes
 from steppe.replay import RandomState
@@ -160,8 +162,8 @@ class _Rehearsal:
     def of_part(self, look: Look, m: int) -> Gradients:
         """By parameter, what the first micro-batch of ``m`` contributes to the gradient."""
         with torch.no_grad():
-            matrices, small = gradients(look, Parts(self.n, m), whole=True)
-        rows: dict[int, Tensor] = {i: gradient.full()[0][0] for i, gradient in matrices.items()}
+            matrices, small = gradients(look, Parts(self.n, m), HELD)
+        rows = {i: gradient.full()[0][0] for i, gradient in matrices.items() if isinstance(gradient, Gradient)}
         rows |= {i: t[0] for i, t in small.items()}
         return [rows[i].reshape(p.shape) if i in rows else None for i, p in enumerate(self.f.point.parameters)]
 
@@ -169,7 +171,7 @@ class _Rehearsal:
         """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
         parts = Parts(self.n, max(1, self.n // 2))
         with torch.no_grad():
-            matrices, small = gradients(look, parts)
+            matrices, small = gradients(look, parts, TWO_PASSES)
         zero = torch.zeros(parts.k, device=look.sites[0].deltas[0].device)
         big = {i: (gradient, zero) for i, gradient in matrices.items()}
         see = See(look.tracked, OPERATIONS, look.sites, parts, big, {i: torch.zeros_like(t) for i, t in small.items()})
@@ -246,9 +248,9 @@ def _cost(look: Look) -> float:
     """
     parts = Parts(look.tracked.n, look.tracked.n)
     with torch.no_grad():
-        matrices, _ = gradients(look, parts)
+        matrices, _ = gradients(look, parts, TWO_PASSES)
     usual = shared = 0.0
-    for gradient in matrices.values():
+    for gradient in (g for g in matrices.values() if isinstance(g, Gradient)):
         for term in gradient.terms:
             if isinstance(term, Lookup):
                 continue

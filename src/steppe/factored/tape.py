@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from steppe.factored.lookups import Coalesced
 from steppe.factored.parts import Layout, Parts
 from steppe.factored.terms import Gradient
 
@@ -200,7 +201,7 @@ class See(Tape):
         operations: Mapping[Any, Any],
         sites: list[Site],
         parts: Parts,
-        matrices: Mapping[int, tuple[Gradient, Tensor]],
+        matrices: Mapping[int, tuple[Gradient | Coalesced, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
         super().__init__(tracked, operations)
@@ -228,6 +229,17 @@ class See(Tape):
             return p + eps.reshape(first, *[1] * len(others), *p.shape)
         rows = site.layout.example_of_row(first * prod(others), p.device)
         return p + eps[rows].reshape(first, *others, *p.shape)
+
+    def of_parts(self, p: Tensor, index: int | None) -> Tensor:
+        """``p + eps_k`` without its gradient: ``(k, *p.shape)``, or ``(1, *p.shape)`` where it does not differ."""
+        p = p.detach()[None]
+        return p if index is None or index not in self.small else p + self.small[index].to(p.dtype)
+
+    def matrix(self, site: Site) -> tuple[Gradient, Tensor]:
+        """The gradients of a site's weight, and the factor that makes ``eps_k`` of each."""
+        gradient, scale = self.matrices[site.weight]  # type: ignore[index]
+        assert isinstance(gradient, Gradient)
+        return gradient, scale
 
     def plus(self, site: Site, y: Tensor, b: Tensor | None) -> Tensor:
         """``y + b``, each micro-batch with its own ``b``; channels last."""

@@ -1,4 +1,4 @@
-"""A micro-batch's gradient of one parameter, held as factors.
+"""A micro-batch's gradient of one matrix, held as factors.
 
 The gradient of a matrix of shape ``(rows, columns)`` for micro-batch ``k`` is ``G_k = sum_r left_r right_r^T`` over the
 rows ``r`` of its examples: for ``y = W a``, ``left`` is the gradient of the output and ``right`` the input. A
@@ -7,26 +7,36 @@ rows ``r`` of its examples: for ``y = W a``, ``left`` is the gradient of the out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from steppe.factored.lookups import Coalesced, Lookup, columns, times
 from steppe.factored.parts import Parts
 from steppe.vector import wide
 
 
 @dataclass(frozen=True)
 class Dense:
-    """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``."""
+    """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``.
+
+    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along.
+    """
 
     left: Tensor
     right: Tensor
+    bias: int | None = None
 
     def double(self) -> Dense:
         """In float64."""
-        return Dense(self.left.double(), self.right.double())
+        return replace(self, left=self.left.double(), right=self.right.double())
+
+    def scaled(self, c: Tensor) -> Dense:
+        """With every example's loss times ``c_i``."""
+        return replace(self, left=self.left * c[:, None, None])
 
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
@@ -34,94 +44,27 @@ class Dense:
 
     def full(self, parts: Parts) -> list[Tensor]:
         """``G_k`` by chunk: ``(parts, rows, columns)``."""
-        pairs = zip(parts.chunks(self.left), parts.chunks(self.right), strict=True)
-        return [left.mT @ right for left, right in pairs]
+        return [left.mT @ right for left, right in parts.beside(self.left, self.right)]
 
-    def times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``x G_k^T`` by chunk, for ``x`` of ``(parts, rows of x, columns)``."""
-        return [(x_k @ right.mT) @ left for x_k, left, right in self._with(x, parts)]
+    def add_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
+        """``y_k += s_k (x_k, 1) G_k^T`` in place, the 1 where a bias rides along."""
+        for y_k, x_k, s_k, left, right in parts.beside(y, x, s, self.left, self.right):
+            y_k.baddbmm_(times(self._plus_ones(x_k @ right.mT), s_k), left)
 
-    def transposed_times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``x G_k`` by chunk, for ``x`` of ``(parts, rows of x, rows)``."""
-        return [(x_k @ left.mT) @ right for x_k, left, right in self._with(x, parts)]
+    def add_transposed_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
+        """``y_k += s_k x_k G_k`` in place."""
+        for y_k, x_k, s_k, left, right in parts.beside(y, x, s, self.left, self.right):
+            y_k.baddbmm_(times(x_k @ left.mT, s_k), right)
 
-    def rows(self, index: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``G_k[index]`` by chunk, for indices of ``(parts, rows of x)``."""
-        return [_columns(left, i).mT @ right for i, left, right in self._with(index, parts)]
+    def rows(self, index: Tensor, parts: Parts) -> list[Tensor]:
+        """``G_k[index]`` by chunk, for indices of ``(n, q)``."""
+        return [columns(left, i).mT @ right for i, left, right in parts.beside(index, self.left, self.right)]
 
-    def _with(self, x: Sequence[Tensor], parts: Parts) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return list(zip(x, parts.chunks(self.left), parts.chunks(self.right), strict=True))
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """``G_k[index_r] += right_r``; ``index``: ``(n, q)``, ``right``: ``(n, q, columns)``, ``height`` rows."""
-
-    index: Tensor
-    right: Tensor
-    height: int
-
-    def double(self) -> Lookup:
-        """In float64."""
-        return Lookup(self.index, self.right.double(), self.height)
-
-    def full(self, parts: Parts) -> list[Tensor]:
-        """``G_k`` by chunk: ``(parts, height, columns)``."""
-        made = []
-        for index, right in zip(parts.chunks(self.index), parts.chunks(self.right), strict=True):
-            zero = right.new_zeros(len(right), self.height, right.shape[-1])
-            made.append(zero.scatter_add(1, index[..., None].expand_as(right), right))
-        return made
-
-    def times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``x G_k^T`` by chunk: ``(parts, rows of x, height)``."""
-        made = []
-        for x_k, index, right in zip(x, parts.chunks(self.index), parts.chunks(self.right), strict=True):
-            products = x_k @ right.mT
-            zero = products.new_zeros(*products.shape[:2], self.height)
-            made.append(zero.scatter_add(2, index[:, None].expand_as(products), products))
-        return made
-
-    def transposed_times(self, x: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``x G_k`` by chunk."""
-        pairs = zip(x, parts.chunks(self.index), parts.chunks(self.right), strict=True)
-        return [_columns(x_k, index) @ right for x_k, index, right in pairs]
-
-    def rows(self, index: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-        """``G_k[index]`` by chunk."""
-        mine = zip(index, parts.chunks(self.index), parts.chunks(self.right), strict=True)
-        return [(i[:, :, None] == j[:, None, :]).to(right.dtype) @ right for i, j, right in mine]
+    def _plus_ones(self, products: Tensor) -> Tensor:
+        return products if self.bias is None else products.add_(1)
 
 
 Term = Dense | Lookup
-
-
-def gram(a: Term, b: Term, parts: Parts) -> tuple[Tensor, Tensor]:
-    """``<G_k of a, G_k of b>`` for every part, shape ``(k,)``, without either; and the size of what was summed."""
-    left = _left_products(a, b, parts)
-    right = [x @ y.mT for x, y in zip(parts.chunks(a.right), parts.chunks(b.right), strict=True)]
-    products = [wide(l) * wide(r) for l, r in zip(left, right, strict=True)]  # noqa: E741
-    sums = torch.cat([p.sum((1, 2)) for p in products])
-    return sums, torch.cat([torch.linalg.vector_norm(p, 1, (1, 2)) for p in products])
-
-
-def _left_products(a: Term, b: Term, parts: Parts) -> list[Tensor]:
-    match a, b:
-        case Dense(), Dense():
-            return [x @ y.mT for x, y in zip(parts.chunks(a.left), parts.chunks(b.left), strict=True)]
-        case Dense(), Lookup():
-            return [_columns(x, j) for x, j in zip(parts.chunks(a.left), parts.chunks(b.index), strict=True)]
-        case Lookup(), Dense():
-            return [p.mT for p in _left_products(b, a, parts)]
-        case Lookup(), Lookup():
-            pairs = zip(parts.chunks(a.index), parts.chunks(b.index), strict=True)
-            return [(i[:, :, None] == j[:, None, :]).to(a.right.dtype) for i, j in pairs]
-    raise TypeError((a, b))
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """``x[..., index]`` for every part: ``(parts, rows of x, rows)``."""
-    return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
 
 
 @dataclass
@@ -131,30 +74,20 @@ class Gradient:
     ``whole`` says whether the gradients are held whole or stay factors: a cost rule, from shapes alone.
     """
 
-    terms: list[Term]
+    terms: Sequence[Term]
     parts: Parts
     whole: bool
     _full: list[Tensor] | None = None
     _weights: list[Tensor] | None = None
 
-    def squares(self) -> Tensor:
-        """``norm(G_k)^2``, shape ``(k,)``, in at least float32."""
-        if self.whole:
-            return torch.cat([_squares(g) for g in self.full()])
-        square, size = self._gram(self.terms)
-        noise = size * (1e-3 if square.dtype == torch.float32 else 1e-9)
-        if square.device.type != "cpu":
-            return torch.maximum(square, noise * 1e-3)  # a wait for the device would be dearer than a short step
-        if bool((square < noise).any()):  # examples cancel: what is left drowns in rounding
-            square, _ = self._gram([term.double() for term in self.terms])
-        return square.to(size.dtype)
+    @property
+    def bias(self) -> int | None:
+        """The parameter whose gradient rides along."""
+        return next((term.bias for term in self.terms if isinstance(term, Dense)), None)
 
-    def _gram(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-        pairs = [(a, b, 1 if a is b else 2) for i, a in enumerate(terms) for b in terms[: i + 1]]
-        found = [(gram(a, b, self.parts), times) for a, b, times in pairs]
-        square: Tensor = sum(times * s for (s, _), times in found)  # type: ignore[assignment]
-        size: Tensor = sum(times * z for (_, z), times in found)  # type: ignore[assignment]
-        return square, size
+    def squares(self) -> Tensor:
+        """``norm(G_k)^2`` of gradients held whole, shape ``(k,)``, in at least float32."""
+        return self.parts.together([_squares(g) for g in self.full()])
 
     def full(self) -> list[Tensor]:
         """``G_k`` by chunk, made once."""
@@ -178,10 +111,91 @@ class Gradient:
             self._full = None
         return [P.to(dtype) for P in self._weights]
 
-    def apply(self, how: Callable[[Term], list[Tensor]]) -> list[Tensor]:
-        """``how`` of every term, summed, by chunk."""
-        made = [how(term) for term in self.terms]
-        return [sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)]
+    def rows(self, index: Tensor) -> Tensor:
+        """``G_k[index]`` for indices of ``(n, q)``: ``(n, q, columns)``."""
+        made = [term.rows(index, self.parts) for term in self.terms]
+        return self.parts.join([sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)], index.shape[1])
+
+    def weighted(self, c: Tensor) -> Tensor:
+        """``sum_k c_k G_k`` over parts of one example each; one product where they are factors."""
+        if self.whole:
+            (G,) = self.full()
+            return (c.to(G.dtype) @ G.flatten(1)).reshape(G.shape[1:])
+        n = self.parts.n
+        return Gradient([term.scaled(c.to(term.right.dtype)) for term in self.terms], Parts(n, n), True).full()[0][0]
+
+    def weighted_bias(self, c: Tensor) -> Tensor:
+        """The same of the bias that rides along."""
+        (term,) = self.terms
+        assert isinstance(term, Dense)
+        return c.to(term.left.dtype) @ term.left.sum(1)
+
+
+def squared_norms(gradients: Iterable[Gradient | Coalesced], small: Iterable[Tensor]) -> Tensor:
+    """``norm(G_k)^2`` over all of these parameters together, shape ``(k,)``, in at least float32."""
+    gradients, small = list(gradients), list(small)
+    factored = [g for g in gradients if isinstance(g, Gradient) and not g.whole]
+    found = [g.squares() for g in gradients if isinstance(g, Coalesced) or g.whole]
+    if small:
+        found.append(wide(torch.cat([t.flatten(1) for t in small], 1)).square().sum(1))
+    if factored:
+        found.append(_squares_of_factors(factored))
+    return sum(found[1:], found[0])
+
+
+def _squares_of_factors(gradients: Sequence[Gradient]) -> Tensor:
+    square, size = _grams(gradients)
+    noise = size * (1e-3 if square.dtype == torch.float32 else 1e-9)
+    if square.device.type != "cpu":
+        return torch.maximum(square, noise * 1e-3)  # a wait for the device would be dearer than a short step
+    if bool((square < noise).any()):  # examples cancel: what is left drowns in rounding
+        square, _ = _grams([replace(g, terms=[term.double() for term in g.terms]) for g in gradients])
+    return square.to(size.dtype)
+
+
+def _grams(gradients: Iterable[Gradient]) -> tuple[Tensor, Tensor]:
+    """``sum <G_k, G_k>``, shape ``(k,)``, without any ``G_k``; and the size of what was summed."""
+    parts: Parts | None = None
+    total: dict[Any, Tensor] = {}  # products of equal shape are added before they are summed
+    for gradient in gradients:
+        parts = gradient.parts
+        for i, a in enumerate(gradient.terms):
+            for b in gradient.terms[: i + 1]:
+                for chunk, (left, right) in enumerate(gram(a, b, parts)):
+                    key = (chunk, left.shape)
+                    total[key] = _add_product(total.get(key), wide(left), wide(right), 1 if a is b else 2)
+    assert parts is not None
+    by_chunk = [[p for (chunk, _), p in total.items() if chunk == i] for i in range(len(parts.spans))]
+    squares = [sum(p.sum((1, 2)) for p in products) for products in by_chunk]
+    sizes = [sum(torch.linalg.vector_norm(p, 1, (1, 2)) for p in products) for products in by_chunk]
+    return parts.together(squares), parts.together(sizes)  # type: ignore[arg-type]
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, times: int) -> Tensor:
+    if total is None:
+        return left * right if times == 1 else left * right * times
+    return total.addcmul_(left, right, value=times)
+
+
+def gram(a: Term, b: Term, parts: Parts) -> list[tuple[Tensor, Tensor]]:
+    """Products of rows by chunk: ``<G_k of a, G_k of b>`` is the sum of left times right."""
+    right = [x @ y.mT for x, y in parts.beside(a.right, b.right)]
+    if isinstance(a, Dense) and a.bias is not None:
+        right = [r.add_(1) for r in right]
+    return list(zip(_left_products(a, b, parts), right, strict=True))
+
+
+def _left_products(a: Term, b: Term, parts: Parts) -> list[Tensor]:
+    match a, b:
+        case Dense(), Dense():
+            return [x @ y.mT for x, y in parts.beside(a.left, b.left)]
+        case Dense(), Lookup():
+            return [columns(x, j) for x, j in parts.beside(a.left, b.index)]
+        case Lookup(), Dense():
+            return [p.mT for p in _left_products(b, a, parts)]
+        case Lookup(), Lookup():
+            return [(i[:, :, None] == j[:, None, :]).to(a.right.dtype) for i, j in parts.beside(a.index, b.index)]
+    raise TypeError((a, b))
 
 
 def _plus(W: Tensor, G: Tensor, s: Tensor) -> Tensor:
@@ -194,11 +208,17 @@ def _squares(g: Tensor) -> Tensor:
     return norms.square()
 
 
-def cheaper_whole(rows: int, height: int, width: int, products: int = 3) -> bool:
-    """Whether to hold ``G_k`` (``height x width``) rather than its factors (``rows`` of each in a part).
+@dataclass(frozen=True)
+class Product:
+    """``x_k -> s_k x_k G_k^T`` with ``G_k`` as factors; ``turned`` where ``G_k`` is a gradient of ``W^T``."""
 
-    Per part, factors cost ``rows^2 (height + width)`` multiplications for each of up to three products: the Gram
-    matrices, the perturbed forward and its backward. Holding costs ``rows height width`` to make and some passes over
-    ``height width`` numbers in memory, together worth about 50 multiplications each.
-    """
-    return products * rows * rows * (height + width) > (rows + 50) * height * width
+    gradient: Gradient
+    scale: Tensor
+    turned: bool = False
+
+    def add(self, y: Tensor, x: Tensor, back: bool = False) -> None:
+        """``y_k += s_k x_k G_k^T`` in place, for ``y`` and ``x`` of ``(n, q, ...)``; with ``back``, ``G_k``."""
+        assert y.is_contiguous()  # else its parts would be copies
+        for term in self.gradient.terms:
+            add = term.add_times if self.turned == back else term.add_transposed_times
+            add(y, x, self.scale, self.gradient.parts)
