@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steppe.factored.cost import Cost
-from steppe.factored.linear import low
+from steppe.factored.held import Held
+from steppe.factored.linear import Blocks, low
 from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Dense, Product
@@ -41,14 +43,13 @@ class Spec:
         return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
 
 
-def side_by_side(x: Tensor, k: int) -> Tensor:
-    """``(k m, C, ...)`` as ``(m, k C, ...)``: the parts' channels beside each other."""
-    m = len(x) // k
-    return x.reshape(k, m, *x.shape[1:]).transpose(0, 1).reshape(m, -1, *x.shape[2:])
+def side_by_side(x: Tensor) -> Tensor:
+    """``(k, m, C, ...)`` as ``(m, k C, ...)``: the parts' channels beside each other."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def below(y: Tensor, k: int) -> Tensor:
-    """The inverse of :func:`side_by_side`."""
+    """The inverse of :func:`side_by_side`: ``(k m, C, ...)``."""
     return y.reshape(len(y), k, -1, *y.shape[2:]).transpose(0, 1).reshape(len(y) * k, -1, *y.shape[2:])
 
 
@@ -65,24 +66,31 @@ class Convolved:
         rows = min(parts.m, parts.n) * self.left[0, :, 0].numel()
         return rows, self.spec.shape[0], self.spec.shape[1:].numel()
 
-    def full(self, parts: Parts) -> list[Tensor]:
-        """``G_k`` by chunk: ``(parts, C_out, C_in / groups * kernel)``."""
-        made = []
-        for x, delta in zip(parts.chunks(self.x), parts.chunks(self.left), strict=True):
-            k = len(x)
-            if x.shape[1] >= LOOP:
-                W = delta.new_empty(1).expand(self.spec.shape)  # for its shape alone
-                G = [
-                    self.spec.backward(d, a, W, self.spec.groups, [False, True])[1]
-                    for d, a in zip(delta, x, strict=True)
-                ]
-                made.append(torch.stack(G).reshape(k, self.spec.shape[0], -1))
-                continue
-            W = delta.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])
-            x, delta = side_by_side(x.flatten(0, 1), k), side_by_side(delta.flatten(0, 1), k)
-            whole = self.spec.backward(delta, x, W, k * self.spec.groups, [False, True])[1]
-            made.append(whole.reshape(k, self.spec.shape[0], -1))
-        return made
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``G_k``."""
+        return self.spec.shape[0], self.spec.shape[1:].numel()
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """What :meth:`write` wants of the parts."""
+        return self.left, self.x
+
+    def write(self, G: Tensor, left: Tensor, x: Tensor, add: bool) -> None:
+        """``G_k`` of some parts, or add them to what is there."""
+        k = len(x)
+        if x.shape[1] >= LOOP:
+            W = left.new_empty(1).expand(self.spec.shape)  # for its shape alone
+            pairs = zip(left, x, strict=True)
+            made = [
+                self.spec.backward(d, a, W, self.spec.groups, [False, True])[1].reshape(G[0].shape) for d, a in pairs
+            ]
+        else:
+            W = left.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])
+            where = side_by_side(left), side_by_side(x), W, k * self.spec.groups, [False, True]
+            G, made = G[None], [self.spec.backward(*where)[1].reshape(G.shape)]
+        for to, g in zip(G, made, strict=True):
+            to.add_(g) if add else to.copy_(g)
 
     def dense(self) -> Dense:
         """The same as a product of patches."""
@@ -96,39 +104,50 @@ def unfolded(x: Tensor, spec: Spec) -> Tensor:
     return F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
 
 
-class PartwiseConv(torch.autograd.Function):
-    """``conv(x_k, P_k) + b_k``: to ``x`` gradients go through ``P_k``, to ``W`` and ``b`` as if they were these."""
+class HeldConv(torch.autograd.Function):
+    """``y_k = conv(x_k, P_k) + b_k``: ``x`` has gradients through ``P_k``, ``W`` and ``b`` as if they were these."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, P: Tensor, b_k: Tensor | None, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
-        """``x``: ``(k m, C, ...)``; ``P``: ``(k, *W.shape)``; ``b_k``: ``(k, C_out)``."""
-        ctx.save_for_backward(x, P)
-        ctx.spec, ctx.dtype = spec, W.dtype
-        k = len(P)
-        if len(x) // k >= LOOP:
-            biases = [None] * k if b_k is None else b_k
-            parts = zip(x.chunk(k), P, biases, strict=True)
-            return torch.cat([spec.forward(a, p, spec.groups, c) for a, p, c in parts])
-        bias = None if b_k is None else b_k.flatten()
-        return below(spec.forward(side_by_side(x, k), P.flatten(0, 1), k * spec.groups, bias), k)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, weights: Blocks, b_k: Sequence[Any], spec: Spec
+    ) -> Tensor:
+        """``x``: ``(n, q, C, ...)``; ``b_k``: by chunk, ``(k, C_out)`` or nothing."""
+        ctx.save_for_backward(x, W)
+        ctx.weights, ctx.spec = weights, spec
+        x_k = weights.parts.chunks(x)
+        made: list[Tensor] = []
+        for c, at, P in weights():
+            P, a, bias = P.reshape(-1, *spec.shape), x_k[c][at], None if b_k[c] is None else b_k[c][at]
+            if a.shape[1] >= LOOP:
+                made += [spec.forward(a[i], p, spec.groups, None if bias is None else bias[i]) for i, p in enumerate(P)]
+            else:
+                shift = None if bias is None else bias.flatten()
+                y = spec.forward(side_by_side(a), P.flatten(0, 1), len(P) * spec.groups, shift)
+                made.append(below(y, len(P)))
+        return torch.cat(made).reshape(*x.shape[:2], *made[0].shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``W`` and ``b``."""
-        x, P = ctx.saved_tensors
-        spec, k, dx, dW = ctx.spec, len(P), None, None
-        if ctx.needs_input_grad[0] and len(x) // k >= LOOP:
-            rows = zip(delta.chunk(k), x.chunk(k), P, strict=True)
-            dx = torch.cat([spec.backward(d, a, p, spec.groups, [True, False])[0] for d, a, p in rows])
-        elif ctx.needs_input_grad[0]:
-            shape = x.new_empty(1).expand(len(x) // k, k * x.shape[1], *x.shape[2:])  # read for its shape alone
-            d, groups = side_by_side(delta, k), k * spec.groups
-            dx = below(spec.backward(d, shape, P.flatten(0, 1), groups, [True, False])[0], k)
-        if ctx.needs_input_grad[3]:
-            dW = spec.backward(delta, x, P[0], spec.groups, [False, True])[1].to(ctx.dtype)
-        db = delta.flatten(2).sum((0, 2), dtype=ctx.dtype) if ctx.needs_input_grad[4] else None
-        return dx, None, None, dW, db, None
+        (x, W), weights, spec, dx, dW = ctx.saved_tensors, ctx.weights, ctx.spec, None, None
+        if ctx.needs_input_grad[0]:
+            x_k, delta_k, made = weights.parts.chunks(x), weights.parts.chunks(delta), []
+            for c, at, P in weights():
+                P, a, d = P.reshape(-1, *spec.shape), x_k[c][at], delta_k[c][at]
+                if a.shape[1] >= LOOP:
+                    parts = zip(d, a, P, strict=True)
+                    made += [spec.backward(d_i, a_i, p, spec.groups, [True, False])[0] for d_i, a_i, p in parts]
+                else:
+                    k, like = len(P), a.new_empty(1).expand(a.shape[1], len(P) * a.shape[2], *a.shape[3:])  # a shape
+                    whole = spec.backward(side_by_side(d), like, P.flatten(0, 1), k * spec.groups, [True, False])[0]
+                    made.append(below(whole, k))
+            dx = torch.cat(made).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            like = x.new_empty(1).expand(spec.shape)  # for its shape alone
+            dW = spec.backward(delta.flatten(0, 1), x.flatten(0, 1), like, spec.groups, [False, True])[1].to(W.dtype)
+        db = delta.flatten(3).sum((0, 1, 3), dtype=W.dtype) if ctx.needs_input_grad[2] else None
+        return dx, dW, db, None, None, None
 
 
 class Conv:
@@ -190,29 +209,25 @@ class Conv:
             y = func(x, W, None, spec.stride, spec.padding, spec.dilation, spec.groups)
             rows = see.rows_of(site, b, bias, y.shape[:1])  # type: ignore[arg-type]
             return (y + rows.reshape(*rows.shape, *[1] * self.dims)).to(x.dtype)
-        see_with = self.with_held if see.matrix(site)[0].whole else self.with_patches
+        see_with = self.with_held if isinstance(see.matrices[weight][0], Held) else self.with_patches
         return see_with(see, site, x, W, b, spec)
 
     def with_held(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
         """``conv(x, W + eps_k) + b_k`` with ``W + eps_k`` in memory."""
-        gradient, scale = see.matrix(site)
-        x_e = site.by_example(x)
-        P = gradient.perturbed(W, scale, x.dtype)
-        biases: Any = [None] * len(P)
+        weights = Blocks(*see.matrices[site.weight], W, x.dtype)  # type: ignore[arg-type, index]
+        b_k: Sequence[Any] = [None] * len(see.parts.spans)
         if b is not None:
-            biases = see.parts.split(see.of_parts(b, site.bias).to(x.dtype).expand(see.parts.k, -1))
-        made = []
-        for x_k, P_k, b_k in zip(see.parts.chunks(x_e), P, biases, strict=True):
-            y = PartwiseConv.apply(x_k.flatten(0, 1), P_k.reshape(-1, *W.shape), b_k, W, b, spec)  # type: ignore[no-untyped-call]
-            made.append(y.reshape(len(x_k), -1, *y.shape[1:]))
-        return site.by_row(see.parts.join(made, x_e.shape[1]), (len(x),))
+            b_k = see.parts.split(see.of_parts(b, site.bias).to(x.dtype))
+        y: Tensor = HeldConv.apply(site.by_example(x), W, b, weights, b_k, spec)  # type: ignore[no-untyped-call]
+        return site.by_row(y, (len(x),))
 
     def with_patches(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
         """``conv(x, W) + b`` and the perturbation as a product of patches."""
         y = spec.forward(x, W.to(x.dtype), spec.groups)
         patches = site.by_example(unfolded(x, spec))  # (n, q, positions, columns)
         q, positions = patches.shape[1:3]
-        extra = Extra.apply(patches.flatten(1, 2), Product(*see.matrix(site)), len(W))  # type: ignore[no-untyped-call]
+        product = Product(*see.matrices[site.weight])  # type: ignore[arg-type, index]
+        extra = Extra.apply(patches.flatten(1, 2), product, len(W))  # type: ignore[no-untyped-call]
         rows = site.by_row(extra.unflatten(1, (q, positions)), (len(x),))
         y = y + rows.mT.reshape(y.shape)
         if b is None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from steppe.factored.lookups import Coalesced, Lookup
+from steppe.factored.held import Held
+from steppe.factored.lookups import Lookup
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Gradient
 
@@ -84,11 +85,12 @@ class Embedding:
         return PartwiseEmbedding.apply(W, rows, index, padding)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def rows(see: See, index: Tensor, W: Tensor, gradient: Gradient | Coalesced, scale: Tensor) -> Tensor:
+    def rows(see: See, index: Tensor, W: Tensor, gradient: Gradient, scale: Tensor) -> Tensor:
         """``W[index] + eps_k[index]`` for indices of ``(n, q)``."""
-        if isinstance(gradient, Gradient) and gradient.whole:
-            pairs = zip(gradient.perturbed(W, scale, W.dtype), see.parts.chunks(index), strict=True)
-            looked = [P.gather(1, i[..., None].expand(-1, -1, W.shape[1])) for P, i in pairs]
+        if isinstance(gradient, Held):
+            chunks, width = see.parts.chunks(index), W.shape[1]
+            blocks = gradient.perturbed(W, scale, W.dtype)
+            looked = [P.gather(1, chunks[c][at][..., None].expand(-1, -1, width)) for c, at, P in blocks]
             return see.parts.join(looked, index.shape[1])
         eps = see.parts.spread(scale)[:, None, None].to(W.dtype) * gradient.rows(index)
         return W[index] + eps

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from steppe.factored.conv import Convolved, settle
 from steppe.factored.cost import Cost
+from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, Small
-from steppe.factored.terms import Dense, Gradient
+from steppe.factored.terms import Dense, Factored, Gradient
 
-Gradients = tuple[Mapping[int, Gradient | Coalesced], Mapping[int, Tensor]]
+Gradients = tuple[Mapping[int, Gradient], Mapping[int, Tensor]]
 
 
 def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
@@ -32,23 +33,31 @@ def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None 
         cost: which matrices to hold whole.
         rho: by parameter; a bias rides along with the factors of its weight where both have the same.
     """
+    chosen, by_example = choose(look, parts, cost)
+    uses = Counter(i for site in look.sites for i in (site.weight, site.bias))
+    matrices: dict[int, Gradient] = {}
+    for i, (terms, whole) in chosen.items():
+        biases = [t.bias for t in terms if isinstance(t, Dense) and t.bias is not None]
+        if whole or len(terms) > 1 or any(uses[b] > 1 or (rho is not None and rho[b] != rho[i]) for b in biases):
+            terms = [_alone(t, by_example) for t in terms]
+        if whole:
+            matrices[i] = Held(terms, parts, look.pool)
+        else:
+            only_lookups = all(isinstance(t, Lookup) for t in terms)
+            matrices[i] = Coalesced(terms, parts) if only_lookups else Factored(terms, parts)
+    for i in by_example.keys() & chosen.keys():
+        raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly")
+    return matrices, _by_part(by_example, parts)
+
+
+def choose(look: Look, parts: Parts, cost: Cost) -> tuple[dict[int, tuple[list[Any], bool]], Small]:
+    """By matrix its terms and whether to hold it whole; by other parameter its uses, by example."""
     terms: Matrices = {}
     by_example: Small = {}
     for site in look.sites:
         site.operation.collect(site, terms, by_example)
-    uses = Counter(i for site in look.sites for i in (site.weight, site.bias))
-    matrices: dict[int, Gradient | Coalesced] = {}
-    for i, ts in terms.items():
-        ts = [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in ts]
-        whole = _whole(ts, parts, cost)
-        biases = [t.bias for t in ts if isinstance(t, Dense) and t.bias is not None]
-        if whole or len(ts) > 1 or any(uses[b] > 1 or (rho is not None and rho[b] != rho[i]) for b in biases):
-            ts = [_alone(t, by_example) for t in ts]
-        coalesces = not whole and all(isinstance(t, Lookup) for t in ts)
-        matrices[i] = Coalesced(ts, parts) if coalesces else Gradient(ts, parts, whole)
-    for i in by_example.keys() & terms.keys():
-        raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly")
-    return matrices, _by_part(by_example, parts)
+    settled = {i: [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in ts] for i, ts in terms.items()}
+    return {i: (ts, _whole(ts, parts, cost)) for i, ts in settled.items()}, by_example
 
 
 def _alone(term: Any, by_example: Small) -> Any:

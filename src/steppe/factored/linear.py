@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steppe.factored.held import Held
+from steppe.factored.parts import Parts
 from steppe.factored.tape import Look, Matrices, See, Site, Small
 from steppe.factored.terms import Dense, Product
 
@@ -19,23 +23,55 @@ def low(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """``P_k = W + s_k G_k`` block by block; ``turned`` where ``G_k`` is a gradient of ``W^T``."""
+
+    gradient: Held
+    scale: Tensor
+    W: Tensor
+    dtype: torch.dtype
+    turned: bool = False
+
+    @property
+    def parts(self) -> Parts:
+        """The micro-batches."""
+        return self.gradient.parts
+
+    def __call__(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Chunk, parts of the chunk and their weights, ``(parts, height, columns)``."""
+        for c, at, P in self.gradient.perturbed(self.W.mT if self.turned else self.W, self.scale, self.dtype):
+            yield c, at, P.mT if self.turned else P
+
+
 class HeldLinear(torch.autograd.Function):
     """``y_k = x_k P_k^T + b_k``: to ``x`` gradients go through ``P_k``, to ``W`` and ``b`` as if they were these."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, P: Tensor, b_k: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
-        """``x``: ``(k, rows, columns)``; ``P``: ``(k, height, columns)``; ``b_k``: ``(k or 1, 1, height)``."""
-        ctx.save_for_backward(x, P)
-        ctx.dtype = W.dtype
-        return x @ P.mT if b_k is None else torch.baddbmm(b_k, x, P.mT)
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, weights: Blocks, b_k: Sequence[Any]) -> Tensor:
+        """``x``: ``(n, q, columns)``; ``b_k``: by chunk, ``(k, 1, height)`` or nothing."""
+        ctx.save_for_backward(x)
+        ctx.dtype, ctx.weights = W.dtype, weights
+        y = x.new_empty(*x.shape[:2], len(W))
+        x_k, y_k = weights.parts.chunks(x), weights.parts.chunks(y)
+        for c, at, P in weights():
+            if b_k[c] is None:
+                torch.bmm(x_k[c][at], P.mT, out=y_k[c][at])
+            else:
+                torch.baddbmm(b_k[c][at], x_k[c][at], P.mT, out=y_k[c][at])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``W`` and ``b``."""
-        x, P = ctx.saved_tensors
-        dx = delta @ P if ctx.needs_input_grad[0] else None
-        return dx, None, None, *of_parameters(ctx, delta, x, ctx.needs_input_grad[3:])
+        (x,), weights, dx = ctx.saved_tensors, ctx.weights, None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            dx_k, delta_k = weights.parts.chunks(dx), weights.parts.chunks(delta)
+            for c, at, P in weights():
+                torch.bmm(delta_k[c][at], P, out=dx_k[c][at])
+        return dx, *of_parameters(ctx, delta, x, ctx.needs_input_grad[1:3]), None, None
 
 
 class FactoredLinear(torch.autograd.Function):
@@ -113,25 +149,20 @@ class Linear:
         if weight is None:
             return see.plus(site, F.linear(x, W), b).to(x.dtype)
         x_e = site.by_example(x)
-        see_with = self.with_held if see.matrix(site)[0].whole else self.with_factors
+        see_with = self.with_held if isinstance(see.matrices[weight][0], Held) else self.with_factors
         return site.by_row(see_with(see, site, x_e, W, b), x.shape[:-1])
 
     def with_held(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """``x (W + eps_k)^T + b_k`` with ``W + eps_k`` in memory."""
-        gradient, scale = see.matrix(site)
-        P = gradient.perturbed(W.mT if self.transposed else W, scale, x.dtype)
-        b_k = None if b is None else see.of_parts(b, site.bias)[:, None].to(x.dtype)
-        biases = [b_k] * len(P) if b_k is None or len(b_k) == 1 else see.parts.split(b_k)
-        made = [
-            HeldLinear.apply(x_k, P_k.mT if self.transposed else P_k, c, W, b)  # type: ignore[no-untyped-call]
-            for x_k, P_k, c in zip(see.parts.chunks(x), P, biases, strict=True)
-        ]
-        return see.parts.join(made, x.shape[1])
+        weights = Blocks(*see.matrices[site.weight], W, x.dtype, self.transposed)  # type: ignore[arg-type, index]
+        b_k: Sequence[Any] = [None] * len(see.parts.spans)
+        if b is not None:
+            b_k = see.parts.split(see.of_parts(b, site.bias)[:, None].to(x.dtype))
+        return HeldLinear.apply(x, W, b, weights, b_k)  # type: ignore[no-any-return, no-untyped-call]
 
     def with_factors(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """``x (W + eps_k)^T + b_k`` with ``eps_k`` as factors."""
-        gradient, scale = see.matrix(site)
         rides = site.bias not in see.small
         b_eps = None if rides else see.parts.spread(see.small[site.bias])[:, None].to(x.dtype)  # type: ignore[index]
-        product = Product(gradient, scale, self.transposed)
+        product = Product(*see.matrices[site.weight], self.transposed)  # type: ignore[arg-type, index]
         return FactoredLinear.apply(x, W, b, product, b_eps)  # type: ignore[no-any-return, no-untyped-call]

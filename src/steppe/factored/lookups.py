@@ -28,24 +28,31 @@ class Lookup:
         """With every example's loss times ``c_i``."""
         return Lookup(self.index, self.right * c[:, None, None], self.height)
 
-    def full(self, parts: Parts) -> list[Tensor]:
-        """``G_k`` by chunk: ``(parts, height, columns)``."""
-        made = []
-        for index, right in zip(parts.chunks(self.index), parts.chunks(self.right), strict=True):
-            zero = right.new_zeros(len(right), self.height, right.shape[-1])
-            made.append(zero.scatter_add(1, index[..., None].expand_as(right), right))
-        return made
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``G_k``."""
+        return self.height, self.right.shape[-1]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """What :meth:`write` wants of the parts."""
+        return self.index, self.right
+
+    @staticmethod
+    def write(G: Tensor, index: Tensor, right: Tensor, add: bool) -> None:
+        """``G_k`` of some parts, or add them to what is there."""
+        (G if add else G.zero_()).scatter_add_(1, index[..., None].expand_as(right), right.to(G.dtype))
 
     def add_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
         """``y_k += s_k x_k G_k^T`` in place."""
         for y_k, x_k, s_k, index, right in parts.beside(y, x, s, self.index, self.right):
-            products = times(x_k @ right.mT, s_k)
+            products = times(x_k @ right.to(x.dtype).mT, s_k)
             y_k.scatter_add_(2, index[:, None].expand_as(products), products)
 
     def add_transposed_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
         """``y_k += s_k x_k G_k`` in place."""
         for y_k, x_k, s_k, index, right in parts.beside(y, x, s, self.index, self.right):
-            y_k.baddbmm_(times(columns(x_k, index), s_k), right)
+            y_k.baddbmm_(times(columns(x_k, index), s_k), right.to(y.dtype))
 
     def rows(self, index: Tensor, parts: Parts) -> list[Tensor]:
         """``G_k[index]`` by chunk, for indices of ``(n, q)``."""
@@ -59,8 +66,6 @@ class Coalesced:
     As many rows as there are lookups are kept; those of one part and index are added up, the rest stay zero. All sizes
     are known beforehand, so that no device is waited for.
     """
-
-    whole = False
 
     def __init__(self, terms: Sequence[Lookup], parts: Parts) -> None:
         self.parts, self.height = parts, terms[0].height
@@ -88,9 +93,6 @@ class Coalesced:
         keys = self._keys(self.parts, index)
         place = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
         return torch.where((self.keys[place] == keys)[..., None], self.sums[place], 0)
-
-    def settle(self) -> None:
-        """Nothing is held twice."""
 
     def weighted(self, c: Tensor) -> Tensor:
         """``sum_k c_k G_k``."""

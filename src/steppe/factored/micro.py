@@ -89,8 +89,6 @@ def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
         eps = {i: scale[rho[i]].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
         eps_squares = _sum(scale[radius].square() * square for radius, square in squares.items())
         f.note_parts(norms, eps_squares.clamp_min(0).sqrt(), parts.sizes(total) / factors.n)
-    for gradient in matrices.values():
-        gradient.settle()
     for site in factors.look.sites:  # their memory serves the second pass
         site.kept = None
         site.deltas.clear()

@@ -15,7 +15,7 @@ from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
 from steppe.factored.plan import fall_back, plan_for, refusal
 from steppe.factored.tape import Look
-from steppe.factored.terms import Gradient, squared_norms
+from steppe.factored.terms import Factored, squared_norms
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 from steppe.vector import Vector
@@ -61,7 +61,7 @@ class Factors:
             c = self.n * p
             for i, gradient in matrices.items():
                 made[i] = gradient.weighted(c).reshape(self.parameters[i].shape)
-                if isinstance(gradient, Gradient) and gradient.bias is not None:
+                if isinstance(gradient, Factored) and gradient.bias is not None:
                     made[gradient.bias] = gradient.weighted_bias(c)
             for i, t in small.items():
                 made[i] = (c.to(t.dtype) @ t.flatten(1)).reshape(self.parameters[i].shape)
@@ -91,7 +91,7 @@ def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
     if not reason or (plan.mixes and f.parallel is True):
         before = RandomState.now(f.point.devices)
         try:
-            look = Look(plan.tracked, OPERATIONS)
+            look = Look(plan.tracked, OPERATIONS, plan.pool)
             wrt = None if uses_g else [False] * len(f.point.parameters)
             g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
             plan.apply(look)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
 from steppe.factored.cost import HELD, TWO_PASSES
 from steppe.factored.embedding import Embedding
-from steppe.factored.gradients import gradients
+from steppe.factored.gradients import choose, gradients
+from steppe.factored.held import Held, Pool
 from steppe.factored.lookups import Lookup
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
 from steppe.factored.still import NoDropout, shaken
 from steppe.factored.tape import CannotFactor, Look, See, Site, Tracked, Unsure
-from steppe.factored.terms import Gradient
 from steppe.oracle import Oracle
 from steppe.passes import Passes
 from steppe.replay import RandomState
@@ -37,6 +37,7 @@ class Plan:
     reason: str = ""
     final: bool = True  # whether another batch could change the verdict
     mixes: bool = False  # batch normalisation: examples influence one another through whole-batch statistics
+    pool: Pool = field(default_factory=Pool, compare=False)
     cost: float = 1.0  # of plain SAM in shared passes, in units of its usual way
 
     def apply(self, look: Look) -> None:
@@ -163,7 +164,7 @@ class _Rehearsal:
         """By parameter, what the first micro-batch of ``m`` contributes to the gradient."""
         with torch.no_grad():
             matrices, small = gradients(look, Parts(self.n, m), HELD)
-        rows = {i: gradient.full()[0][0] for i, gradient in matrices.items() if isinstance(gradient, Gradient)}
+        rows = {i: gradient.chunks[0][0] for i, gradient in matrices.items() if isinstance(gradient, Held)}
         rows |= {i: t[0] for i, t in small.items()}
         return [rows[i].reshape(p.shape) if i in rows else None for i, p in enumerate(self.f.point.parameters)]
 
@@ -248,14 +249,14 @@ def _cost(look: Look) -> float:
     """
     parts = Parts(look.tracked.n, look.tracked.n)
     with torch.no_grad():
-        matrices, _ = gradients(look, parts, TWO_PASSES)
+        chosen, _ = choose(look, parts, TWO_PASSES)
     usual = shared = 0.0
-    for gradient in (g for g in matrices.values() if isinstance(g, Gradient)):
-        for term in gradient.terms:
+    for terms, whole in chosen.values():
+        for term in terms:
             if isinstance(term, Lookup):
                 continue
             rows, height, width = term.shape(parts)
             usual += 6.0 * rows * height * width
             gram = 5.0 * rows * height * width + 3.0 * rows * rows * (height + width)
-            shared += 6.0 * rows * height * width if gradient.whole else gram
+            shared += 6.0 * rows * height * width if whole else gram
     return shared / usual if usual else 1.0

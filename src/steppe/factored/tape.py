@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from steppe.factored.lookups import Coalesced
+from steppe.factored.held import Pool
 from steppe.factored.parts import Layout, Parts
 from steppe.factored.terms import Gradient
 
@@ -139,8 +139,9 @@ class Tape(TorchFunctionMode):
 class Look(Tape):
     """The first pass: an ordinary forward that records each site's input and, in backward, its output's gradient."""
 
-    def __init__(self, tracked: Tracked, operations: Mapping[Any, Any]) -> None:
+    def __init__(self, tracked: Tracked, operations: Mapping[Any, Any], pool: Pool | None = None) -> None:
         super().__init__(tracked, operations)
+        self.pool = pool
         self.spark: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def handle(self, operation: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -201,7 +202,7 @@ class See(Tape):
         operations: Mapping[Any, Any],
         sites: list[Site],
         parts: Parts,
-        matrices: Mapping[int, tuple[Gradient | Coalesced, Tensor]],
+        matrices: Mapping[int, tuple[Gradient, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
         super().__init__(tracked, operations)
@@ -231,15 +232,11 @@ class See(Tape):
         return p + eps[rows].reshape(first, *others, *p.shape)
 
     def of_parts(self, p: Tensor, index: int | None) -> Tensor:
-        """``p + eps_k`` without its gradient: ``(k, *p.shape)``, or ``(1, *p.shape)`` where it does not differ."""
-        p = p.detach()[None]
-        return p if index is None or index not in self.small else p + self.small[index].to(p.dtype)
-
-    def matrix(self, site: Site) -> tuple[Gradient, Tensor]:
-        """The gradients of a site's weight, and the factor that makes ``eps_k`` of each."""
-        gradient, scale = self.matrices[site.weight]  # type: ignore[index]
-        assert isinstance(gradient, Gradient)
-        return gradient, scale
+        """``p + eps_k`` of every part, without its gradient: ``(k, *p.shape)``."""
+        p = p.detach()
+        if index is None or index not in self.small:
+            return p.expand(self.parts.k, *p.shape)
+        return p + self.small[index].to(p.dtype)
 
     def plus(self, site: Site, y: Tensor, b: Tensor | None) -> Tensor:
         """``y + b``, each micro-batch with its own ``b``; channels last."""

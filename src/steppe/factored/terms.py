@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup, columns, times
 from steppe.factored.parts import Parts
 from steppe.vector import wide
@@ -42,19 +43,33 @@ class Dense:
         """Rows in a part, height and width of ``G_k``."""
         return min(parts.m, parts.n) * self.left.shape[1], self.left.shape[-1], self.right.shape[-1]
 
-    def full(self, parts: Parts) -> list[Tensor]:
-        """``G_k`` by chunk: ``(parts, rows, columns)``."""
-        return [left.mT @ right for left, right in parts.beside(self.left, self.right)]
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``G_k``."""
+        return self.left.shape[-1], self.right.shape[-1]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """What :meth:`write` wants of the parts."""
+        return self.left, self.right
+
+    @staticmethod
+    def write(G: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        """``G_k`` of some parts, or add them to what is there."""
+        if G.dtype == left.dtype:
+            torch.baddbmm(G, left.mT, right, beta=int(add), out=G)
+        else:  # under autocast, beside a lookup
+            G.add_(left.mT @ right) if add else G.copy_(left.mT @ right)
 
     def add_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
         """``y_k += s_k (x_k, 1) G_k^T`` in place, the 1 where a bias rides along."""
         for y_k, x_k, s_k, left, right in parts.beside(y, x, s, self.left, self.right):
-            y_k.baddbmm_(times(self._plus_ones(x_k @ right.mT), s_k), left)
+            y_k.baddbmm_(times(self._plus_ones(x_k @ right.to(x.dtype).mT), s_k), left.to(y.dtype))
 
     def add_transposed_times(self, y: Tensor, x: Tensor, s: Tensor, parts: Parts) -> None:
         """``y_k += s_k x_k G_k`` in place."""
         for y_k, x_k, s_k, left, right in parts.beside(y, x, s, self.left, self.right):
-            y_k.baddbmm_(times(x_k @ left.mT, s_k), right)
+            y_k.baddbmm_(times(x_k @ left.to(x.dtype).mT, s_k), right.to(y.dtype))
 
     def rows(self, index: Tensor, parts: Parts) -> list[Tensor]:
         """``G_k[index]`` by chunk, for indices of ``(n, q)``."""
@@ -68,48 +83,16 @@ Term = Dense | Lookup
 
 
 @dataclass
-class Gradient:
-    """Every micro-batch's gradient of one matrix: a sum of terms, one a use of the parameter.
-
-    ``whole`` says whether the gradients are held whole or stay factors: a cost rule, from shapes alone.
-    """
+class Factored:
+    """Every micro-batch's gradient of one matrix as factors: a sum of terms, one a use of the parameter."""
 
     terms: Sequence[Term]
     parts: Parts
-    whole: bool
-    _full: list[Tensor] | None = None
-    _weights: list[Tensor] | None = None
 
     @property
     def bias(self) -> int | None:
         """The parameter whose gradient rides along."""
         return next((term.bias for term in self.terms if isinstance(term, Dense)), None)
-
-    def squares(self) -> Tensor:
-        """``norm(G_k)^2`` of gradients held whole, shape ``(k,)``, in at least float32."""
-        return self.parts.together([_squares(g) for g in self.full()])
-
-    def full(self) -> list[Tensor]:
-        """``G_k`` by chunk, made once."""
-        if self._full is None:
-            sums = [term.full(self.parts) for term in self.terms]
-            self._full = [sum(chunk[1:], chunk[0]) for chunk in zip(*sums, strict=True)]
-        return self._full
-
-    def settle(self) -> None:
-        """Let go of the factors where the gradients are held whole."""
-        if self.whole:
-            self.full()
-            self.terms = []
-
-    def perturbed(self, W: Tensor, scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """``W + scale_k G_k`` by chunk, made once, in the memory of ``G_k``."""
-        if self._weights is None:
-            with torch.no_grad():
-                pairs = zip(self.full(), self.parts.split(scale.to(W.dtype)), strict=True)
-                self._weights = [_plus(W, g, s[:, None, None]) for g, s in pairs]
-            self._full = None
-        return [P.to(dtype) for P in self._weights]
 
     def rows(self, index: Tensor) -> Tensor:
         """``G_k[index]`` for indices of ``(n, q)``: ``(n, q, columns)``."""
@@ -117,12 +100,9 @@ class Gradient:
         return self.parts.join([sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)], index.shape[1])
 
     def weighted(self, c: Tensor) -> Tensor:
-        """``sum_k c_k G_k`` over parts of one example each; one product where they are factors."""
-        if self.whole:
-            (G,) = self.full()
-            return (c.to(G.dtype) @ G.flatten(1)).reshape(G.shape[1:])
+        """``sum_k c_k G_k`` over parts of one example each, by one product."""
         n = self.parts.n
-        return Gradient([term.scaled(c.to(term.right.dtype)) for term in self.terms], Parts(n, n), True).full()[0][0]
+        return Held([term.scaled(c.to(term.right.dtype)) for term in self.terms], Parts(n, n)).chunks[0][0]
 
     def weighted_bias(self, c: Tensor) -> Tensor:
         """The same of the bias that rides along."""
@@ -131,11 +111,14 @@ class Gradient:
         return c.to(term.left.dtype) @ term.left.sum(1)
 
 
-def squared_norms(gradients: Iterable[Gradient | Coalesced], small: Iterable[Tensor]) -> Tensor:
+Gradient = Factored | Held | Coalesced
+
+
+def squared_norms(gradients: Iterable[Gradient], small: Iterable[Tensor]) -> Tensor:
     """``norm(G_k)^2`` over all of these parameters together, shape ``(k,)``, in at least float32."""
     gradients, small = list(gradients), list(small)
-    factored = [g for g in gradients if isinstance(g, Gradient) and not g.whole]
-    found = [g.squares() for g in gradients if isinstance(g, Coalesced) or g.whole]
+    factored = [g for g in gradients if isinstance(g, Factored)]
+    found = [g.squares() for g in gradients if not isinstance(g, Factored)]
     if small:
         found.append(wide(torch.cat([t.flatten(1) for t in small], 1)).square().sum(1))
     if factored:
@@ -143,7 +126,7 @@ def squared_norms(gradients: Iterable[Gradient | Coalesced], small: Iterable[Ten
     return sum(found[1:], found[0])
 
 
-def _squares_of_factors(gradients: Sequence[Gradient]) -> Tensor:
+def _squares_of_factors(gradients: Sequence[Factored]) -> Tensor:
     square, size = _grams(gradients)
     noise = size * (1e-3 if square.dtype == torch.float32 else 1e-9)
     if square.device.type != "cpu":
@@ -153,7 +136,7 @@ def _squares_of_factors(gradients: Sequence[Gradient]) -> Tensor:
     return square.to(size.dtype)
 
 
-def _grams(gradients: Iterable[Gradient]) -> tuple[Tensor, Tensor]:
+def _grams(gradients: Iterable[Factored]) -> tuple[Tensor, Tensor]:
     """``sum <G_k, G_k>``, shape ``(k,)``, without any ``G_k``; and the size of what was summed."""
     parts: Parts | None = None
     total: dict[Any, Tensor] = {}  # products of equal shape are added before they are summed
@@ -198,21 +181,11 @@ def _left_products(a: Term, b: Term, parts: Parts) -> list[Tensor]:
     raise TypeError((a, b))
 
 
-def _plus(W: Tensor, G: Tensor, s: Tensor) -> Tensor:
-    W = W.detach().reshape(G.shape[1:])
-    return torch.addcmul(W, G, s, out=G) if G.dtype == W.dtype else W + s * G
-
-
-def _squares(g: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide(g[:0]).dtype)
-    return norms.square()
-
-
 @dataclass(frozen=True)
 class Product:
     """``x_k -> s_k x_k G_k^T`` with ``G_k`` as factors; ``turned`` where ``G_k`` is a gradient of ``W^T``."""
 
-    gradient: Gradient
+    gradient: Factored
     scale: Tensor
     turned: bool = False
 
