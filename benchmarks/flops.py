@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
 
 
 def conv_backward(grad: Any, x: Any, w: Any, *rest: Any, out_val: Any = None, **_: Any) -> int:
@@ -22,9 +24,18 @@ def conv_backward(grad: Any, x: Any, w: Any, *rest: Any, out_val: Any = None, **
 
 conv_backward._get_raw = True  # type: ignore[attr-defined]  # torch's counter: pass tensors, not shapes
 
+FORMULAS = {  # what torch's counter miscounts, or does not know
+    aten.convolution_backward: conv_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry  # by operation, its formula
+
 
 def flops(step: Callable[[], object]) -> int:
     """Floating-point operations of one step's matrix products, convolutions and attentions."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: conv_backward}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         step()
     return counter.get_total_flops()

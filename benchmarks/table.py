@@ -104,9 +104,74 @@ def step_cost(data: dict[str, Any]) -> str:
     )
 
 
+def floor(data: dict[str, Any]) -> str:
+    """Where the time of a step goes, and where what it takes beyond SAM's comes from."""
+    rows = data["rows"]
+    sam = {row["model"]: row for row in rows if row["way"] == "sam"}
+    parts = ["products (floor)", "other kernels (floor)", "Python, dispatch", "page faults"]
+    terms = ["operations", "their speed", "bytes", "their speed", "Python, dispatch", "page faults"]
+    times = markdown(["model", "step", "ms (range)", "floor", *parts], map(spent, rows))
+    beyond = [shares(row, sam[row["model"]]) for row in rows if row["way"] != "sam"]
+    return (
+        f"{where(data)}. {attained(data['settings']['rates'].values())} Milliseconds of a step, median (range) of "
+        f"{data['settings']['rounds']} rounds at most; the floor is what its kernels would take at these rates. Page "
+        f"faults are part of the kernels' time:\n\n{times}\n"
+        "The same step times as ratios to SAM's. They are the sum of 1 and of: operations counted beyond SAM's, at "
+        "SAM's speed; products slower than SAM's; bytes that other kernels move beyond SAM's, at SAM's speed; other "
+        "kernels slower than SAM's; everything else. Page faults are part of the second and the fourth:\n\n"
+        f"{markdown(['model', 'step', 'time', *terms], beyond)}\n"
+    )
+
+
+def called(row: Row) -> str:
+    """A way to step, in the tables of where its time goes."""
+    return {"sam": "SAM", "rw_exact": "RW-SAM, exact norms"}.get(row["way"], f"m-SAM, m = {row['m']}")
+
+
+def spent(row: Row) -> list[str]:
+    """A step's milliseconds, and their parts."""
+    ms = f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+    kernels = [f"{row[f'{kind}_ms']:.2f} ({row[f'{kind}_floor_ms']:.2f})" for kind in ("product", "other")]
+    whole = row["product_floor_ms"] + row["other_floor_ms"]
+    return [row["model"], called(row), ms, f"{whole:.2f}", *kernels, f"{beside(row):.2f}", f"{row['fault_ms']:.2f}"]
+
+
+def shares(row: Row, sam: Row) -> list[str]:
+    """A step's time as a ratio to SAM's, and what the difference is made of."""
+    terms = [f"{round(term, 2) + 0:+.2f}" for term in extra(row, sam)]  # + 0: no minus zero
+    return [row["model"], called(row), f"{row['ms'] / sam['ms']:.2f}", *terms]
+
+
+def beside(row: Row) -> float:
+    """Milliseconds in no kernel: Python, autograd, dispatch, allocation."""
+    return row["ms"] - row["product_ms"] - row["other_ms"]
+
+
+def extra(row: Row, sam: Row) -> list[float]:
+    """Parts of SAM's step that a step takes beyond it: five terms that add up; and those of page faults, among them."""
+    products = sam["product_ms"] * row["flops"] / sam["flops"]
+    others = sam["other_ms"] * row["other_bytes"] / sam["other_bytes"]
+    terms = [products - sam["product_ms"], row["product_ms"] - products]
+    terms += [others - sam["other_ms"], row["other_ms"] - others]
+    terms += [beside(row) - beside(sam), row["fault_ms"] - sam["fault_ms"]]
+    return [term / sam["ms"] for term in terms]
+
+
+def attained(rates: Iterable[dict[str, Any]]) -> str:
+    """The rates that the floors were made with, as they were over the models."""
+    rates = list(rates)
+    said = lambda values: f"{min(values):.0f} to {max(values):.0f}"  # noqa: E731
+    product, convolution = (said([r["gflops"][kind] for r in rates]) for kind in ("matrix", "convolution"))
+    cached, copied = (said([list(r["gigabytes"].values())[at] for r in rates]) for at in (0, -1))
+    return (
+        f"Attained over the run: products {product} and convolutions {convolution} GFlop/s, copies {cached} GB/s in "
+        f"the caches and {copied} out of them; a page fault takes {said([1e3 * r['fault_us'] for r in rates])} ns."
+    )
+
+
 def tables(records: Path = RECORDS) -> str:
     """Every record's tables."""
-    writers = {"m_sam": m_sam, "step_cost": step_cost}
+    writers = {"m_sam": m_sam, "floor": floor, "step_cost": step_cost}
     found = [record.read(path) for path in sorted(records.glob("*.json"))]
     found = [data for data in found if data["benchmark"] in writers]
     return "\n".join(writers[data["benchmark"]](data).rstrip("\n") + "\n" for data in found)
