@@ -78,7 +78,7 @@ class Held:
         W = W.detach().reshape(self.chunks[0].shape[1:])
         with torch.no_grad():
             for c, (G, s) in enumerate(zip(self.chunks, scales, strict=True)):
-                ranges = list(blocks(G))
+                ranges = blocks(G)
                 in_place = len(ranges) == 1 and G.dtype == W.dtype
                 out = None if G.dtype != W.dtype else G if in_place else G.new_empty(ranges[0][1], *G.shape[1:])
                 for a, b in ranges:
@@ -90,11 +90,11 @@ class Held:
         self._in_place = True
 
 
-def blocks(G: Tensor) -> Iterator[tuple[int, int]]:
+def blocks(G: Tensor) -> list[tuple[int, int]]:
     """Parts that fit into the cache together, first and last + 1; all of them on an accelerator."""
-    k = len(G)
-    step = k if G.device.type != "cpu" else max(1, CACHE // (G[0].numel() * G.element_size()))
-    return ((a, min(a + step, k)) for a in range(0, k, step))
+    k, height, width = G.shape
+    step = k if G.device.type != "cpu" else max(1, CACHE // (height * width * G.element_size()))
+    return [(a, min(a + step, k)) for a in range(0, k, step)]
 
 
 def _squares(g: Tensor) -> Tensor:
