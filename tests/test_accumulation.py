@@ -255,3 +255,28 @@ def test_batches_as_an_ordinary_closure() -> None:
     torch.testing.assert_close([p.grad for p in w.parameters()], g)
     nested = steppe.Batches([steppe.Batches(chunks(w.batch)[:2]), chunks(w.batch)[2]])
     torch.testing.assert_close(nested.losses(), w.batch.losses())
+
+
+def test_zero_grad_and_modules_of_any_model() -> None:
+    """Shared and missing modules, parameters that no optimizer has, a ``zero_grad`` of the model's own."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.none, self.scale = nn.Linear(5, 5), None, nn.Parameter(torch.ones(5))
+            self.register_module("missing", None)
+            self.register_parameter("nothing", None)
+            self.twice = nn.ModuleList([self.a, nn.Sequential(self.a, nn.Linear(5, 3))])
+
+    model = Odd()
+    batch = steppe.Batch(model, lambda model, x: model.twice[1](x * model.scale).sum(1), torch.randn(4, 5))
+    assert {id(m) for m in batch.modules()} == {id(m) for m in model.modules()}
+    assert len(batch.modules()) == len(list(model.modules()))
+    batch()
+    assert all(p.grad is not None for p in model.parameters())
+    batch.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    called = []
+    model.zero_grad = lambda set_to_none=True: called.append(set_to_none)
+    batch.zero_grad()
+    assert called == [True]

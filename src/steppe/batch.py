@@ -89,7 +89,12 @@ class Batch:
 
     def zero_grad(self) -> None:
         """Drop the model's gradients."""
-        self.model.zero_grad(set_to_none=True)
+        if getattr(self.model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
+            return self.model.zero_grad(set_to_none=True)
+        for module in self.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    p.grad = None
 
     def modules(self) -> list[nn.Module]:
         """The model's modules, each once: asked several times a step, and ``nn.Module.modules`` spells out names."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from steppe.batch import Batch, leaves
-from steppe.factored.rehearsal import Plan, described, has_hooks, is_watched, rehearsed
+from steppe.factored.rehearsal import Plan, described, has_hooks, rehearsed
 from steppe.factored.tape import CannotFactor
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
@@ -125,9 +125,11 @@ def refusal(reason: str) -> ValueError:
 
 def _key(f: Oracle, batch: Batch) -> Any:
     shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
+    modules = batch.modules()
+    modes = tuple([m.training for m in modules])
+    watched = any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules])  # noqa: C419
     hooks = any(map(has_hooks, f.point.parameters))
-    modes = tuple([2 if is_watched(m) else m.training for m in batch.modules()])
     autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
-    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, hooks, kind
+    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, watched, hooks, kind
