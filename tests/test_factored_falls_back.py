@@ -21,9 +21,11 @@ class Fails(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
         self.calls, self.at, self.large = 0, (), False
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
         self.calls += 1
+        self.seen += len(x)
         if self.calls in self.at or (self.large and len(x) == N):
             raise torch.OutOfMemoryError(f"tried to allocate {1000 + self.calls} bytes")
         return self.net(x)
@@ -141,6 +143,32 @@ def test_rw_sam_without_memory_takes_the_probe(broken: str, monkeypatch) -> None
         assert opt.telemetry.forwards > 2
     opt.step(batches[1])
     assert opt.telemetry.forwards == 2
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
+    """The probe's step bit for bit, with its masks, statistics and random numbers, whichever batch it was."""
+
+    def parts(batch):
+        return batch.split(4)
+
+    model = example.model(torch.float64)
+    opt = steppe.RWSAM(sgd(model), 0.3)
+    for k in range(4):  # past the rehearsal at the eleventh use
+        opt.step(parts(example.batch(model, N, torch.float64, seed=k)))
+    assert opt.telemetry.forwards == pytest.approx(3)
+    twin, serial = serial_twin(model, opt)
+    batch = example.batch(model, N, torch.float64, seed=9)
+    ends = []
+    for net, optimizer in ((model, opt), (twin, serial)):
+        net.at = (net.calls + at,) if net is model else ()
+        torch.manual_seed(3)
+        optimizer.step(parts(steppe.Batch(net, batch.loss, batch.data)))
+        ends.append([*net.state_dict().values(), torch.get_rng_state().long()])
+    assert same_bits(*ends)
+    model.at, calls = (), model.calls
+    opt.step(parts(batch))
+    assert model.calls == calls + 9  # norms, the weighted gradient, and the one at w + eps
 
 
 # ---- what a plan guards

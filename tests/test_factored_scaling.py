@@ -171,6 +171,20 @@ def test_an_overflow_of_one_gradient_alone_backs_off(where: str) -> None:
     assert torch.equal(before, flat(model))
 
 
+def test_norms_that_overflow_alone_back_off() -> None:
+    """Squares of scaled gradients pass float32 long before the gradients do: without a word the scale would stay."""
+    torch.manual_seed(0)
+    model, s = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), scaler(2.0**80)
+    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), m=4, parallel=True)
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y, scaler=s)
+    for _ in range(40):
+        opt.step(batch)
+        s.update()
+    assert 0 < opt.telemetry.skipped < 30
+    assert opt.telemetry.steps == 40 - opt.telemetry.skipped
+
+
 def test_a_forgotten_update_is_noticed_and_says_nothing_of_the_model() -> None:
     model = EXAMPLES["mlp"].model(torch.float64)
     batch, s = EXAMPLES["mlp"].batch(model, N, torch.float64), scaler()

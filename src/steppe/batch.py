@@ -90,7 +90,8 @@ class Batch:
     def zero_grad(self) -> None:
         """Drop the model's gradients."""
         if getattr(self.model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
-            return self.model.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
+            return
         for module in self.modules():
             for p in module._parameters.values():
                 if p is not None:

@@ -90,9 +90,7 @@ class _Rehearsal:
     def __init__(self, f: Oracle, batch: Batch) -> None:
         self.f, self.batch, self.n = f, batch, len(batch)
         self.passes = Passes(f.point, batch.modules)
-        self.scale = float(
-            batch.loss_scale(f.point.parameters[0].detach())
-        )  # of every loss here, as in float16 training
+        self.scale = float(batch.loss_scale(f.point.parameters[0].detach()))  # of every loss here
 
     def plan(self, tracked: Tracked) -> Plan:
         """Look, find the layouts, and check everything that follows from them."""
