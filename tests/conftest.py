@@ -13,7 +13,7 @@ def rehearsed_once(monkeypatch):
     """Models rehearse at their first step alone, for tests that count or spoil single forwards."""
     from steppe.factored import plan
 
-    monkeypatch.setattr(plan._Entry, "due", lambda self: False)
+    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 import steppe
 from tests.cases import CASES, Case, N, each_base, optimizer, same_bits, world
+from tests.factored_models import EXAMPLES
 
 CUTS = (0, 4, 8, N)  # multiples of m, except the last
 
@@ -21,8 +22,6 @@ def chunks(batch: steppe.Batch, cuts=CUTS) -> list[steppe.Batch]:
 def test_accumulated_is_one_large_batch(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     a, b = optimizer(case, ours, base), optimizer(case, theirs, base)
-    if "RWSAM" in case.name:  # exact norms are those of a batch whose factors are all held
-        a._parallel = b._parallel = False
     cuts = (0, 5, N) if case.name == "micro of every" else CUTS  # its m is 5
     for split, whole in zip(ours.batches(3), theirs.batches(3), strict=True):
         loss = a.step(chunks(split, cuts))
@@ -65,6 +64,126 @@ def test_micro_batches_of_a_batch_each() -> None:
         b.step(theirs.batch)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("combine", [steppe.Perturbed(), steppe.Weighted(0.8)])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "gpt"])
+def test_rw_sam_weighs_the_examples_of_all_batches_by_exact_norms(name: str, combine) -> None:
+    """One softmax over all of them; one batch's factors are held at a time."""
+    found = []
+    for accumulated in (True, False):
+        model = EXAMPLES[name].model(torch.float64)
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        rule = steppe.Rule(steppe.Reweighted(3.0), combine=combine)
+        opt = steppe.SharpnessAware(base, rule, 0.3, parallel=True)
+        for k in range(2):
+            batch = EXAMPLES[name].batch(model, N, torch.float64, seed=k)
+            opt.step(chunks(batch, (0, 5, 6, N)) if accumulated else batch)
+        g = 1 if isinstance(combine, steppe.Weighted) else 0
+        assert opt.telemetry.forwards == pytest.approx(2 + g + accumulated)
+        assert opt.telemetry.backwards == pytest.approx(2 + g + accumulated)
+        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), opt.telemetry))
+    (ours, seen), (theirs, expected) = found
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    for number in ("loss", "loss_adv", "g_norm", "eps_norm", "g_adv_norm"):
+        assert float(getattr(seen, number)) == pytest.approx(float(getattr(expected, number)), rel=1e-9), number
+
+
+def test_a_round_for_norms_is_no_pass_that_counts() -> None:
+    """The weighted gradient draws the masks that the norms were made with, and the statistics see each batch once."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.masks = nn.Linear(5, 8), nn.Linear(8, 3), []
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            mask = nn.functional.dropout(torch.ones(len(x), 8, dtype=x.dtype), 0.5)
+            self.masks.append(mask)
+            self.seen = self.seen + len(x)
+            return self.b(torch.tanh(self.a(x)) * mask)
+
+    torch.manual_seed(0)
+    model = Net().double()
+    w = world()
+    opt = steppe.RWSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, parallel=True)
+    parts = chunks(steppe.Batch.supervised(model, w.criterion, w.x, w.y))
+    torch.manual_seed(1)
+    opt.step(parts)
+    norms, gradient, adv = (model.masks[-9:][i : i + 3] for i in (0, 3, 6))
+    for a, b, c in zip(norms, gradient, adv, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert not torch.equal(norms[0], norms[1])
+    assert int(model.seen) == N
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    for part in parts:
+        part()
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_exact_norms_of_scaled_batches() -> None:
+    ours, theirs, s = world(), world(), torch.amp.GradScaler("cpu", init_scale=256.0)
+    a, b = (steppe.RWSAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1, parallel=True) for w in (ours, theirs))
+    for _ in range(3):
+        a.step(chunks(ours.batch), scaler=s)
+        s.update()
+        b.step(theirs.batch)
+    assert s.get_scale() == 256.0
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
+def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
+    """Norms of two kinds would not be comparable. No pass is made in vain, and ``parallel=True`` says why."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.slope = nn.Linear(5, 3), nn.Parameter(torch.tensor([0.3]))
+
+        def forward(self, x):
+            y = self.a(x[:, :5]) * self.slope
+            return nn.functional.prelu(y, self.slope) if x.shape[1] == 6 else y
+
+    found = []
+    for parallel in ("auto", False):
+        torch.manual_seed(0)
+        model, w = Net().double(), world()
+        opt = steppe.RWSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, parallel=parallel)
+        longer = nn.functional.pad(w.x, (0, 1))
+        parts = [steppe.Batch.supervised(model, w.criterion, x, w.y) for x in (w.x, longer)]
+        for _ in range(3):
+            opt.step(parts)
+        assert opt.telemetry.forwards == pytest.approx(4)
+        found.append(list(model.parameters()))
+    assert same_bits(*found)
+    opt._parallel = True
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="prelu"):
+        opt.step(parts)
+    assert same_bits(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_statistics_and_gradient_noise_of_accumulated_batches(m: int, scaled: bool) -> None:
+    w = world()
+    s = torch.amp.GradScaler("cpu", init_scale=256.0) if scaled else None
+    accumulated = steppe.Batches(chunks(w.batch)).scaled_by(s)
+    kept = w.parameters()[0].grad = torch.ones_like(w.parameters()[0])
+    state = torch.get_rng_state()
+    ours, theirs = (steppe.factored.gradient_statistics(b, m=m) for b in (accumulated, w.batch))
+    assert torch.equal(state, torch.get_rng_state())
+    assert w.parameters()[0].grad is kept
+    for name in ("norms", "g_norm", "trace", "signal_to_noise"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
+    if m == 1:
+        opt = steppe.GSAM(torch.optim.SGD(w.parameters(), lr=0.1), gradient_noise=True)
+        opt.step(accumulated)
+        torch.testing.assert_close(opt.telemetry.trace_V, theirs.trace)
 
 
 def test_batches_of_different_shapes_and_dropout() -> None:
@@ -136,3 +255,28 @@ def test_batches_as_an_ordinary_closure() -> None:
     torch.testing.assert_close([p.grad for p in w.parameters()], g)
     nested = steppe.Batches([steppe.Batches(chunks(w.batch)[:2]), chunks(w.batch)[2]])
     torch.testing.assert_close(nested.losses(), w.batch.losses())
+
+
+def test_zero_grad_and_modules_of_any_model() -> None:
+    """Shared and missing modules, parameters that no optimizer has, a ``zero_grad`` of the model's own."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.none, self.scale = nn.Linear(5, 5), None, nn.Parameter(torch.ones(5))
+            self.register_module("missing", None)
+            self.register_parameter("nothing", None)
+            self.twice = nn.ModuleList([self.a, nn.Sequential(self.a, nn.Linear(5, 3))])
+
+    model = Odd()
+    batch = steppe.Batch(model, lambda model, x: model.twice[1](x * model.scale).sum(1), torch.randn(4, 5))
+    assert {id(m) for m in batch.modules()} == {id(m) for m in model.modules()}
+    assert len(batch.modules()) == len(list(model.modules()))
+    batch()
+    assert all(p.grad is not None for p in model.parameters())
+    batch.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    called = []
+    model.zero_grad = lambda set_to_none=True: called.append(set_to_none)
+    batch.zero_grad()
+    assert called == [True]

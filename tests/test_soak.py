@@ -31,7 +31,7 @@ from tests.reference import Base, Problem
 from tests.test_common import assert_equal_states
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
-EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms of whole batches, where the model factors and loss is not scaled
+EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms, where the model factors
 TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
 
 
@@ -122,11 +122,9 @@ class Program:
     def model(self) -> Unlucky:
         return self.world.model
 
-    def ways(self, lists: bool = True) -> list[str]:
+    def ways(self) -> list[str]:
         """How this method can be run."""
-        ways = ["batch", "backward"]
-        if lists:
-            ways.append("list")
+        ways = ["batch", "backward", "list"]
         if not self.case.looks_inside:
             ways.append("closure")
         if self.case.name in TWO_GRADIENTS:
@@ -379,7 +377,7 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.model.branches.parameters()]))
     idle = [t.detach().clone() for t in p.model.idle.parameters()]
     exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
-    ways, rate = p.ways(lists=not exact), Rate(FLAT_BASES[base]().lr)
+    ways, rate = p.ways(), Rate(FLAT_BASES[base]().lr)
     never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
     never += ("spoil_at",) * (case.name == "ESAM")  # a mask of tensors without gradient spoils the choice alone
     for step in range(60 * LONGER):
@@ -387,7 +385,7 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
         event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
         p.model.both = event != "left out"
-        way, scaled, k = draw.choice(ways), not shared and draw.random() < 0.3, draw.randint(1, 3)
+        way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
         if event.endswith("_at") and shared:
             way = "batch"
             p.rehearse(x, y)
@@ -490,7 +488,7 @@ def test_nothing_grows(case: Case) -> None:
         for k in range(4 * LONGER):
             for way in p.ways():
                 with p.unlucky(("none", "raise_at", "spoil_at")[k % 3], 1 + k % 2):
-                    p.step(way, x, y, scaled=case.name not in EXACT)
+                    p.step(way, x, y, scaled=True)
         p.opt.zero_grad()
         gc.collect()
         counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))

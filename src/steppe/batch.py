@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe import check
+from steppe.vector import wide
 
 Data = Any  # a nested tuple, list or dict of tensors with a common first dimension
 Loss = Callable[[nn.Module, Data], Tensor]
@@ -88,7 +89,23 @@ class Batch:
 
     def zero_grad(self) -> None:
         """Drop the model's gradients."""
-        self.model.zero_grad(set_to_none=True)
+        if getattr(self.model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
+            self.model.zero_grad(set_to_none=True)
+            return
+        for module in self.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    p.grad = None
+
+    def modules(self) -> list[nn.Module]:
+        """The model's modules, each once: asked several times a step, and ``nn.Module.modules`` spells out names."""
+        found, seen = [self.model], {id(self.model)}
+        for module in found:
+            for inner in module._modules.values() if module._modules else ():
+                if inner is not None and id(inner) not in seen:
+                    seen.add(id(inner))
+                    found.append(inner)
+        return found
 
     def losses(self) -> Tensor:
         """One forward: the loss of every example, shape ``(n,)``.
@@ -110,6 +127,12 @@ class Batch:
         if self.scaler is not None:
             total = self.scaler.scale(total)
         total.backward(inputs=inputs)
+
+    def loss_scale(self, like: Tensor) -> Tensor | float:
+        """What ``backward`` multiplies the loss by, in the type of ``like`` or float32, left on its device."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return 1.0
+        return self.scaler.scale(wide(like.new_ones(())))
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
         """For every batch that is run by itself, the weights of its examples; ``None`` is the mean."""

@@ -63,7 +63,7 @@ class Oracle:
         self.keep_g, self.parallel, self.guard = keep_g, parallel, guard
         self.ranks, self.scale = ranks or Ranks(), scale
         self.seen = Seen()
-        self._passes = Passes(point, closure.model.modules if isinstance(closure, Batch) else modules)
+        self._passes = Passes(point, closure.modules if isinstance(closure, Batch) else modules)
         self._recall = recall
         self._g: Vector | None = None
         self._full_g: Vector | None = None
@@ -168,11 +168,24 @@ class Oracle:
             chunks_of(self.closure)[-1]() if isinstance(self.closure, Batch) else self.closure()
         self._passes.rewind()
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Passes inside count for nothing: those that follow draw the same numbers, and are what the statistics see."""
+        with self.ranks.within(), self._passes.one(away=True):
+            yield
+        self._passes.rewind()
+
     def given(self) -> Vector:
         """The gradients that a pass of the user's own has left, as ``grad`` would answer."""
         if self.scale is not None:
             self.scale.unscale(self.point.parameters)
         return self._noted(self._passes.take())
+
+    def made(self, g: Vector) -> Vector:
+        """A gradient at ``w`` made without a backward pass of its own, as ``grad`` would answer: shared and noted."""
+        if self.scale is not None:
+            self.scale.watch(g.norm())
+        return self._noted(self.ranks.shared_gradient(g, self.point.parameters))
 
     def keep(self, g: Vector) -> None:
         """``g``, where a pass of one's own has made it."""
@@ -291,7 +304,7 @@ class Oracle:
         for closure in closures:
             f = copy(self)
             f.closure, f._whole, f.seen = closure, self, Seen()
-            f._passes = Passes(self.point, closure.model.modules)
+            f._passes = Passes(self.point, closure.modules)
             f._passes.counted = self._passes.counted
             f._g = f._losses = f.factors = None
             share = len(closure) / len(self.batch())
@@ -322,6 +335,8 @@ class Oracle:
 
     def note_parts(self, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
         """Note the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
+        if self.scale is not None:
+            self.scale.watch(g_norms)
         self.seen.norms.append(g_norms.sum())
         self.seen.numbers["g_norm"] = g_norms @ shares
         self.seen.numbers["eps_norm"] = eps_norms @ shares

@@ -32,7 +32,7 @@ class Passes:
     @contextmanager
     def one(self, away: bool) -> Iterator[None]:
         """Around a pass, at ``w`` or away from it. Gradients are dropped before and after."""
-        self._drop()
+        self.drop()
         devices = self.point.devices
         start, end = self._random or (RandomState.now(devices), None)
         if end is not None:
@@ -46,7 +46,7 @@ class Passes:
                     yield
                 self.counted = True
         finally:
-            self._drop()
+            self.drop()
             if end is not None:
                 end.restore()  # the stream goes on as after one ordinary pass
         self._random = (start, end or RandomState.now(devices))
@@ -79,7 +79,8 @@ class Passes:
             for p in left_out:
                 p.requires_grad_(True)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Let go of the gradients."""
         for p in self.point.parameters:
             p.grad = None
 

@@ -63,6 +63,16 @@ class Ranks:
         self.shared, self.group, self.averaged = False, None, False
 
     @contextmanager
+    def within(self) -> Iterator[None]:
+        """Gradients taken inside concern no other rank."""
+        kept = self.shared, self.group, self.averaged
+        self.stay_within()
+        try:
+            yield
+        finally:
+            self.shared, self.group, self.averaged = kept
+
+    @contextmanager
     def passing(self, synced: bool) -> Iterator[None]:
         """Around a forward and its backward: DDP averages the gradients, or leaves them alone."""
         broadcast, self.begun = not self.begun, True

@@ -80,8 +80,9 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[None]:
     snapshot = _Snapshot()
     compiled = False
     for module in modules:
-        compiled |= hasattr(module, "_orig_mod")
-        snapshot.take(module)
+        compiled |= "_orig_mod" in module._modules
+        if module._buffers:
+            snapshot.take(module)
     hook = None if compiled else register_module_forward_pre_hook(snapshot.take)
     hooks = {} if hook is None else hook.hooks_dict_ref() or {}
     try:

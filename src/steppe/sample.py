@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe import check
-from steppe.factored.record import factors_of
+from steppe.factored.record import example_norms, weighted_gradient
 from steppe.oracle import Oracle
 from steppe.vector import Vector, shard_like, wide
 
@@ -188,16 +188,17 @@ def _signs(t: Tensor, random: torch.Generator) -> Tensor:
 class Exact:
     """``norm(grad f_i)`` from the factors of the first pass: no probe forward, no weights moved (not in the paper).
 
-    The weighted gradient that follows is one weight-gradient pass. Where the model does not factor
-    (:mod:`steppe.factored`; with ``parallel=False`` none does), ``otherwise`` answers.
+    The weighted gradient that follows is one weight-gradient pass; of accumulated batches, whose factors are not all
+    held at once, one more forward and backward. Where the model does not factor (:mod:`steppe.factored`; with
+    ``parallel=False`` none does), ``otherwise`` answers.
     """
 
     otherwise: Callable[[Oracle], Tensor] = FiniteDifference()
 
     def __call__(self, f: Oracle) -> Tensor:
         """One norm an example, shape ``(n,)``."""
-        f.factors = factors_of(f)
-        return self.otherwise(f) if f.factors is None else f.factors.by_example()
+        norms = example_norms(f)
+        return self.otherwise(f) if norms is None else norms
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,8 @@ class Reweighted:
     def __call__(self, f: Oracle) -> Vector:
         """``d``."""
         p = self.weights(self.probe(f))
-        if f.factors is None:
-            return f.grad(weights=p)
-        d: Vector = f.ranks.shared_gradient(f.factors.weighted(p), f.point.parameters)
-        f.seen.numbers["g_norm"] = d.norm()
-        f.seen.norms.append(d.norm())
-        return d
+        d = weighted_gradient(f, p)
+        return f.grad(weights=p) if d is None else f.made(d)
 
     def weights(self, norms: Tensor) -> Tensor:
         """``softmax(lam norms)``, shape ``(n,)``, or along the last dimension."""

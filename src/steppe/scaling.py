@@ -92,8 +92,12 @@ class LossScale:
         finally:
             taker.param_groups = []
 
+    def watch(self, numbers: Tensor) -> None:
+        """Report an overflow if numbers made of scaled gradients are not finite; no wait for their device."""
+        p = torch.zeros_like(numbers)
+        p.grad = numbers.detach().clone()
+        self.unscale([p])
+
     def overflow(self, device: torch.device) -> None:
         """Report an overflow that another rank saw."""
-        p = torch.zeros(1, device=device)
-        p.grad = torch.full_like(p, torch.inf)
-        self.unscale([p])
+        self.watch(torch.full((1,), torch.inf, device=device))

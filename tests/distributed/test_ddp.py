@@ -365,6 +365,20 @@ def test_accumulation_averages_once_a_pass(two_ranks, name, counts) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_exact_norms_of_accumulated_batches_are_taken_without_messages(two_ranks, sync) -> None:
+    """The same as those of a rank's one batch, whoever shares the weighted gradient."""
+    options = {"sync": sync, "parallel": True}
+    whole = two_ranks(train, "RWSAM", options, 3)
+    for (got, counted), (expected, _, (by_ddp, by_hand), _) in zip(
+        two_ranks(train_accumulated, "RWSAM", options), whole, strict=True
+    ):
+        assert counted == ((2, 0) if sync == "global" else (1, 0))
+        assert by_ddp + by_hand == sum(counted)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def train_normalised(steppes: bool, name: str = "SAM"):
     torch.manual_seed(3)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double())

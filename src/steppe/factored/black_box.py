@@ -45,7 +45,8 @@ def register_factored(module_type: type[nn.Module]) -> type[nn.Module]:
 @contextmanager
 def black_boxes(model: nn.Module, tape: Tape) -> Iterator[None]:
     """Inside, registered modules with perturbed parameters run as operations of the tape."""
-    found = [m for m in model.modules() if type(m) in _registered and "forward" not in vars(m) and _names(m, tape)]
+    modules = model.modules() if _registered else ()
+    found = [m for m in modules if type(m) in _registered and "forward" not in vars(m) and _names(m, tape)]
     for module in found:
         module.forward = partial(_run, BlackBox(module), tape)
     try:

@@ -44,7 +44,7 @@ def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None 
             matrices[i] = Held(terms, parts, look.pool)
         else:
             only_lookups = all(isinstance(t, Lookup) for t in terms)
-            matrices[i] = Coalesced(terms, parts) if only_lookups else Factored(terms, parts)
+            matrices[i] = Coalesced(terms, parts) if only_lookups else Factored(_multipliable(terms), parts)
     for i in by_example.keys() & chosen.keys():
         raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly")
     return matrices, _by_part(by_example, parts)
@@ -58,6 +58,12 @@ def choose(look: Look, parts: Parts, cost: Cost) -> tuple[dict[int, tuple[list[A
         site.operation.collect(site, terms, by_example)
     settled = {i: [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in ts] for i, ts in terms.items()}
     return {i: (ts, _whole(ts, parts, cost)) for i, ts in settled.items()}, by_example
+
+
+def _multipliable(terms: Sequence[Any]) -> Sequence[Any]:
+    """Factors whose products with each other are numbers: of one type, and not of float16, which ends at 65504."""
+    types = {t.right.dtype for t in terms}
+    return [t.float() for t in terms] if len(types) > 1 or torch.float16 in types else terms
 
 
 def _alone(term: Any, by_example: Small) -> Any:

@@ -24,6 +24,10 @@ class Lookup:
         """In float64."""
         return Lookup(self.index, self.right.double(), self.height)
 
+    def float(self) -> Lookup:
+        """In float32."""
+        return Lookup(self.index, self.right.float(), self.height)
+
     def scaled(self, c: Tensor) -> Lookup:
         """With every example's loss times ``c_i``."""
         return Lookup(self.index, self.right * c[:, None, None], self.height)

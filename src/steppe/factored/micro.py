@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from steppe.batch import Batch
+from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import fall_back, plan_for, refusal
+from steppe.factored.plan import fall_back, plan_for
 from steppe.factored.record import Factors, factors_of
 from steppe.factored.tape import See
 from steppe.factored.terms import squared_norms
@@ -49,10 +49,9 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
         with f.away():
             g_adv = f.grad(under=black_boxes(f.batch().model, see))
     except Exception as error:  # the serial loop will raise it again, if it is the model's own
-        reason = fall_back(f, f.batch(), error, before)
-        if f.parallel is True:
-            raise refusal(reason) from error
+        fall_back(f, factors.entry, error, before)
         return None
+    factors.entry.succeed()
     f.compare(g_adv)
     return rule.combine(f, g_adv)
 
@@ -61,13 +60,15 @@ def cheaper_in_parallel(f: Oracle) -> bool:
     """Whether plain SAM's own two passes cost less with factors, by counted multiplications; asked of whole batches."""
     if f.parallel != "auto" or not f.is_whole or not f.ranks.alone or not isinstance(f.closure, Batch):
         return False
+    if isinstance(f.closure, Batches):  # one batch is held at a time
+        return False
     plan = plan_for(f, f.closure)
     return not plan.reason and plan.cost < 0.95
 
 
 def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:
     """Every micro-batch's gradient becomes ``sum_i p_i grad f_i``, with weights over its own examples."""
-    norms = factors.by_example()
+    norms = factors.norms(Parts(factors.n, 1))
     p = [rule.sample.weights(norms[a:b].reshape(-1, m)) * m for a, b, m in parts.spans]  # type: ignore[attr-defined]
     factors.scale(torch.cat([chunk.flatten() for chunk in p]))
 
@@ -82,7 +83,7 @@ def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
             for radius in sorted({rho[i] for i in (*matrices, *small)})
         }
         total = _sum(squares.values()).clamp_min(0)
-        per_mean = factors.n / parts.sizes(total)  # a part's own mean, from its share of the batch's
+        per_mean = factors.to_own_mean(parts, total)
         norms = per_mean * total.sqrt()
         factor = rule.geometry.radial(norms) * per_mean  # type: ignore[attr-defined]
         scale = {radius: radius * factor for radius in squares}

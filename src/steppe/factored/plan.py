@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,67 +12,110 @@ import torch
 from torch import nn
 
 from steppe.batch import Batch, leaves
-from steppe.factored.rehearsal import Plan, has_hooks, rehearsed, tracked_of
+from steppe.factored.rehearsal import Plan, described, has_hooks, rehearsed
 from steppe.factored.tape import CannotFactor
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 
 log = logging.getLogger("steppe")
 
+TRIES = 3  # steps that may go wrong for another reason than the model's
+
 
 @dataclass
-class _Entry:
+class Entry:
+    """What is known of one model, data shape and mode.
+
+    A model that does not factor is serial for good. Memory, data or a device may fail a step and not the next: only
+    ``TRIES`` steps without one that succeeds between them are for good too. A step that the serial loop cannot take
+    either does not count twice, because it is the same step until one is taken.
+    """
+
     plan: Plan
     uses: int = 0
+    failed: set[int] = field(default_factory=set)  # steps, since the shared passes last succeeded
+    said: set[str] = field(default_factory=set)
 
     def due(self) -> bool:
-        """Whether to rehearse again: data may change what a model does, so at times; where a batch told too little."""
-        if not self.plan.final:
-            return self.uses < 3
-        return not self.plan.reason and (self.uses in (1, 10, 100) or self.uses % 1000 == 0)
+        """Whether to rehearse again: data may change what a model does, so at times; where nothing was learnt."""
+        if self.plan.reason:
+            return not self.plan.final and len(self.failed) < TRIES
+        return self.uses in (1, 10, 100) or self.uses % 1000 == 0
+
+    def learn(self, plan: Plan, step: int) -> None:
+        """Take over what a rehearsal found."""
+        if plan.final or self.plan.reason:  # else this batch tells nothing new
+            self.plan = plan
+            if plan.reason:
+                self.fail(plan.reason, None if plan.final else step)
+
+    def fail(self, reason: str, step: int | None = None) -> None:
+        """Run this step serially, if it is given, or all that follow; one line in the log a reason."""
+        if step is not None:
+            self.failed.add(step)
+        for_good = step is None or len(self.failed) >= TRIES
+        if for_good and not self.plan.reason:
+            self.plan = Plan(self.plan.tracked, reason=reason)
+        kind = re.sub(r"\d+", "", reason) + str(for_good)  # numbers of bytes differ from step to step
+        if kind not in self.said:
+            self.said.add(kind)
+            log.info("micro-batches run one after the other%s: %s", "" if for_good else " in this step", reason)
+
+    def succeed(self) -> None:
+        """The shared passes have made a step."""
+        self.failed.clear()
 
 
-_entries: WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = WeakKeyDictionary()
+_entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
 
 
-def plan_for(f: Oracle, batch: Batch) -> Plan:
-    """The plan of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times."""
+def entry_of(f: Oracle, batch: Batch) -> Entry:
+    """The entry of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times."""
     entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
     entry = entries.get(key)
     if entry is None or entry.due():
         plan = rehearsed(f, batch)
-        if entry is not None and not entry.plan.reason and not plan.final:
-            plan = entry.plan  # this batch tells nothing new
-        if plan.reason and (entry is None or entry.plan.reason != plan.reason):
-            log.info("micro-batches run one after the other: %s", plan.reason)
-        entry = entries[key] = _Entry(plan, entry.uses if entry else 0)
+        entry = entry or entries.setdefault(key, Entry(plan))
+        entry.learn(plan, f.step)
     entry.uses += 1
-    return entry.plan
+    return entry
 
 
-def forget(f: Oracle, batch: Batch, reason: str) -> None:
-    """Remember that this model does not factor after all."""
-    log.info("micro-batches run one after the other: %s", reason)
-    entries = _entries.setdefault(batch.model, {})
-    entries[_key(f, batch)] = _Entry(Plan(tracked_of(f, batch), reason=reason))
+def plan_for(f: Oracle, batch: Batch) -> Plan:
+    """The plan of :func:`entry_of`."""
+    return entry_of(f, batch).plan
 
 
-def fall_back(f: Oracle, batch: Batch, error: Exception, before: RandomState) -> str:
-    """After an error in the shared passes: serial from now on, from the same random numbers. Why, in a line.
+def may_share(f: Oracle, plan: Plan) -> bool:
+    """Whether micro-batches can share passes here.
 
     Raises:
-        Exception: ``error`` itself, where it is the model's own and ``parallel=True`` leaves no serial loop to meet it.
+        ValueError: they cannot, and ``parallel=True`` was asked for; the message says why.
+    """
+    if not plan.reason or (plan.mixes and f.parallel is True):
+        return True
+    if f.parallel is True:
+        raise refusal(plan.reason)
+    return False
+
+
+def fall_back(f: Oracle, entry: Entry, error: Exception, before: RandomState) -> None:
+    """After an error in the shared passes: the serial loop, from the same random numbers.
+
+    Raises:
+        ValueError: ``parallel=True`` leaves no serial loop, and the model does not factor.
+        Exception: ``error`` itself, where there is none and it is another one.
     """
     if isinstance(error, CannotFactor):
-        reason = str(error)
+        entry.fail(str(error))
     elif f.parallel is True:
         raise error
     else:
-        reason = f"{type(error).__name__}: {error}"
-    forget(f, batch, reason)
+        entry.fail(described(error), f.step)
     before.restore()
-    return reason
+    if f.parallel is True:
+        raise refusal(str(error)) from error
 
 
 def refusal(reason: str) -> ValueError:
@@ -81,10 +125,11 @@ def refusal(reason: str) -> ValueError:
 
 def _key(f: Oracle, batch: Batch) -> Any:
     shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
-    hooks = any(has_hooks(p) for p in f.point.parameters)
-    modes = tuple(module.training for module in batch.model.modules())
+    modules = batch.modules()
+    modes = tuple([m.training for m in modules])
+    watched = any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules])  # noqa: C419
+    hooks = any(map(has_hooks, f.point.parameters))
     autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
-    scaled = batch.scaler is not None and batch.scaler.is_enabled()
-    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, hooks, kind, scaled
+    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, watched, hooks, kind

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from steppe.batch import Batches
 from steppe.factored.black_box import black_boxes
-from steppe.factored.cost import NORMS, TWO_PASSES, WEIGHTED, Cost
+from steppe.factored.cost import HELD, NORMS, TWO_PASSES, WEIGHTED, Cost
 from steppe.factored.gradients import Gradients, gradients
+from steppe.factored.held import Held
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
-from steppe.factored.plan import fall_back, plan_for, refusal
+from steppe.factored.plan import Entry, entry_of, fall_back, may_share
 from steppe.factored.tape import Look
 from steppe.factored.terms import Factored, squared_norms
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 from steppe.vector import Vector
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,10 +34,12 @@ class Factors:
     n: int
     parameters: Sequence[Tensor]
     g: Vector  # of the mean loss; no entries where it was not asked for
+    entry: Entry
+    loss_scale: Tensor | float = 1.0  # of the losses of this pass, and so of what it has recorded
     examples: Gradients | None = None  # every example's gradient, between norms and their weighted sum
 
     def of(self, parts: Parts, cost: Cost = TWO_PASSES, rho: Sequence[float] | None = None) -> Gradients:
-        """Matrices and other parameters of every part, as contributions to the batch's mean."""
+        """Matrices and other parameters of every part, as contributions to the batch's mean, times the loss scale."""
         with torch.no_grad():
             return gradients(self.look, parts, cost, rho)
 
@@ -50,7 +57,11 @@ class Factors:
         matrices, small = gradients
         with torch.no_grad():
             squares = squared_norms(matrices.values(), small.values())
-            return self.n / parts.sizes(squares) * squares.clamp_min(0).sqrt()
+            return self.to_own_mean(parts, squares) * squares.clamp_min(0).sqrt()
+
+    def to_own_mean(self, parts: Parts, like: Tensor) -> Tensor:
+        """What makes each part's contribution the gradient of its own mean loss, shape ``(k,)``."""
+        return self.n / self.loss_scale / parts.sizes(like)
 
     def weighted(self, p: Tensor) -> Vector:
         """``sum_i p_i grad f_i`` on the perturbed parameters, after :meth:`by_example`: no backward, no other pass."""
@@ -65,7 +76,18 @@ class Factors:
                     made[gradient.bias] = gradient.weighted_bias(c)
             for i, t in small.items():
                 made[i] = (c.to(t.dtype) @ t.flatten(1)).reshape(self.parameters[i].shape)
-        return Vector(made)
+        return Vector(made) / self.loss_scale
+
+    def mean(self) -> Vector:
+        """The gradient of the mean loss on the perturbed parameters: one weight-gradient pass, no backward."""
+        matrices, small = self.of(Parts(self.n, self.n), HELD)
+        made: list[Tensor | None] = [None] * len(self.parameters)
+        for i, gradient in matrices.items():
+            assert isinstance(gradient, Held)
+            made[i] = gradient.chunks[0][0].reshape(self.parameters[i].shape).clone()  # its memory serves the next
+        for i, t in small.items():
+            made[i] = t[0].reshape(self.parameters[i].shape)
+        return Vector(made) / self.loss_scale
 
     def scale(self, c: Tensor) -> None:
         """Multiply every example's loss by ``c_i``: its gradients follow."""
@@ -77,8 +99,13 @@ class Factors:
             site.deltas[0] = delta * c_rows.reshape(*site.leading, *[1] * (delta.dim() - len(site.leading)))
 
 
-def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
+def factors_of(f: Oracle, uses_g: bool = False, entry: Entry | None = None) -> Factors | None:
     """Run the first pass and record it; ``None`` where the model does not factor.
+
+    Args:
+        f: the oracle, of one batch.
+        uses_g: whether ``g`` is wanted too.
+        entry: what is known of its model, where that has been asked for already.
 
     Raises:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
@@ -86,18 +113,68 @@ def factors_of(f: Oracle, uses_g: bool = False) -> Factors | None:
     if not f.parallel:
         return None
     batch = f.batch("its examples' gradients")
-    plan = plan_for(f, batch)
-    reason = plan.reason
-    if not reason or (plan.mixes and f.parallel is True):
-        before = RandomState.now(f.point.devices)
-        try:
-            look = Look(plan.tracked, OPERATIONS, plan.pool)
-            wrt = None if uses_g else [False] * len(f.point.parameters)
-            g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
-            plan.apply(look)
-            return Factors(look, len(batch), f.point.parameters, g)
-        except Exception as error:  # the serial loop will raise it again, if it is the model's own
-            reason = fall_back(f, batch, error, before)
-    if f.parallel is True:
-        raise refusal(reason)
+    entry = entry or entry_of(f, batch)
+    if not may_share(f, entry.plan):
+        return None
+    before = RandomState.now(f.point.devices)
+    try:
+        look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
+        wrt = None if uses_g else [False] * len(f.point.parameters)
+        g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
+        entry.plan.apply(look)
+        scale = batch.loss_scale(f.point.parameters[0].detach())
+        return Factors(look, len(batch), f.point.parameters, g, entry, scale)
+    except Exception as error:  # the serial loop will raise it again, if it is the model's own
+        fall_back(f, entry, error, before)
+    return None
+
+
+def example_norms(f: Oracle) -> Tensor | None:
+    """``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
+
+    ``f.factors`` keeps the factors, for the weighted gradient. Those of accumulated batches are held one batch at a
+    time, in passes that count for nothing else, so that the weighted gradient is an ordinary pass over them again.
+    """
+    if isinstance(f.closure, Batches):
+        return _norms_by_chunk(f, f.closure) if f.parallel else None
+    f.factors = factors_of(f)
+    return None if f.factors is None else _from_factors(f, f.factors.by_example)
+
+
+def weighted_gradient(f: Oracle, p: Tensor) -> Vector | None:
+    """``sum_i p_i grad f_i`` from the factors of :func:`example_norms`; ``None`` where there are none."""
+    if f.factors is None:
+        return None
+    factors: Factors = f.factors
+    d = _from_factors(f, lambda: factors.weighted(p))
+    if d is not None:
+        factors.entry.succeed()
+    return d
+
+
+def _norms_by_chunk(f: Oracle, batches: Batches) -> Tensor | None:
+    entries = [entry_of(f, chunk) for chunk in batches.chunks]
+    if not all(may_share(f, entry.plan) for entry in entries):
+        return None
+    found: list[Tensor] = []
+    with f.trial():
+        for (_, part), entry in zip(f.chunks(), entries, strict=True):
+            part.factors = factors_of(part, entry=entry)
+            norms = None if part.factors is None else _from_factors(part, part.factors.by_example)
+            if norms is None:
+                break
+            part.factors = None
+            entry.succeed()
+            found.append(norms)
+    return torch.cat(found) if len(found) == len(entries) else None
+
+
+def _from_factors(f: Oracle, make: Callable[[], T]) -> T | None:
+    """What follows from ``f.factors``; ``None``, and no factors any more, where it raises."""
+    before, entry = RandomState.now(f.point.devices), f.factors.entry
+    try:
+        return make()
+    except Exception as error:
+        f.factors = None
+        fall_back(f, entry, error, before)
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
@@ -78,8 +78,8 @@ def rehearsed(f: Oracle, batch: Batch) -> Plan:
             return _Rehearsal(f, batch).plan(tracked)
     except CannotFactor as error:
         return Plan(tracked, reason=str(error), final=error.final)
-    except Exception as error:  # the model does not run under the tape: the serial loop will say what is wrong
-        return Plan(tracked, reason=f"{type(error).__name__}: {error}")
+    except Exception as error:  # the model does not run: the serial loop will say what is wrong
+        return Plan(tracked, reason=described(error), final=False)
     finally:
         before.restore()
 
@@ -89,7 +89,8 @@ class _Rehearsal:
 
     def __init__(self, f: Oracle, batch: Batch) -> None:
         self.f, self.batch, self.n = f, batch, len(batch)
-        self.passes = Passes(f.point, batch.model.modules)
+        self.passes = Passes(f.point, batch.modules)
+        self.scale = float(batch.loss_scale(f.point.parameters[0].detach()))  # of every loss here
 
     def plan(self, tracked: Tracked) -> Plan:
         """Look, find the layouts, and check everything that follows from them."""
@@ -127,11 +128,22 @@ class _Rehearsal:
             if not losses.isfinite().all():
                 raise Unsure("the losses of this batch are not finite")
             random = torch.Generator().manual_seed(0)
-            weights = (torch.rand(self.n, generator=random) + 0.1).to(losses)
-            losses.mean().backward(retain_graph=True)
-            g = self.gradients()
-            (losses @ weights / self.n).backward()
+            weights = (torch.rand(self.n, generator=random) * 0.9 + 0.1).to(losses)
+            g = self.first_backward(losses, look)
+            (losses @ weights * (self.scale / self.n)).backward()
         return losses.detach(), g, weights
+
+    def first_backward(self, losses: Tensor, look: Look) -> Gradients:
+        """The mean's gradients, scaled to stay well within float16: a scaler has yet to find its own scale at first."""
+        while True:
+            (losses.sum() * (self.scale / self.n)).backward(retain_graph=True)
+            g = self.gradients()
+            if self.scale == 1 or all(float(t.abs().max()) < 1e3 for t in g if t is not None and t.numel()):
+                return g
+            self.scale = max(1.0, self.scale / 64)
+            self.passes.drop()
+            for site in look.sites:
+                site.deltas.clear()
 
     def gradients(self) -> Gradients:
         """What backward has left."""
@@ -155,10 +167,9 @@ class _Rehearsal:
         """The first micro-batch's gradient from factors is the one that it has by itself."""
         m = max(1, self.n // 2)
         with self.passes.one(away=True):
-            self.batch.split(m)[0].losses().mean().backward()
+            (self.batch.split(m)[0].losses().sum() * (self.scale / self.n)).backward()
             g = self.gradients()
-        ours = [None if t is None else t * (self.n / m) for t in self.of_part(look, m)]
-        _check_close(ours, g, look.tracked, tolerance)
+        _check_close(self.of_part(look, m), g, look.tracked, tolerance)
 
     def of_part(self, look: Look, m: int) -> Gradients:
         """By parameter, what the first micro-batch of ``m`` contributes to the gradient."""
@@ -179,7 +190,7 @@ class _Rehearsal:
         with self.passes.one(away=True):
             with black_boxes(self.batch.model, see):
                 losses = self.batch.losses()
-            losses.mean().backward()
+            (losses.sum() * (self.scale / self.n)).backward()
             _check_close(self.gradients(), g, look.tracked, tolerance)
 
 
@@ -224,17 +235,25 @@ def _check_fit(batch: Batch, f: Oracle) -> None:
     model = batch.model
     if isinstance(batch, Batches):
         raise CannotFactor("the batch is accumulated: its examples' gradients are not all held at once")
-    if batch.scaler is not None and batch.scaler.is_enabled():
-        raise CannotFactor("the loss is scaled for float16")
-    for module in model.modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise CannotFactor("the model is compiled")
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise CannotFactor(f"{type(module).__name__} has backward hooks")
+    for module in batch.modules():
+        if is_watched(module):
+            hooks = module._backward_hooks or module._backward_pre_hooks
+            raise CannotFactor(f"{type(module).__name__} has backward hooks" if hooks else "the model is compiled")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise CannotFactor("parameters are sharded")
     if any(has_hooks(p) for p in f.point.parameters):
         raise CannotFactor("parameters have gradient hooks")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module is compiled, or hooks see the gradients that pass it."""
+    hooks = module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def described(error: Exception) -> str:
+    """An error in a line of the log."""
+    return f"{type(error).__name__}: {error}"
 
 
 def has_hooks(p: Tensor) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from steppe import check
-from steppe.batch import Batch
+from steppe.batch import Batch, chunks_of
 from steppe.factored.parts import Parts
-from steppe.factored.plan import plan_for
+from steppe.factored.plan import Entry, entry_of
 from steppe.factored.record import factors_of
 from steppe.oracle import Oracle
 from steppe.point import Point, Rho
@@ -39,7 +40,9 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     """Norms of the gradients of every example (or micro-batch of ``m``), and tr V, from one forward and backward.
 
     No gradient is materialised where its factors are cheaper. Weights, gradients, normalisation statistics and the
-    random stream are left as they were.
+    random stream are left as they were. Micro-batches do not cross accumulated batches (:class:`~steppe.Batches`), of
+    which one is held at a time, beside their mean gradient. Numbers are those of the unscaled loss; where it is scaled
+    (``scaler``) and a gradient overflows, they are not finite, and the scaler hears nothing of it.
 
     Args:
         batch: the examples.
@@ -58,15 +61,31 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     f = Oracle(batch, Point(parameters, Rho([1.0] * len(parameters))), parallel=True)
     before = RandomState.now(f.point.devices)
     kept = [p.grad for p in parameters]
-    if plan_for(f, batch).mixes:
-        raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
-    with f.away():  # statistics are not to count this batch
-        factors = factors_of(f)
-    before.restore()
-    for p, g in zip(parameters, kept, strict=True):
-        p.grad = g
-    assert factors is not None
-    parts, whole = Parts(len(batch), m), Parts(len(batch), len(batch))
-    norms, g_norm = factors.norms(parts), factors.norms(whole)[0]
-    trace = (parts.sizes(norms) / len(batch)) @ norms.square() - g_norm.square()
+    try:
+        entries = [entry_of(f, chunk) for chunk in chunks_of(batch)]
+        if any(entry.plan.mixes for entry in entries):
+            raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
+        with f.away():  # statistics are not to count this batch
+            norms, sizes, g_norm = _norms(f, entries, m)
+    finally:
+        before.restore()
+        for p, g in zip(parameters, kept, strict=True):
+            p.grad = g
+    trace = (sizes / len(batch)) @ norms.square() - g_norm.square()
     return GradientStatistics(norms, g_norm, trace, g_norm.square() / trace)
+
+
+def _norms(f: Oracle, entries: Sequence[Entry], m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and size of every micro-batch, and the norm of the mean gradient; one batch's factors at a time."""
+    norms, sizes, mean = [], [], None
+    for (share, part), entry in zip(f.chunks(), entries, strict=True):
+        factors = factors_of(part, entry=entry)
+        assert factors is not None
+        parts = Parts(factors.n, m)
+        norms.append(factors.norms(parts))
+        sizes.append(parts.sizes(norms[-1]))
+        if len(entries) == 1:  # no gradient need be made
+            return norms[0], sizes[0], factors.norms(Parts(factors.n, factors.n))[0]
+        mean = share * factors.mean() if mean is None else mean + share * factors.mean()
+    assert mean is not None
+    return torch.cat(norms), torch.cat(sizes), mean.norm()

@@ -8,6 +8,7 @@ rows ``r`` of its examples: for ``y = W a``, ``left`` is the gradient of the out
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,10 @@ class Dense:
     def double(self) -> Dense:
         """In float64."""
         return replace(self, left=self.left.double(), right=self.right.double())
+
+    def float(self) -> Dense:
+        """In float32."""
+        return replace(self, left=self.left.float(), right=self.right.float())
 
     def scaled(self, c: Tensor) -> Dense:
         """With every example's loss times ``c_i``."""
@@ -96,7 +101,8 @@ class Factored:
 
     def rows(self, index: Tensor) -> Tensor:
         """``G_k[index]`` for indices of ``(n, q)``: ``(n, q, columns)``."""
-        made = [term.rows(index, self.parts) for term in self.terms]
+        with uncast(index):
+            made = [term.rows(index, self.parts) for term in self.terms]
         return self.parts.join([sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)], index.shape[1])
 
     def weighted(self, c: Tensor) -> Tensor:
@@ -192,6 +198,17 @@ class Product:
     def add(self, y: Tensor, x: Tensor, back: bool = False) -> None:
         """``y_k += s_k x_k G_k^T`` in place, for ``y`` and ``x`` of ``(n, q, ...)``; with ``back``, ``G_k``."""
         assert y.is_contiguous()  # else its parts would be copies
-        for term in self.gradient.terms:
-            add = term.add_times if self.turned == back else term.add_transposed_times
-            add(y, x, self.scale, self.gradient.parts)
+        low = x.dtype == torch.float16  # whose sums end at 65504
+        to, x = (torch.zeros_like(y, dtype=torch.float32), x.float()) if low else (y, x)
+        with uncast(x) if low else nullcontext():
+            for term in self.gradient.terms:
+                add = term.add_times if self.turned == back else term.add_transposed_times
+                add(to, x, self.scale, self.gradient.parts)
+        if low:
+            y.add_(to)
+
+
+def uncast(t: Tensor) -> AbstractContextManager[Any]:
+    """Products inside are in the types of their operands, also under autocast."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
