@@ -14,7 +14,7 @@ from steppe.batch import Batch, leaves
 from steppe.factored.rehearsal import Plan, has_hooks, rehearsed, tracked_of
 from steppe.factored.tape import CannotFactor
 from steppe.oracle import Oracle
-from steppe.replay import RandomState
+from steppe.replay import RandomState, capturing
 
 log = logging.getLogger("steppe")
 
@@ -39,7 +39,10 @@ def plan_for(f: Oracle, batch: Batch) -> Plan:
     entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
     entry = entries.get(key)
-    if entry is None or entry.due():
+    captured = capturing(f.point.devices)
+    if entry is None and captured:
+        raise RuntimeError("take this step once before it is captured in a CUDA graph: its model is to be rehearsed")
+    if entry is None or (entry.due() and not captured):
         plan = rehearsed(f, batch)
         if entry is not None and not entry.plan.reason and not plan.final:
             plan = entry.plan  # this batch tells nothing new
@@ -83,7 +86,7 @@ def _key(f: Oracle, batch: Batch) -> Any:
     shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
     hooks = any(has_hooks(p) for p in f.point.parameters)
     modes = tuple(module.training for module in batch.model.modules())
-    autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
+    autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
     scaled = batch.scaler is not None and batch.scaler.is_enabled()
