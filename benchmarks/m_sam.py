@@ -185,7 +185,7 @@ def shown(row: dict[str, Any]) -> str:
 
 def steady() -> None:
     """Rehearse once: what is timed is a step like most others."""
-    plan._Entry.due = lambda self: False  # type: ignore[method-assign]
+    plan.Entry.due = lambda self: False  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ class GPT(nn.Module):
         self.last = nn.LayerNorm(d)
 
     def forward(self, index: Tensor) -> Tensor:
-        x = self.tokens(index) + self.positions(torch.arange(index.shape[1]))
+        x = self.tokens(index) + self.positions(torch.arange(index.shape[1], device=index.device))
         for _ in range(2):  # the same block twice
             z = self.norm(x)
             q, k, v = (self.packed(z)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)

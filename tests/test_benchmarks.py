@@ -137,7 +137,7 @@ def test_bytes_that_calls_move() -> None:
 
 @pytest.mark.parametrize("name", ["cnn", "vit_small"])
 def test_calls_add_up_to_the_counted_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Entry, "due", lambda self: False)
+    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
     step = m_sam.Bench.of(CASES[name], CPU, batch_size=4).step("parallel", 2)
     step()  # the rehearsal
     made = calls_of(step)
@@ -156,7 +156,7 @@ def test_the_floor_of_a_call_is_the_slower_of_work_and_traffic() -> None:
 
 
 def test_where_the_time_goes_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Entry, "due", lambda self: False)
+    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
     monkeypatch.setattr(rates, "COPIES", [2**16, 2**20])
     monkeypatch.setattr(rates, "SIZES", {"cpu": (64,)})
     monkeypatch.setattr(rates, "CHANNELS", ((8, 8),))

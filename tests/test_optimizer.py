@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -541,6 +542,34 @@ def test_bf16_autocast_in_the_loss() -> None:
         for _ in range(10):
             last = float(opt.step(batch))
         assert last < first
+
+
+@pytest.mark.parametrize("how", ["whole", "serial", "shared", "sharpest", "two calls"])
+def test_autocast_around_the_step_casts_moved_weights_anew(how: str) -> None:
+    """Its cache would keep the weights at ``w`` for every pass of the step and for all steps to come."""
+    options = {"serial": {"m": 4, "parallel": False}, "shared": {"m": 4, "parallel": True}}.get(how, {})
+    method = steppe.ESAM if how == "sharpest" else steppe.WSAM
+    ends = []
+    for around in (False, True):
+        w = world(torch.float32)
+
+        def loss(model, data):
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.cross_entropy(model(data[0]).float(), data[1], reduction="none")
+
+        opt = method(torch.optim.SGD(w.parameters(), lr=0.5), rho=1.0, **options)
+        batch = steppe.Batch(w.model, loss, (w.x, w.y))
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
+                if how == "two calls":
+                    batch()
+                    opt.first_step()
+                    batch()
+                    opt.second_step()
+                else:
+                    opt.step(batch)
+        ends.append(w.weights())
+    assert same_bits(*ends)
 
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)

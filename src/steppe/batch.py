@@ -121,9 +121,14 @@ class Batch:
             )
         return losses
 
-    def backward(self, losses: Tensor, weights: Tensor | None = None, inputs: Sequence[Tensor] | None = None) -> None:
+    def backward(
+        self, losses: Tensor, weights: Tensor | float | None = None, inputs: Sequence[Tensor] | None = None
+    ) -> None:
         """Backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``; only into ``inputs``, if given."""
-        total = losses.mean() if weights is None else (losses * weights.to(losses)).sum()
+        if weights is None:
+            total = losses.mean()
+        else:
+            total = (losses * (weights.to(losses) if isinstance(weights, Tensor) else weights)).sum()
         if self.scaler is not None:
             total = self.scaler.scale(total)
         total.backward(inputs=inputs)
@@ -134,7 +139,7 @@ class Batch:
             return 1.0
         return self.scaler.scale(wide(like.new_ones(())))
 
-    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
+    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
         """For every batch that is run by itself, the weights of its examples; ``None`` is the mean."""
         return [weights]
 
@@ -202,10 +207,11 @@ class Batches(Batch):
             losses[-1] = losses[-1].detach()
         return torch.cat(losses).mean()
 
-    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
+    def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
         """For every batch the weights of its examples, shape ``(n_k,)``; by default ``1 / n``."""
-        given = torch.full((len(self),), 1 / len(self), dtype=torch.float64) if weights is None else weights
-        return list(torch.split(given, [len(chunk) for chunk in self.chunks]))
+        if weights is None:
+            return [1 / len(self)] * len(self.chunks)
+        return list(torch.split(weights, [len(chunk) for chunk in self.chunks]))
 
     def losses(self) -> Tensor:
         """The loss of every example, batch after batch, shape ``(n,)``."""
@@ -216,9 +222,9 @@ class Batches(Batch):
         starts = [0]
         for chunk in self.chunks:
             starts.append(starts[-1] + len(chunk))
-        inside = [(on >= a) & (on < b) for a, b in pairwise(starts)]
-        chosen = zip(self.chunks, starts, inside, strict=False)
-        return Batches([chunk.subset(on[here] - start) for chunk, start, here in chosen if bool(here.any())])
+        counts = torch.stack([((on >= a) & (on < b)).sum() for a, b in pairwise(starts)]).tolist()  # waits once
+        chosen = zip(self.chunks, starts, on.sort().values.split(counts), strict=False)
+        return Batches([chunk.subset(part - start) for chunk, start, part in chosen if len(part)])
 
     def split(self, m: int) -> list[Batch]:
         """Micro-batches of ``m`` examples of each batch, in order."""

@@ -59,7 +59,8 @@ class SharpnessAware(torch.optim.Optimizer):
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
-        check_finite: skip steps whose gradients are not finite; the one place where a step waits for its device.
+        check_finite: skip steps whose gradients are not finite; the one place where a step waits for its device (but
+            for messages between ranks, rehearsals of shared passes, and ESAM's choice from accumulated batches).
         parallel: run micro-batches in two passes over the whole batch: ``"auto"`` where the model allows it, ``True``
             or an error, ``False`` never (:mod:`steppe.factored`).
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.

@@ -119,6 +119,7 @@ class Oracle:
                             saved.append(local(p).clone())
                             moved.append(local(p))
                             shift_(moved[-1], local(e), eps.scale, finite)
+                    torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
                 e = None
                 del eps  # no hold on the memory of g
                 yield
@@ -126,6 +127,7 @@ class Oracle:
                 if moved:
                     with torch.no_grad():
                         torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                    torch.clear_autocast_cache()
                     self._passes.forget_unsharded()
 
     @property
@@ -236,7 +238,7 @@ class Oracle:
 
     def _noted(self, g: Vector) -> Vector:
         self.seen.any_gradient |= bool(g.present())
-        self.seen.norms.append(g.norm())
+        self.seen.norms += [g.norm()] if g.present() else []  # of nothing it is a number of the host
         self.seen.numbers["g_adv_norm" if self._away else "g_norm"] = g.norm()
         return g
 

@@ -33,6 +33,7 @@ class Passes:
     def one(self, away: bool) -> Iterator[None]:
         """Around a pass, at ``w`` or away from it. Gradients are dropped before and after."""
         self.drop()
+        torch.clear_autocast_cache()  # weights may have moved, or a forward without gradients have cast them
         devices = self.point.devices
         start, end = self._random or (RandomState.now(devices), None)
         if end is not None:

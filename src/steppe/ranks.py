@@ -114,7 +114,7 @@ class Ranks:
         """Whether the flag is up on any rank."""
         if self.alone:
             return flag
-        flags = torch.tensor([int(flag)], device=device)
+        flags = torch.full((1,), int(flag), device=device)
         distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self.replicas[0].process_group)
         return bool(flags)
 

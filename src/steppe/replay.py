@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
+def capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether a CUDA graph is being captured: then no value can be read, and nothing copied from the host."""
+    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class RandomState:
     """The state of torch's default generators: the CPU's and those of the devices in use."""
@@ -24,8 +29,7 @@ class RandomState:
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
         """Read the generators; while a CUDA graph is captured there is nothing to read: masks are drawn anew."""
         devices = list(devices)
-        if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
-            devices = []
+        devices = [] if capturing(devices) else devices
         return cls(
             torch.get_rng_state(),
             {d: torch.get_device_module(d.type).get_rng_state(d) for d in devices},

@@ -49,7 +49,8 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
     """
     if finite is not None:
         t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
-        c = torch.where(finite.isfinite(), torch.as_tensor(c, dtype=finite.dtype, device=finite.device), 0.0)
+        c = c.to(finite) if isinstance(c, Tensor) else torch.full_like(finite, c)
+        c = torch.where(finite.isfinite(), c, 0.0)
     if wide(w) is not w:
         w.copy_(_plus(w, t, c))
     elif isinstance(c, Tensor):

@@ -71,8 +71,9 @@ class Parts:
 
     def sizes(self, like: Tensor) -> Tensor:
         """Examples of each part, shape ``(k,)``."""
-        sizes = [m for start, stop, m in self.spans for _ in range((stop - start) // m)]
-        return torch.tensor(sizes, dtype=like.dtype, device=like.device)
+        sizes = like.new_full((self.k,), self.spans[0][2])  # made where it is: a copy would wait for the device
+        sizes[-1:].fill_(self.spans[-1][2])
+        return sizes
 
     def chunks(self, t: Tensor) -> list[Tensor]:
         """``(n, q, ...)`` as a list of ``(parts, m q, ...)``; views where ``t`` is contiguous."""

@@ -15,7 +15,7 @@ from steppe.batch import Batch, leaves
 from steppe.factored.rehearsal import Plan, described, has_hooks, rehearsed
 from steppe.factored.tape import CannotFactor
 from steppe.oracle import Oracle
-from steppe.replay import RandomState
+from steppe.replay import RandomState, capturing
 
 log = logging.getLogger("steppe")
 
@@ -74,7 +74,10 @@ def entry_of(f: Oracle, batch: Batch) -> Entry:
     entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
     entry = entries.get(key)
-    if entry is None or entry.due():
+    captured = capturing(f.point.devices)
+    if entry is None and captured:
+        raise RuntimeError("take this step once before it is captured in a CUDA graph: its model is to be rehearsed")
+    if entry is None or (entry.due() and not captured):
         plan = rehearsed(f, batch)
         entry = entry or entries.setdefault(key, Entry(plan))
         entry.learn(plan, f.step)
@@ -129,7 +132,7 @@ def _key(f: Oracle, batch: Batch) -> Any:
     modes = tuple([m.training for m in modules])
     watched = any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules])  # noqa: C419
     hooks = any(map(has_hooks, f.point.parameters))
-    autocast = tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
+    autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
     return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, watched, hooks, kind

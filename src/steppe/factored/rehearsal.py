@@ -100,6 +100,7 @@ class _Rehearsal:
             if not look.sites:
                 raise CannotFactor("no perturbed parameter takes part in the loss")
             low = any(wide(d) is not d for site in look.sites for d in site.deltas)
+            rough = any(d.device.type != "cpu" for site in look.sites for d in site.deltas)  # TF32: 10 bits
             found = [_layout(site, weights, look, 0.3 if low else 1e-3) for site in look.sites]
             free = {i for i, (_, fits) in enumerate(found) if not fits and _may_be_free(look.sites[i])} - tracked.free
             if not free:
@@ -114,8 +115,8 @@ class _Rehearsal:
         for site in look.sites:
             del site.deltas[1:]
         plan.apply(look)
-        self.check_losses_of_parts(losses, 5e-2 if low else 1e-3)
-        self.check_sum(look, g, 0.3 if low else 1e-3)
+        self.check_losses_of_parts(losses, 5e-2 if low else 1e-2 if rough else 1e-3)
+        self.check_sum(look, g, 0.3 if low else 3e-2 if rough else 1e-3)
         self.check_part(look, 0.3 if low else 5e-2)
         self.check_second_pass(look, g, 0.3 if low else 5e-2)
         return replace(plan, cost=_cost(look))
@@ -128,7 +129,8 @@ class _Rehearsal:
             if not losses.isfinite().all():
                 raise Unsure("the losses of this batch are not finite")
             random = torch.Generator().manual_seed(0)
-            weights = (torch.rand(self.n, generator=random) * 0.9 + 0.1).to(losses)
+            order = torch.randperm(self.n, generator=random)
+            weights = (2.0 ** (order % 5 - 4)).to(losses)  # powers of two commute with rounding, TF32's too
             g = self.first_backward(losses, look)
             (losses @ weights * (self.scale / self.n)).backward()
         return losses.detach(), g, weights
@@ -241,6 +243,8 @@ def _check_fit(batch: Batch, f: Oracle) -> None:
             raise CannotFactor(f"{type(module).__name__} has backward hooks" if hooks else "the model is compiled")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise CannotFactor("parameters are sharded")
+    if len({p.device for p in f.point.parameters}) > 1:
+        raise CannotFactor("parameters are on several devices")
     if any(has_hooks(p) for p in f.point.parameters):
         raise CannotFactor("parameters have gradient hooks")
 
