@@ -34,34 +34,32 @@ class Attention:
     look = see = run
 
     def attend(self, a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Project, attend, project."""
-        heads = [self.heads(t, a["num_heads"]) for t in self.projected(a)]  # (n, heads, length, d)
-        mask, dropout = self.mask(a, heads[0]), a["dropout_p"] if a["training"] else 0.0
+        """Project, attend, project, with examples first: one example's rows are neighbours."""
+        q, k, v = (self.heads(t, a["num_heads"]) for t in self.projected(a))  # (n, heads, length, d)
+        mask, dropout = self.mask(a, q), a["dropout_p"] if a["training"] else 0.0
         weights = None
-        q, k, v = heads
         if a["need_weights"]:
             scores = q @ k.mT / q.shape[-1] ** 0.5
             weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
             out = weights @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = out.permute(2, 0, 1, 3).flatten(2)
-        out = F.linear(out, a["out_proj_weight"], a["out_proj_bias"])
+        out = F.linear(out.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
         if weights is not None and a["average_attn_weights"]:
             weights = weights.mean(1)
-        return out, weights
+        return out.transpose(0, 1), weights
 
     def projected(self, a: dict[str, Any]) -> list[Tensor]:
-        """Query, key and value through ``in_proj``."""
+        """Query, key and value through ``in_proj``: ``(n, length, heads d)``."""
         q, k, v, W, b = (a[name] for name in ("query", "key", "value", "in_proj_weight", "in_proj_bias"))
         if q is k and k is v:
-            return list(F.linear(q, W, b).chunk(3, -1))
-        return [F.linear(t, W, b).chunk(3, -1)[i] for i, t in enumerate((q, k, v))]
+            return list(F.linear(q.transpose(0, 1), W, b).chunk(3, -1))
+        return [F.linear(t.transpose(0, 1), W, b).chunk(3, -1)[i] for i, t in enumerate((q, k, v))]
 
     @staticmethod
     def heads(t: Tensor, heads: int) -> Tensor:
-        """``(length, n, heads d)`` as ``(n, heads, length, d)``."""
-        return t.reshape(*t.shape[:2], heads, -1).permute(1, 2, 0, 3)
+        """``(n, length, heads d)`` as ``(n, heads, length, d)``."""
+        return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
 
     @staticmethod
     def mask(a: dict[str, Any], q: Tensor) -> Tensor | None:
