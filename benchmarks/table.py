@@ -14,6 +14,12 @@ BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 WAYS = {"serial": "one after the other", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
+UNLIKE = """What the other implementation leaves out: it takes no norm that would tell it of a gradient that is not finite,
+and skips no step. Its FriendlySAM writes its momentum before the second pass, so a step that fails there has changed it;
+steppe writes what a method remembers once the step has succeeded, which takes the third copy. Its GSAM and WSAM come back
+to the weights by a subtraction, not bit for bit. Its LookSAM takes two passes at every step and projects tensor by tensor.
+Its ASAM has no `eta` and adapts biases too.
+"""
 Row = dict[str, Any]
 
 
@@ -100,7 +106,7 @@ def step_cost(data: dict[str, Any]) -> str:
     return (
         f"{where(data)}. A step without its passes and the base step, median (range) of {data['settings']['rounds']} "
         "rounds; peak memory in copies of the parameters, the gradient being one; passes a step:\n\n"
-        f"{markdown(head, lines)}\n"
+        f"{markdown(head, lines)}\n{UNLIKE}\n"
     )
 
 

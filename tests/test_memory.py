@@ -81,11 +81,32 @@ SLACK = 0.4  # a temporary of one tensor or two (1/8 each), and activations
         (lambda b: steppe.USAM(b, parallel=False), 2),
         (lambda b: steppe.SAM(b), 1),  # by factors no weights are saved
         (lambda b: steppe.SAM(b, cosine=True, parallel=False), 3),  # and g
+        (lambda b: steppe.ASAM(b), 2),
+        (lambda b: steppe.FisherSAM(b), 2),
         (lambda b: steppe.WSAM(b), 3),
+        (lambda b: steppe.GSAM(b), 3),
+        (lambda b: steppe.FSAM(b), 3),
+        (lambda b: steppe.VaSSO(b), 3),
+        (lambda b: steppe.LookSAM(b, k=1), 3),
         (lambda b: steppe.SAM(b, rho=0.0), 1),
         (lambda b: steppe.NSAM(b, full=lambda: None, rho=0.0), 1),
     ],
-    ids=["plain", "SAM", "USAM", "SAM by factors", "SAM cosine", "WSAM", "rho 0", "NSAM rho 0"],
+    ids=[
+        "plain",
+        "SAM",
+        "USAM",
+        "SAM by factors",
+        "SAM cosine",
+        "ASAM",
+        "Fisher",
+        "WSAM",
+        "GSAM",
+        "FSAM",
+        "VaSSO",
+        "LookSAM",
+        "rho 0",
+        "NSAM rho 0",
+    ],
 )
 def test_copies_of_the_parameters(make, expected: int) -> None:
     peak, left = copies(make)

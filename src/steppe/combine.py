@@ -65,8 +65,7 @@ class Coupled:
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g + gamma / (1 - gamma) (g_adv - g)``."""
-        c = _odds(self.gamma)
-        return Update((1 - c) * f.g + c * g_adv)
+        return Update(f.g.lerp(g_adv, _odds(self.gamma)))
 
 
 @dataclass(frozen=True)

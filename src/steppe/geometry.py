@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steppe import check
 from steppe.oracle import Oracle
-from steppe.vector import TINY, Vector, wide
+from steppe.vector import TINY, Vector, norm_of, wide
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
@@ -141,22 +141,21 @@ class Adaptive:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``T^2 d / norm(T d)``."""
-        T = self.operator(f)
-        Td = T(d)
-        return T(Td) / (Td.norm() + TINY)
+        norm = norm_of(self.entries(f, d), like=d)
+        return Vector(list(self.entries(f, d, squared=True))) / (norm + TINY)
 
     def operator(self, f: Oracle) -> Callable[[Vector], Vector]:
-        """``T``, a diagonal; made anew for each tensor, it takes no memory of its own."""
-        rows = list(zip(f.point.parameters, self.on(f), strict=True))
+        """``T``, a diagonal, at the weights where ``f`` stands."""
+        return lambda d: Vector(list(self.entries(f, d)))
 
-        def T(d: Vector) -> Vector:
-            entries = zip(rows, d.materialised(), strict=True)
-            return Vector([self._times(w, t) if t is not None and on else t for (w, on), t in entries])
-
-        return T
-
-    def _times(self, w: Tensor, t: Tensor) -> Tensor:
-        return wide(w.detach()).abs().add_(self.eta).mul_(t)
+    def entries(self, f: Oracle, d: Vector, squared: bool = False) -> Iterator[Tensor | None]:
+        """Those of ``T d`` or ``T^2 d``, one after the other: neither they nor ``T`` need be held."""
+        for w, on, t in zip(f.point.parameters, self.on(f), d.materialised(), strict=True):
+            if t is None or not on:
+                yield t
+            else:
+                T = wide(w.detach()).abs().add_(self.eta)
+                yield (T.mul_(T) if squared else T).mul_(t)
 
 
 @dataclass(frozen=True)

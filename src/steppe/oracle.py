@@ -320,8 +320,8 @@ class Oracle:
         kept = self._recall(name) if self._recall else [None] * len(self.point.parameters)
         if all(t is None for t in kept):
             return default
-        fill = default.materialised()
-        return Vector([d if t is None else t for t, d in zip(kept, fill, strict=True)])
+        missing = default.where(t is None for t in kept).materialised()
+        return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
 
     def remember(self, name: str, v: Vector) -> None:
         """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded."""

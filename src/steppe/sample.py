@@ -58,7 +58,7 @@ class Friendly:
     def __call__(self, f: Oracle) -> Vector:
         """``g - sigma m``."""
         g = self.of(f)
-        f.remember("friendly", self.decay * f.recall("friendly", default=g) + (1 - self.decay) * g)
+        f.remember("friendly", f.recall("friendly", default=g).lerp(g, 1 - self.decay))
         m = f.recall("friendly", default=0.0 * g)
         return (g - self.sigma * m).where(t is not None for t in g.tensors)
 
@@ -82,9 +82,7 @@ class Smoothed:
     def __call__(self, f: Oracle) -> Vector:
         """``d``."""
         g = self.of(f)
-        d = ((1 - self.theta) * f.recall("smoothed", default=g) + self.theta * g).where(
-            t is not None for t in g.tensors
-        )
+        d = f.recall("smoothed", default=g).lerp(g, self.theta).where(t is not None for t in g.tensors)
         f.remember("smoothed", d)
         return d
 
@@ -180,8 +178,10 @@ class FiniteDifference:
 
 
 def _signs(t: Tensor, random: torch.Generator) -> Tensor:
-    """+1 or -1 for every entry, of all shards: the same however the tensor is spread over ranks."""
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device).bernoulli_(0.5, generator=random) * 2 - 1
+    """+1 or -1 for every entry, of all shards, eight from a byte: the same however the tensor is spread over ranks."""
+    of_byte = (torch.arange(256, device=t.device)[:, None] >> torch.arange(8, device=t.device) & 1) * 2 - 1
+    drawn = torch.randint(256, (-(-t.numel() // 8),), generator=random, device=t.device, dtype=torch.int32)
+    return of_byte.to(t.dtype).index_select(0, drawn).view(-1)[: t.numel()].view(t.shape)
 
 
 @dataclass(frozen=True)

@@ -69,24 +69,30 @@ class Vector:
 
     tensors: Sequence[Tensor | None]
     scale: Scalar = 1.0
-    _memo: dict[str, Tensor] = field(default_factory=dict, repr=False)  # norm of `tensors`, shared by multiples
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # norm and products of `tensors`, of all multiples
 
     def norm(self) -> Tensor:
         """Euclidean norm over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
         if "norm" not in self._memo:
             self._memo["norm"] = _norm(self.present())
-        n = self._memo["norm"]
+        n: Tensor = self._memo["norm"]
         return (
             n if _is_one(self.scale) else n * (self.scale.abs() if isinstance(self.scale, Tensor) else abs(self.scale))
         )
 
     def dot(self, other: Vector) -> Tensor:
         """Inner product over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
+        known = self._memo.get(id(other._memo))
+        if known is None:
+            known = self._memo[id(other._memo)] = self._dot(other), other._memo  # held: no other has its id
+        return known[0] * self.scale * other.scale
+
+    def _dot(self, other: Vector) -> Tensor:
         pairs = [(a, b) for a, b in zip(self.tensors, other.tensors, strict=True) if a is not None and b is not None]
         if not pairs:
             return torch.zeros(())
         products = [_dot(local(a), local(b)) for a, b in pairs]
-        return _sum_over_shards(products, [a for a, _ in pairs]) * self.scale * other.scale
+        return _sum_over_shards(products, [a for a, _ in pairs])
 
     def present(self) -> list[Tensor]:
         """The entries that are not ``None``, unscaled."""
@@ -110,6 +116,11 @@ class Vector:
         """Every entry times its own factor."""
         scaled = zip(self.materialised(), factors, strict=True)
         return Vector([None if t is None else _times(t, c) for t, c in scaled])
+
+    def lerp(self, other: Vector, c: float) -> Vector:
+        """``self + c (other - self)``, read once."""
+        pairs = zip(self.materialised(), other.materialised(), strict=True)
+        return Vector([_sum(x, 1 - c, y, c) if x is None or y is None else _lerp(x, y, c) for x, y in pairs])
 
     def __mul__(self, other: Scalar | Vector) -> Vector:
         if isinstance(other, Vector):  # elementwise; a None on either side is zero
@@ -149,7 +160,21 @@ def _sum(x: Tensor | None, cx: Scalar, y: Tensor | None, cy: Scalar) -> Tensor |
         return None if y is None else _times(y, cy)
     if y is None:
         return _times(x, cx)
-    return _plus(y, x, cx) if _is_one(cy) else _plus(_times(x, cx), y, cy)
+    if _is_one(cy):
+        return _plus(y, x, cx)
+    return _plus(x, y, cy) if _is_one(cx) else _add(_times(x, cx), y, cy)
+
+
+def _add(fresh: Tensor, y: Tensor, c: Scalar) -> Tensor:
+    """``fresh + c y``, in the memory of what nobody else has seen."""
+    if fresh.dtype != wide(y).dtype:
+        return _plus(fresh, y, c)
+    return fresh.addcmul_(wide(y), c.to(fresh.device)) if isinstance(c, Tensor) else fresh.add_(wide(y), alpha=c)
+
+
+def _lerp(x: Tensor, y: Tensor, c: float) -> Tensor:
+    x, y = wide(x), wide(y)
+    return torch.lerp(x, y, c) if x.dtype == y.dtype else _plus(x * (1 - c), y, c)
 
 
 def _sum_over_shards(values: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
@@ -171,6 +196,12 @@ def _over_ranks(part: Tensor, layout: Any) -> Tensor:
     mesh, placements = layout
     each = [Partial() if placement.is_shard() else Replicate() for placement in placements]
     return DTensor.from_local(part, mesh, each, run_check=False).full_tensor()
+
+
+def norm_of(entries: Iterable[Tensor | None], like: Vector) -> Tensor:
+    """The Euclidean norm of a vector whose entries, spread over ranks as ``like`` is, are not kept."""
+    squares = [torch.linalg.vector_norm(wide(local(t))).square() for t in entries if t is not None]
+    return _sum_over_shards(squares, like.present()).sqrt() if squares else torch.zeros(())
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
