@@ -33,9 +33,14 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet18(width: int) -> nn.Module:
-    """ResNet-18 for 32 x 32 images, group norm for batch norm; ``width`` 64 has 62 tensors, 11.2 M parameters."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+def resnet18(width: int, side: int = 32) -> nn.Module:
+    """ResNet-18, group norm for batch norm; ``width`` 64 has 62 tensors, 11.2 M parameters.
+
+    Images of 224 get the published stem (7 x 7, then pooling), those of 32 one convolution of 3 x 3.
+    """
+    small = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU()
+    large = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    layers: list[nn.Module] = [*(small if side <= 64 else large)]
     inputs = width
     for stage in range(4):
         for i in range(2):
@@ -68,12 +73,12 @@ def layers(width: int, depth: int, heads: int) -> nn.ModuleList:
 
 
 class ViT(nn.Module):
-    """A vision transformer for 32 x 32 images, patches of 4, mean pooling."""
+    """A vision transformer, mean pooling; for 32 x 32 images in patches of 4, or others."""
 
-    def __init__(self, width: int, depth: int, heads: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, side: int = 32, patch: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width))
         self.layers, self.norm, self.head = layers(width, depth, heads), nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,5 +151,7 @@ CASES = {
     "resnet18": Case("conv", lambda: resnet18(64), images(3, 32), cpu_batch_size=32),
     "vit_small": Case("transformer", lambda: ViT(128, 4, 4), images(3, 32), cpu_batch_size=32),
     "vit_s": Case("transformer", lambda: ViT(384, 12, 6), images(3, 32), cpu_batch_size=16),
+    "resnet18_224": Case("conv", lambda: resnet18(64, 224), images(3, 224), batch_size=64, cpu_batch_size=4),
+    "vit_s_224": Case("transformer", lambda: ViT(384, 12, 6, 224, 16), images(3, 224), batch_size=64, cpu_batch_size=4),
     "gpt_small": Case("transformer", lambda: GPT(128, 4, 4), tokens, cpu_batch_size=32),
 }

@@ -131,16 +131,22 @@ def measure(model: nn.Module, rounds: int, names: list[str] | None = None) -> li
     timers = Timer(fake, device), Timer(base.step, device)  # the base uses the gradients left
     for timer in timers:
         timer.prepare(1, 1.0, SAMPLE)
+    gradients = [p.grad for p in parameters]
+    norm = Timer(lambda: torch._foreach_norm(gradients), device)
+    norm.prepare(1, 1.0, SAMPLE)
     contenders = methods(parameters, fake, names or [])
     steps: list[float] = []
+    norms: list[float] = []
     for _ in range(rounds):
         for contender in contenders:
             fake()
             contender.sample(*timers)
         fake()
         steps.append(timers[1].once())
+        norms.append(norm.once())
     copy = sum(p.numel() * p.element_size() for p in parameters)
     about = {"tensors": len(parameters), "parameters": sum(p.numel() for p in parameters)}
+    about |= {"norm_ms": round(1e3 * median(norms), 4)}
     return [about | contender.row(copy, median(steps)) for contender in contenders]
 
 

@@ -14,11 +14,12 @@ BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 WAYS = {"serial": "one after the other", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
-UNLIKE = """What the other implementation leaves out: it takes no norm that would tell it of a gradient that is not finite,
-and skips no step. Its FriendlySAM writes its momentum before the second pass, so a step that fails there has changed it;
-steppe writes what a method remembers once the step has succeeded, which takes the third copy. Its GSAM and WSAM come back
-to the weights by a subtraction, not bit for bit. Its LookSAM takes two passes at every step and projects tensor by tensor.
-Its ASAM has no `eta` and adapts biases too.
+UNLIKE = """What the other implementation leaves out: norms that tell of a gradient that is not finite before anything is
+changed (SAM, WSAM and Coupled-WSAM take one more than it, F-SAM two, ASAM three; one takes {norms}), and
+skipped steps. Its FriendlySAM writes its momentum before the second pass, so that a step that fails there has
+changed it; steppe writes what a method remembers once the step has succeeded, which takes the third copy. Its
+GSAM and WSAM come back to the weights by a subtraction, not bit for bit. Its LookSAM takes two passes at every
+step and projects tensor by tensor. Its ASAM has no `eta` and adapts biases too.
 """
 Row = dict[str, Any]
 
@@ -102,11 +103,13 @@ def step_cost(data: dict[str, Any]) -> str:
         extra = [f"{row[key]:.{d}f}" if row else "-" for key, d in (("copies", 1), ("passes", 1)) for row in pair]
         lines.append([shapes, method, *times, *extra])
     other = other or "another"
+    norm = {row["shapes"]: row["norm_ms"] for row in data["rows"] if "norm_ms" in row}
+    norms = ", ".join(f"{ms:.1f} ms on {shapes}" for shapes, ms in norm.items()) or "some time"
     head = ["parameters of", "method", "ms, steppe", f"ms, {other}", "copies", "copies, other", "passes", "other"]
     return (
         f"{where(data)}. A step without its passes and the base step, median (range) of {data['settings']['rounds']} "
         "rounds; peak memory in copies of the parameters, the gradient being one; passes a step:\n\n"
-        f"{markdown(head, lines)}\n{UNLIKE}\n"
+        f"{markdown(head, lines)}\n{UNLIKE.format(norms=norms)}\n"
     )
 
 

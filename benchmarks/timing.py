@@ -30,6 +30,11 @@ class Timer:
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
+    def after_itself(self) -> float:
+        """Seconds of a step that follows one of its own: the allocator has forgotten what others left."""
+        self.step()
+        return self.once()
+
     def once(self) -> float:
         """Seconds of a step, the mean of ``repeats``."""
         synchronize(self.device)
@@ -65,8 +70,8 @@ def interleave(reference: Timer, contenders: Sequence[Timer]) -> None:
             if i >= t.rounds:
                 continue
             if perf_counter() - at > FRESH:
-                beside, at = reference.once(), perf_counter()
+                beside, at = reference.after_itself(), perf_counter()
                 reference.seconds.append(beside)
                 reference.ratios.append(beside / median(reference.seconds))
-            t.seconds.append(t.once())
+            t.seconds.append(t.after_itself())
             t.ratios.append(t.seconds[-1] / beside)

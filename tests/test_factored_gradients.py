@@ -1,0 +1,182 @@
+"""How micro-batches' gradients are held: whole in blocks, as factors with biases, by the rows of a table."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from steppe.factored import held
+from steppe.factored.cost import Cost
+from steppe.factored.held import Held, Pool
+from steppe.factored.lookups import Coalesced, Lookup
+from steppe.factored.parts import Parts
+from steppe.factored.plan import plan_for
+from steppe.factored.terms import Dense, Factored, Product, squared_norms
+from steppe.point import Point, Rho
+from tests.factored_models import EXAMPLES, Example, loss
+from tests.test_factored import N, assert_equal, ends, sgd
+
+HEIGHT, WIDTH, Q = 7, 3, 4
+
+
+def lookups(n: int, seed: int = 0) -> Lookup:
+    random = torch.Generator().manual_seed(seed)
+    index = torch.randint(HEIGHT, (n, Q), generator=random)
+    return Lookup(index, torch.randn(n, Q, WIDTH, generator=random, dtype=torch.float64), HEIGHT)
+
+
+def tables(terms: list[Lookup], parts: Parts) -> torch.Tensor:
+    """``G_k``, by loops."""
+    G = torch.zeros(parts.k, HEIGHT, WIDTH, dtype=torch.float64)
+    for term in terms:
+        for i, (row, right) in enumerate(zip(term.index.tolist(), term.right, strict=True)):
+            for v, r in zip(row, right, strict=True):
+                G[i // parts.m, v] += r
+    return G
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 12, 20])
+def test_lookups_are_summed_by_row(m: int, uses: int) -> None:
+    parts, terms = Parts(N, m), [lookups(N, seed) for seed in range(uses)]
+    G = tables(terms, parts)
+    coalesced, whole = Coalesced(terms, parts), Held(terms, parts)
+    for found in (coalesced, whole):
+        torch.testing.assert_close(found.squares(), G.square().sum((1, 2)), rtol=1e-12, atol=0)
+    other = torch.randint(HEIGHT, (N, 6), generator=torch.Generator().manual_seed(5))  # not those that were recorded
+    expected = torch.stack([G[i // m][row] for i, row in enumerate(other)])
+    torch.testing.assert_close(coalesced.rows(other), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(torch.cat(whole.chunks), G, rtol=1e-12, atol=1e-14)
+    if m == 1:
+        c = torch.rand(N, dtype=torch.float64)
+        for found in (coalesced, whole, Factored(terms, parts)):
+            torch.testing.assert_close(found.weighted(c), torch.einsum("k,kij->ij", c, G), rtol=1e-12, atol=1e-14)
+
+
+class Text(nn.Module):
+    """Tokens and positions that nothing else uses; many more words than a batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(200, 5, padding_idx=3), nn.Embedding(6, 5)
+        self.head = nn.Linear(5, 11)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(index.shape[1])
+        return self.head(torch.tanh(self.tokens(index * 3) + self.tokens(index) + self.positions(places)))
+
+
+TEXT = Example(Text, lambda n: (torch.randint(11, (n, 6)), torch.randint(11, (n, 6))))
+
+
+@pytest.mark.parametrize("m", [1, 5, 6, 12])
+def test_tables_that_are_only_looked_up(m: int) -> None:
+    make = lambda model, p: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    assert_equal(ends(TEXT, make), 1e-10)
+    exact = lambda model, p: steppe.RWSAM(sgd(model), 0.3, parallel=p)  # noqa: E731
+    model = TEXT.model(torch.float64)
+    opt = exact(model, True)
+    opt.step(TEXT.batch(model, N, torch.float64))
+    assert opt.telemetry.forwards == 2  # no probe
+
+
+@pytest.mark.parametrize("cache", [1, 1 << 40], ids=["part by part", "all at once"])
+@pytest.mark.parametrize("m", [1, 5, 6])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_blocks_of_any_size_are_exact(name: str, m: int, cache: int, monkeypatch) -> None:
+    monkeypatch.setattr(held, "CACHE", cache)
+    monkeypatch.setattr(Cost, "whole", lambda *_: True)
+    monkeypatch.setattr(Cost, "table", lambda *_: True)
+    make = lambda model, p: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    assert_equal(ends(EXAMPLES[name], make), 1e-10)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("radius", [0.3, 0.1, 0.0])
+def test_biases_with_a_radius_of_their_own(radius: float, whole: bool, monkeypatch) -> None:
+    """A bias rides along with its weight only where both move as far."""
+    monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+
+    def make(model: nn.Module, parallel: bool) -> steppe.SAM:
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "rho": radius},
+        ]
+        return steppe.SAM(torch.optim.SGD(groups, lr=0.1), 0.3, m=5, parallel=parallel)
+
+    for name in ("mlp", "cnn", "vit"):  # g_norm is that of the perturbed parameters here
+        assert_equal(ends(EXAMPLES[name], make), 1e-10, ("loss", "loss_adv", "eps_norm"))
+
+
+def test_a_bias_that_two_layers_share() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.two.bias = self.one.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+    example = Example(Shared, EXAMPLES["mlp"].data)
+    assert_equal(ends(example, lambda model, p: steppe.SAM(sgd(model), 0.3, m=5, parallel=p)), 1e-10)
+
+
+def test_a_bias_is_a_column_of_ones() -> None:
+    parts = Parts(N, 5)
+    left, right = (
+        torch.randn(N, 2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)) for d in (3, 4)
+    )
+    alone, riding = Factored([Dense(left, right)], parts), Factored([Dense(left, right, bias=1)], parts)
+    ones = torch.cat([right, torch.ones(N, 2, 1, dtype=torch.float64)], 2)
+    augmented = Factored([Dense(left, ones)], parts)
+    assert (alone.bias, riding.bias) == (None, 1)
+    torch.testing.assert_close(squared_norms([riding], []), squared_norms([augmented], []))
+    x, s = torch.randn(N, 2, 4, dtype=torch.float64), torch.rand(parts.k, dtype=torch.float64)
+    with_one = torch.cat([x, torch.ones(N, 2, 1, dtype=torch.float64)], 2)
+    y, expected = torch.zeros(2, N, 2, 3, dtype=torch.float64)
+    Product(riding, s).add(y, x)
+    Product(augmented, s).add(expected, with_one)
+    torch.testing.assert_close(y, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_goes_back_to_the_pool() -> None:
+    pool, parts = Pool(), Parts(N, 4)
+    dense = Dense(torch.randn(N, 1, 3), torch.randn(N, 1, 2))
+    one = Held([dense], parts, pool)
+    two = Held([dense], parts, pool)  # while the first is in use
+    places = {G.data_ptr() for h in (one, two) for G in h.chunks}
+    assert len(places) == 2
+    del one, two
+    gc.collect()
+    three = Held([Dense(2 * dense.left, dense.right)], parts, pool)
+    assert three.chunks[0].data_ptr() in places
+    torch.testing.assert_close(three.chunks[0], 2 * torch.stack([
+        (dense.left[i : i + 4].flatten(0, 1).mT @ dense.right[i : i + 4].flatten(0, 1)) for i in (0, 4, 8)
+    ]))  # fmt: skip
+
+
+def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
+    monkeypatch.setattr(Cost, "whole", lambda *_: True)
+    example = EXAMPLES["gpt"]
+    model = example.model(torch.float32)
+    opt = steppe.SAM(sgd(model), 0.3, m=5, parallel=True)
+    parameters = list(model.parameters())
+
+    def free() -> int:
+        f = steppe.Oracle(example.batch(model, N, torch.float32), Point(parameters, Rho([0.3] * len(parameters))))
+        pool = plan_for(f, f.closure).pool
+        return sum(map(len, pool.free.values()))
+
+    counts = []
+    for k in range(4):
+        opt.step(example.batch(model, N, torch.float32, seed=k))
+        gc.collect()
+        counts.append(free())
+    assert 0 < counts[2] == counts[3]  # the second step is rehearsed anew
+    assert loss(model, example.data(N)).isfinite().all()
