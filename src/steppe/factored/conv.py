@@ -18,7 +18,7 @@ from steppe.factored.parts import Parts
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Dense, Product
 
-LOOP = 8  # inputs in a part from which one convolution a part is faster than a group a part, which copies
+LOOP = 8  # inputs in a part from which on a CPU one convolution a part is faster than a group a part, which copies
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Spec:
         """The convolution."""
         zero = [0] * len(self.stride)
         return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
+
+
+def one_by_one(x: Tensor) -> bool:
+    """Whether parts ``(k, m, C, ...)`` go through one convolution each; an accelerator would wait for so many calls."""
+    return x.device.type == "cpu" and x.shape[1] >= LOOP
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class Convolved:
     def write(self, G: Tensor, left: Tensor, x: Tensor, add: bool) -> None:
         """``G_k`` of some parts, or add them to what is there."""
         k = len(x)
-        if x.shape[1] >= LOOP:
+        if one_by_one(x):
             W = left.new_empty(1).expand(self.spec.shape)  # for its shape alone
             pairs = zip(left, x, strict=True)
             made = [
@@ -118,7 +123,7 @@ class HeldConv(torch.autograd.Function):
         made: list[Tensor] = []
         for c, at, P in weights():
             P, a, bias = P.reshape(-1, *spec.shape), x_k[c][at], None if b_k[c] is None else b_k[c][at]
-            if a.shape[1] >= LOOP:
+            if one_by_one(a):
                 made += [spec.forward(a[i], p, spec.groups, None if bias is None else bias[i]) for i, p in enumerate(P)]
             else:
                 shift = None if bias is None else bias.flatten()
@@ -135,7 +140,7 @@ class HeldConv(torch.autograd.Function):
             x_k, delta_k, made = weights.parts.chunks(x), weights.parts.chunks(delta), []
             for c, at, P in weights():
                 P, a, d = P.reshape(-1, *spec.shape), x_k[c][at], delta_k[c][at]
-                if a.shape[1] >= LOOP:
+                if one_by_one(a):
                     parts = zip(d, a, P, strict=True)
                     made += [spec.backward(d_i, a_i, p, spec.groups, [True, False])[0] for d_i, a_i, p in parts]
                 else:
