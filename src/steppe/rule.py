@@ -123,11 +123,16 @@ class Micro:
         f.ranks.stay_within()
         if isinstance(f.closure, Batches):
             return reduce(add, (share * self(chunk) for share, chunk in f.chunks()))
-        if f.parallel and isinstance(self.rule, Rule) and self.rule.shares_passes():
+        if isinstance(self.rule, Rule) and self.rule.shares_passes() and self.worth_sharing(f):
             update = in_parallel(f, self.m, self.rule)
             if update is not None:
                 return update
         return reduce(add, (share * self.rule(part) for share, part in f.split(self.m)))
+
+    def worth_sharing(self, f: Oracle) -> bool:
+        """Whether to try shared passes: one part alone gains by them only where plain SAM does."""
+        several = self.m < len(f.batch())
+        return bool(f.parallel) and (several or f.parallel is True or cheaper_in_parallel(f))
 
 
 def micro(m: int | None, rule: AnyRule) -> AnyRule:
