@@ -132,10 +132,18 @@ def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[st
     return ready, left_out
 
 
+def let_go() -> None:
+    """Of the memory that held gradients leave for the next step, so that the next one is seen to take it."""
+    for entries in plan._entries.values():
+        for entry in entries.values():
+            entry.plan.pool.free.clear()
+
+
 def timed(bench: Bench, way: str, m: int | None, row: dict[str, Any], args: argparse.Namespace) -> Timer:
     """A warmed-up timer; the row has memory and counted work."""
     timer = Timer(bench.step(way, m), bench.device)
     timer.prepare(args.rounds, args.time_limit)
+    let_go()
     row["peak"] = peak(timer.step, bench.device)
     row["flops"] = flops(timer.step) if way in COUNTED else None
     return timer

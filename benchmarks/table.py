@@ -14,7 +14,8 @@ BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 WAYS = {"serial": "one after the other", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
-UNLIKE = """What the other implementation leaves out: norms that tell of a gradient that is not finite before anything is
+UNLIKE = """\
+What the other implementation leaves out: norms that tell of a gradient that is not finite before anything is
 changed (SAM, WSAM and Coupled-WSAM take one more than it, F-SAM two, ASAM three; one takes {norms}), and
 skipped steps. Its FriendlySAM writes its momentum before the second pass, so that a step that fails there has
 changed it; steppe writes what a method remembers once the step has succeeded, which takes the third copy. Its
@@ -113,6 +114,25 @@ def step_cost(data: dict[str, Any]) -> str:
     )
 
 
+def cost_rule(data: dict[str, Any]) -> str:
+    """How well the rule that holds gradients or keeps factors chooses."""
+    rows = data["rows"]
+    sizes = sorted({row["rows"] for row in rows})
+    found = {(row["height"], row["width"], row["rows"]): row for row in rows}
+    lines = []
+    for height, width in dict.fromkeys((row["height"], row["width"]) for row in rows):
+        cells = [found[height, width, r] for r in sizes]
+        shown = [f"{row['factored'] / row['held']:.2f}, {row['chosen']}" for row in cells]
+        lines.append([f"{height} x {width}", "factored / held, chosen", *shown])
+    right, worst = sum(row["regret"] <= 0 for row in rows), max(row["regret"] for row in rows)
+    return (
+        f"{where(data)}. A linear layer's share of a step: time with gradients as factors over time with them held "
+        f"whole, for {data['settings']['total']} rows in micro-batches of r, and what the rule chooses: the faster way "
+        f"in {right} of {len(rows)}, and at worst one that takes {100 * worst:.0f} % longer.\n\n"
+        f"{markdown(['matrix', '', *(f'r = {r}' for r in sizes)], lines)}\n"
+    )
+
+
 def floor(data: dict[str, Any]) -> str:
     """Where the time of a step goes, and where what it takes beyond SAM's comes from."""
     rows = data["rows"]
@@ -180,7 +200,7 @@ def attained(rates: Iterable[dict[str, Any]]) -> str:
 
 def tables(records: Path = RECORDS) -> str:
     """Every record's tables."""
-    writers = {"m_sam": m_sam, "floor": floor, "step_cost": step_cost}
+    writers = {"m_sam": m_sam, "floor": floor, "step_cost": step_cost, "cost_rule": cost_rule}
     found = [record.read(path) for path in sorted(records.glob("*.json"))]
     found = [data for data in found if data["benchmark"] in writers]
     return "\n".join(writers[data["benchmark"]](data).rstrip("\n") + "\n" for data in found)

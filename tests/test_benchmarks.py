@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import floor, m_sam, memory, rates, record, rivals, step_cost, table
+from benchmarks import cost_rule, floor, m_sam, memory, rates, record, rivals, step_cost, table
 from benchmarks.calls import Call, Calls
 from benchmarks.flops import flops
 from benchmarks.models import CASES, classify, mlp
@@ -75,6 +75,17 @@ def test_step_cost_counts_the_methods_own_work(monkeypatch: pytest.MonkeyPatch) 
     assert all(math.isfinite(row["ms"]) and row["copies"] >= 1 for row in rows)
     if rivals.NAME:
         assert {name for name, who in by if who == rivals.NAME} == set(rivals.RIVALS)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_both_ways_of_the_cost_rule_do_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_rule, "TOTAL", 128)
+    torch.manual_seed(0)
+    both = cost_rule.ways(6, 9, rows, torch.device("cpu"))
+    torch.testing.assert_close(both["held"](), both["factored"]())
+    row = cost_rule.measure(6, 9, rows, torch.device("cpu"), rounds=1)
+    assert row["regret"] >= 0
+    assert row["chosen"] in both
 
 
 def test_peak_memory_counts_what_is_alive() -> None:
