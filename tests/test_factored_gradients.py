@@ -180,3 +180,24 @@ def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
         counts.append(free())
     assert 0 < counts[2] == counts[3]  # the second step is rehearsed anew
     assert loss(model, example.data(N)).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------------- worth it?
+
+
+@pytest.mark.parametrize(
+    ("m", "parallel", "expected"),
+    [(4, "auto", [N, N]), (6, "auto", [6] * 4), (6, True, [N, N]), (N, "auto", [N, N]), (4, False, [4] * 6)],
+)
+def test_two_parts_run_one_after_the_other_on_a_cpu(m: int, parallel: bool | str, expected: list[int]) -> None:
+    """Unless plain SAM gains by shared passes, which a convolutional net does not."""
+    example = EXAMPLES["resnet"]
+    model = example.model(torch.float32)
+    opt = steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)
+    opt.step(example.batch(model, N, torch.float32))
+    opt.step(example.batch(model, N, torch.float32))  # what is rehearsed is rehearsed
+    sizes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    opt.step(example.batch(model, N, torch.float32))
+    hook.remove()
+    assert sizes == expected

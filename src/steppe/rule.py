@@ -130,8 +130,9 @@ class Micro:
         return reduce(add, (share * self.rule(part) for share, part in f.split(self.m)))
 
     def worth_sharing(self, f: Oracle) -> bool:
-        """Whether to try shared passes: one part alone gains by them only where plain SAM does."""
-        several = self.m < len(f.batch())
+        """Whether to try shared passes: one part, or on a CPU two, gain by them only where plain SAM does."""
+        few = 1 if f.point.devices else 2
+        several = len(f.batch()) > few * self.m
         return bool(f.parallel) and (several or f.parallel is True or cheaper_in_parallel(f))
 
 
