@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.factored.conv import Convolved, settle
+from steppe.factored.convolved import Convolved, settle
 from steppe.factored.cost import Cost
 from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup

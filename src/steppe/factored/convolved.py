@@ -1,0 +1,111 @@
+"""A convolution's gradient: every micro-batch one group of a grouped convolution, or patches as rows of a product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from steppe.factored.cost import Cost
+from steppe.factored.parts import Parts
+from steppe.factored.terms import Dense
+
+LOOP = 8  # inputs in a part from which on a CPU one convolution a part is faster than a group a part, which copies
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Stride, padding and dilation by dimension, groups, and the weight's shape."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    shape: torch.Size
+
+    def backward(self, delta: Tensor, x: Tensor, W: Tensor, groups: int, mask: list[bool]) -> Any:
+        """Gradients of input and weight, as ``mask`` asks."""
+        zero = [0] * len(self.stride)
+        where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
+        return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
+
+    def forward(self, x: Tensor, W: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
+        """The convolution."""
+        zero = [0] * len(self.stride)
+        return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
+
+
+def one_by_one(x: Tensor) -> bool:
+    """Whether parts ``(k, m, C, ...)`` go through one convolution each; an accelerator would wait for so many calls."""
+    return x.device.type == "cpu" and x.shape[1] >= LOOP
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """``(k, m, C, ...)`` as ``(m, k C, ...)``: the parts' channels beside each other."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def below(y: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`side_by_side`: ``(k m, C, ...)``."""
+    return y.reshape(len(y), k, -1, *y.shape[2:]).transpose(0, 1).reshape(len(y) * k, -1, *y.shape[2:])
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """A convolution's term: ``x`` ``(n, q, C, ...)`` and ``left`` ``(n, q, C_out, ...)``, ``q`` inputs an example."""
+
+    x: Tensor
+    left: Tensor
+    spec: Spec
+
+    def shape(self, parts: Parts) -> tuple[int, int, int]:
+        """Rows in a part, height and width of ``G_k``."""
+        rows = min(parts.m, parts.n) * self.left[0, :, 0].numel()
+        return rows, self.spec.shape[0], self.spec.shape[1:].numel()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``G_k``."""
+        return self.spec.shape[0], self.spec.shape[1:].numel()
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """What :meth:`write` wants of the parts."""
+        return self.left, self.x
+
+    def write(self, G: Tensor, left: Tensor, x: Tensor, add: bool) -> None:
+        """``G_k`` of some parts, or add them to what is there."""
+        k = len(x)
+        if one_by_one(x):
+            W = left.new_empty(1).expand(self.spec.shape)  # for its shape alone
+            pairs = zip(left, x, strict=True)
+            made = [
+                self.spec.backward(d, a, W, self.spec.groups, [False, True])[1].reshape(G[0].shape) for d, a in pairs
+            ]
+        else:
+            W = left.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])
+            where = side_by_side(left), side_by_side(x), W, k * self.spec.groups, [False, True]
+            G, made = G[None], [self.spec.backward(*where)[1].reshape(G.shape)]
+        for to, g in zip(G, made, strict=True):
+            to.add_(g) if add else to.copy_(g)
+
+    def dense(self) -> Dense:
+        """The same as a product of patches."""
+        left = self.left.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
+        patches = unfolded(self.x.flatten(0, 1), self.spec)
+        return Dense(left, patches.reshape(len(self.x), -1, patches.shape[-1]))
+
+
+def unfolded(x: Tensor, spec: Spec) -> Tensor:
+    """The patches of a 2-D convolution: ``(inputs, positions, C_in kernel)``."""
+    return F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
+
+
+def settle(term: Convolved, parts: Parts, cost: Cost) -> Convolved | Dense:
+    """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
+    rows, height, width = term.shape(parts)
+    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cost.whole(2 * rows, height, width)
+    return term.dense() if by_patches else term
