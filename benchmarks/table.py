@@ -203,6 +203,7 @@ def tables(records: Path = RECORDS) -> str:
     writers = {"m_sam": m_sam, "floor": floor, "step_cost": step_cost, "cost_rule": cost_rule}
     found = [record.read(path) for path in sorted(records.glob("*.json"))]
     found = [data for data in found if data["benchmark"] in writers]
+    found.sort(key=lambda data: list(writers).index(data["benchmark"]))
     return "\n".join(writers[data["benchmark"]](data).rstrip("\n") + "\n" for data in found)
 
 
