@@ -118,9 +118,7 @@ class Conv:
         site = see.next(self, weight, bias)
         x = x.to(low(x))
         if weight is None:
-            y = func(x, W, None, spec.stride, spec.padding, spec.dilation, spec.groups)
-            rows = see.rows_of(site, b, bias, y.shape[:1])  # type: ignore[arg-type]
-            return (y + rows.reshape(*rows.shape, *[1] * self.dims)).to(x.dtype)
+            return self.plus(see, site, func(x, W, None, spec.stride, spec.padding, spec.dilation, spec.groups), b)
         see_with = self.with_held if isinstance(see.matrices[weight][0], Held) else self.with_patches
         return see_with(see, site, x, W, b, spec)
 
@@ -141,11 +139,14 @@ class Conv:
         product = Product(*see.matrices[site.weight])  # type: ignore[arg-type, index]
         extra = Extra.apply(patches.flatten(1, 2), product, len(W))  # type: ignore[no-untyped-call]
         rows = site.by_row(extra.unflatten(1, (q, positions)), (len(x),))
-        y = y + rows.mT.reshape(y.shape)
+        return self.plus(see, site, y + rows.mT.reshape(y.shape), b)
+
+    def plus(self, see: See, site: Site, y: Tensor, b: Tensor | None) -> Tensor:
+        """``y + b``, each micro-batch with its own ``b``."""
         if b is None:
             return y
-        shift = b if site.bias is None else see.rows_of(site, b, site.bias, y.shape[:1])
-        return (y + shift.reshape(*shift.shape, *[1] * self.dims)).to(x.dtype)
+        rows = b if site.bias is None else see.rows_of(site, b, site.bias, y.shape[:1])
+        return (y + rows.reshape(*rows.shape, *[1] * self.dims)).to(y.dtype)
 
 
 class Extra(torch.autograd.Function):

@@ -63,8 +63,7 @@ class Convolved:
 
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
-        rows = min(parts.m, parts.n) * self.left[0, :, 0].numel()
-        return rows, self.spec.shape[0], self.spec.shape[1:].numel()
+        return min(parts.m, parts.n) * self.left[0, :, 0].numel(), *self.size
 
     @property
     def size(self) -> tuple[int, int]:

@@ -31,7 +31,7 @@ class Cost:
         return height <= 2 * rows
 
 
-class Held(Cost):
+class Everything(Cost):
     """Everything is held."""
 
     def whole(self, rows: int, height: int, width: int) -> bool:
@@ -43,4 +43,4 @@ class Held(Cost):
         return True
 
 
-TWO_PASSES, NORMS, WEIGHTED, HELD = Cost(3), Cost(1), Cost(1, weighted=True), Held(0)
+TWO_PASSES, NORMS, WEIGHTED, HELD = Cost(3), Cost(1), Cost(1, weighted=True), Everything(0)

@@ -63,7 +63,7 @@ def choose(look: Look, parts: Parts, cost: Cost) -> tuple[dict[int, tuple[list[A
 def _multipliable(terms: Sequence[Any]) -> Sequence[Any]:
     """Factors whose products with each other are numbers: of one type, and not of float16, which ends at 65504."""
     types = {t.right.dtype for t in terms}
-    return [t.float() for t in terms] if len(types) > 1 or torch.float16 in types else terms
+    return [t.to(torch.float32) for t in terms] if len(types) > 1 or torch.float16 in types else terms
 
 
 def _alone(term: Any, by_example: Small) -> Any:
@@ -94,4 +94,4 @@ def _whole(terms: Sequence[Any], parts: Parts, cost: Cost) -> bool:
     dense = [t for t in terms if isinstance(t, Dense)]
     if not dense:
         return cost.table(rows, terms[0].height)
-    return cost.whole(rows, dense[0].left.shape[-1], dense[0].right.shape[-1])
+    return cost.whole(rows, *dense[0].size)

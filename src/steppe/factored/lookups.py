@@ -20,13 +20,9 @@ class Lookup:
     right: Tensor
     height: int
 
-    def double(self) -> Lookup:
-        """In float64."""
-        return Lookup(self.index, self.right.double(), self.height)
-
-    def float(self) -> Lookup:
-        """In float32."""
-        return Lookup(self.index, self.right.float(), self.height)
+    def to(self, dtype: torch.dtype) -> Lookup:
+        """In another type."""
+        return Lookup(self.index, self.right.to(dtype), self.height)
 
     def scaled(self, c: Tensor) -> Lookup:
         """With every example's loss times ``c_i``."""

@@ -32,13 +32,9 @@ class Dense:
     right: Tensor
     bias: int | None = None
 
-    def double(self) -> Dense:
-        """In float64."""
-        return replace(self, left=self.left.double(), right=self.right.double())
-
-    def float(self) -> Dense:
-        """In float32."""
-        return replace(self, left=self.left.float(), right=self.right.float())
+    def to(self, dtype: torch.dtype) -> Dense:
+        """In another type."""
+        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype))
 
     def scaled(self, c: Tensor) -> Dense:
         """With every example's loss times ``c_i``."""
@@ -46,7 +42,7 @@ class Dense:
 
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
-        return min(parts.m, parts.n) * self.left.shape[1], self.left.shape[-1], self.right.shape[-1]
+        return min(parts.m, parts.n) * self.left.shape[1], *self.size
 
     @property
     def size(self) -> tuple[int, int]:
@@ -138,7 +134,7 @@ def _squares_of_factors(gradients: Sequence[Factored]) -> Tensor:
     if square.device.type != "cpu":
         return torch.maximum(square, noise * 1e-3)  # a wait for the device would be dearer than a short step
     if bool((square < noise).any()):  # examples cancel: what is left drowns in rounding
-        square, _ = _grams([replace(g, terms=[term.double() for term in g.terms]) for g in gradients])
+        square, _ = _grams([replace(g, terms=[term.to(torch.float64) for term in g.terms]) for g in gradients])
     return square.to(size.dtype)
 
 
