@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,49 +16,78 @@ from steppe.factored.cost import Cost
 from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
-from steppe.factored.tape import CannotFactor, Look, Matrices, Small
+from steppe.factored.tape import CannotFactor, Look, Matrices, Site, Small
 from steppe.factored.terms import Dense, Factored, Gradient
 
 Gradients = tuple[Mapping[int, Gradient], Mapping[int, Tensor]]
 
 
-def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
-    """Every micro-batch's gradient of every perturbed parameter: matrices as factors, the rest ``(k, *shape)``.
+class Harvest:
+    """Every micro-batch's gradients, gathered from the sites of the first pass.
 
-    The losses' mean over the batch was differentiated: these are its parts, ``n / m`` times too small as means over
-    ``m``.
+    A parameter's are made when all its uses have come: in backward, while the gradient that has just been made is near
+    and before the next one needs memory, or after it. The losses' mean over the batch was differentiated: these are its
+    parts, ``n / m`` times too small as means over ``m``.
 
     Args:
-        look: the recorded pass.
+        look: the recorded pass; its forward has ended when the first site is taken.
         parts: the micro-batches.
         cost: which matrices to hold whole.
         rho: by parameter; a bias rides along with the factors of its weight where both have the same.
     """
-    chosen, by_example = choose(look, parts, cost)
-    uses = Counter(i for site in look.sites for i in (site.weight, site.bias))
-    matrices: dict[int, Gradient] = {}
-    for i, (terms, whole) in chosen.items():
+
+    def __init__(self, look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None = None) -> None:
+        self.look, self.parts, self.cost, self.rho = look, parts, cost, rho
+        self.terms: Matrices = {}
+        self.by_example: Small = {}
+        self.matrices: dict[int, Gradient] = {}
+
+    @cached_property
+    def uses(self) -> Counter[int | None]:
+        """How often each parameter is used."""
+        return Counter(i for site in self.look.sites for i in (site.weight, site.bias))
+
+    def take(self, site: Site) -> None:
+        """What one use contributes."""
+        site.operation.collect(site, self.terms, self.by_example)
+        if site.weight is not None and len(self.terms.get(site.weight, ())) == self.uses[site.weight]:
+            self.matrices[site.weight] = self.made(site.weight, self.terms.pop(site.weight))
+
+    def made(self, i: int, terms: Sequence[Any]) -> Gradient:
+        """The gradients of one matrix, whole or as factors."""
+        terms, whole = choose(terms, self.parts, self.cost)
         biases = [t.bias for t in terms if isinstance(t, Dense) and t.bias is not None]
-        if whole or len(terms) > 1 or any(uses[b] > 1 or (rho is not None and rho[b] != rho[i]) for b in biases):
-            terms = [_alone(t, by_example) for t in terms]
+        if (
+            whole
+            or len(terms) > 1
+            or any(self.uses[b] > 1 or (self.rho and self.rho[b] != self.rho[i]) for b in biases)
+        ):
+            terms = [_alone(t, self.by_example) for t in terms]
         if whole:
-            matrices[i] = Held(terms, parts, look.pool)
-        else:
-            only_lookups = all(isinstance(t, Lookup) for t in terms)
-            matrices[i] = Coalesced(terms, parts) if only_lookups else Factored(_multipliable(terms), parts)
-    for i in by_example.keys() & chosen.keys():
-        raise CannotFactor(f"{look.tracked.names[i]} is used both as a matrix and directly")
-    return matrices, _by_part(by_example, parts)
+            return Held(terms, self.parts, self.look.pool)
+        if all(isinstance(t, Lookup) for t in terms):
+            return Coalesced(terms, self.parts)
+        return Factored(_multipliable(terms), self.parts)
+
+    def gradients(self) -> Gradients:
+        """Of every perturbed parameter: matrices whole or as factors, the rest ``(k, *shape)``."""
+        for i in self.by_example.keys() & (self.matrices.keys() | self.terms.keys()):
+            raise CannotFactor(f"{self.look.tracked.names[i]} is used both as a matrix and directly")
+        return self.matrices, _by_part(self.by_example, self.parts)
 
 
-def choose(look: Look, parts: Parts, cost: Cost) -> tuple[dict[int, tuple[list[Any], bool]], Small]:
-    """By matrix its terms and whether to hold it whole; by other parameter its uses, by example."""
-    terms: Matrices = {}
-    by_example: Small = {}
+def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
+    """What a :class:`Harvest` gathers after the pass."""
+    harvest = Harvest(look, parts, cost, rho)
     for site in look.sites:
-        site.operation.collect(site, terms, by_example)
-    settled = {i: [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in ts] for i, ts in terms.items()}
-    return {i: (ts, _whole(ts, parts, cost)) for i, ts in settled.items()}, by_example
+        harvest.take(site)
+    return harvest.gradients()
+
+
+def choose(terms: Sequence[Any], parts: Parts, cost: Cost) -> tuple[Sequence[Any], bool]:
+    """A matrix's terms, and whether to hold it whole."""
+    terms = [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in terms]
+    return terms, _whole(terms, parts, cost)
 
 
 def _multipliable(terms: Sequence[Any]) -> Sequence[Any]:

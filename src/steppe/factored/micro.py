@@ -12,6 +12,8 @@ from torch import Tensor
 
 from steppe.batch import Batch, Batches
 from steppe.factored.black_box import black_boxes
+from steppe.factored.cost import TWO_PASSES
+from steppe.factored.gradients import Harvest
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
 from steppe.factored.plan import fall_back, plan_for
@@ -36,12 +38,14 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
     """
     uses_g = rule.uses_g or f.keep_g
     before = RandomState.now(f.point.devices)
-    factors = factors_of(f, uses_g)
+    parts, rho = Parts(len(f.batch()), m), f.rho.values
+    reweighted = hasattr(rule.sample, "weights")  # by norms that the whole pass gives
+    early = None if reweighted else lambda look: Harvest(look, parts, TWO_PASSES, rho)
+    factors = factors_of(f, uses_g, early=early)
     if factors is None:
         return None
-    parts = Parts(factors.n, m)
     try:
-        if hasattr(rule.sample, "weights"):
+        if reweighted:
             _reweight(factors, parts, rule)
         see = _perturbed(f, factors, parts, rule)
         if uses_g:
@@ -76,7 +80,7 @@ def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:
 def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
     """The second pass: ``eps_k = rho radial(norm(G_k)) G_k`` of every micro-batch."""
     rho = f.rho.values
-    matrices, small = factors.of(parts, rho=rho)
+    matrices, small = factors.gathered or factors.of(parts, rho=rho)
     with torch.no_grad():
         squares = {
             radius: squared_norms(_with(radius, matrices, rho), _with(radius, small, rho))
@@ -90,9 +94,8 @@ def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
         eps = {i: scale[rho[i]].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
         eps_squares = _sum(scale[radius].square() * square for radius, square in squares.items())
         f.note_parts(norms, eps_squares.clamp_min(0).sqrt(), parts.sizes(total) / factors.n)
-    for site in factors.look.sites:  # their memory serves the second pass
-        site.kept = None
-        site.deltas.clear()
+    for site in factors.look.sites:
+        site.let_go()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
     return See(factors.look.tracked, OPERATIONS, factors.look.sites, parts, big, eps)
 

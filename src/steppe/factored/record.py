@@ -12,12 +12,13 @@ from torch import Tensor
 from steppe.batch import Batches
 from steppe.factored.black_box import black_boxes
 from steppe.factored.cost import HELD, NORMS, TWO_PASSES, WEIGHTED, Cost
-from steppe.factored.gradients import Gradients, gradients
+from steppe.factored.gradients import Gradients, Harvest, gradients
 from steppe.factored.held import Held
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Parts
 from steppe.factored.plan import Entry, entry_of, fall_back, may_share
-from steppe.factored.tape import Look
+from steppe.factored.rehearsal import Plan
+from steppe.factored.tape import Look, Site
 from steppe.factored.terms import Factored, squared_norms
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
@@ -36,7 +37,7 @@ class Factors:
     g: Vector  # of the mean loss; no entries where it was not asked for
     entry: Entry
     loss_scale: Tensor | float = 1.0  # of the losses of this pass, and so of what it has recorded
-    examples: Gradients | None = None  # every example's gradient, between norms and their weighted sum
+    gathered: Gradients | None = None  # what a harvest has made during the pass; then nothing else can be
 
     def of(self, parts: Parts, cost: Cost = TWO_PASSES, rho: Sequence[float] | None = None) -> Gradients:
         """Matrices and other parameters of every part, as contributions to the batch's mean, times the loss scale."""
@@ -48,10 +49,9 @@ class Factors:
         return self._norms(parts, self.of(parts, NORMS))
 
     def by_example(self) -> Tensor:
-        """``norm(grad f_i)``, shape ``(n,)``; :meth:`weighted` may follow."""
-        parts = Parts(self.n, 1)
-        self.examples = self.of(parts, WEIGHTED)
-        return self._norms(parts, self.examples)
+        """``norm(grad f_i)``, shape ``(n,)``, of gathered examples; :meth:`weighted` may follow."""
+        assert self.gathered is not None
+        return self._norms(Parts(self.n, 1), self.gathered)
 
     def _norms(self, parts: Parts, gradients: Gradients) -> Tensor:
         matrices, small = gradients
@@ -65,8 +65,8 @@ class Factors:
 
     def weighted(self, p: Tensor) -> Vector:
         """``sum_i p_i grad f_i`` on the perturbed parameters, after :meth:`by_example`: no backward, no other pass."""
-        assert self.examples is not None
-        (matrices, small), self.examples = self.examples, None
+        assert self.gathered is not None
+        (matrices, small), self.gathered = self.gathered, None
         made: list[Tensor | None] = [None] * len(self.parameters)
         with torch.no_grad():
             c = self.n * p
@@ -99,13 +99,16 @@ class Factors:
             site.deltas[0] = delta * c_rows.reshape(*site.leading, *[1] * (delta.dim() - len(site.leading)))
 
 
-def factors_of(f: Oracle, uses_g: bool = False, entry: Entry | None = None) -> Factors | None:
+def factors_of(
+    f: Oracle, uses_g: bool = False, entry: Entry | None = None, early: Callable[[Look], Harvest] | None = None
+) -> Factors | None:
     """Run the first pass and record it; ``None`` where the model does not factor.
 
     Args:
         f: the oracle, of one batch.
         uses_g: whether ``g`` is wanted too.
         entry: what is known of its model, where that has been asked for already.
+        early: gathers gradients during the backward pass; what they are made of is let go of as it comes.
 
     Raises:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
@@ -119,14 +122,33 @@ def factors_of(f: Oracle, uses_g: bool = False, entry: Entry | None = None) -> F
     before = RandomState.now(f.point.devices)
     try:
         look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
+        harvest = early(look) if early else None
+        if harvest is not None:
+            look.reached = _gathering(harvest, entry.plan)
         wrt = None if uses_g else [False] * len(f.point.parameters)
         g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
+        look.check()
         entry.plan.apply(look)
         scale = batch.loss_scale(f.point.parameters[0].detach())
-        return Factors(look, len(batch), f.point.parameters, g, entry, scale)
+        gathered = None if harvest is None else harvest.gradients()
+        return Factors(look, len(batch), f.point.parameters, g, entry, scale, gathered)
     except Exception as error:  # the serial loop will raise it again, if it is the model's own
         fall_back(f, entry, error, before)
     return None
+
+
+def _gathering(harvest: Harvest, plan: Plan) -> Callable[[Site], None]:
+    def reached(site: Site) -> None:
+        if site.layout is None:  # the first one
+            plan.apply(harvest.look)
+        harvest.take(site)
+        site.let_go()
+
+    return reached
+
+
+def _by_example(look: Look) -> Harvest:
+    return Harvest(look, Parts(look.tracked.n, 1), WEIGHTED)
 
 
 def example_norms(f: Oracle) -> Tensor | None:
@@ -137,7 +159,7 @@ def example_norms(f: Oracle) -> Tensor | None:
     """
     if isinstance(f.closure, Batches):
         return _norms_by_chunk(f, f.closure) if f.parallel else None
-    f.factors = factors_of(f)
+    f.factors = factors_of(f, early=_by_example)
     return None if f.factors is None else _from_factors(f, f.factors.by_example)
 
 
@@ -159,7 +181,7 @@ def _norms_by_chunk(f: Oracle, batches: Batches) -> Tensor | None:
     found: list[Tensor] = []
     with f.trial():
         for (_, part), entry in zip(f.chunks(), entries, strict=True):
-            part.factors = factors_of(part, entry=entry)
+            part.factors = factors_of(part, entry=entry, early=_by_example)
             norms = None if part.factors is None else _from_factors(part, part.factors.by_example)
             if norms is None:
                 break

@@ -18,7 +18,7 @@ from steppe.factored.lookups import Lookup
 from steppe.factored.operations import OPERATIONS
 from steppe.factored.parts import Layout, Parts, layouts
 from steppe.factored.still import NoDropout, shaken
-from steppe.factored.tape import CannotFactor, Look, See, Site, Tracked, Unsure
+from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small, Tracked, Unsure
 from steppe.oracle import Oracle
 from steppe.passes import Passes
 from steppe.replay import RandomState
@@ -46,7 +46,6 @@ class Plan:
         Raises:
             CannotFactor: the pass is not the one that was rehearsed.
         """
-        look.check()
         if look.uses() != self.uses:
             raise CannotFactor("the forward pass is not the one that was rehearsed")
         for site, layout in zip(look.sites, self.layouts, strict=True):
@@ -114,6 +113,7 @@ class _Rehearsal:
                 raise CannotFactor(f"examples influence one another at {look.label(site)}")
         for site in look.sites:
             del site.deltas[1:]
+        look.check()
         plan.apply(look)
         self.check_losses_of_parts(losses, 5e-2 if low else 1e-2 if rough else 1e-3)
         self.check_sum(look, g, 0.3 if low else 3e-2 if rough else 1e-3)
@@ -271,10 +271,14 @@ def _cost(look: Look) -> float:
     Products with factors save a weight gradient and pay Gram matrices; gradients held whole save nothing.
     """
     parts = Parts(look.tracked.n, look.tracked.n)
-    with torch.no_grad():
-        chosen, _ = choose(look, parts, TWO_PASSES)
+    matrices: Matrices = {}
+    small: Small = {}
     usual = shared = 0.0
-    for terms, whole in chosen.values():
+    with torch.no_grad():
+        for site in look.sites:
+            site.operation.collect(site, matrices, small)
+    for found in matrices.values():
+        terms, whole = choose(found, parts, TWO_PASSES)
         for term in terms:
             if isinstance(term, Lookup):
                 continue

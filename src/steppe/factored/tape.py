@@ -53,6 +53,12 @@ class Site:
     deltas: list[Tensor] = field(default_factory=list)
     layout: Layout | None = None
     version: int = 0
+    taken: bool = False  # what it recorded has been used, and is gone
+
+    def let_go(self) -> None:
+        """Of what was recorded: its memory serves what follows."""
+        self.taken, self.kept = True, None
+        self.deltas.clear()
 
     @property
     def delta(self) -> Tensor:
@@ -142,6 +148,7 @@ class Look(Tape):
     def __init__(self, tracked: Tracked, operations: Mapping[Any, Any], pool: Pool | None = None) -> None:
         super().__init__(tracked, operations)
         self.pool = pool
+        self.reached: Callable[[Site], None] | None = None  # called in backward when it has come to a site
         self.spark: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def handle(self, operation: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,10 +165,17 @@ class Look(Tape):
             y = y + self.spark.setdefault(
                 (y.device, y.dtype), torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
             )
-        y.register_hook(lambda grad: site.deltas.append(grad.detach()))
+        y.register_hook(lambda grad: self.reach(site, grad.detach()))
         site.version = 0 if site.kept is None else site.kept._version
         self.sites.append(site)
         return y
+
+    def reach(self, site: Site, delta: Tensor) -> None:
+        """Backward has come to a site."""
+        site.deltas.append(delta)
+        if self.reached is not None and not site.taken:
+            self.check_kept(site)
+            self.reached(site)
 
     def uses(self) -> tuple[Any, ...]:
         """What was used in this pass, in order: operation, parameters, leading dimensions."""
@@ -174,10 +188,14 @@ class Look(Tape):
     def check(self) -> None:
         """Every site has its gradient, and what it kept is unchanged."""
         for site in self.sites:
-            if len(site.deltas) != 1:
+            if len(site.deltas) + site.taken != 1:
                 raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
-            if site.kept is not None and site.kept._version != site.version:
-                raise CannotFactor(f"the input of {self.label(site)} is changed in place after its use")
+            self.check_kept(site)
+
+    def check_kept(self, site: Site) -> None:
+        """What the site kept is unchanged."""
+        if site.kept is not None and site.kept._version != site.version:
+            raise CannotFactor(f"the input of {self.label(site)} is changed in place after its use")
 
     def label(self, site: Site) -> str:
         """The names of a site's parameters."""
