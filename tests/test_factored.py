@@ -116,8 +116,12 @@ def per_example_gradients(model: nn.Module, batch: steppe.Batch) -> torch.Tensor
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("whole", [None, True, False])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_exact_norms_and_the_weighted_gradient(name: str) -> None:
+def test_exact_norms_and_the_weighted_gradient(name: str, whole: bool | None, monkeypatch) -> None:
+    if whole is not None:
+        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+        monkeypatch.setattr(Cost, "table", lambda *_: whole)
     model = EXAMPLES[name].model(torch.float64)
     batch = EXAMPLES[name].batch(model, N, torch.float64)
     rows = per_example_gradients(model, batch)

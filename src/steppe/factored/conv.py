@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from steppe.factored.convolved import Convolved, Spec, below, one_by_one, side_by_side, unfolded
+from steppe.factored.convolved import Convolved, below, one_by_one, side_by_side
 from steppe.factored.held import Held
 from steppe.factored.linear import Blocks, low
+from steppe.factored.patches import from_patches, patches
+from steppe.factored.spec import Spec
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Product
 
@@ -51,15 +53,45 @@ class HeldConv(torch.autograd.Function):
                     parts = zip(d, a, P, strict=True)
                     made += [spec.backward(d_i, a_i, p, spec.groups, [True, False])[0] for d_i, a_i, p in parts]
                 else:
-                    k, like = len(P), a.new_empty(1).expand(a.shape[1], len(P) * a.shape[2], *a.shape[3:])  # a shape
+                    k, like = len(P), a.new_empty(a.shape[1], len(P) * a.shape[2], *a.shape[3:])  # for its shape alone
                     whole = spec.backward(side_by_side(d), like, P.flatten(0, 1), k * spec.groups, [True, False])[0]
                     made.append(below(whole, k))
             dx = torch.cat(made).reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            like = x.new_empty(1).expand(spec.shape)  # for its shape alone
+            like = x.new_empty(spec.shape)  # for its shape alone
             dW = spec.backward(delta.flatten(0, 1), x.flatten(0, 1), like, spec.groups, [False, True])[1].to(W.dtype)
         db = delta.flatten(3).sum((0, 1, 3), dtype=W.dtype) if ctx.needs_input_grad[2] else None
         return dx, dW, db, None, None, None
+
+
+class FactoredConv(torch.autograd.Function):
+    """``y_k = conv(x_k, W + s_k G_k)``, ``G_k`` as factors: gradients go to ``W`` as if it were ``W + s_k G_k``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, product: Product, spec: Spec) -> Tensor:
+        """``x``: ``(n, q, C, ...)``."""
+        ctx.dtype, ctx.product, ctx.spec, W = W.dtype, product, spec, W.to(x.dtype)
+        ctx.save_for_backward(x, W)
+        y = spec.forward(x.flatten(0, 1), W, spec.groups)
+        rows = patches(x.flatten(0, 1), spec)
+        extra = rows.new_zeros(len(x), rows[0, :, 0].numel() * x.shape[1], len(W))
+        product.add(extra, rows.reshape(len(x), -1, rows.shape[-1]))
+        y += extra.reshape(len(y), -1, len(W)).mT.reshape(y.shape)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x`` and ``W``."""
+        (x, W), spec = ctx.saved_tensors, ctx.spec
+        d, x_rows = delta.flatten(0, 1), x.flatten(0, 1)
+        dx, dW, _ = spec.backward(d, x_rows, W, spec.groups, list(ctx.needs_input_grad[:2]))
+        if dx is not None:
+            rows = d.flatten(2).mT.reshape(len(x), -1, d.shape[1])
+            seen = rows.new_zeros(*rows.shape[:2], spec.shape[1:].numel())
+            ctx.product.add(seen, rows, back=True)
+            dx = (dx + from_patches(seen.reshape(len(d), -1, seen.shape[-1]), x_rows.shape, spec)).reshape(x.shape)
+        return dx, None if dW is None else dW.to(ctx.dtype), None, None
 
 
 class Conv:
@@ -132,14 +164,10 @@ class Conv:
         return site.by_row(y, (len(x),))
 
     def with_patches(self, see: See, site: Site, x: Tensor, W: Tensor, b: Tensor | None, spec: Spec) -> Tensor:
-        """``conv(x, W) + b`` and the perturbation as a product of patches."""
-        y = spec.forward(x, W.to(x.dtype), spec.groups)
-        patches = site.by_example(unfolded(x, spec))  # (n, q, positions, columns)
-        q, positions = patches.shape[1:3]
+        """``conv(x, W + eps_k) + b_k`` with ``eps_k`` as factors."""
         product = Product(*see.matrices[site.weight])  # type: ignore[arg-type, index]
-        extra = Extra.apply(patches.flatten(1, 2), product, len(W))  # type: ignore[no-untyped-call]
-        rows = site.by_row(extra.unflatten(1, (q, positions)), (len(x),))
-        return self.plus(see, site, y + rows.mT.reshape(y.shape), b)
+        y: Tensor = FactoredConv.apply(site.by_example(x), W, product, spec)  # type: ignore[no-untyped-call]
+        return self.plus(see, site, site.by_row(y, (len(x),)), b)
 
     def plus(self, see: See, site: Site, y: Tensor, b: Tensor | None) -> Tensor:
         """``y + b``, each micro-batch with its own ``b``."""
@@ -147,23 +175,3 @@ class Conv:
             return y
         rows = b if site.bias is None else see.rows_of(site, b, site.bias, y.shape[:1])
         return (y + rows.reshape(*rows.shape, *[1] * self.dims)).to(y.dtype)
-
-
-class Extra(torch.autograd.Function):
-    """``s_k x_k G_k^T`` with ``G_k`` as factors; the gradient goes to ``x``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Product, height: int) -> Tensor:
-        """``x``: ``(n, q, columns)``."""
-        ctx.product, ctx.width = product, x.shape[-1]
-        y = x.new_zeros(*x.shape[:-1], height)
-        product.add(y, x)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of ``x``."""
-        dx = delta.new_zeros(*delta.shape[:-1], ctx.width)
-        ctx.product.add(dx, delta, back=True)
-        return dx, None, None

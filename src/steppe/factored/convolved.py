@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.cost import Cost
 from steppe.factored.parts import Parts
+from steppe.factored.patches import patches
+from steppe.factored.spec import Spec
 from steppe.factored.terms import Dense
 
 LOOP = 8  # inputs in a part from which on a CPU one convolution a part is faster than a group a part, which copies
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Stride, padding and dilation by dimension, groups, and the weight's shape."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    shape: torch.Size
-
-    def backward(self, delta: Tensor, x: Tensor, W: Tensor, groups: int, mask: list[bool]) -> Any:
-        """Gradients of input and weight, as ``mask`` asks."""
-        zero = [0] * len(self.stride)
-        where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
-        return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
-
-    def forward(self, x: Tensor, W: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
-        """The convolution."""
-        zero = [0] * len(self.stride)
-        return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
 
 
 def one_by_one(x: Tensor) -> bool:
@@ -79,13 +56,13 @@ class Convolved:
         """``G_k`` of some parts, or add them to what is there."""
         k = len(x)
         if one_by_one(x):
-            W = left.new_empty(1).expand(self.spec.shape)  # for its shape alone
+            W = left.new_empty(self.spec.shape)  # for its shape alone
             pairs = zip(left, x, strict=True)
             made = [
                 self.spec.backward(d, a, W, self.spec.groups, [False, True])[1].reshape(G[0].shape) for d, a in pairs
             ]
         else:
-            W = left.new_empty(1).expand(k * self.spec.shape[0], *self.spec.shape[1:])
+            W = left.new_empty(k * self.spec.shape[0], *self.spec.shape[1:])  # likewise
             where = side_by_side(left), side_by_side(x), W, k * self.spec.groups, [False, True]
             G, made = G[None], [self.spec.backward(*where)[1].reshape(G.shape)]
         for to, g in zip(G, made, strict=True):
@@ -94,17 +71,18 @@ class Convolved:
     def dense(self) -> Dense:
         """The same as a product of patches."""
         left = self.left.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
-        patches = unfolded(self.x.flatten(0, 1), self.spec)
-        return Dense(left, patches.reshape(len(self.x), -1, patches.shape[-1]))
+        right = patches(self.x.flatten(0, 1), self.spec)
+        return Dense(left, right.reshape(len(self.x), -1, right.shape[-1]), of=self)
 
+    def weighted(self, c: Tensor) -> Tensor:
+        """``sum_i c_i G_i`` over examples, by one convolution: of the weight's shape."""
+        delta = self.left * c.to(self.left.dtype).reshape(-1, *[1] * (self.left.dim() - 1))
+        W = delta.new_empty(self.spec.shape)  # for its shape alone
+        where = delta.flatten(0, 1), self.x.flatten(0, 1), W, self.spec.groups, [False, True]
+        made: Tensor = self.spec.backward(*where)[1]
+        return made
 
-def unfolded(x: Tensor, spec: Spec) -> Tensor:
-    """The patches of a 2-D convolution: ``(inputs, positions, C_in kernel)``."""
-    return F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
-
-
-def settle(term: Convolved, parts: Parts, cost: Cost) -> Convolved | Dense:
-    """Patches where the Gram side is the cheaper one (2-D, one group), else as it is."""
-    rows, height, width = term.shape(parts)
-    by_patches = term.left.dim() == 5 and term.spec.groups == 1 and not cost.whole(2 * rows, height, width)
-    return term.dense() if by_patches else term
+    def suits_patches(self, parts: Parts, cost: Cost) -> bool:
+        """Whether the product of patches is the cheaper one; it takes one group."""
+        rows, height, width = self.shape(parts)
+        return self.spec.groups == 1 and not cost.whole(2 * rows, height, width)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMORY = 50  # multiplications that some passes over a number in memory are worth
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -16,15 +14,17 @@ class Cost:
             Gram matrices, the perturbed forward and its backward.
         weighted: whether a weighted sum of the gradients is to follow, which takes factors another
             ``rows height width``.
+        memory: how many multiplications the passes over a number of ``G_k`` in memory are worth.
     """
 
     products: int
     weighted: bool = False
+    memory: int = 20
 
     def whole(self, rows: int, height: int, width: int) -> bool:
         """Whether to hold ``G_k``: ``rows height width`` to make, and passes over it in memory."""
         factors = self.products * rows * rows * (height + width) + self.weighted * rows * height * width
-        return factors > (rows + MEMORY) * height * width
+        return factors > (rows + self.memory) * height * width
 
     def table(self, rows: int, height: int) -> bool:
         """Whether to hold a table whose rows are looked up: where it is no larger than two rows a lookup."""
@@ -43,4 +43,4 @@ class Everything(Cost):
         return True
 
 
-TWO_PASSES, NORMS, WEIGHTED, HELD = Cost(3), Cost(1), Cost(1, weighted=True), Everything(0)
+TWO_PASSES, NORMS, WEIGHTED, HELD = Cost(3, memory=50), Cost(1), Cost(1, weighted=True), Everything(0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.factored.convolved import Convolved, settle
+from steppe.factored.convolved import Convolved
 from steppe.factored.cost import Cost
 from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup
@@ -86,8 +86,12 @@ def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None 
 
 def choose(terms: Sequence[Any], parts: Parts, cost: Cost) -> tuple[Sequence[Any], bool]:
     """A matrix's terms, and whether to hold it whole."""
-    terms = [settle(t, parts, cost) if isinstance(t, Convolved) else t for t in terms]
-    return terms, _whole(terms, parts, cost)
+    if isinstance(terms[0], Convolved):  # then all are: nothing else uses a convolution's weight
+        by_patches = all(t.suits_patches(parts, cost) for t in terms)
+        return ([t.dense() for t in terms], False) if by_patches else (terms, True)
+    rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
+    dense = [t for t in terms if isinstance(t, Dense)]
+    return terms, cost.whole(rows, *dense[0].size) if dense else cost.table(rows, terms[0].height)
 
 
 def _multipliable(terms: Sequence[Any]) -> Sequence[Any]:
@@ -114,14 +118,3 @@ def _by_part(by_example: Small, parts: Parts) -> dict[int, Tensor]:
     sums = parts.sums(torch.cat([t.flatten(1) for t in total.values()], 1))
     split = sums.split([t[0].numel() for t in total.values()], 1)
     return {i: s.unflatten(1, t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
-
-
-def _whole(terms: Sequence[Any], parts: Parts, cost: Cost) -> bool:
-    """Hold ``G_k`` where a convolution needs it or it is cheaper."""
-    if any(isinstance(t, Convolved) for t in terms):
-        return True
-    rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
-    dense = [t for t in terms if isinstance(t, Dense)]
-    if not dense:
-        return cost.table(rows, terms[0].height)
-    return cost.whole(rows, *dense[0].size)

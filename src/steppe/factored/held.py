@@ -78,15 +78,13 @@ class Held:
         W = W.detach().reshape(self.chunks[0].shape[1:])
         with torch.no_grad():
             for c, (G, s) in enumerate(zip(self.chunks, scales, strict=True)):
-                ranges = blocks(G)
-                in_place = len(ranges) == 1 and G.dtype == W.dtype
-                out = None if G.dtype != W.dtype else G if in_place else G.new_empty(ranges[0][1], *G.shape[1:])
-                for a, b in ranges:
-                    if in_place and self._in_place:
-                        P = G
-                    else:
-                        P = torch.addcmul(W, G[a:b].to(W.dtype), s[a:b], out=None if out is None else out[: b - a])
-                    yield c, slice(a, b), P.to(dtype)
+                for a, b in blocks(G):
+                    g = G[a:b]
+                    if G.dtype != W.dtype:
+                        g = torch.addcmul(W, g.to(W.dtype), s[a:b])
+                    elif not self._in_place:
+                        torch.addcmul(W, g, s[a:b], out=g)
+                    yield c, slice(a, b), g.to(dtype)
         self._in_place = True
 
 

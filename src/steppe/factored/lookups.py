@@ -24,9 +24,10 @@ class Lookup:
         """In another type."""
         return Lookup(self.index, self.right.to(dtype), self.height)
 
-    def scaled(self, c: Tensor) -> Lookup:
-        """With every example's loss times ``c_i``."""
-        return Lookup(self.index, self.right * c[:, None, None], self.height)
+    def weighted(self, c: Tensor) -> Tensor:
+        """``sum_i c_i G_i`` over examples."""
+        rows = (self.right * c.to(self.right.dtype)[:, None, None]).flatten(0, 1)
+        return rows.new_zeros(self.height, rows.shape[1]).index_add_(0, self.index.flatten(), rows)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -130,6 +130,7 @@ def factors_of(
         look.check()
         entry.plan.apply(look)
         scale = batch.loss_scale(f.point.parameters[0].detach())
+        look.reached = None  # else what is gathered would hang in a circle
         gathered = None if harvest is None else harvest.gradients()
         return Factors(look, len(batch), f.point.parameters, g, entry, scale, gathered)
     except Exception as error:  # the serial loop will raise it again, if it is the model's own

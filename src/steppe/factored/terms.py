@@ -25,20 +25,25 @@ from steppe.vector import wide
 class Dense:
     """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``.
 
-    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along.
+    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along. ``of``
+    makes weighted sums in its own way.
     """
 
     left: Tensor
     right: Tensor
     bias: int | None = None
+    of: Any = None
 
     def to(self, dtype: torch.dtype) -> Dense:
         """In another type."""
         return replace(self, left=self.left.to(dtype), right=self.right.to(dtype))
 
-    def scaled(self, c: Tensor) -> Dense:
-        """With every example's loss times ``c_i``."""
-        return replace(self, left=self.left * c[:, None, None])
+    def weighted(self, c: Tensor) -> Tensor:
+        """``sum_i c_i G_i`` over examples."""
+        if self.of is not None:
+            return self.of.weighted(c)  # type: ignore[no-any-return]
+        left = self.left * c.to(self.left.dtype)[:, None, None]
+        return left.flatten(0, 1).mT @ self.right.flatten(0, 1)
 
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
@@ -102,9 +107,9 @@ class Factored:
         return self.parts.join([sum(chunk[1:], chunk[0]) for chunk in zip(*made, strict=True)], index.shape[1])
 
     def weighted(self, c: Tensor) -> Tensor:
-        """``sum_k c_k G_k`` over parts of one example each, by one product."""
-        n = self.parts.n
-        return Held([term.scaled(c.to(term.right.dtype)) for term in self.terms], Parts(n, n)).chunks[0][0]
+        """``sum_k c_k G_k`` over parts of one example each."""
+        made = [term.weighted(c) for term in self.terms]
+        return sum(made[1:], made[0])
 
     def weighted_bias(self, c: Tensor) -> Tensor:
         """The same of the bias that rides along."""

@@ -1,0 +1,123 @@
+"""Gradients gathered while backward runs, and patches of convolutions."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import steppe
+from steppe.factored import micro, record
+from steppe.factored.cost import Cost
+from steppe.factored.gradients import Harvest
+from steppe.factored.held import Held
+from steppe.factored.patches import from_patches, patches
+from steppe.factored.spec import Spec
+from steppe.factored.terms import Factored
+from tests.factored_models import EXAMPLES, Example
+from tests.test_factored import N, assert_equal, ends, sgd
+
+SPECS = {
+    "1-d": Spec((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
+    "2-d": Spec((1, 2), (1, 0), (1, 2), 1, torch.Size([5, 3, 3, 2])),
+    "2-d, whole": Spec((1, 1), (0, 0), (1, 1), 1, torch.Size([5, 3, 9, 7])),
+    "3-d": Spec((1, 2, 3), (0, 1, 2), (2, 1, 1), 1, torch.Size([5, 3, 1, 2, 3])),
+}
+SIZE = (9, 7, 6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_patches_convolve_and_their_transpose_too(name: str) -> None:
+    spec = SPECS[name]
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, *SIZE[: len(spec.stride)], dtype=torch.float64, requires_grad=True)
+    W = torch.randn(spec.shape, dtype=torch.float64)
+    y = spec.forward(x, W, 1)
+    columns = W.movedim(1, -1).flatten(1)  # as patches are: channels last
+    rows = patches(x.detach(), spec)
+    assert list(y.shape[2:]) == spec.positions(x.shape[2:])
+    torch.testing.assert_close((rows @ columns.mT).mT.reshape(y.shape), y.detach(), rtol=1e-12, atol=1e-12)
+    delta = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, delta)
+    back = from_patches(delta.flatten(2).mT @ columns, x.shape, spec)
+    torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_patches_are_those_of_unfold() -> None:
+    spec = Spec((2, 1), (1, 2), (1, 2), 1, torch.Size([1, 3, 2, 3]))
+    x = torch.randn(4, 3, 8, 7)
+    theirs = F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
+    ours = patches(x, spec).unflatten(2, (2, 3, 3)).movedim(-1, 2).flatten(2)
+    assert torch.equal(ours, theirs)
+
+
+class Pyramid(nn.Module):
+    """One kernel on maps of two sizes: by their own, the large one would be held, and the small one not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.conv = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = torch.tanh(self.conv(torch.tanh(self.lift(x))))
+        return self.head(torch.tanh(self.conv(F.max_pool2d(large, 4))).mean((2, 3)))
+
+
+PYRAMID = Example(Pyramid, lambda n: (torch.randn(n, 2, 8, 8), torch.randint(3, (n,))))
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_uses_of_a_kernel_are_held_together(m: int) -> None:
+    make = lambda model, p: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    assert_equal(ends(PYRAMID, make), 1e-10)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_step_leaves_no_garbage(name: str) -> None:
+    """What a step took is free when it ends, not when the collector comes round to it."""
+    example = EXAMPLES[name]
+    model = example.model(torch.float32)
+    for make in (lambda b: steppe.SAM(b, 0.1, m=5, parallel=True), lambda b: steppe.RWSAM(b, 0.1, parallel=True)):
+        opt = make(sgd(model))
+        batches = [example.batch(model, N, torch.float32, seed=k) for k in range(4)]
+        for batch in batches[:3]:  # the second is rehearsed anew
+            opt.step(batch)
+        gc.collect()
+        gc.disable()
+        try:
+            opt.step(batches[3])
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [o for o in gc.garbage if isinstance(o, Tensor | Held | Factored)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not left
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("method", ["SAM", "RWSAM"])
+def test_what_was_recorded_is_let_go_of_as_backward_goes(method: str, whole: bool, monkeypatch) -> None:
+    waiting: list[int] = []  # sites that still hold something, whenever one has been taken
+    alive: list[bool] = []  # and whether the gradients that came last are in use
+
+    class Watched(Harvest):
+        def take(self, site):
+            super().take(site)
+            waiting.append(sum(bool(s.deltas) for s in self.look.sites))
+            alive.append(any(isinstance(g, Factored) for g in self.matrices.values()))
+
+    monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+    for module in (micro, record):
+        monkeypatch.setattr(module, "Harvest", Watched)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 3))
+    options = {"m": 3} if method == "SAM" else {}
+    opt = getattr(steppe, method)(sgd(model), 0.1, parallel=True, **options)
+    opt.step(
+        steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), torch.randn(N, 6), torch.randint(3, (N,)))
+    )
+    assert waiting == [1] * 6  # the one that has just been taken: those before it are gone
+    assert alive == [not whole] * 6
