@@ -141,21 +141,25 @@ class Adaptive:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``T^2 d / norm(T d)``."""
-        norm = norm_of(self.entries(f, d), like=d)
-        return Vector(list(self.entries(f, d, squared=True))) / (norm + TINY)
+        T2_d: list[Tensor | None] = []
+
+        def T_d() -> Iterator[Tensor | None]:  # one after the other: they are measured, and none is held
+            for T, t in self.diagonal(f, d):
+                T_t = t if T is None or t is None else T * t
+                T2_d.append(T_t if T is None or T_t is None else T.mul_(T_t))
+                yield T_t
+
+        norm = norm_of(T_d(), like=d)
+        return Vector(T2_d) / (norm + TINY)
 
     def operator(self, f: Oracle) -> Callable[[Vector], Vector]:
         """``T``, a diagonal, at the weights where ``f`` stands."""
-        return lambda d: Vector(list(self.entries(f, d)))
+        return lambda d: Vector([t if T is None or t is None else T.mul_(t) for T, t in self.diagonal(f, d)])
 
-    def entries(self, f: Oracle, d: Vector, squared: bool = False) -> Iterator[Tensor | None]:
-        """Those of ``T d`` or ``T^2 d``, one after the other: neither they nor ``T`` need be held."""
+    def diagonal(self, f: Oracle, d: Vector) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """``T`` beside every entry of ``d``, and nothing where it is 1: a fresh tensor, made when it is asked for."""
         for w, on, t in zip(f.point.parameters, self.on(f), d.materialised(), strict=True):
-            if t is None or not on:
-                yield t
-            else:
-                T = wide(w.detach()).abs().add_(self.eta)
-                yield (T.mul_(T) if squared else T).mul_(t)
+            yield (wide(w.detach()).abs().add_(self.eta) if on and t is not None else None), t
 
 
 @dataclass(frozen=True)

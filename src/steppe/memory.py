@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.vector import Vector
+from steppe.vector import Vector, lerp_, local
 
 PREFIX = "sharpness."
 
@@ -30,16 +30,20 @@ class Memory:
         """What is remembered under a name."""
         return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
 
-    def keep(self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None]) -> None:
-        """Remember, where there is an entry; in the memory that is there."""
+    def keep(
+        self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
+    ) -> None:
+        """Remember, where there is an entry, or move towards it by ``rate``; in the memory that is there."""
         for p, t in zip(parameters, kept, strict=True):
             if t is None:
                 continue
             old = state[p].get(PREFIX + name)
             if old is None:
                 state[p][PREFIX + name] = t.detach().to(p.dtype, copy=True)
-            else:
+            elif rate == 1.0:
                 old.copy_(t)
+            else:
+                lerp_(local(old), local(t), rate)
 
     def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
         """Entries of zeros: distributed checkpoints load into what a step with gradients and lr of 0 leaves behind.

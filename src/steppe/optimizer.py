@@ -430,7 +430,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         handed = [p for p in parameters if p.grad is not None]
-        return partial(self._take_step, parameters, handed, update.beside, kept)
+        return partial(self._take_step, parameters, handed, update.beside, kept, f.seen.rates)
 
     def _take_step(
         self,
@@ -438,6 +438,7 @@ class SharpnessAware(torch.optim.Optimizer):
         handed: Sequence[Tensor],
         beside: Vector | None,
         kept: dict[str, list[Tensor | None]],
+        rates: dict[str, float],
     ) -> None:
         dropped = {id(p) for p in handed if p.grad is None}  # by the loop, after backward(): these take no step
         moving = [id(p) not in dropped for p in parameters]
@@ -445,7 +446,7 @@ class SharpnessAware(torch.optim.Optimizer):
         if beside is not None:
             self._move_beside(parameters, beside.where(moving))
         for name, tensors in kept.items():
-            self._memory.keep(self.state, parameters, name, Vector(tensors).where(moving).tensors)
+            self._memory.keep(self.state, parameters, name, Vector(tensors).where(moving).tensors, rates[name])
         self._count_step()
 
     def _move_beside(self, parameters: Sequence[Tensor], beside: Vector) -> None:

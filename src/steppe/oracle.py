@@ -323,9 +323,12 @@ class Oracle:
         missing = default.where(t is None for t in kept).materialised()
         return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
 
-    def remember(self, name: str, v: Vector) -> None:
-        """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded."""
-        self.seen.memory[name] = v
+    def remember(self, name: str, v: Vector, rate: float = 1.0) -> None:
+        """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded.
+
+        With a ``rate``, ``m <- m + rate (v - m)`` in the memory that is there; a first ``m`` is ``v``.
+        """
+        self.seen.memory[name], self.seen.rates[name] = v, rate
 
     # ---- telemetry
 

@@ -63,6 +63,7 @@ class Seen:
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
     memory: dict[str, Vector] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
     def add(self, share: float, other: Seen) -> None:
@@ -71,6 +72,7 @@ class Seen:
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():
             self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
 

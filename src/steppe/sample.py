@@ -58,7 +58,7 @@ class Friendly:
     def __call__(self, f: Oracle) -> Vector:
         """``g - sigma m``."""
         g = self.of(f)
-        f.remember("friendly", f.recall("friendly", default=g).lerp(g, 1 - self.decay))
+        f.remember("friendly", g, rate=1 - self.decay)
         m = f.recall("friendly", default=0.0 * g)
         return (g - self.sigma * m).where(t is not None for t in g.tensors)
 

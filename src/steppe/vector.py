@@ -59,6 +59,14 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
         w.add_(wide(t), alpha=c)
 
 
+def lerp_(m: Tensor, t: Tensor, c: float) -> None:
+    """``m <- m + c (t - m)`` in place, computed in at least float32 and rounded to ``m``'s type once."""
+    if m.dtype == t.dtype == wide(m).dtype:
+        m.lerp_(t, c)
+    else:
+        m.copy_(_lerp(m, t, c))
+
+
 @dataclass(frozen=True, eq=False)
 class Vector:
     """``scale * tensors``, one entry a parameter; ``None`` is a parameter that takes no part and counts as zero.
