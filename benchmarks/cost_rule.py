@@ -71,6 +71,7 @@ def measure(height: int, width: int, rows: int, device: torch.device, rounds: in
 
 def main() -> None:
     """Measure and write."""
+    record.steady_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -125,6 +125,7 @@ def shown(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and write."""
     steady()
+    record.steady_memory()
     args = arguments()
     torch.set_num_threads(args.threads)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "models", "threads")} | {"rates": {}}

@@ -199,6 +199,7 @@ def steady() -> None:
 def main() -> None:
     """Measure and write."""
     steady()
+    record.steady_memory()
     args = arguments()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []

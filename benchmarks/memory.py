@@ -1,8 +1,10 @@
-"""How much memory a step takes beyond what was there before it."""
+"""How much memory a step takes beyond what was there before it, and what becomes of it afterwards."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def keep_freed() -> bool:
+    """Let the C library keep freed memory, as an accelerator's allocator does; whether it can.
+
+    Else large tensors go back to the system, to be handed out anew page by page, and a step's time depends on which
+    others the process ran before it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1) and mallopt(MMAP_MAX, 0))
 
 
 class Storages(TorchDispatchMode):

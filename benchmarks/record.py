@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import steppe
+from benchmarks.memory import keep_freed
 
 
 def cpu() -> str:
@@ -32,6 +33,13 @@ def source() -> str:
 
 
 SOURCE = source()  # at import: the files may change while the benchmark runs
+KEPT = False  # whether freed memory is kept
+
+
+def steady_memory() -> None:
+    """Time steps whose memory is there already, where the C library lets us."""
+    global KEPT
+    KEPT = keep_freed()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -41,6 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "allocator": "freed memory kept" if KEPT else "the system's",
         "torch": torch.__version__,
         "steppe": steppe.__version__,
         "source": SOURCE,

@@ -164,6 +164,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure and write."""
+    record.steady_memory()
     args = arguments()
     torch.set_num_threads(args.threads)
     if NAME is None:

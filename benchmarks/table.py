@@ -77,7 +77,8 @@ def where(data: dict[str, Any]) -> str:
     m, s = data["machine"], data["settings"]
     threads = f"{m['threads']} of {m['cores']} cores, " if m["device"] == "cpu" else ""
     name = f"CPU, {m['cpu']}" if m["device"] == "cpu" else m["device"]
-    said = [f"torch {m['torch']}", m["date"], *filter(None, [s.get("dtype"), s.get("note")])]
+    kept = m.get("allocator") if m["device"] == "cpu" else None
+    said = [f"torch {m['torch']}", m["date"], *filter(None, [s.get("dtype"), s.get("note"), kept])]
     return f"{name}, {threads}{', '.join(said)}"
 
 

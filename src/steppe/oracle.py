@@ -71,6 +71,7 @@ class Oracle:
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._away = False
         self.factors: Any = None  # of the first pass, where a piece has recorded them
+        self.entries: dict[int, tuple[Batch, Any]] = {}  # what is known of the batches' models
 
     # ---- where we are
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,6 +16,7 @@ from steppe.guards import FSDP1
 from steppe.update import Update
 from steppe.vector import Vector, is_sharded, wide
 
+T = TypeVar("T")
 Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks share a perturbation
 
 BUCKET = 2**23  # numbers in one message: 32 MB of float32
@@ -109,6 +110,12 @@ class Ranks:
     def mean(self, g: Vector, like: Sequence[Tensor]) -> Vector:
         """The mean over all ranks."""
         return self._means([g], like, self.replicas[0].process_group)[0]
+
+    def agreed(self, value: T | None, device: torch.device) -> T | None:
+        """``value``; nothing where a rank that shares its gradients has none, so that all go the same way."""
+        if not self.shared and self.group is None:
+            return value
+        return None if self.any(value is None, device) else value
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is up on any rank."""

@@ -168,6 +168,37 @@ def train_as_is(name: str, options: dict, steps: int = 2):
     return weights(model), optimizer.telemetry
 
 
+@pytest.mark.parametrize("sync", ["global", 2])
+def test_ranks_that_share_gradients_go_the_same_way(two_ranks, sync) -> None:
+    """One rank cannot take the norms of its examples, then the other one cannot weigh its gradients: both probe."""
+    (mine, seen), (theirs, other_seen) = two_ranks(train_in_trouble, {"sync": sync})
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert [t.forwards for t in seen] == [t.forwards for t in other_seen]
+    assert [t.forwards > 2 for t in seen] == [False, True, True, False]
+
+
+def train_in_trouble(options: dict):
+    from steppe.factored.record import Factors
+
+    model = DistributedDataParallel(net())
+    optimizer = steppe.RWSAM(sgd(model), rho=0.3, **options)
+    trouble = {1: (1, "by_example"), 2: (0, "weighted")}  # step: rank, what fails there
+    seen = []
+    for step in range(4):
+        rank, method = trouble.get(step, (None, "norms"))
+        real = getattr(Factors, method)
+        if rank == distributed.get_rank():
+            setattr(Factors, method, _no_memory)
+        optimizer.step(batch_of(model, *map(share, data(step))))
+        setattr(Factors, method, real)
+        seen.append(optimizer.telemetry)
+    return weights(model), seen
+
+
+def _no_memory(*_):
+    raise RuntimeError("out of memory")
+
+
 def _rw_sam_by_hand() -> list[torch.Tensor]:
     """d = mean over ranks of sum_i p_i g_i, p a softmax within the rank; one SGD step with the mean's g_adv."""
     model = net()

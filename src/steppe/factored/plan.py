@@ -70,7 +70,13 @@ _entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
 
 
 def entry_of(f: Oracle, batch: Batch) -> Entry:
-    """The entry of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times."""
+    """The entry of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times.
+
+    Asked again in the same step it is the same.
+    """
+    asked = f.entries.get(id(batch))
+    if asked is not None:
+        return asked[1]  # type: ignore[no-any-return]
     entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
     entry = entries.get(key)
@@ -82,6 +88,7 @@ def entry_of(f: Oracle, batch: Batch) -> Entry:
         entry = entry or entries.setdefault(key, Entry(plan))
         entry.learn(plan, f.step)
     entry.uses += 1
+    f.entries[id(batch)] = batch, entry  # held: no other has its id
     return entry
 
 

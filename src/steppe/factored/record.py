@@ -158,10 +158,15 @@ def example_norms(f: Oracle) -> Tensor | None:
     ``f.factors`` keeps the factors, for the weighted gradient. Those of accumulated batches are held one batch at a
     time, in passes that count for nothing else, so that the weighted gradient is an ordinary pass over them again.
     """
-    if isinstance(f.closure, Batches):
-        return _norms_by_chunk(f, f.closure) if f.parallel else None
-    f.factors = factors_of(f, early=_by_example)
-    return None if f.factors is None else _from_factors(f, f.factors.by_example)
+    if not f.parallel:
+        return None
+    with f.ranks.within():
+        if isinstance(f.closure, Batches):
+            norms = _norms_by_chunk(f, f.closure)
+        else:
+            f.factors = factors_of(f, early=_by_example)
+            norms = None if f.factors is None else _from_factors(f, f.factors.by_example)
+    return _agreed(f, norms)
 
 
 def weighted_gradient(f: Oracle, p: Tensor) -> Vector | None:
@@ -169,10 +174,18 @@ def weighted_gradient(f: Oracle, p: Tensor) -> Vector | None:
     if f.factors is None:
         return None
     factors: Factors = f.factors
-    d = _from_factors(f, lambda: factors.weighted(p))
+    d = _agreed(f, _from_factors(f, lambda: factors.weighted(p)))
     if d is not None:
         factors.entry.succeed()
     return d
+
+
+def _agreed(f: Oracle, found: T | None) -> T | None:
+    """What was found, if it was on all ranks that share gradients."""
+    found = f.ranks.agreed(found, f.point.parameters[0].device)
+    if found is None:
+        f.factors = None
+    return found
 
 
 def _norms_by_chunk(f: Oracle, batches: Batches) -> Tensor | None:
