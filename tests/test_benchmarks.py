@@ -3,6 +3,9 @@
 import json
 import math
 import mmap
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import steppe
 from steppe.factored import plan
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 def small(name: str) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -55,6 +59,33 @@ def test_m_sam_is_measured(tmp_path: Path) -> None:
     record.write(tmp_path / "a.json", "m_sam", torch.device("cpu"), {"rounds": 2}, rows)
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows
     assert "| digits_mlp | steppe, two passes |" in table.tables(tmp_path)
+
+
+KEEPING = """
+import resource, sys, torch
+from benchmarks import record
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    record.steady_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    torch.ones(2**24)
+before = faults()
+for _ in range(8):
+    torch.ones(2**24)
+print(record.KEPT, faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
+    found = {}
+    for how in ("keep", "leave"):
+        ran = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True, cwd=ROOT)
+        kept, faults = ran.stdout.split()
+        assert kept == str(how == "keep")
+        found[how] = int(faults)
+    assert found["keep"] * 8 < found["leave"]  # 64 MiB eight times, page by page
 
 
 def test_a_way_predicted_too_slow_is_left_out() -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.factored import gradient_statistics, register_factored
+from steppe.factored import plan as plans
 from steppe.factored.cost import HELD, TWO_PASSES, Cost
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
@@ -407,6 +408,12 @@ def test_plain_sam_takes_the_cheaper_way() -> None:
     assert see
     assert clean
     assert not perturbed
+    model = wide.model(torch.float64)
+    opt, batch = steppe.SAM(sgd(model), 0.3), wide.batch(model, N, torch.float64)
+    for _ in range(3):
+        opt.step(batch)
+    (entry,) = plans._entries[model].values()
+    assert entry.uses == 3  # asked twice a step: whether to share, and how
     square = EXAMPLES["mlp"]
     model = square.model(torch.float64)
     seen = []
