@@ -1,6 +1,7 @@
 """Gradients gathered while backward runs, and patches of convolutions."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored import micro, record
+from steppe.factored import held, micro, record
 from steppe.factored.cost import Cost
 from steppe.factored.gradients import Harvest
 from steppe.factored.held import Held
+from steppe.factored.parts import Parts
 from steppe.factored.patches import from_patches, patches
 from steppe.factored.spec import Spec
-from steppe.factored.terms import Factored
+from steppe.factored.terms import Dense, Factored
 from tests.factored_models import EXAMPLES, Example
 from tests.test_factored import N, assert_equal, ends, sgd
 
@@ -72,6 +74,83 @@ PYRAMID = Example(Pyramid, lambda n: (torch.randn(n, 2, 8, 8), torch.randint(3, 
 def test_uses_of_a_kernel_are_held_together(m: int) -> None:
     make = lambda model, p: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(PYRAMID, make), 1e-10)
+
+
+class InPlace(nn.Module):
+    """Whatever may be changed in place right after it was made."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims, self.embed, self.line = dims, nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.conv, self.places = nn.Conv1d(4, 5, 3), nn.Parameter(torch.randn(1, 4, 6))
+        self.norm, self.head = nn.GroupNorm(1, 5), nn.Linear(20, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        x += self.places
+        x = self.line(x.flatten(0, 1) if self.dims == 2 else x).relu_().reshape(-1, 4, 6)
+        x = self.norm(self.conv(x).relu_()).relu_()
+        y = self.head(x.flatten(1))
+        y *= 2
+        return y
+
+
+@pytest.mark.parametrize("whole", [None, True, False])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_a_layer_returns_may_be_changed_in_place(dims: int, whole: bool | None, monkeypatch) -> None:
+    if whole is not None:
+        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+        monkeypatch.setattr(Cost, "table", lambda *_: whole)
+    example = Example(lambda: InPlace(dims), lambda n: (torch.randint(9, (n, 4)), torch.randint(3, (n,))))
+    for m in (1, 5):
+        make = lambda model, p, m=m: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+        assert_equal(ends(example, make), 1e-10)
+
+
+def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> None:
+    """Out of memory, the factors are what has to go first."""
+    harvests: list[weakref.ref[Harvest]] = []
+
+    class Poor(Harvest):
+        def take(self, site):
+            super().take(site)
+            if self.matrices:
+                harvests.append(weakref.ref(self))
+                raise MemoryError("no more")
+
+    example = EXAMPLES["mlp"]
+    model = example.model(torch.float32)
+    opt = steppe.SAM(sgd(model), 0.1, m=3)
+    opt.step(example.batch(model, N, torch.float32))
+    opt.step(example.batch(model, N, torch.float32))  # rehearsed again
+    monkeypatch.setattr(micro, "Harvest", Poor)
+    alive: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda *_: alive.append(any(h() is not None for h in harvests)) if harvests else None
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        opt.step(example.batch(model, N, torch.float32))
+    finally:
+        gc.enable()
+    assert len(harvests) == 1
+    assert alive == [False] * 8  # four micro-batches, two passes
+
+
+def test_perturbed_weights_left_half_way_are_not_perturbed_again(monkeypatch) -> None:
+    monkeypatch.setattr(held, "CACHE", 1)
+    parts = Parts(4, 1)
+    G = Held([Dense(torch.randn(4, 2, 3), torch.randn(4, 2, 5))], parts)
+    W, s = torch.randn(3, 5), torch.rand(4)
+    expected = W + s[:, None, None] * G.chunks[0].clone()
+    half = G.perturbed(W, s, W.dtype)
+    next(half)
+    with pytest.raises(RuntimeError, match="half way"):
+        next(G.perturbed(W, s, W.dtype))
+    list(half)
+    for _ in range(2):  # forward, backward
+        torch.testing.assert_close(torch.cat([P for *_, P in G.perturbed(W, s, W.dtype)]), expected)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

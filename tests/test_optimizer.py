@@ -668,3 +668,26 @@ def test_a_mask_may_keep_tensors_alone_that_nobody_uses() -> None:
     b.step(lambda: other.batch())
     assert a.telemetry.eps_norm == 0
     assert same_bits(w.parameters(), other.parameters())
+
+
+def test_memory_stays_where_a_step_has_no_gradient() -> None:
+    """As in the authors' code, which passes over parameters without one."""
+    u, v = (nn.Linear(2, 2) for _ in range(2))
+    opt = steppe.FSAM(torch.optim.SGD([u.weight, v.weight], lr=0.0), rho=0.1, decay=0.5)
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        opt.zero_grad()
+        y = v(torch.ones(2)).sum()
+        if calls <= 2 or calls % 2 == 0:  # after the first step, no gradient at w
+            y = y + 3 * u(torch.ones(2)).sum()
+        y.backward()
+        return y
+
+    with torch.enable_grad():
+        for _ in range(3):
+            opt.step(closure)
+    for p, g in ((u.weight, 3.0), (v.weight, 1.0)):
+        assert torch.equal(opt.state[p]["sharpness.friendly"], torch.full((2, 2), g))

@@ -310,6 +310,7 @@ class Oracle:
             f._passes = Passes(self.point, closure.modules)
             f._passes.counted = self._passes.counted
             f._g = f._losses = f.factors = None
+            f.entries = {}
             share = len(closure) / len(self.batch())
             yield share, f
             self.seen.add(share, f.seen)
@@ -327,7 +328,8 @@ class Oracle:
     def remember(self, name: str, v: Vector, rate: float = 1.0) -> None:
         """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded.
 
-        With a ``rate``, ``m <- m + rate (v - m)`` in the memory that is there; a first ``m`` is ``v``.
+        With a ``rate``, ``m <- m + rate (v - m)`` in the memory that is there; a first ``m`` is ``v``. A parameter
+        without an entry keeps its ``m``.
         """
         self.seen.memory[name], self.seen.rates[name] = v, rate
 

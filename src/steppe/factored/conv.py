@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from steppe.factored.convolved import Convolved, below, one_by_one, side_by_side
 from steppe.factored.held import Held
-from steppe.factored.linear import Blocks, low
+from steppe.factored.linear import Blocks, low, own
 from steppe.factored.patches import from_patches, patches
 from steppe.factored.spec import Spec
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
@@ -38,7 +38,7 @@ class HeldConv(torch.autograd.Function):
                 shift = None if bias is None else bias.flatten()
                 y = spec.forward(side_by_side(a), P.flatten(0, 1), len(P) * spec.groups, shift)
                 made.append(below(y, len(P)))
-        return torch.cat(made).reshape(*x.shape[:2], *made[0].shape[1:])
+        return own(torch.cat(made).reshape(*x.shape[:2], *made[0].shape[1:]))
 
     @staticmethod
     @once_differentiable
@@ -77,7 +77,7 @@ class FactoredConv(torch.autograd.Function):
         extra = rows.new_zeros(len(x), rows[0, :, 0].numel() * x.shape[1], len(W))
         product.add(extra, rows.reshape(len(x), -1, rows.shape[-1]))
         y += extra.reshape(len(y), -1, len(W)).mT.reshape(y.shape)
-        return y.reshape(*x.shape[:2], *y.shape[1:])
+        return own(y.reshape(*x.shape[:2], *y.shape[1:]))
 
     @staticmethod
     @once_differentiable

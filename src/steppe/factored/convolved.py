@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from steppe.factored.cost import Cost
@@ -37,6 +38,10 @@ class Convolved:
     x: Tensor
     left: Tensor
     spec: Spec
+
+    def to(self, dtype: torch.dtype) -> Convolved:
+        """In another type."""
+        return Convolved(self.x.to(dtype), self.left.to(dtype), self.spec)
 
     def shape(self, parts: Parts) -> tuple[int, int, int]:
         """Rows in a part, height and width of ``G_k``."""
@@ -72,7 +77,7 @@ class Convolved:
         """The same as a product of patches."""
         left = self.left.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
         right = patches(self.x.flatten(0, 1), self.spec)
-        return Dense(left, right.reshape(len(self.x), -1, right.shape[-1]), of=self)
+        return Dense(left, right.reshape(len(self.x), -1, right.shape[-1]), source=self)
 
     def weighted(self, c: Tensor) -> Tensor:
         """``sum_i c_i G_i`` over examples, by one convolution: of the weight's shape."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steppe.factored.held import Held
+from steppe.factored.linear import own
 from steppe.factored.lookups import Lookup
 from steppe.factored.tape import CannotFactor, Look, Matrices, See, Site, Small
 from steppe.factored.terms import Gradient
@@ -23,7 +24,7 @@ class PartwiseEmbedding(torch.autograd.Function):
         """``rows``: ``(*index.shape, columns)``."""
         ctx.save_for_backward(index)
         ctx.height, ctx.padding = len(W), padding
-        return rows.view_as(rows)
+        return own(rows)
 
     @staticmethod
     @once_differentiable

@@ -86,8 +86,10 @@ def gradients(look: Look, parts: Parts, cost: Cost, rho: Sequence[float] | None 
 
 def choose(terms: Sequence[Any], parts: Parts, cost: Cost) -> tuple[Sequence[Any], bool]:
     """A matrix's terms, and whether to hold it whole."""
-    if isinstance(terms[0], Convolved):  # then all are: nothing else uses a convolution's weight
-        by_patches = all(t.suits_patches(parts, cost) for t in terms)
+    if any(isinstance(t, Convolved) for t in terms):
+        if not all(isinstance(t, Convolved) for t in terms):
+            raise CannotFactor("the weight of a convolution is used by something else, too")
+        by_patches = all(t.suits_patches(parts, cost) for t in terms)  # one order of columns for all
         return ([t.dense() for t in terms], False) if by_patches else (terms, True)
     rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
     dense = [t for t in terms if isinstance(t, Dense)]

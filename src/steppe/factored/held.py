@@ -39,14 +39,13 @@ class Pool:
 class Held:
     """``G_k`` of every part, made from its terms block by block: a block is measured while it is in the cache.
 
-    Later a block of ``W + s_k G_k`` is made where it is used and never written to memory as a whole, unless all of them
-    are one block, as on an accelerator: then they take the place of ``G_k``.
+    At its first use, which is once and for all, a block becomes ``W + s_k G_k``, in place where types allow.
     """
 
     def __init__(self, terms: Sequence[Any], parts: Parts, pool: Pool | None = None) -> None:
         self.parts, self.pool = parts, pool or Pool()
         self.chunks: list[Tensor] = []  # (parts, height, width)
-        self._in_place = False
+        self._begun = self._in_place = False
         squares = []
         for operands in zip(*(parts.beside(*term.operands) for term in terms), strict=True):
             k, (height, width) = len(operands[0][0]), terms[0].size
@@ -69,11 +68,15 @@ class Held:
 
     def weighted(self, c: Tensor) -> Tensor:
         """``sum_k c_k G_k`` over parts of one example each."""
+        assert not self._begun
         (G,) = self.chunks
         return (c.to(G.dtype) @ G.flatten(1)).reshape(G.shape[1:])
 
     def perturbed(self, W: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
         """``W + s_k G_k`` in blocks: chunk, parts of the chunk and weights, which last until the next block."""
+        if self._begun and not self._in_place:
+            raise RuntimeError("the second pass stopped half way and went on: some weights are perturbed, some are not")
+        self._begun = True
         scales = self.parts.split(scale.to(W.dtype)[:, None, None])
         W = W.detach().reshape(self.chunks[0].shape[1:])
         with torch.no_grad():

@@ -23,6 +23,11 @@ def low(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
+def own(y: Tensor) -> Tensor:
+    """The same memory as no view, for the model to change in place: of a view that a function returns it may not."""
+    return y.new_empty(0).set_(y)  # type: ignore[call-overload, no-any-return]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """``P_k = W + s_k G_k`` block by block; ``turned`` where ``G_k`` is a gradient of ``W^T``."""
@@ -84,7 +89,7 @@ class FactoredLinear(torch.autograd.Function):
         ctx.save_for_backward(x, W)
         y = F.linear(x, W, None if b is None else b.to(x.dtype))
         product.add(y, x)
-        return y if b_eps is None else y.add_(b_eps)
+        return own(y if b_eps is None else y.add_(b_eps))
 
     @staticmethod
     @once_differentiable
@@ -122,9 +127,11 @@ class Linear:
         weight, bias = look.tracked.index(W), look.tracked.index(b)
         if (weight is None and bias is None) or look.tracked.index(x) is not None or W.dim() != 2:
             return NotImplemented
-        y = func(*args)
+        rows = x.flatten(0, -2) if x.dim() > 2 else x
+        y = func(*(rows if a is x else a for a in args))
+        shape = torch.Size((*x.shape[:-1], y.shape[-1]))
         kept = None if weight is None else x.detach().to(y.dtype)
-        return look.record(y, Site(self, weight, bias, kept, tuple(y.shape[:-1])))
+        return look.record(y, Site(self, weight, bias, kept, tuple(shape[:-1])), shape).reshape(shape)
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """The terms of the weight, with which the bias may ride, or the sums of the bias."""

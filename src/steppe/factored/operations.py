@@ -15,7 +15,7 @@ from steppe.factored.linear import Linear
 from steppe.factored.norm import GroupNorm, Norm
 from steppe.factored.plain import Plain
 
-_linear, _product, _plain = Linear(), Linear(transposed=True), Plain()
+_linear, _product, _plain, _in_place = Linear(), Linear(transposed=True), Plain(), Plain(in_place=True)
 
 OPERATIONS: dict[Any, Any] = {
     F.linear: _linear,
@@ -35,5 +35,6 @@ OPERATIONS: dict[Any, Any] = {
     **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide), _plain),
     **dict.fromkeys((Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__), _plain),
     **dict.fromkeys((Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__), _plain),
+    **dict.fromkeys((Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.true_divide_), _in_place),
     Tensor.expand: _plain,
 }

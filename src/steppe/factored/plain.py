@@ -15,8 +15,11 @@ class Plain:
     """An elementwise operation with, or an expansion of, a parameter: each example gets a copy of its own.
 
     The parameter has no example dimension, or one of size 1; the other operand, or the expansion, has the examples
-    first.
+    first. ``in_place`` it is the other operand that is changed.
     """
+
+    def __init__(self, in_place: bool = False) -> None:
+        self.in_place = in_place
 
     def find(self, tracked: Tracked, args: tuple[Any, ...]) -> tuple[int, int] | None:
         """Which argument is the parameter, and which parameter; ``None`` if it cannot be repeated."""
@@ -24,7 +27,7 @@ class Plain:
             return None
         index = [tracked.index(a) for a in args[:2]]
         at = 0 if index[0] is not None else 1
-        if index[at] is None or index[1 - at] is not None:
+        if index[at] is None or index[1 - at] is not None or (self.in_place and at == 0):
             return None
         p, other = args[at], args[1 - at]
         if not isinstance(other, Tensor):  # expand(n, ...): sizes

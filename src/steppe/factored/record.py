@@ -19,7 +19,7 @@ from steppe.factored.parts import Parts
 from steppe.factored.plan import Entry, entry_of, fall_back, may_share
 from steppe.factored.rehearsal import Plan
 from steppe.factored.tape import Look, Site
-from steppe.factored.terms import Factored, squared_norms
+from steppe.factored.terms import Factored, squared_norms, uncast
 from steppe.oracle import Oracle
 from steppe.replay import RandomState
 from steppe.vector import Vector
@@ -120,32 +120,33 @@ def factors_of(
     if not may_share(f, entry.plan):
         return None
     before = RandomState.now(f.point.devices)
+    look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
+    harvest = early(look) if early else None
+    look.gather = None if harvest is None else _gathering(harvest, entry.plan)
     try:
-        look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
-        harvest = early(look) if early else None
-        if harvest is not None:
-            look.reached = _gathering(harvest, entry.plan)
         wrt = None if uses_g else [False] * len(f.point.parameters)
         g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
         look.check()
         entry.plan.apply(look)
         scale = batch.loss_scale(f.point.parameters[0].detach())
-        look.reached = None  # else what is gathered would hang in a circle
         gathered = None if harvest is None else harvest.gradients()
         return Factors(look, len(batch), f.point.parameters, g, entry, scale, gathered)
     except Exception as error:  # the serial loop will raise it again, if it is the model's own
         fall_back(f, entry, error, before)
+    finally:
+        look.gather = None  # else what is gathered would hang in a circle
     return None
 
 
 def _gathering(harvest: Harvest, plan: Plan) -> Callable[[Site], None]:
-    def reached(site: Site) -> None:
+    def gather(site: Site) -> None:
         if site.layout is None:  # the first one
             plan.apply(harvest.look)
-        harvest.take(site)
+        with uncast(site.deltas[0]):
+            harvest.take(site)
         site.let_go()
 
-    return reached
+    return gather
 
 
 def _by_example(look: Look) -> Harvest:

@@ -148,15 +148,18 @@ class Look(Tape):
     def __init__(self, tracked: Tracked, operations: Mapping[Any, Any], pool: Pool | None = None) -> None:
         super().__init__(tracked, operations)
         self.pool = pool
-        self.reached: Callable[[Site], None] | None = None  # called in backward when it has come to a site
+        self.gather: Callable[[Site], None] | None = None  # what is done with a site when backward has come to it
         self.spark: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def handle(self, operation: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's output, watched."""
         return operation.look(self, func, *args, **kwargs)
 
-    def record(self, y: Tensor, site: Site) -> Tensor:
-        """``y``, whose gradient the site will have; gradients start here where nothing before needs one."""
+    def record(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
+        """``y``, whose gradient, in ``shape``, the site will have; gradients start here where nothing before needs one.
+
+        ``y`` is to be no view: one that is changed in place loses its hook.
+        """
         if not torch.is_grad_enabled():
             raise CannotFactor(f"{self.label(site)} is used without gradients")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -165,7 +168,7 @@ class Look(Tape):
             y = y + self.spark.setdefault(
                 (y.device, y.dtype), torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
             )
-        y.register_hook(lambda grad: self.reach(site, grad.detach()))
+        y.register_hook(lambda grad: self.reach(site, grad.detach().reshape(shape or grad.shape)))
         site.version = 0 if site.kept is None else site.kept._version
         self.sites.append(site)
         return y
@@ -173,9 +176,9 @@ class Look(Tape):
     def reach(self, site: Site, delta: Tensor) -> None:
         """Backward has come to a site."""
         site.deltas.append(delta)
-        if self.reached is not None and not site.taken:
+        if self.gather is not None and not site.taken:
             self.check_kept(site)
-            self.reached(site)
+            self.gather(site)
 
     def uses(self) -> tuple[Any, ...]:
         """What was used in this pass, in order: operation, parameters, leading dimensions."""

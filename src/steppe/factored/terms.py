@@ -25,23 +25,24 @@ from steppe.vector import wide
 class Dense:
     """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``.
 
-    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along. ``of``
-    makes weighted sums in its own way.
+    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along. With
+    ``source``, of which these are the patches, that makes the weighted sum.
     """
 
     left: Tensor
     right: Tensor
     bias: int | None = None
-    of: Any = None
+    source: Any = None  # a convolution's term
 
     def to(self, dtype: torch.dtype) -> Dense:
         """In another type."""
-        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype))
+        source = self.source and self.source.to(dtype)
+        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype), source=source)
 
     def weighted(self, c: Tensor) -> Tensor:
         """``sum_i c_i G_i`` over examples."""
-        if self.of is not None:
-            return self.of.weighted(c)  # type: ignore[no-any-return]
+        if self.source is not None:
+            return self.source.weighted(c)  # type: ignore[no-any-return]
         left = self.left * c.to(self.left.dtype)[:, None, None]
         return left.flatten(0, 1).mT @ self.right.flatten(0, 1)
 
