@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
+from steppe.factored.cost import Cost
 
 
 class ConvNet(nn.Module):
@@ -121,6 +123,13 @@ class Example:
         torch.manual_seed(seed)
         data = tuple(t.to(dtype) if t.is_floating_point() else t for t in self.data(n))
         return steppe.Batch(model, loss, data)
+
+
+def hold(whole: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix and table whole, or as factors, whatever the rule says; ``None`` leaves it to the rule."""
+    if whole is not None:
+        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
+        monkeypatch.setattr(Cost, "table", lambda *_: whole)
 
 
 def loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,13 +13,13 @@ import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.factored import gradient_statistics, register_factored
 from steppe.factored import plan as plans
-from steppe.factored.cost import HELD, TWO_PASSES, Cost
+from steppe.factored.cost import HELD, TWO_PASSES
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
 from steppe.factored.plan import plan_for
 from steppe.factored.record import factors_of
 from steppe.point import Point, Rho
-from tests.factored_models import EXAMPLES, Example
+from tests.factored_models import EXAMPLES, Example, hold
 
 N = 12
 MS = [1, 2, 5, 8, N // 2, N]
@@ -84,8 +84,7 @@ def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, monkeypatch) -> None:
-    monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-    monkeypatch.setattr(Cost, "table", lambda *_: whole)
+    hold(whole, monkeypatch)
     make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
 
@@ -120,9 +119,7 @@ def per_example_gradients(model: nn.Module, batch: steppe.Batch) -> torch.Tensor
 @pytest.mark.parametrize("whole", [None, True, False])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_exact_norms_and_the_weighted_gradient(name: str, whole: bool | None, monkeypatch) -> None:
-    if whole is not None:
-        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-        monkeypatch.setattr(Cost, "table", lambda *_: whole)
+    hold(whole, monkeypatch)
     model = EXAMPLES[name].model(torch.float64)
     batch = EXAMPLES[name].batch(model, N, torch.float64)
     rows = per_example_gradients(model, batch)

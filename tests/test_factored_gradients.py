@@ -15,7 +15,7 @@ from steppe.factored.parts import Parts
 from steppe.factored.plan import plan_for
 from steppe.factored.terms import Dense, Factored, Product, squared_norms
 from steppe.point import Point, Rho
-from tests.factored_models import EXAMPLES, Example, loss
+from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import N, assert_equal, ends, sgd
 
 HEIGHT, WIDTH, Q = 7, 3, 4
@@ -87,8 +87,7 @@ def test_tables_that_are_only_looked_up(m: int) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_blocks_of_any_size_are_exact(name: str, m: int, cache: int, monkeypatch) -> None:
     monkeypatch.setattr(held, "CACHE", cache)
-    monkeypatch.setattr(Cost, "whole", lambda *_: True)
-    monkeypatch.setattr(Cost, "table", lambda *_: True)
+    hold(True, monkeypatch)
     make = lambda model, p: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
 

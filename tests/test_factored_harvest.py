@@ -17,7 +17,7 @@ from steppe.factored.parts import Parts
 from steppe.factored.patches import from_patches, patches
 from steppe.factored.spec import Spec
 from steppe.factored.terms import Dense, Factored
-from tests.factored_models import EXAMPLES, Example
+from tests.factored_models import EXAMPLES, Example, hold
 from tests.test_factored import N, assert_equal, ends, sgd
 
 SPECS = {
@@ -98,9 +98,7 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("whole", [None, True, False])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_what_a_layer_returns_may_be_changed_in_place(dims: int, whole: bool | None, monkeypatch) -> None:
-    if whole is not None:
-        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-        monkeypatch.setattr(Cost, "table", lambda *_: whole)
+    hold(whole, monkeypatch)
     example = Example(lambda: InPlace(dims), lambda n: (torch.randint(9, (n, 4)), torch.randint(3, (n,))))
     for m in (1, 5):
         make = lambda model, p, m=m: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731

@@ -9,10 +9,9 @@ from torch import nn
 import steppe
 from steppe import Micro, Reweighted, Rule, SharpnessAware
 from steppe.factored import gradient_statistics
-from steppe.factored.cost import Cost
 from steppe.factored.plan import plan_for
 from tests.cases import same_bits
-from tests.factored_models import EXAMPLES, Example, loss
+from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import ByHand, N, sgd
 
 
@@ -213,9 +212,7 @@ def half(model, data):
 @pytest.mark.parametrize("name", ["mlp", "vit", "gpt", "resnet"])
 def test_autocast_float16(name: str, m: int, whole: bool | None, monkeypatch) -> None:
     """Near the serial loop in float32, as near as the serial loop in float16 is."""
-    if whole is not None:
-        monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-        monkeypatch.setattr(Cost, "table", lambda *_: whole)
+    hold(whole, monkeypatch)
     example, updates = EXAMPLES[name], []
     for parallel, kind in ((True, half), (False, half), (False, loss)):
         model, s = example.model(torch.float32), scaler(2.0**10)

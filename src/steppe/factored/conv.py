@@ -58,8 +58,7 @@ class HeldConv(torch.autograd.Function):
                     made.append(below(whole, k))
             dx = torch.cat(made).reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            like = x.new_empty(spec.shape)  # for its shape alone
-            dW = spec.backward(delta.flatten(0, 1), x.flatten(0, 1), like, spec.groups, [False, True])[1].to(W.dtype)
+            dW = spec.weight_gradient(delta.flatten(0, 1), x.flatten(0, 1)).to(W.dtype)
         db = delta.flatten(3).sum((0, 1, 3), dtype=W.dtype) if ctx.needs_input_grad[2] else None
         return dx, dW, db, None, None, None
 

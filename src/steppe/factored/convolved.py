@@ -59,17 +59,11 @@ class Convolved:
 
     def write(self, G: Tensor, left: Tensor, x: Tensor, add: bool) -> None:
         """``G_k`` of some parts, or add them to what is there."""
-        k = len(x)
         if one_by_one(x):
-            W = left.new_empty(self.spec.shape)  # for its shape alone
-            pairs = zip(left, x, strict=True)
-            made = [
-                self.spec.backward(d, a, W, self.spec.groups, [False, True])[1].reshape(G[0].shape) for d, a in pairs
-            ]
+            made = [self.spec.weight_gradient(d, a).reshape(G[0].shape) for d, a in zip(left, x, strict=True)]
         else:
-            W = left.new_empty(k * self.spec.shape[0], *self.spec.shape[1:])  # likewise
-            where = side_by_side(left), side_by_side(x), W, k * self.spec.groups, [False, True]
-            G, made = G[None], [self.spec.backward(*where)[1].reshape(G.shape)]
+            whole = self.spec.weight_gradient(side_by_side(left), side_by_side(x), len(x))
+            G, made = G[None], [whole.reshape(G.shape)]
         for to, g in zip(G, made, strict=True):
             to.add_(g) if add else to.copy_(g)
 
@@ -82,10 +76,7 @@ class Convolved:
     def weighted(self, c: Tensor) -> Tensor:
         """``sum_i c_i G_i`` over examples, by one convolution: of the weight's shape."""
         delta = self.left * c.to(self.left.dtype).reshape(-1, *[1] * (self.left.dim() - 1))
-        W = delta.new_empty(self.spec.shape)  # for its shape alone
-        where = delta.flatten(0, 1), self.x.flatten(0, 1), W, self.spec.groups, [False, True]
-        made: Tensor = self.spec.backward(*where)[1]
-        return made
+        return self.spec.weight_gradient(delta.flatten(0, 1), self.x.flatten(0, 1))
 
     def suits_patches(self, parts: Parts, cost: Cost) -> bool:
         """Whether the product of patches is the cheaper one; it takes one group."""

@@ -57,11 +57,8 @@ class Harvest:
         """The gradients of one matrix, whole or as factors."""
         terms, whole = choose(terms, self.parts, self.cost)
         biases = [t.bias for t in terms if isinstance(t, Dense) and t.bias is not None]
-        if (
-            whole
-            or len(terms) > 1
-            or any(self.uses[b] > 1 or (self.rho and self.rho[b] != self.rho[i]) for b in biases)
-        ):
+        unlike = any(self.uses[b] > 1 or (self.rho and self.rho[b] != self.rho[i]) for b in biases)
+        if whole or len(terms) > 1 or unlike:
             terms = [_alone(t, self.by_example) for t in terms]
         if whole:
             return Held(terms, self.parts, self.look.pool)

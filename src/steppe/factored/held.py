@@ -45,7 +45,7 @@ class Held:
     def __init__(self, terms: Sequence[Any], parts: Parts, pool: Pool | None = None) -> None:
         self.parts, self.pool = parts, pool or Pool()
         self.chunks: list[Tensor] = []  # (parts, height, width)
-        self._begun = self._in_place = False
+        self._begun = self._done = False
         squares = []
         for operands in zip(*(parts.beside(*term.operands) for term in terms), strict=True):
             k, (height, width) = len(operands[0][0]), terms[0].size
@@ -74,7 +74,7 @@ class Held:
 
     def perturbed(self, W: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
         """``W + s_k G_k`` in blocks: chunk, parts of the chunk and weights, which last until the next block."""
-        if self._begun and not self._in_place:
+        if self._begun and not self._done:
             raise RuntimeError("the second pass stopped half way and went on: some weights are perturbed, some are not")
         self._begun = True
         scales = self.parts.split(scale.to(W.dtype)[:, None, None])
@@ -85,10 +85,10 @@ class Held:
                     g = G[a:b]
                     if G.dtype != W.dtype:
                         g = torch.addcmul(W, g.to(W.dtype), s[a:b])
-                    elif not self._in_place:
+                    elif not self._done:
                         torch.addcmul(W, g, s[a:b], out=g)
                     yield c, slice(a, b), g.to(dtype)
-        self._in_place = True
+        self._done = True
 
 
 def blocks(G: Tensor) -> list[tuple[int, int]]:

@@ -26,6 +26,12 @@ class Spec:
         where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
         return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
 
+    def weight_gradient(self, delta: Tensor, x: Tensor, k: int = 1) -> Tensor:
+        """The gradient of the weight; of ``k`` weights, below each other, where ``k`` parts are side by side."""
+        W = delta.new_empty(k * self.shape[0], *self.shape[1:])  # for its shape alone
+        made: Tensor = self.backward(delta, x, W, k * self.groups, [False, True])[1]
+        return made
+
     def forward(self, x: Tensor, W: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
         """The convolution."""
         zero = [0] * len(self.stride)

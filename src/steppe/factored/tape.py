@@ -158,7 +158,7 @@ class Look(Tape):
     def record(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
         """``y``, whose gradient, in ``shape``, the site will have; gradients start here where nothing before needs one.
 
-        ``y`` is to be no view: one that is changed in place loses its hook.
+        What the model sees of ``y`` is to be no view when it comes here: one that is changed in place loses its hook.
         """
         if not torch.is_grad_enabled():
             raise CannotFactor(f"{self.label(site)} is used without gradients")
