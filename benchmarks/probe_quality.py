@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import steppe
+from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics
 from steppe.lab import spec, tasks, train
 from steppe.lab.environment import environment
 from steppe.lab.settings import Settings
-from steppe.point import Point, Rho
 
 RHO = 0.5
 PROBES = {(length, probes): steppe.FiniteDifference(length, probes) for length in (0.01, 0.1, 1.0) for probes in (1, 4)}
@@ -48,7 +48,7 @@ def correlations(batches: list[steppe.Batch]) -> list[dict[str, float]]:
         torch.testing.assert_close(exact, by_vmap(batch), rtol=1e-3, atol=1e-5)
         parameters = list(batch.model.parameters())
         for key, probe in PROBES.items():
-            f = steppe.Oracle(batch, Point(parameters, Rho([RHO] * len(parameters))), step=step)
+            f = steppe.Oracle(batch, Parameters(parameters, Radii([RHO] * len(parameters))), step=step)
             found[key].append(float(spearmanr(probe(f), exact).statistic))
     return [{"length": length, "probes": k, "rank_correlation": median(v)} for (length, k), v in found.items()]
 

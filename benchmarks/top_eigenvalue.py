@@ -19,11 +19,11 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.models import resnet18
+from steppe.engine.vector import Vector
 from steppe.lab import data
 from steppe.lab.data import idx
 from steppe.measure import Hessian, Problem, eigenpairs
 from steppe.measure.krylov import lanczos
-from steppe.vector import Vector
 
 
 def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:

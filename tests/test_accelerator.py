@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
+from steppe.engine.oracle import Oracle
+from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import plan
-from steppe.oracle import Oracle
-from steppe.point import Point, Rho
 from tests.accelerator import Accelerator, OnDevice
 from tests.factored_models import EXAMPLES, loss
 
@@ -332,7 +332,7 @@ def test_tf32_keeps_no_model_from_factoring(name: str, products: bool) -> None:
     with Accelerator(tf32=("convolutions", "products") if products else ("convolutions",)) as a:
         model, batch = on_device(a, name)
         parameters = list(model.parameters())
-        f = Oracle(batch, Point(parameters, Rho([0.1] * len(parameters))))
+        f = Oracle(batch, Parameters(parameters, Radii([0.1] * len(parameters))))
         assert plan.plan_for(f, batch).reason == ""
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
+from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics, register_factored
 from steppe.factored import plan as plans
 from steppe.factored.cost import HELD, TWO_PASSES
@@ -18,7 +19,6 @@ from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
 from steppe.factored.plan import plan_for
 from steppe.factored.record import factors_of
-from steppe.point import Point, Rho
 from tests.factored_models import EXAMPLES, Example, hold
 
 N = 12
@@ -124,7 +124,7 @@ def test_exact_norms_and_the_weighted_gradient(name: str, whole: bool | None, mo
     batch = EXAMPLES[name].batch(model, N, torch.float64)
     rows = per_example_gradients(model, batch)
     parameters = list(model.parameters())
-    f = steppe.Oracle(batch, Point(parameters, Rho([1.0] * len(parameters))), parallel=True)
+    f = steppe.Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), parallel=True)
     norms = Exact()(f)
     torch.testing.assert_close(norms, rows.norm(dim=1), rtol=1e-10, atol=0)
     d = Reweighted(2.0)(f)
@@ -261,7 +261,7 @@ def test_multi_head_attention() -> None:
     model = example.model(torch.float64)
     batch = example.batch(model, N, torch.float64)
     expected = batch.losses()
-    f = steppe.Oracle(batch, Point(list(model.parameters()), Rho([1.0] * 8)))
+    f = steppe.Oracle(batch, Parameters(list(model.parameters()), Radii([1.0] * 8)))
     plan = plan_for(f, batch)
     assert not plan.reason
     with steppe.factored.tape.Look(plan.tracked, steppe.factored.operations.OPERATIONS):
@@ -445,7 +445,7 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     g = torch.cat([p.grad.flatten() for p in inputs])
     model.zero_grad()
     twin = copy.deepcopy(model)
-    f = steppe.Oracle(batch, Point(inputs, Rho([1.0] * len(inputs))), parallel=True)
+    f = steppe.Oracle(batch, Parameters(inputs, Radii([1.0] * len(inputs))), parallel=True)
     plan = plan_for(f, batch)
     assert plan.mixes
     factors = factors_of(f)

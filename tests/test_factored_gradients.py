@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import steppe
+from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import held
 from steppe.factored.cost import Cost
 from steppe.factored.held import Held, Pool
@@ -14,7 +15,6 @@ from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
 from steppe.factored.plan import plan_for
 from steppe.factored.terms import Dense, Factored, Product, squared_norms
-from steppe.point import Point, Rho
 from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import N, assert_equal, ends, sgd
 
@@ -168,7 +168,9 @@ def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
     parameters = list(model.parameters())
 
     def free() -> int:
-        f = steppe.Oracle(example.batch(model, N, torch.float32), Point(parameters, Rho([0.3] * len(parameters))))
+        f = steppe.Oracle(
+            example.batch(model, N, torch.float32), Parameters(parameters, Radii([0.3] * len(parameters)))
+        )
         pool = plan_for(f, f.closure).pool
         return sum(map(len, pool.free.values()))
 

@@ -100,7 +100,8 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
     assert away == [True]
     e = torch.tensor([torch.nan, 1.0])
     p = torch.ones(2)
-    steppe.vector.shift_(p, e, 1.0, finite=torch.tensor(torch.nan))  # where nobody looks, on an accelerator or a rank
+    # where no value is read, on an accelerator or a rank
+    steppe.engine.vector.shift_(p, e, 1.0, finite=torch.tensor(torch.nan))
     assert torch.equal(p, torch.ones(2))
 
 

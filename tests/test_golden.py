@@ -7,7 +7,7 @@ import torch
 
 import steppe
 from steppe import Adaptive, Everything, FiniteDifference, Oracle, Reweighted, Rule, SharpnessAware
-from steppe.point import Point, Rho
+from steppe.engine.parameters import Parameters, Radii
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
 SGD = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
@@ -50,7 +50,7 @@ def test_m_sam_on_four_examples(m: int | None, u: tuple[float, float]) -> None:
 
 def four_examples(rho: float = 0.5) -> tuple[Quadratic, Oracle]:
     model = Quadratic((1.0, 1.0))
-    return model, Oracle(model.batch(A4, B4), Point([model.weight], Rho([rho])))
+    return model, Oracle(model.batch(A4, B4), Parameters([model.weight], Radii([rho])))
 
 
 def test_rw_sam_weights_from_exact_norms() -> None:
@@ -148,7 +148,7 @@ def test_closed_forms(name: str) -> None:
 def test_asam_and_fisher_stay_in_their_ball() -> None:
     torch.manual_seed(1)
     w, g = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
-    f = Oracle(lambda: None, Point([w.requires_grad_()], Rho([0.3])))
+    f = Oracle(lambda: None, Parameters([w.requires_grad_()], Radii([0.3])))
     w = w.detach()
     d = steppe.Vector([g])
     eps = (0.3 * Adaptive(0.05, Everything())(f, d)).materialised()[0]

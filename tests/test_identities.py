@@ -199,11 +199,11 @@ def test_gsam_geometry() -> None:
     with f.at(Rule().perturbation(f)):
         g_adv = f.grad()
     u = steppe.SurrogateGap(0.4)(f, g_adv).grad
-    across = f.g - steppe.combine.projection(f.g, onto=g_adv)
+    across = f.g - steppe.pieces.combine.projection(f.g, onto=g_adv)
     assert abs(across.dot(g_adv)) < 1e-12
     torch.testing.assert_close(u.dot(g_adv), g_adv.norm() ** 2)
     zero = g_adv * 0.0
-    assert steppe.combine.projection(f.g, onto=zero).norm() == 0
+    assert steppe.pieces.combine.projection(f.g, onto=zero).norm() == 0
 
 
 @pytest.mark.parametrize("name", ["SAM", "ASAM", "GSAM", "WSAM", "FSAM", "VaSSO", "LookSAM"])
@@ -237,7 +237,7 @@ def test_wsams_steady_weight_under_momentum() -> None:
     def rule(f):  # constant g and g_adv - g
         g = steppe.Vector([torch.tensor([slope], dtype=torch.float64)])
         g_adv = steppe.Vector([torch.tensor([slope + tilt], dtype=torch.float64)])
-        f._g, f.seen.any_gradient = g, True
+        f._g, f.log.any_gradient = g, True
         return steppe.Weighted(gamma)(f, g_adv)
 
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from steppe.sample import _signs, generator
-from steppe.vector import Vector, norm_of
+from steppe.engine.vector import Vector, norm_of
+from steppe.pieces.sample import _signs, generator
 
 
 def vector(*entries, scale=1.0) -> Vector:

@@ -1,9 +1,10 @@
 """Sharpness-aware training for PyTorch: every method one composable optimizer around your own."""
 
-from steppe import clip, schedule
+from steppe import schedule
 from steppe.batch import Batch, Batches
-from steppe.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
-from steppe.geometry import Adaptive, Euclidean, Everything, Fisher, Matrices, Named, Scaled, Unified, Unnormalised
+from steppe.engine.oracle import Oracle
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector
 from steppe.methods import (
     ASAM,
     ESAM,
@@ -22,13 +23,22 @@ from steppe.methods import (
     VaSSO,
 )
 from steppe.optimizer import SharpnessAware
-from steppe.oracle import Oracle
+from steppe.pieces.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.pieces.geometry import (
+    Adaptive,
+    Euclidean,
+    Everything,
+    Fisher,
+    Matrices,
+    Named,
+    Scaled,
+    Unified,
+    Unnormalised,
+)
+from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.pieces.select import All, Sharpest
 from steppe.rule import Every, Micro, Plain, Rule
-from steppe.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
-from steppe.select import All, Sharpest
 from steppe.telemetry import Telemetry
-from steppe.update import Update
-from steppe.vector import Vector
 
 __version__ = "0.1.0"
 
@@ -84,6 +94,5 @@ __all__ = [
     "VaSSO",
     "Vector",
     "Weighted",
-    "clip",
     "schedule",
 ]

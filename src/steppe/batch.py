@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from steppe import check
-from steppe.vector import wide
+from steppe.engine import checks
+from steppe.engine.vector import wide
 
 Data = Any  # a nested tuple, list or dict of tensors with a common first dimension
 Loss = Callable[[nn.Module, Data], Tensor]
@@ -44,7 +44,7 @@ class Batch:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not callable(loss):
             raise TypeError(f"loss must be a function (model, data) -> losses, got {loss!r}")
-        check.grad_scaler(scaler)
+        checks.grad_scaler(scaler)
         self.model, self.loss, self.data, self.scaler = model, loss, data, scaler
         self._n = _count(data)
 

@@ -13,14 +13,14 @@ from typing import Unpack
 
 import torch
 
-from steppe.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
-from steppe.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
+from steppe.engine.oracle import Closure
 from steppe.optimizer import Options, SharpnessAware
-from steppe.oracle import Closure
+from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.pieces.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
+from steppe.pieces.sample import Friendly, Masked, OnFull, Reweighted, Smoothed
+from steppe.pieces.select import Sharpest
 from steppe.rule import Every, Rule, micro
-from steppe.sample import Friendly, Masked, OnFull, Reweighted, Smoothed
 from steppe.schedule import Schedule
-from steppe.select import Sharpest
 
 Base = torch.optim.Optimizer
 Radius = float | Schedule

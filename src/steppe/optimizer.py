@@ -12,23 +12,22 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from steppe import check
 from steppe.batch import Batch, as_closure
-from steppe.clip import clipped
+from steppe.engine import checks
+from steppe.engine.checks import STEP, check_base, check_group, level_of_caller, refuse_grad_scaler
+from steppe.engine.ddp import RankGroups, Sync
+from steppe.engine.grad_scaler import Scaling
+from steppe.engine.oracle import Closure, NotFinite, Oracle
+from steppe.engine.parameters import Parameters, Radii
+from steppe.engine.passes import Owners
+from steppe.engine.state import RuleState, apart, forget_foreign
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector, shift_
 from steppe.factored.statistics import gradient_statistics
-from steppe.guards import STEP, check_base, check_group, forget_foreign, level_of_caller, refuse_grad_scaler, scheduled
-from steppe.memory import Memory, apart
-from steppe.oracle import Closure, NotFinite, Oracle
-from steppe.point import Point, Rho, Seen
-from steppe.ranks import RankGroups, Sync
-from steppe.replay import Owners
 from steppe.rule import AnyRule, Plain, looks_inside, memories
-from steppe.scaling import Scaling
-from steppe.schedule import Schedule
-from steppe.telemetry import Telemetry
+from steppe.schedule import Schedule, scheduled
+from steppe.telemetry import StepLog, Telemetry
 from steppe.two_calls import TwoCalls, needs_more
-from steppe.update import Update
-from steppe.vector import Vector, shift_
 
 
 class Options(TypedDict, total=False):
@@ -68,7 +67,8 @@ class SharpnessAware(torch.optim.Optimizer):
             m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one; every pass is
             averaged), or a number of neighbouring ranks that share one. The gradient that the base sees is averaged
             over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
-        max_norm: clip the gradient that the base sees to this norm over all parameters (:func:`~steppe.clip.clipped`).
+        max_norm: clip the gradient that the base sees to this norm, over all parameters
+            (:meth:`~steppe.Update.clipped`).
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
 
@@ -96,7 +96,7 @@ class SharpnessAware(torch.optim.Optimizer):
     _ranks: RankGroups
     _max_norm: float | None
     _scaling: Scaling
-    _memory: Memory
+    _memory: RuleState
     _owners: Owners
     _warned: set[str]
     _half: TwoCalls | None  # between first_step and second_step
@@ -123,7 +123,7 @@ class SharpnessAware(torch.optim.Optimizer):
         if parallel not in ("auto", True, False):
             raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
         if max_norm is not None:
-            check.number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
+            checks.number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
         ranks = RankGroups(sync)
         for group in base.param_groups:
             check_group(group)
@@ -144,7 +144,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "_ranks": ranks,
                 "_max_norm": max_norm,
                 "_scaling": Scaling(),
-                "_memory": Memory(frozenset(memories(rule))),
+                "_memory": RuleState(frozenset(memories(rule))),
                 "_owners": Owners(),
                 "_warned": set(),
                 "_half": None,
@@ -359,14 +359,14 @@ class SharpnessAware(torch.optim.Optimizer):
             f.rehearse()
         if self._gradient_noise:
             with f.ranks.apart():
-                noise = gradient_statistics(f.batch("gradient_noise=True"), f.point.parameters)
-            f.seen.numbers["trace_V"] = noise.trace
+                noise = gradient_statistics(f.batch("gradient_noise=True"), f.parameters.tensors)
+            f.log.numbers["trace_V"] = noise.trace
         try:
             update = rule(f)
         except NotFinite:
             update = None
         move = self._finish(update, f)
-        return f.seen.numbers.get("loss", f.seen.numbers.get("full_loss")), move
+        return f.log.numbers.get("loss", f.log.numbers.get("full_loss")), move
 
     def _oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """The step's oracle; whatever is wrong with its arguments is found here."""
@@ -378,7 +378,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._memory.clear_room(self.state)
         return Oracle(
             closure,
-            Point(parameters, rho, names),
+            Parameters(parameters, rho, names),
             step=self._steps,
             recall=partial(self._memory.recall, self.state, parameters),
             full=self.full.scaled_by(scale.scaler if scale else None) if isinstance(self.full, Batch) else self.full,
@@ -390,28 +390,28 @@ class SharpnessAware(torch.optim.Optimizer):
             scale=scale,
         )
 
-    def _update_rho(self) -> Rho:
+    def _update_rho(self) -> Radii:
         steps, rho = self._steps, []
         for i, g in enumerate(self.param_groups):
             g.setdefault(STEP, steps)  # a group that was added to the base
             if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
                 rho.append(scheduled(self._rho, steps, g))
             else:  # a number lives in the groups, like lr
-                check.non_negative("rho", g["rho"])
+                checks.non_negative("rho", g["rho"])
                 rho.append(g["rho"])
         for g, r in zip(self.param_groups, rho, strict=True):
             g["rho"] = r
-        return Rho([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
+        return Radii([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
 
     # ---- move
 
     def _finish(self, update: Update | None, f: Oracle) -> Callable[[], None]:
         """Hand an update whose gradients are finite on all ranks to the parameters; what is left is the move."""
-        overflow = update is None or (f.guard and not _finite(f.seen))
-        skip = f.ranks.any(overflow, f.point.parameters[0].device) if f.guard else overflow
+        overflow = update is None or (f.guard and not _finite(f.log))
+        skip = f.ranks.any(overflow, f.parameters.tensors[0].device) if f.guard else overflow
         if f.scale is not None:
             if skip and not overflow:
-                f.scale.overflow(f.point.parameters[0].device)
+                f.scale.overflow(f.parameters.tensors[0].device)
             f.scale.end()
         move = _stay if skip or update is None else self._hand_over(update, f)
         self._report(f, skip)
@@ -420,17 +420,17 @@ class SharpnessAware(torch.optim.Optimizer):
     def _hand_over(self, update: Update, f: Oracle) -> Callable[[], None]:
         if update.beside is not None and any("lr" not in group for group in self.param_groups):
             raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
-        parameters = f.point.parameters
-        update, memory = f.ranks.join(update, f.seen.memory, parameters)
+        parameters = f.parameters.tensors
+        update, memory = f.ranks.join(update, f.log.memory, parameters)
         if self._max_norm is not None:
-            f.seen.numbers["update_norm"] = update.grad.norm()
-            update = clipped(update, self._max_norm)
+            f.log.numbers["update_norm"] = update.grad.norm()
+            update = update.clipped(self._max_norm)
         grads = update.grad.materialised()
         kept = apart(memory, grads)
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         handed = [p for p in parameters if p.grad is not None]
-        return partial(self._take_step, parameters, handed, update.beside, kept, f.seen.rates)
+        return partial(self._take_step, parameters, handed, update.beside, kept, f.log.rates)
 
     def _take_step(
         self,
@@ -493,7 +493,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self.telemetry = replace(self.telemetry, steps=self._steps)
 
     def _report(self, f: Oracle, skip: bool) -> None:
-        numbers: dict[str, Any] = dict(f.seen.numbers)
+        numbers: dict[str, Any] = dict(f.log.numbers)
         full_loss = numbers.pop("full_loss", None)
         if "loss" in numbers and "loss_adv" in numbers:
             numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
@@ -503,7 +503,7 @@ class SharpnessAware(torch.optim.Optimizer):
         if skip:
             if f.scale is None:  # a scaler looks for its scale by overflows
                 self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
-        elif not f.seen.any_gradient:
+        elif not f.log.any_gradient:
             self._warn_once("no parameter received a gradient: does the closure call backward()?")
 
     def _warn_once(self, message: str) -> None:
@@ -516,5 +516,5 @@ def _stay() -> None:
     """The move of a skipped step."""
 
 
-def _finite(seen: Seen) -> bool:
-    return not seen.norms or bool(torch.stack([n.to(seen.norms[0].device) for n in seen.norms]).isfinite().all())
+def _finite(log: StepLog) -> bool:
+    return not log.norms or bool(torch.stack([n.to(log.norms[0].device) for n in log.norms]).isfinite().all())

@@ -10,16 +10,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steppe import check
 from steppe.batch import Batches
-from steppe.combine import Perturbed
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector
 from steppe.factored.micro import cheaper_in_parallel, in_parallel
-from steppe.geometry import Euclidean
-from steppe.oracle import Oracle
-from steppe.sample import Exact, Mean
-from steppe.select import All
-from steppe.update import Update
-from steppe.vector import Vector
+from steppe.pieces.combine import Perturbed
+from steppe.pieces.geometry import Euclidean
+from steppe.pieces.sample import Exact, Mean
+from steppe.pieces.select import All
 
 AnyRule = Callable[[Oracle], Update]  # any function from oracle to update is a rule
 
@@ -30,7 +30,7 @@ class Rule:
 
     ``eps = rho * geometry(sample)``, ``g_adv`` = the gradient at ``w + eps`` on ``select``, and ``combine`` makes the
     update of both. The default pieces are SAM (Foret et al. 2021, arXiv 2010.01412). Every piece is a function whose
-    first argument is the :class:`~steppe.oracle.Oracle`.
+    first argument is the :class:`~steppe.engine.oracle.Oracle`.
 
     Args:
         sample: ``(f) -> Vector``, the stochastic gradient to ascend by.
@@ -116,7 +116,7 @@ class Micro:
     per_example: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check.positive_integer("m", self.m)
+        checks.positive_integer("m", self.m)
 
     def __call__(self, f: Oracle) -> Update:
         """The weighted mean of the parts' updates."""
@@ -131,7 +131,7 @@ class Micro:
 
     def worth_sharing(self, f: Oracle) -> bool:
         """Whether to try shared passes: one part, or on a CPU two, gain by them only where plain SAM does."""
-        few = 1 if f.point.devices else 2
+        few = 1 if f.parameters.devices else 2
         several = len(f.batch()) > few * self.m
         return bool(f.parallel) and (several or f.parallel is True or cheaper_in_parallel(f))
 
@@ -154,7 +154,7 @@ class Every:
     between: AnyRule = Plain()
 
     def __post_init__(self) -> None:
-        check.positive_integer("k", self.k)
+        checks.positive_integer("k", self.k)
 
     def __call__(self, f: Oracle) -> Update:
         """This step's update."""

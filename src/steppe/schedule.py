@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steppe import check
+from steppe.engine import checks
 
 Group = Mapping[str, Any]  # a parameter group
 Schedule = Callable[[int, Group], float]
@@ -30,7 +30,7 @@ class Constant:
     rho: float
 
     def __post_init__(self) -> None:
-        check.non_negative("rho", self.rho)
+        checks.non_negative("rho", self.rho)
 
     def __call__(self, step: int, group: Group) -> float:
         """``rho``."""
@@ -84,7 +84,7 @@ class ProportionalToLR:
 
     def __post_init__(self) -> None:
         for name in ("rho_max", "rho_min", "lr_max", "lr_min"):
-            check.non_negative(name, getattr(self, name))
+            checks.non_negative(name, getattr(self, name))
         if self.lr_min > self.lr_max:
             raise ValueError(f"lr_min must be at most lr_max, got {self.lr_min!r} > {self.lr_max!r}")
 
@@ -106,7 +106,7 @@ class Window:
 
     def __post_init__(self) -> None:
         as_schedule(self.rho)
-        check.non_negative("start", self.start)
+        checks.non_negative("start", self.start)
         if self.stop is not None and not self.stop >= self.start:
             raise ValueError(f"stop must be at least start ({self.start}), got {self.stop!r}")
 
@@ -125,7 +125,7 @@ class Periodic:
 
     def __post_init__(self) -> None:
         as_schedule(self.rho)
-        check.positive_integer("every", self.every)
+        checks.positive_integer("every", self.every)
 
     def __call__(self, step: int, group: Group) -> float:
         """``rho`` at every multiple, 0 between."""
@@ -138,6 +138,13 @@ def as_schedule(rho: float | Schedule) -> Schedule:
 
 
 def _check_ramp(start: float, end: float, steps: int) -> None:
-    check.non_negative("start", start)
-    check.non_negative("end", end)
-    check.positive_integer("steps", steps)
+    checks.non_negative("start", start)
+    checks.non_negative("end", end)
+    checks.positive_integer("steps", steps)
+
+
+def scheduled(rho: float | Schedule, step: int, group: Group) -> float:
+    """A number, or what a schedule answers, checked."""
+    radius = as_schedule(rho)(step, group)
+    checks.non_negative("rho", radius)
+    return float(radius)

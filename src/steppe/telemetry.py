@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from steppe.engine.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,31 @@ class Telemetry:
     def passes(self) -> float:
         """The step's cost in ordinary forward-backward passes, a backward counted as two forwards."""
         return (self.forwards + 2 * self.backwards) / 3
+
+
+@dataclass
+class StepLog:
+    """What one step saw: tensors are left on their device, so that reading them is the only cost.
+
+    Over micro-batches, every number is the mean over the parts, weighted by their size.
+    """
+
+    numbers: dict[str, Tensor | float] = field(default_factory=dict)
+    norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
+    memory: dict[str, Vector] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
+    any_gradient: bool = False
+
+    def add(self, share: float, other: StepLog) -> None:
+        """Merge what a part of the batch saw."""
+        for name, value in other.numbers.items():
+            self.numbers[name] = self.numbers.get(name, 0.0) + share * value
+        for name, vector in other.memory.items():
+            self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        self.rates |= other.rates
+        self.norms += other.norms
+        self.any_gradient |= other.any_gradient
+
+    def count(self, name: str, share: float = 1.0) -> None:
+        """One more pass of the kind ``name`` over this share of the batch."""
+        self.numbers[name] = self.numbers.get(name, 0.0) + share

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from steppe.oracle import NotFinite, Oracle
-from steppe.replay import frozen_statistics
+from steppe.engine.oracle import NotFinite, Oracle
+from steppe.engine.passes import frozen_statistics
+from steppe.engine.update import Update
 from steppe.rule import AnyRule, Every, Rule, looks_inside
-from steppe.update import Update
 
 
 def needs_more() -> Tensor:
@@ -44,7 +44,7 @@ class TwoCalls:
 
     def look(self) -> None:
         """Take the gradients that are there as ``g``, and go to ``w + eps``."""
-        given = [p.grad for p in self.f.point.parameters]
+        given = [p.grad for p in self.f.parameters.tensors]
         try:
             self.f.keep(self.f.given())
             rule = self.rule if isinstance(self.rule, Rule) else None
@@ -56,7 +56,7 @@ class TwoCalls:
             self.finite = False
         except BaseException:
             self.leave()
-            for p, g in zip(self.f.point.parameters, given, strict=True):
+            for p, g in zip(self.f.parameters.tensors, given, strict=True):
                 p.grad = g
             raise
 
@@ -71,7 +71,7 @@ class TwoCalls:
         f = self.f
         if not f.ranks.alone:
             if getattr(self.rule, "uses_g", True):  # this rank's, or the mean already: its mean is the mean
-                f.keep(f.ranks.mean(f.g, f.point.parameters))
+                f.keep(f.ranks.mean(f.g, f.parameters.tensors))
             f.ranks.averaged = True
         if isinstance(self.rule, Rule):
             f.compare(g_adv)

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
+from steppe.engine.vector import Vector
 from steppe.measure import (
     Hessian,
     NotConverged,
@@ -13,7 +14,6 @@ from steppe.measure import (
     power_iteration,
     spectral_density,
 )
-from steppe.vector import Vector
 
 from .models import data, dense, net, problem, quadratic
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from steppe.engine.vector import Vector
 from steppe.measure import (
     CentralDifference,
     DoubleBackward,
@@ -16,7 +17,6 @@ from steppe.measure import (
     Operator,
     Problem,
 )
-from steppe.vector import Vector
 
 from .models import CRITERION, batches, data, dense, hessian, losses, net, problem
 

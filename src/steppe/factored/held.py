@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe.engine.vector import wide
 from steppe.factored.parts import Parts
-from steppe.vector import wide
 
 CACHE = 1 << 20  # bytes that stay near a processor's core between two uses
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steppe.engine.vector import wide
 from steppe.factored.parts import Parts
-from steppe.vector import wide
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from steppe.batch import Batch, Batches
+from steppe.engine.oracle import Oracle
+from steppe.engine.passes import RandomState
+from steppe.engine.update import Update
 from steppe.factored.black_box import black_boxes
 from steppe.factored.cost import TWO_PASSES
 from steppe.factored.gradients import Harvest
@@ -20,9 +23,6 @@ from steppe.factored.plan import fall_back, plan_for
 from steppe.factored.record import Factors, factors_of
 from steppe.factored.tape import See
 from steppe.factored.terms import squared_norms
-from steppe.oracle import Oracle
-from steppe.replay import RandomState
-from steppe.update import Update
 
 if TYPE_CHECKING:
     from steppe.rule import Rule
@@ -37,7 +37,7 @@ def in_parallel(f: Oracle, m: int, rule: Rule) -> Update | None:
         ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
     """
     uses_g = rule.uses_g or f.keep_g
-    before = RandomState.now(f.point.devices)
+    before = RandomState.now(f.parameters.devices)
     parts, rho = Parts(len(f.batch()), m), f.rho.values
     reweighted = hasattr(rule.sample, "weights")  # by norms that the whole pass gives
     early = None if reweighted else lambda look: Harvest(look, parts, TWO_PASSES, rho)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from steppe.batch import Batch, leaves
+from steppe.engine.oracle import Oracle
+from steppe.engine.passes import RandomState, capturing
 from steppe.factored.rehearsal import Plan, described, has_hooks, rehearsed
 from steppe.factored.tape import CannotFactor
-from steppe.oracle import Oracle
-from steppe.replay import RandomState, capturing
 
 log = logging.getLogger("steppe")
 
@@ -80,7 +80,7 @@ def entry_of(f: Oracle, batch: Batch) -> Entry:
     entries = _entries.setdefault(batch.model, {})
     key = _key(f, batch)
     entry = entries.get(key)
-    captured = capturing(f.point.devices)
+    captured = capturing(f.parameters.devices)
     if entry is None and captured:
         raise RuntimeError("take this step once before it is captured in a CUDA graph: its model is to be rehearsed")
     if entry is None or (entry.due() and not captured):
@@ -138,8 +138,17 @@ def _key(f: Oracle, batch: Batch) -> Any:
     modules = batch.modules()
     modes = tuple([m.training for m in modules])
     watched = any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules])  # noqa: C419
-    hooks = any(map(has_hooks, f.point.parameters))
+    hooks = any(map(has_hooks, f.parameters.tensors))
     autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
-    return shapes, tuple(map(id, f.point.parameters)), tuple(f.point.movable), modes, autocast, watched, hooks, kind
+    return (
+        shapes,
+        tuple(map(id, f.parameters.tensors)),
+        tuple(f.parameters.movable),
+        modes,
+        autocast,
+        watched,
+        hooks,
+        kind,
+    )

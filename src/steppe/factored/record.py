@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from steppe.batch import Batches
+from steppe.engine.oracle import Oracle
+from steppe.engine.passes import RandomState
+from steppe.engine.vector import Vector
 from steppe.factored.black_box import black_boxes
 from steppe.factored.cost import HELD, NORMS, TWO_PASSES, WEIGHTED, Cost
 from steppe.factored.gradients import Gradients, Harvest, gradients
@@ -20,9 +23,6 @@ from steppe.factored.plan import Entry, entry_of, fall_back, may_share
 from steppe.factored.rehearsal import Plan
 from steppe.factored.tape import Look, Site
 from steppe.factored.terms import Factored, squared_norms, uncast
-from steppe.oracle import Oracle
-from steppe.replay import RandomState
-from steppe.vector import Vector
 
 T = TypeVar("T")
 
@@ -119,18 +119,18 @@ def factors_of(
     entry = entry or entry_of(f, batch)
     if not may_share(f, entry.plan):
         return None
-    before = RandomState.now(f.point.devices)
+    before = RandomState.now(f.parameters.devices)
     look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
     harvest = early(look) if early else None
     look.gather = None if harvest is None else _gathering(harvest, entry.plan)
     try:
-        wrt = None if uses_g else [False] * len(f.point.parameters)
+        wrt = None if uses_g else [False] * len(f.parameters.tensors)
         g = f.grad(wrt=wrt, under=black_boxes(batch.model, look))
         look.check()
         entry.plan.apply(look)
-        scale = batch.loss_scale(f.point.parameters[0].detach())
+        scale = batch.loss_scale(f.parameters.tensors[0].detach())
         gathered = None if harvest is None else harvest.gradients()
-        return Factors(look, len(batch), f.point.parameters, g, entry, scale, gathered)
+        return Factors(look, len(batch), f.parameters.tensors, g, entry, scale, gathered)
     except Exception as error:  # the serial loop will raise it again, if it is the model's own
         fall_back(f, entry, error, before)
     finally:
@@ -183,7 +183,7 @@ def weighted_gradient(f: Oracle, p: Tensor) -> Vector | None:
 
 def _agreed(f: Oracle, found: T | None) -> T | None:
     """What was found, if it was on all ranks that share gradients."""
-    found = f.ranks.agreed(found, f.point.parameters[0].device)
+    found = f.ranks.agreed(found, f.parameters.tensors[0].device)
     if found is None:
         f.factors = None
     return found
@@ -208,7 +208,7 @@ def _norms_by_chunk(f: Oracle, batches: Batches) -> Tensor | None:
 
 def _from_factors(f: Oracle, make: Callable[[], T]) -> T | None:
     """What follows from ``f.factors``; ``None``, and no factors any more, where it raises."""
-    before, entry = RandomState.now(f.point.devices), f.factors.entry
+    before, entry = RandomState.now(f.parameters.devices), f.factors.entry
     try:
         return make()
     except Exception as error:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steppe import check
 from steppe.batch import Batch, chunks_of
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.parameters import Parameters, Radii
+from steppe.engine.passes import RandomState
 from steppe.factored.parts import Parts
 from steppe.factored.plan import Entry, entry_of
 from steppe.factored.record import factors_of
-from steppe.oracle import Oracle
-from steppe.point import Point, Rho
-from steppe.replay import RandomState
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         >>> noise = gradient_statistics(Batch.supervised(model, criterion, inputs, targets))
         >>> noise.trace, noise.signal_to_noise
     """
-    check.positive_integer("m", m)
+    checks.positive_integer("m", m)
     parameters = list(batch.model.parameters() if params is None else params)
-    f = Oracle(batch, Point(parameters, Rho([1.0] * len(parameters))), parallel=True)
-    before = RandomState.now(f.point.devices)
+    f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), parallel=True)
+    before = RandomState.now(f.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
         entries = [entry_of(f, chunk) for chunk in chunks_of(batch)]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe.engine.vector import wide
 from steppe.factored.held import Held
 from steppe.factored.lookups import Coalesced, Lookup, columns, times
 from steppe.factored.parts import Parts
-from steppe.vector import wide
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from steppe.batch import Batch
+from steppe.engine.passes import RandomState
 from steppe.optimizer import SharpnessAware
-from steppe.replay import RandomState
 
 if TYPE_CHECKING:
     _Module = LightningModule

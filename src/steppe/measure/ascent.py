@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from steppe.geometry import Adaptive, Euclidean, Everything
+from steppe.engine.oracle import Oracle
+from steppe.engine.vector import Vector
 from steppe.measure.problem import Problem
 from steppe.measure.vectors import gaussian, uniform
-from steppe.oracle import Oracle
-from steppe.vector import Vector
+from steppe.pieces.geometry import Adaptive, Euclidean, Everything
 
 MOMENTUM = 0.75  # Auto-PGD's (arXiv 2003.01690), as its checkpoints are
 ENOUGH = 0.75  # the share of steps that must have risen for the step size to stay
@@ -45,7 +45,7 @@ class Ball:
 
     def draw(self, f: Oracle, generator: torch.Generator) -> Vector:
         """The published average case: ``N(0, I)``, or uniform in the cube of half width 1."""
-        return (gaussian if self.norm == "l2" else uniform)(f.point.parameters, generator)
+        return (gaussian if self.norm == "l2" else uniform)(f.parameters.tensors, generator)
 
 
 class Surface:
@@ -67,7 +67,7 @@ class Surface:
         self.passes += 1
         with self._at(u):
             g = self.f.grad()
-        loss = self.f.seen.numbers["loss_adv"]
+        loss = self.f.log.numbers["loss_adv"]
         return self._finite(float(loss), u), self.T(g)
 
     @contextmanager

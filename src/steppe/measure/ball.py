@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from steppe import check
+from steppe.engine import checks
+from steppe.engine.vector import Vector
 from steppe.measure.ascent import Ball, Surface, auto_pgd
 from steppe.measure.problem import Problem
 from steppe.measure.trace import mean_and_error
-from steppe.vector import Vector
 
 Norm = Literal["l2", "linf"]
 
@@ -70,8 +70,8 @@ class WorstCase:
 
     def __post_init__(self) -> None:
         _check(self.rho, self.norm, self.m)
-        check.positive_integer("steps", self.steps)
-        check.positive_integer("starts", self.starts)
+        checks.positive_integer("steps", self.steps)
+        checks.positive_integer("starts", self.starts)
 
     def __call__(self, problem: Problem) -> Sharpness:
         """Measure."""
@@ -116,7 +116,7 @@ class AverageCase:
 
     def __post_init__(self) -> None:
         _check(self.rho, self.norm, self.m)
-        check.positive_integer("draws", self.draws)
+        checks.positive_integer("draws", self.draws)
 
     def __call__(self, problem: Problem) -> Sharpness:
         """Measure."""
@@ -162,8 +162,8 @@ def _over_subsets(problem: Problem, m: int | None, ball: Ball, rises_of: Callabl
 
 
 def _check(rho: float, norm: str, m: int | None) -> None:
-    check.non_negative("rho", rho)
+    checks.non_negative("rho", rho)
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
     if m is not None:
-        check.positive_integer("m", m)
+        checks.positive_integer("m", m)

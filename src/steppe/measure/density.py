@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from steppe import check
+from steppe.engine import checks
 from steppe.measure.krylov import lanczos
 from steppe.measure.operator import Symmetric
 from steppe.measure.spectrum import NotConverged
@@ -42,7 +42,7 @@ class Density:
 
     def on(self, grid: Tensor, width: float) -> tuple[Tensor, Tensor]:
         """The density on ``grid``, smoothed by a Gaussian of standard deviation ``width``, and its standard error."""
-        check.number("width", width, "a number > 0", low=1e-30)
+        checks.number("width", width, "a number > 0", low=1e-30)
         normal = torch.distributions.Normal(0.0, width)
         rows = [
             (normal.log_prob(grid.double()[:, None] - x).exp() * w).sum(1)
@@ -66,9 +66,9 @@ def spectral_density(A: Symmetric, probes: int = 8, steps: int = 40, tol: float 
         tol: relative residual at which the ends count as found; beyond, a :class:`NotConverged` warning says so.
         seed: of the probes.
     """
-    check.positive_integer("probes", probes)
-    check.positive_integer("steps", steps)
-    check.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive_integer("probes", probes)
+    checks.positive_integer("steps", steps)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights, residual, products = [], [], 0.0, 0
     for _ in range(probes):

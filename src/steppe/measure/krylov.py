@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from steppe.engine.vector import Vector
 from steppe.measure.operator import Symmetric
 from steppe.measure.vectors import gaussian, orthogonal, unit
-from steppe.vector import Vector
 
 BREAKDOWN = 1e-6  # of the largest entry of T: what is left of a product is rounding
 

@@ -9,9 +9,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from steppe.engine.vector import TINY, Vector, wide
 from steppe.measure.problem import Problem
 from steppe.measure.vectors import gaussian
-from steppe.vector import TINY, Vector, wide
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from steppe import check
 from steppe.batch import Batch, mapped
+from steppe.engine import checks
+from steppe.engine.vector import Vector
 from steppe.factored import gradient_statistics
 from steppe.measure.operator import Symmetric
 from steppe.measure.problem import Problem
@@ -21,7 +22,6 @@ from steppe.measure.spectrum import NotConverged
 from steppe.measure.standin import pure
 from steppe.measure.trace import LEAST, Estimate
 from steppe.measure.vectors import rademacher
-from steppe.vector import Vector
 
 log = logging.getLogger("steppe")
 HELD = 2**26  # numbers in the gradients of a chunk of examples under vmap: 256 MB in float32
@@ -135,8 +135,8 @@ def alignment(A: Symmetric, B: Symmetric, tol: float = 0.02, most: int = 200, se
     Example:
         >>> alignment(GradientCovariance(problem), Hessian(problem)).value
     """
-    check.number("tol", tol, "a number > 0", low=1e-30)
-    check.number("most", most, f"at least {LEAST}", low=LEAST)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.number("most", most, f"at least {LEAST}", low=LEAST)
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[float]] = []
     while len(rows) < most:

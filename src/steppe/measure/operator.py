@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch
+from steppe.engine.vector import Vector
 from steppe.measure.problem import Problem
 from steppe.measure.product import CentralDifference, DoubleBackward
-from steppe.vector import Vector
 
 Product = DoubleBackward | CentralDifference
 Term = Callable[[Batch], Vector]  # a batch's part of a product: the sum over its examples

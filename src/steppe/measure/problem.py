@@ -11,14 +11,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from steppe import check
 from steppe.batch import Batch, Data, Loss, mapped
+from steppe.engine import checks
+from steppe.engine.oracle import Closure, Oracle
+from steppe.engine.parameters import Parameters, Radii
+from steppe.engine.passes import RandomState, frozen_statistics, reshard
+from steppe.engine.vector import LOW, wide
 from steppe.measure.standin import StandIns
-from steppe.oracle import Closure, Oracle
-from steppe.passes import reshard
-from steppe.point import Point, Rho
-from steppe.replay import RandomState, frozen_statistics
-from steppe.vector import LOW, wide
 
 Mode = Literal["eval", "train", "keep"]
 RTOL = 1e-4  # two passes over the same examples agree this well, or the loss is not a function of the weights
@@ -67,7 +66,7 @@ class Problem:
         if mode not in ("eval", "train", "keep"):
             raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
         if batch_size is not None:
-            check.positive_integer("batch_size", batch_size)
+            checks.positive_integer("batch_size", batch_size)
         if not isinstance(data, Tensor | tuple | Mapping) and (
             not isinstance(data, Iterable) or isinstance(data, Iterator)
         ):
@@ -78,7 +77,7 @@ class Problem:
             raise ValueError("params must be at least one parameter, all of which require a gradient")
         devices = {p.device for p in self.parameters}
         self._device = devices.pop() if len(devices) == 1 else None
-        self.point = Point(self.parameters, Rho([1.0] * len(self.parameters)))
+        self.point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
         self._start = RandomState.now(self.point.devices)
         self._wide = StandIns(self.parameters) if any(p.dtype in LOW for p in self.parameters) else None
         self.n = self._checked()
@@ -166,14 +165,14 @@ class Problem:
 
     def split(self, m: int) -> Iterator[Self]:
         """Problems of ``m`` examples in order, batch by batch; the last of a batch has what remains."""
-        check.positive_integer("m", m)
+        checks.positive_integer("m", m)
         for batch in self._kept():
             for part in batch.split(m):
                 yield self._on([part])
 
     def first(self, count: int) -> Self:
         """The problem of the first ``count`` examples, or of all there are."""
-        check.positive_integer("count", count)
+        checks.positive_integer("count", count)
         chosen, left = [], count
         for batch in self._kept():
             chosen += batch.split(left)[:1]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steppe import check
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.vector import TINY, Vector
 from steppe.measure.problem import Problem
-from steppe.oracle import Oracle
-from steppe.vector import TINY, Vector
 
 LENGTHS = {torch.float32: 1e-4, torch.float64: 1e-6}
 Curvature = Callable[[Tensor, Tensor], Tensor]  # (f, J v) -> B(f) J v
@@ -85,7 +85,7 @@ class CentralDifference:
 
     def __post_init__(self) -> None:
         if self.length is not None:
-            check.number("length", self.length, "a finite number > 0", low=1e-30)
+            checks.number("length", self.length, "a finite number > 0", low=1e-30)
 
     def gradient(self, problem: Problem) -> Vector:
         """``g``, of the mean loss."""

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steppe import check
+from steppe.engine import checks
+from steppe.engine.vector import Vector
 from steppe.measure.krylov import lanczos
 from steppe.measure.operator import Symmetric
 from steppe.measure.vectors import gaussian, unit
-from steppe.vector import Vector
 
 ROUNDING = 1e-6  # of the largest absolute eigenvalue: a residual that small is as good as 0
 Which = Literal["largest", "smallest", "magnitude"]
@@ -61,8 +61,8 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
         most: iterations at most; beyond, the result is not converged and a :class:`NotConverged` warning says so.
         seed: of the Gaussian start.
     """
-    check.number("tol", tol, "a number > 0", low=1e-30)
-    check.positive_integer("most", most)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive_integer("most", most)
     v = unit(gaussian(A.like, torch.Generator().manual_seed(seed)))
     before, converged = float("inf"), False
     for products in range(1, most + 1):
@@ -108,9 +108,9 @@ def eigenpairs(
         >>> top = eigenpairs(Hessian(problem), k=2)
         >>> top.values, top.residuals, top.converged
     """
-    check.positive_integer("k", k)
-    check.positive_integer("most", most)
-    check.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive_integer("k", k)
+    checks.positive_integer("most", most)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
     if which not in ("largest", "smallest", "magnitude"):
         raise ValueError(f'which must be "largest", "smallest" or "magnitude", got {which!r}')
     if k > (d := min(most, sum(p.numel() for p in A.like))):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from steppe.batch import Data
-from steppe.vector import LOW, wide
+from steppe.engine.vector import LOW, wide
 
 
 class StandIns:

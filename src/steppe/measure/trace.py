@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from steppe import check
+from steppe.engine import checks
+from steppe.engine.vector import Vector
 from steppe.measure.operator import Symmetric
 from steppe.measure.spectrum import NotConverged
 from steppe.measure.vectors import orthogonal, orthonormal, rademacher
-from steppe.vector import Vector
 
 LEAST = 8  # probes before a standard error is believed
 
@@ -68,7 +68,7 @@ def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, s
     Raises:
         ValueError: ``rank`` leaves fewer than 8 of ``most`` products, or an argument is out of its range.
     """
-    check.positive_integer("rank", rank)
+    checks.positive_integer("rank", rank)
     if most < 2 * rank + LEAST:
         raise ValueError(f"most must be at least 2 rank + {LEAST} = {2 * rank + LEAST}, got {most}")
     probes = _Probes(A, seed)
@@ -91,8 +91,8 @@ class _Probes:
 
 
 def _mean(draw: Callable[[], torch.Tensor], known: float, spent: int, tol: float, most: int) -> Estimate:
-    check.number("tol", tol, "a number > 0", low=1e-30)
-    check.number("most", most, f"at least {LEAST}", low=LEAST)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.number("most", most, f"at least {LEAST}", low=LEAST)
     values: list[float] = []
     while spent + len(values) < most:
         values.append(float(draw()))

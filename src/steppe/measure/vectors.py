@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from steppe.vector import TINY, Vector, wide
+from steppe.engine.vector import TINY, Vector, wide
 
 
 def gaussian(like: Sequence[Tensor], generator: torch.Generator) -> Vector:

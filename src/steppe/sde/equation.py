@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from steppe.engine.vector import TINY
 from steppe.sde.problem import Problem
 from steppe.sde.sampling import Sampling, sampling
 from steppe.sde.scheme import Scheme
-from steppe.vector import TINY
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from steppe.batch import Batch
+from steppe.engine.oracle import Oracle
+from steppe.engine.vector import TINY, Vector
 from steppe.optimizer import SharpnessAware
-from steppe.oracle import Oracle
 from steppe.rule import AnyRule, Micro, Plain, Rule
 from steppe.sde.problem import Problem
 from steppe.sde.scheme import Scheme
 from steppe.sde.simulate import require_finite
-from steppe.vector import TINY, Vector
 
 
 class RealPaths:

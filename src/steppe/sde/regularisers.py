@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from steppe import check
+from steppe.engine import checks
 from steppe.sde.problem import Problem, SDEError
 
 
@@ -81,9 +81,9 @@ def regularisers(
         >>> terms = regularisers(*problem_of(batch), rho=0.05, m=8)
         >>> drift = -(terms.loss + terms.norm).gradient
     """
-    check.non_negative("rho", rho)
-    check.positive_integer("m", m)
-    check.positive_integer("repeats", repeats)
+    checks.non_negative("rho", rho)
+    checks.positive_integer("m", m)
+    checks.positive_integer("repeats", repeats)
     n = len(problem)
     if m > n and not replacement:
         raise SDEError(f"m must be at most the number of examples, got {m} of {n}")

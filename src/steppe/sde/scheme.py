@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from steppe import check
-from steppe.combine import Perturbed
-from steppe.geometry import Euclidean, Unnormalised
+from steppe.engine import checks
 from steppe.optimizer import SharpnessAware
+from steppe.pieces.combine import Perturbed
+from steppe.pieces.geometry import Euclidean, Unnormalised
+from steppe.pieces.sample import Mean, OnFull
+from steppe.pieces.select import All
 from steppe.rule import AnyRule, Micro, Plain, Rule
-from steppe.sample import Mean, OnFull
 from steppe.sde.problem import SDEError
-from steppe.select import All
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Scheme:
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        check.number("lr", self.lr, "a finite number > 0", low=1e-300)
-        check.non_negative("rho", self.rho)
-        check.positive_integer("size", self.size)
+        checks.number("lr", self.lr, "a finite number > 0", low=1e-300)
+        checks.non_negative("rho", self.rho)
+        checks.positive_integer("size", self.size)
         _refuse_other_rules(self.rule)
         if self.size % self.m:
             raise SDEError(f"size must be a multiple of m, got {self.size} examples in micro-batches of {self.m}")

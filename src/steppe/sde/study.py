@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steppe.geometry import Unnormalised
+from steppe.pieces.geometry import Unnormalised
+from steppe.pieces.sample import OnFull
 from steppe.rule import AnyRule, Micro, Plain, Rule
-from steppe.sample import OnFull
 from steppe.sde.compare import Errors, Estimate, Slope, estimate, fit, weak_error, whole_steps
 from steppe.sde.equation import Equation
 from steppe.sde.problem import Problem, SDEError, logistic, quadratic

@@ -10,9 +10,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from steppe.engine.vector import TINY
 from steppe.toy.landscape import Landscape
 from steppe.toy.stationary import Stationary
-from steppe.vector import TINY
 
 CELLS = 100  # of the contour on each axis
 MARKS = {"minimum": "*", "saddle": "X", "maximum": "^"}

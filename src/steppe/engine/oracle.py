@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
-from steppe.passes import Passes
-from steppe.point import Point, Rho, Seen
-from steppe.ranks import Ranks
-from steppe.scaling import LossScale
-from steppe.vector import TINY, Vector, local, shift_
+from steppe.engine.ddp import Ranks
+from steppe.engine.grad_scaler import LossScale
+from steppe.engine.parameters import Parameters, Radii
+from steppe.engine.passes import Passes
+from steppe.engine.vector import TINY, Vector, local, shift_
+from steppe.telemetry import StepLog
 
 Closure = Callable[[], Tensor | float]
 
@@ -32,7 +33,7 @@ class Oracle:
 
     Args:
         closure: zero, forward, backward, return the loss; a :class:`Batch` to look inside the batch.
-        point: the parameters and their radii.
+        parameters: the parameters and their radii.
         step: how many steps came before, for rules that change with time and pieces that draw random numbers.
         recall: the memory of a parameter by name, from ``optimizer.state``.
         full: the closure over the larger batch of n-SAM.
@@ -47,7 +48,7 @@ class Oracle:
     def __init__(
         self,
         closure: Closure,
-        point: Point,
+        parameters: Parameters,
         *,
         step: int = 0,
         recall: Callable[[str], Sequence[Tensor | None]] | None = None,
@@ -59,11 +60,11 @@ class Oracle:
         ranks: Ranks | None = None,
         scale: LossScale | None = None,
     ) -> None:
-        self.closure, self.point, self.step, self.full = closure, point, step, full
+        self.closure, self.parameters, self.step, self.full = closure, parameters, step, full
         self.keep_g, self.parallel, self.guard = keep_g, parallel, guard
         self.ranks, self.scale = ranks or Ranks(), scale
-        self.seen = Seen()
-        self._passes = Passes(point, closure.modules if isinstance(closure, Batch) else modules)
+        self.log = StepLog()
+        self._passes = Passes(parameters, closure.modules if isinstance(closure, Batch) else modules)
         self._recall = recall
         self._g: Vector | None = None
         self._full_g: Vector | None = None
@@ -78,16 +79,16 @@ class Oracle:
     @property
     def w(self) -> Vector:
         """The parameters, live: inside ``at`` they are ``w + eps``."""
-        return Vector([p.detach() for p in self.point.parameters])
+        return Vector([p.detach() for p in self.parameters.tensors])
 
     @property
-    def rho(self) -> Rho:
+    def rho(self) -> Radii:
         """The radius of every parameter: ``f.rho * v`` scales by group."""
-        return self.point.rho
+        return self.parameters.rho
 
     def movable(self, v: Vector) -> Vector:
         """``v`` on the parameters that may move; frozen ones and those with rho 0 take no part in the ascent."""
-        return v.where(self.point.movable)
+        return v.where(self.parameters.movable)
 
     @contextmanager
     def at(self, eps: Vector, keep_g: bool = True, know_losses: bool = False) -> Iterator[None]:
@@ -104,7 +105,7 @@ class Oracle:
             self._g = None
         if self._losses is not None:
             self._losses = self._losses.detach()  # its graph holds weights that are about to move
-        norm = self.seen.numbers["eps_norm"] = eps.norm()
+        norm = self.log.numbers["eps_norm"] = eps.norm()
         wait = norm.device.type == "cpu" and self.ranks.alone  # else eps becomes 0, on its device and on this rank
         if self.guard and wait and not norm.isfinite():
             raise NotFinite
@@ -115,7 +116,7 @@ class Oracle:
             try:
                 with torch.no_grad():
                     self._passes.forget_unsharded()
-                    for p, e in zip(self.point.parameters, eps.tensors, strict=True):
+                    for p, e in zip(self.parameters.tensors, eps.tensors, strict=True):
                         if e is not None:
                             saved.append(local(p).clone())
                             moved.append(local(p))
@@ -181,14 +182,14 @@ class Oracle:
     def given(self) -> Vector:
         """The gradients that a pass of the user's own has left, as ``grad`` would answer."""
         if self.scale is not None:
-            self.scale.unscale(self.point.parameters)
+            self.scale.unscale(self.parameters.tensors)
         return self._noted(self._passes.take())
 
     def made(self, g: Vector) -> Vector:
         """A gradient at ``w`` made without a backward pass of its own, as ``grad`` would answer: shared and noted."""
         if self.scale is not None:
             self.scale.watch(g.norm())
-        return self._noted(self.ranks.shared_gradient(g, self.point.parameters))
+        return self._noted(self.ranks.shared_gradient(g, self.parameters.tensors))
 
     def keep(self, g: Vector) -> None:
         """``g``, where a pass of one's own has made it."""
@@ -213,13 +214,13 @@ class Oracle:
         """
         synced = wrt is None and (self.ranks.shared or (final and self.is_whole))
         left_out, inputs = wrt, None
-        if self.point.sharded:
+        if self.parameters.sharded:
             wrt = None
         elif wrt is not None and under is None:
             if isinstance(self.closure, Batch):  # no change that compiled code sees
-                inputs, wrt = [p for p, k in zip(self.point.parameters, wrt, strict=True) if k], None
+                inputs, wrt = [p for p, k in zip(self.parameters.tensors, wrt, strict=True) if k], None
             else:  # a loss must hang on some parameter: vectors cost next to nothing
-                wrt = [k or p.dim() < 2 for p, k in zip(self.point.parameters, wrt, strict=True)]
+                wrt = [k or p.dim() < 2 for p, k in zip(self.parameters.tensors, wrt, strict=True)]
         with self.passing(), self._passes.only(wrt):
             if isinstance(self.closure, Batch) or on is not None or weights is not None:
                 self._run_batch(on, weights, inputs, under or nullcontext(), synced)
@@ -227,20 +228,20 @@ class Oracle:
                 with self.ranks.passing(synced):
                     self._run_closure()
             if self.scale is not None:
-                self.scale.unscale(self.point.parameters)
+                self.scale.unscale(self.parameters.tensors)
             g = self._passes.take()
         if left_out is not None:
             g = g.where(left_out)
         if synced:
             self.ranks.averaged = True
         elif not final:
-            g = self.ranks.shared_gradient(g, self.point.parameters)
+            g = self.ranks.shared_gradient(g, self.parameters.tensors)
         return self._noted(g)
 
     def _noted(self, g: Vector) -> Vector:
-        self.seen.any_gradient |= bool(g.present())
-        self.seen.norms += [g.norm()] if g.present() else []  # of nothing it is a number of the host
-        self.seen.numbers["g_adv_norm" if self._away else "g_norm"] = g.norm()
+        self.log.any_gradient |= bool(g.present())
+        self.log.norms += [g.norm()] if g.present() else []  # of nothing it is a number of the host
+        self.log.numbers["g_adv_norm" if self._away else "g_norm"] = g.norm()
         return g
 
     def losses(self) -> Tensor:
@@ -250,7 +251,7 @@ class Oracle:
             graph = not self._away and not isinstance(batch, Batches)  # one graph for all would take all their memory
             with self.passing(), torch.set_grad_enabled(graph), self.ranks.passing(graph and self.ranks.shared):
                 losses = batch.losses()
-            self.seen.count("forwards")
+            self.log.count("forwards")
             self._see_loss(losses.detach().mean())
             if self._away:
                 return losses
@@ -270,12 +271,12 @@ class Oracle:
         if self._full_g is None:
             if self.full is None:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
-            f = Oracle(self.full, self.point, modules=self._passes.modules, ranks=self.ranks, scale=self.scale)
+            f = Oracle(self.full, self.parameters, modules=self._passes.modules, ranks=self.ranks, scale=self.scale)
             self._full_g = f.grad()
-            self.seen.norms += f.seen.norms
-            self.seen.any_gradient |= f.seen.any_gradient
-            self.seen.numbers |= {k: v for k, v in f.seen.numbers.items() if k in ("g_norm", "forwards", "backwards")}
-            self.seen.numbers["full_loss"] = f.seen.numbers["loss"]
+            self.log.norms += f.log.norms
+            self.log.any_gradient |= f.log.any_gradient
+            self.log.numbers |= {k: v for k, v in f.log.numbers.items() if k in ("g_norm", "forwards", "backwards")}
+            self.log.numbers["full_loss"] = f.log.numbers["loss"]
         self._passes.counted = True  # full's pass at w is the one that normalisation statistics see
         return self._full_g
 
@@ -306,20 +307,20 @@ class Oracle:
         self.ranks.stay_within()
         for closure in closures:
             f = copy(self)
-            f.closure, f._whole, f.seen = closure, self, Seen()
-            f._passes = Passes(self.point, closure.modules)
+            f.closure, f._whole, f.log = closure, self, StepLog()
+            f._passes = Passes(self.parameters, closure.modules)
             f._passes.counted = self._passes.counted
             f._g = f._losses = f.factors = None
             f.entries = {}
             share = len(closure) / len(self.batch())
             yield share, f
-            self.seen.add(share, f.seen)
+            self.log.add(share, f.log)
 
     # ---- memory from step to step
 
     def recall(self, name: str, default: Vector) -> Vector:
         """What ``remember`` kept under this name; ``default`` for a parameter that has no memory yet."""
-        kept = self._recall(name) if self._recall else [None] * len(self.point.parameters)
+        kept = self._recall(name) if self._recall else [None] * len(self.parameters.tensors)
         if all(t is None for t in kept):
             return default
         missing = default.where(t is None for t in kept).materialised()
@@ -331,7 +332,7 @@ class Oracle:
         With a ``rate``, ``m <- m + rate (v - m)`` in the memory that is there; a first ``m`` is ``v``. A parameter
         without an entry keeps its ``m``.
         """
-        self.seen.memory[name], self.seen.rates[name] = v, rate
+        self.log.memory[name], self.log.rates[name] = v, rate
 
     # ---- telemetry
 
@@ -339,18 +340,18 @@ class Oracle:
         """Note the cosine of ``g`` and ``g_adv``, where ``g`` is still held."""
         if self._g is not None:
             product = self._g.norm() * g_adv.norm()
-            self.seen.numbers["cosine"] = self._g.dot(g_adv) / (product + TINY)
+            self.log.numbers["cosine"] = self._g.dot(g_adv) / (product + TINY)
 
     def note_parts(self, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
         """Note the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
         if self.scale is not None:
             self.scale.watch(g_norms)
-        self.seen.norms.append(g_norms.sum())
-        self.seen.numbers["g_norm"] = g_norms @ shares
-        self.seen.numbers["eps_norm"] = eps_norms @ shares
+        self.log.norms.append(g_norms.sum())
+        self.log.numbers["g_norm"] = g_norms @ shares
+        self.log.numbers["eps_norm"] = eps_norms @ shares
 
     def _see_loss(self, loss: Tensor | float) -> None:
-        self.seen.numbers["loss_adv" if self._away else "loss"] = loss
+        self.log.numbers["loss_adv" if self._away else "loss"] = loss
 
     # ---- passes
 
@@ -363,8 +364,8 @@ class Oracle:
         if loss is None:
             raise TypeError("closure must return the loss, got None")
         self._see_loss(loss.detach().clone() if isinstance(loss, Tensor) else loss)  # its memory may be used again
-        self.seen.count("forwards")
-        self.seen.count("backwards")
+        self.log.count("forwards")
+        self.log.count("backwards")
 
     def _run_batch(
         self,
@@ -386,9 +387,9 @@ class Oracle:
                 if losses is None or losses.grad_fn is None:
                     with under:
                         losses = chunk.losses()
-                    self.seen.count("forwards", len(chunk) / len(whole))
+                    self.log.count("forwards", len(chunk) / len(whole))
                 chunk.backward(losses, w, inputs)
-            self.seen.count("backwards", len(chunk) / len(whole))
+            self.log.count("backwards", len(chunk) / len(whole))
             seen.append(losses.detach())
         if on is not None:
             return

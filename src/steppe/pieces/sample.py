@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steppe import check
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.vector import Vector, shard_like, wide
 from steppe.factored.record import example_norms, weighted_gradient
-from steppe.oracle import Oracle
-from steppe.vector import Vector, shard_like, wide
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Friendly:
     remembers: ClassVar[tuple[str, ...]] = ("friendly",)
 
     def __post_init__(self) -> None:
-        check.non_negative("sigma", self.sigma)
-        check.share("decay", self.decay)
+        checks.non_negative("sigma", self.sigma)
+        checks.share("decay", self.decay)
 
     def __call__(self, f: Oracle) -> Vector:
         """``g - sigma m``."""
@@ -77,7 +77,7 @@ class Smoothed:
     remembers: ClassVar[tuple[str, ...]] = ("smoothed",)
 
     def __post_init__(self) -> None:
-        check.positive_share("theta", self.theta)
+        checks.positive_share("theta", self.theta)
 
     def __call__(self, f: Oracle) -> Vector:
         """``d``."""
@@ -103,11 +103,11 @@ class Masked:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check.positive_share("beta", self.beta)
+        checks.positive_share("beta", self.beta)
 
     def __call__(self, f: Oracle) -> Vector:
         """The gradient on the kept tensors."""
-        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, f.point.movable))
+        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, f.parameters.movable))
 
     def kept(self, step: int, movable: Sequence[bool]) -> list[bool]:
         """Which tensors take part at this step, of those that may."""
@@ -151,8 +151,8 @@ class FiniteDifference:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check.number("length", self.length, "a finite number > 0", low=1e-30)
-        check.positive_integer("probes", self.probes)
+        checks.number("length", self.length, "a finite number > 0", low=1e-30)
+        checks.positive_integer("probes", self.probes)
 
     def __call__(self, f: Oracle) -> Tensor:
         """One norm an example, shape ``(n,)``."""
@@ -228,7 +228,7 @@ class Reweighted:
     per_example: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check.non_negative("lam", self.lam)
+        checks.non_negative("lam", self.lam)
 
     def __call__(self, f: Oracle) -> Vector:
         """``d``."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steppe import check
-from steppe.oracle import Oracle
-from steppe.update import Update
-from steppe.vector import TINY, Vector
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.update import Update
+from steppe.engine.vector import TINY, Vector
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SurrogateGap:
     alpha: float = 0.4
 
     def __post_init__(self) -> None:
-        check.non_negative("alpha", self.alpha)
+        checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g_adv - alpha g_orthogonal``, with both multiples of ``g_adv`` taken together."""
@@ -115,7 +115,7 @@ class ReuseOrthogonal:
     only_g: ClassVar[bool] = True  # asks for no other pass
 
     def __post_init__(self) -> None:
-        check.non_negative("alpha", self.alpha)
+        checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle) -> Update:
         """``g`` and the remembered direction, as long as ``alpha norm(g)``."""
@@ -141,4 +141,4 @@ def _odds(gamma: float) -> float:
 
 
 def _check_gamma(gamma: float) -> None:
-    check.number("gamma", gamma, "a number in [0, 1)", below=1.0)
+    checks.number("gamma", gamma, "a number in [0, 1)", below=1.0)

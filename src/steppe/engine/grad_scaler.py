@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from steppe import check
 from steppe.batch import Batch
+from steppe.engine import checks
 
 
 class _Taker:
@@ -37,7 +37,7 @@ class Scaling:
             TypeError: ``scaler`` is none.
             ValueError: it is not the batch's.
         """
-        check.grad_scaler(scaler)
+        checks.grad_scaler(scaler)
         if isinstance(closure, Batch):
             if scaler is not None and closure.scaler not in (None, scaler):
                 raise ValueError("scaler must be the one of the batch")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steppe import check
-from steppe.oracle import Oracle
-from steppe.vector import TINY, Vector, norm_of, wide
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
+from steppe.engine.vector import TINY, Vector, norm_of, wide
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
@@ -52,7 +52,7 @@ class Unified:
     lam: float = 0.5
 
     def __post_init__(self) -> None:
-        check.share("lam", self.lam)
+        checks.share("lam", self.lam)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``(1 - lam + lam / norm(d)) d``."""
@@ -75,7 +75,7 @@ class Scaled:
     of: Callable[[Oracle, Vector], Vector] = Euclidean()
 
     def __post_init__(self) -> None:
-        check.non_negative("factor", self.factor)
+        checks.non_negative("factor", self.factor)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``factor * of(d)``."""
@@ -88,7 +88,7 @@ class Matrices:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        return [p.dim() > 1 for p in f.point.parameters]
+        return [p.dim() > 1 for p in f.parameters.tensors]
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Named:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        if f.point.names is None:
+        if f.parameters.names is None:
             raise TypeError(
                 f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
             )
-        return [self.part in name for name in f.point.names]
+        return [self.part in name for name in f.parameters.names]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Everything:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        return [True] * len(f.point.parameters)
+        return [True] * len(f.parameters.tensors)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Adaptive:
     on: Which = Matrices()
 
     def __post_init__(self) -> None:
-        check.non_negative("eta", self.eta)
+        checks.non_negative("eta", self.eta)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``T^2 d / norm(T d)``."""
@@ -158,7 +158,7 @@ class Adaptive:
 
     def diagonal(self, f: Oracle, d: Vector) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """``T`` beside every entry of ``d``, and nothing where it is 1: a fresh tensor, made when it is asked for."""
-        for w, on, t in zip(f.point.parameters, self.on(f), d.materialised(), strict=True):
+        for w, on, t in zip(f.parameters.tensors, self.on(f), d.materialised(), strict=True):
             yield (wide(w.detach()).abs().add_(self.eta) if on and t is not None else None), t
 
 
@@ -176,7 +176,7 @@ class Fisher:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        check.non_negative("eta", self.eta)
+        checks.non_negative("eta", self.eta)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``F^-1 d / sqrt(d F^-1 d)``."""

@@ -1,16 +1,15 @@
-"""What the optimizer refuses, and how it speaks to the user."""
+"""Arguments are checked before anything is changed; every error names the argument and what was expected."""
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
-import warnings
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from steppe import check
-from steppe.schedule import Schedule, as_schedule
 
 FSDP1 = (
     "params must not be flattened by FullyShardedDataParallel, whose ranks see neither the whole norm nor single "
@@ -19,19 +18,51 @@ FSDP1 = (
 STEP = "sharpness_step"  # in every group: steps so far
 
 
+def number(name: str, value: float, expected: str, *, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise ``ValueError`` unless ``low <= value < below``; ``TypeError`` if ``value`` is no real number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not low <= value < below:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def share(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 <= value <= 1``."""
+    number(name, value, "a number in [0, 1]", below=math.nextafter(1.0, 2.0))
+
+
+def positive_share(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 < value <= 1``."""
+    number(name, value, "a number in (0, 1]", low=math.nextafter(0.0, 1.0), below=math.nextafter(1.0, 2.0))
+
+
+def non_negative(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``0 <= value < inf``."""
+    number(name, value, "a finite number >= 0")
+
+
+def positive_integer(name: str, value: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer above 0."""
+    try:
+        integer = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = 0
+    if integer < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def grad_scaler(scaler: object) -> None:
+    """Raise ``TypeError`` unless ``scaler`` is ``None`` or a ``torch.amp.GradScaler``."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+
+
 def level_of_caller() -> int:
     """How far up the first frame outside torch and steppe is: hooks and schedulers wrap ``step`` in their own."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def scheduled(rho: float | Schedule, step: int, group: dict[str, Any]) -> float:
-    """A number, or what a schedule answers, checked."""
-    radius = as_schedule(rho)(step, group)
-    check.non_negative("rho", radius)
-    return float(radius)
 
 
 def refuse_grad_scaler() -> None:
@@ -45,25 +76,6 @@ def refuse_grad_scaler() -> None:
                 "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
             )
         frame = frame.f_back
-
-
-def forget_foreign(state: dict[str, Any]) -> None:
-    """Drop what ``sam.py`` and its copies keep beside the base: a copy of the weights and the last perturbation.
-
-    Their checkpoints hold no state of the base, which therefore starts anew.
-    """
-    foreign = {"old_p", "e_w"}
-    if any(foreign & set(kept) for kept in state["state"].values()):
-        warnings.warn(
-            "this checkpoint is of a sam.py that does not save its base optimizer: groups and lr are loaded, "
-            "moments start anew",
-            UserWarning,
-            stacklevel=level_of_caller(),
-        )
-        for p, kept in list(state["state"].items()):
-            state["state"][p] = {name: value for name, value in kept.items() if name not in foreign}
-            if not state["state"][p]:
-                del state["state"][p]  # an empty state would keep Adam from initialising
 
 
 def check_base(base: object) -> None:
@@ -83,7 +95,7 @@ def check_base(base: object) -> None:
 def check_group(group: dict[str, Any]) -> None:
     """Refuse a group whose rho, parameters or options no step could use."""
     if "rho" in group:
-        check.non_negative("rho", group["rho"])
+        non_negative("rho", group["rho"])
     params = group["params"]
     for p in [params] if isinstance(params, Tensor) else list(params):
         t = p[1] if isinstance(p, tuple) else p

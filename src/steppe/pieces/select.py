@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steppe import check
-from steppe.oracle import Oracle
+from steppe.engine import checks
+from steppe.engine.oracle import Oracle
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sharpest:
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        check.positive_share("gamma", self.gamma)
+        checks.positive_share("gamma", self.gamma)
 
     @property
     def per_example(self) -> bool:

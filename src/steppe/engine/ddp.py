@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from steppe.guards import FSDP1
-from steppe.update import Update
-from steppe.vector import Vector, is_sharded, wide
+from steppe.engine.checks import FSDP1
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector, is_sharded, wide
 
 T = TypeVar("T")
 Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks share a perturbation

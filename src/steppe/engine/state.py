@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.vector import Vector, lerp_, local
+from steppe.engine.checks import level_of_caller
+from steppe.engine.vector import Vector, lerp_, local
 
 PREFIX = "sharpness."
 
 
 @dataclass
-class Memory:
+class RuleState:
     """Named vectors, one entry a parameter.
 
     Args:
@@ -77,3 +79,22 @@ def apart(vectors: dict[str, Vector], grads: Sequence[Tensor | None]) -> dict[st
         return t.clone() if t is g else t
 
     return {name: [one(t, g) for t, g in zip(v.materialised(), grads, strict=True)] for name, v in vectors.items()}
+
+
+def forget_foreign(state: dict[str, Any]) -> None:
+    """Drop what ``sam.py`` and its copies keep beside the base: a copy of the weights and the last perturbation.
+
+    Their checkpoints hold no state of the base, which therefore starts anew.
+    """
+    foreign = {"old_p", "e_w"}
+    if any(foreign & set(kept) for kept in state["state"].values()):
+        warnings.warn(
+            "this checkpoint is of a sam.py that does not save its base optimizer: groups and lr are loaded, "
+            "moments start anew",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+        for p, kept in list(state["state"].items()):
+            state["state"][p] = {name: value for name, value in kept.items() if name not in foreign}
+            if not state["state"][p]:
+                del state["state"][p]  # an empty state would keep Adam from initialising

@@ -1,0 +1,1 @@
+"""How a step is carried out: passes, moved weights, ranks, scalers. No user imports it."""
