@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import steppe
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
-from steppe.factored import plan
+from steppe.factored.engine import SharedPasses
 from tests.accelerator import Accelerator, OnDevice
 from tests.factored_models import EXAMPLES, loss
 
@@ -333,7 +333,7 @@ def test_tf32_keeps_no_model_from_factoring(name: str, products: bool) -> None:
         model, batch = on_device(a, name)
         parameters = list(model.parameters())
         f = Oracle(batch, Parameters(parameters, Radii([0.1] * len(parameters))))
-        assert plan.plan_for(f, batch).reason == ""
+        assert SharedPasses(True).entry(f, batch).plan.reason == ""
 
 
 # ---- the stand-in itself

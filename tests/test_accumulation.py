@@ -160,7 +160,7 @@ def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
         assert opt.telemetry.forwards == pytest.approx(4)
         found.append(list(model.parameters()))
     assert same_bits(*found)
-    opt._parallel = True
+    opt._stepper.parallel = True
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="prelu"):
         opt.step(parts)

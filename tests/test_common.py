@@ -48,7 +48,7 @@ def test_weights_do_not_move_when_lr_is_zero(case: Case) -> None:
 def test_an_exception_in_any_forward_leaves_weights_and_state(case: Case) -> None:
     w = world(torch.float32, Faulty)
     opt = optimizer(case, w)
-    opt._parallel = opt._parallel is True  # else the serial loop runs after it, and may succeed
+    opt._stepper.parallel = opt._stepper.parallel is True  # else the serial loop runs after it, and may succeed
     run(opt, w.batches(2))
     w.model.calls = 0
     copied = copy.deepcopy((w, opt))
@@ -87,7 +87,7 @@ def test_a_vanishing_rho_tends_to_the_base_optimizer(case: Case) -> None:
     ours, theirs = world(), world()
     opt, plain = optimizer(case, ours, "sgd", rho=1e-9), BASES["sgd"](theirs.parameters())
     if case.name.endswith("LookSAM"):
-        opt.rule = opt.rule.rule  # between its SAM steps it adds what was remembered, at full length
+        opt._stepper.rule = opt.rule.rule  # between its SAM steps it adds what was remembered, at full length
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         plain.step(b)
@@ -179,7 +179,7 @@ def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
     w = world(torch.float32, Branches)
     w.model.pattern = pattern
     opt = case.make(torch.optim.Adam(w.parameters(), lr=0.0), w, 0.3)
-    opt._parallel = opt._parallel and "auto"  # passes that differ cannot be shared
+    opt._stepper.parallel = opt._stepper.parallel and "auto"  # passes that differ cannot be shared
     before = w.weights()
     run(opt, w.batches(8))
     assert same_bits(before, w.parameters())  # nothing stays perturbed
@@ -244,8 +244,8 @@ def test_a_plain_closure_is_enough_or_refused_before_anything_changes(case: Case
 def test_micro_batches_as_large_as_the_batch_change_nothing(case: Case) -> None:
     ours, theirs = world(), world()
     opt, twin = optimizer(case, ours), optimizer(case, theirs)
-    twin.rule = steppe.Micro(N, twin.rule)
-    opt._parallel = twin._parallel = False
+    twin._stepper.rule = steppe.Micro(N, twin.rule)
+    opt._stepper.parallel = twin._stepper.parallel = False
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         twin.step(b)
@@ -277,7 +277,7 @@ def test_one_wait_for_the_device_a_step(case: Case, monkeypatch) -> None:
     for check_finite in (True, False):
         w = world(torch.float32)
         opt = case.make(torch.optim.SGD(w.parameters(), lr=0.1, momentum=0.9), w, 0.1)
-        opt._check_finite = check_finite
+        opt._stepper.check_finite = check_finite
         opt.step(w.batch)
         looks.clear()
         grams.clear()

@@ -44,7 +44,7 @@ def test_one_graph_for_all_passes_and_steps(case) -> None:
     plain, ours, count = world(), world(), Counting()
     w = compiled(ours, count)
     a, b = optimizer(case, w), optimizer(case, World(plain.model, plain.x, plain.y, plain.x, plain.y))
-    b._parallel = False  # a compiled model has no factors
+    b._stepper.parallel = False  # a compiled model has no factors
     made = []
     for mine, theirs in zip(w.batches(4), plain.batches(4), strict=True):
         a.step(mine)
@@ -59,7 +59,8 @@ def test_one_graph_for_all_passes_and_steps(case) -> None:
 def test_one_graph_however_the_step_is_called(how: str) -> None:
     count = Counting()
     w = compiled(world(), count)
-    opt = steppe.WSAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1, m=5 if how == "micro-batches" else None)
+    base, m = torch.optim.SGD(w.parameters(), lr=0.1), 5 if how == "micro-batches" else None
+    opt = steppe.WSAM(base, rho=0.1, m=m, model=w.model if how == "two calls" else None)
     for step, batch in enumerate(w.batches(4)):
         if how == "accumulated":
             opt.step([batch.subset(torch.arange(5)), batch.subset(torch.arange(5, 10))])
@@ -100,7 +101,7 @@ def test_a_step_is_captured_by_a_cuda_graph(case) -> None:
         each.x, each.y = each.x.cuda(), each.y.cuda()
     w.full_x = w.full_y = plain.full_x = plain.full_y = None
     a, b = optimizer(case, w), optimizer(case, plain)
-    a._check_finite = b._check_finite = False  # skipping a step is a decision of the host
+    a._stepper.check_finite = b._stepper.check_finite = False  # skipping a step is a decision of the host
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

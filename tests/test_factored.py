@@ -15,10 +15,9 @@ from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics, register_factored
 from steppe.factored import plan as plans
 from steppe.factored.cost import HELD, TWO_PASSES
+from steppe.factored.engine import SharedPasses
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
-from steppe.factored.plan import plan_for
-from steppe.factored.record import factors_of
 from tests.factored_models import EXAMPLES, Example, hold
 
 N = 12
@@ -124,7 +123,7 @@ def test_exact_norms_and_the_weighted_gradient(name: str, whole: bool | None, mo
     batch = EXAMPLES[name].batch(model, N, torch.float64)
     rows = per_example_gradients(model, batch)
     parameters = list(model.parameters())
-    f = steppe.Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), parallel=True)
+    f = steppe.Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), shortcuts=SharedPasses(True))
     norms = Exact()(f)
     torch.testing.assert_close(norms, rows.norm(dim=1), rtol=1e-10, atol=0)
     d = Reweighted(2.0)(f)
@@ -262,7 +261,7 @@ def test_multi_head_attention() -> None:
     batch = example.batch(model, N, torch.float64)
     expected = batch.losses()
     f = steppe.Oracle(batch, Parameters(list(model.parameters()), Radii([1.0] * 8)))
-    plan = plan_for(f, batch)
+    plan = SharedPasses(True).entry(f, batch).plan
     assert not plan.reason
     with steppe.factored.tape.Look(plan.tracked, steppe.factored.operations.OPERATIONS):
         torch.testing.assert_close(batch.losses(), expected)
@@ -445,10 +444,10 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     g = torch.cat([p.grad.flatten() for p in inputs])
     model.zero_grad()
     twin = copy.deepcopy(model)
-    f = steppe.Oracle(batch, Parameters(inputs, Radii([1.0] * len(inputs))), parallel=True)
-    plan = plan_for(f, batch)
+    f = steppe.Oracle(batch, Parameters(inputs, Radii([1.0] * len(inputs))))
+    plan = SharedPasses(True).entry(f, batch).plan
     assert plan.mixes
-    factors = factors_of(f)
+    factors = SharedPasses(True).first_pass(f)
     matrices, small = gradients(factors.look, Parts(N, 5), HELD)
     total = [
         sum(c.sum(0) for c in matrices[i].chunks) if i in matrices else small[i].sum(0) for i in range(len(inputs))
@@ -603,7 +602,7 @@ def test_examples_that_cancel_keep_their_norm_in_float32() -> None:
         before = model.weight.detach().clone()
         opt = steppe.USAM(torch.optim.SGD(model.parameters(), lr=1.0), 0.0, m=2, parallel=parallel)
         opt.param_groups[0]["rho"] = 0.5
-        opt.rule = Micro(2, Rule())
+        opt._stepper.rule = Micro(2, Rule())
         opt.step(steppe.Batch(model, lambda m, d: (m(d[0]) - d[1]).square().mean(1), (x.to(dtype), y)))
         assert float(opt.telemetry.eps_norm) == pytest.approx(0.5, rel=1e-3)
         updates[dtype] = (model.weight.detach() - before).double()
@@ -666,7 +665,7 @@ def test_a_batch_that_is_not_finite_gives_no_verdict() -> None:
         opt.step(bad)
     opt.step(batch)
     assert opt.telemetry.forwards == 2
-    assert plan_for(opt._oracle(batch), batch).reason == ""
+    assert SharedPasses(True).entry(opt._stepper.oracle(batch), batch).plan.reason == ""
 
 
 def test_gradient_statistics_refuse_mixed_examples() -> None:

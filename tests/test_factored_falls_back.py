@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.factored.plan import TRIES, entry_of, plan_for
+from steppe.factored.engine import SharedPasses
+from steppe.factored.plan import TRIES
 from tests.cases import same_bits
 from tests.factored_models import EXAMPLES, Example
 from tests.test_factored import N, sgd
@@ -46,7 +47,7 @@ def warm(make, steps: int = 3):
 
 def serial_twin(model, opt):
     model, opt = copy.deepcopy((model, opt))
-    opt._parallel = False
+    opt._stepper.parallel = False
     return model, opt
 
 
@@ -116,7 +117,7 @@ def test_a_rehearsal_that_raises_is_tried_again() -> None:
     opt.step(batch)
     model.large = False
     opt.step(batch)
-    assert plan_for(opt._oracle(batch), batch).reason == ""
+    assert SharedPasses(True).entry(opt._stepper.oracle(batch), batch).plan.reason == ""
     assert steps_in_shared_passes(model, opt, batch)
 
 
@@ -181,7 +182,7 @@ def test_switches_after_the_rehearsal_are_noticed() -> None:
     batch = EXAMPLES["mlp"].batch(model, N, torch.float64)
 
     def entry():
-        return entry_of(opt._oracle(batch), batch)
+        return SharedPasses().entry(opt._stepper.oracle(batch), batch)
 
     first = entry()
     assert not first.plan.reason

@@ -10,10 +10,10 @@ import steppe
 from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import held
 from steppe.factored.cost import Cost
+from steppe.factored.engine import SharedPasses
 from steppe.factored.held import Held, Pool
 from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
-from steppe.factored.plan import plan_for
 from steppe.factored.terms import Dense, Factored, Product, squared_norms
 from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import N, assert_equal, ends, sgd
@@ -171,7 +171,7 @@ def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
         f = steppe.Oracle(
             example.batch(model, N, torch.float32), Parameters(parameters, Radii([0.3] * len(parameters)))
         )
-        pool = plan_for(f, f.closure).pool
+        pool = SharedPasses(True).entry(f, f.passes.closure).plan.pool
         return sum(map(len, pool.free.values()))
 
     counts = []

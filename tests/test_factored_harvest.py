@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored import held, micro, record
+from steppe.factored import engine, held
 from steppe.factored.cost import Cost
 from steppe.factored.gradients import Harvest
 from steppe.factored.held import Held
@@ -121,7 +121,7 @@ def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> No
     opt = steppe.SAM(sgd(model), 0.1, m=3)
     opt.step(example.batch(model, N, torch.float32))
     opt.step(example.batch(model, N, torch.float32))  # rehearsed again
-    monkeypatch.setattr(micro, "Harvest", Poor)
+    monkeypatch.setattr(engine, "Harvest", Poor)
     alive: list[bool] = []
     model.register_forward_pre_hook(
         lambda *_: alive.append(any(h() is not None for h in harvests)) if harvests else None
@@ -188,8 +188,7 @@ def test_what_was_recorded_is_let_go_of_as_backward_goes(method: str, whole: boo
             alive.append(any(isinstance(g, Factored) for g in self.matrices.values()))
 
     monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-    for module in (micro, record):
-        monkeypatch.setattr(module, "Harvest", Watched)
+    monkeypatch.setattr(engine, "Harvest", Watched)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 3))
     options = {"m": 3} if method == "SAM" else {}
     opt = getattr(steppe, method)(sgd(model), 0.1, parallel=True, **options)

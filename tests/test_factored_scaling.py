@@ -9,7 +9,7 @@ from torch import nn
 import steppe
 from steppe import Micro, Reweighted, Rule, SharpnessAware
 from steppe.factored import gradient_statistics
-from steppe.factored.plan import plan_for
+from steppe.factored.engine import SharedPasses
 from tests.cases import same_bits
 from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import ByHand, N, sgd
@@ -279,7 +279,7 @@ def test_float16_finds_its_scale_in_shared_passes(name: str) -> None:
     s, x, y = scaler(2.0**30), torch.randn(64, 16), torch.randint(4, (64,))
     batch, losses = steppe.Batch(model, autocast_loss, (x, y), scaler=s), []
     state = s.state_dict()
-    assert not plan_for(opt._oracle(batch), batch).reason
+    assert not SharedPasses(True).entry(opt._stepper.oracle(batch), batch).plan.reason
     assert s.state_dict() == state
     for _ in range(40):
         losses.append(float(opt.step(batch)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steppe
-import steppe.factored.plan
+from steppe.factored.engine import SharedPasses
 from tests.cases import CASES, METHODS, mlp, optimizer, same_bits, world
 from tests.test_common import assert_equal_states
 
@@ -25,7 +25,7 @@ class Spoiled(nn.Module):
 
 
 def oracle_of(opt, batch):
-    return opt._oracle(batch)
+    return opt._stepper.oracle(batch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -35,7 +35,7 @@ def oracle_of(opt, batch):
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     w = world(torch.float32, Spoiled)
     opt = optimizer(case, w, "adam")
-    opt._parallel = opt._parallel is True
+    opt._stepper.parallel = opt._stepper.parallel is True
     for batch in w.batches(2):
         opt.step(batch)
     probe = copy.deepcopy((w, opt))
@@ -49,9 +49,9 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     for spoil_at in range(1, forwards + 1):
         w.model.calls, w.model.spoil_at, w.model.value = 0, (spoil_at,), value
         trial = copy.deepcopy((w, opt))
-        if trial[1]._parallel:  # rehearse, and come back
+        if trial[1]._stepper.parallel:  # rehearse, and come back
             trial[0].model.spoil_at = ()
-            steppe.factored.plan.plan_for(oracle_of(trial[1], trial[0].batch), trial[0].batch)
+            SharedPasses().entry(oracle_of(trial[1], trial[0].batch), trial[0].batch)
             trial[0].model.calls, trial[0].model.spoil_at = 0, (spoil_at,)
         trial[1].step(trial[0].batch)
         if trial[1].telemetry.was_skipped:

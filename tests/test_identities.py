@@ -195,7 +195,9 @@ def test_asam_does_not_see_the_scale_of_layers() -> None:
 
 def test_gsam_geometry() -> None:
     w = world()
-    f = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), Rule(), RHO)._oracle(w.batch)
+    f = SharpnessAware(
+        torch.optim.SGD(w.parameters(), lr=0.1), Rule(combine=steppe.SurrogateGap(0.4)), RHO
+    )._stepper.oracle(w.batch)
     with f.at(Rule().perturbation(f)):
         g_adv = f.grad()
     u = steppe.SurrogateGap(0.4)(f, g_adv).grad
@@ -237,7 +239,7 @@ def test_wsams_steady_weight_under_momentum() -> None:
     def rule(f):  # constant g and g_adv - g
         g = steppe.Vector([torch.tensor([slope], dtype=torch.float64)])
         g_adv = steppe.Vector([torch.tensor([slope + tilt], dtype=torch.float64)])
-        f._g, f.log.any_gradient = g, True
+        f.g, f.passes.log.any_gradient = g, True
         return steppe.Weighted(gamma)(f, g_adv)
 
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -254,7 +256,7 @@ def test_probe_ranks_examples_like_their_gradient_norms() -> None:
     """Many probes and a small length tend to the exact norms, up to the curvature term."""
     w = world()
     opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.0), Rule(), RHO)
-    f = opt._oracle(w.batch)
+    f = opt._stepper.oracle(w.batch)
     exact = ExactNorms()(f)
     probed = FiniteDifference(length=1e-3, probes=400)(f)
     torch.testing.assert_close(probed, exact, rtol=0.15, atol=0)

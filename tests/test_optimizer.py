@@ -581,7 +581,7 @@ def test_a_frozen_backbone_is_not_moved_and_not_in_the_way(case) -> None:
     w.model.register_forward_hook(lambda *_: seen.append([p.detach().clone() for p in w.parameters()[:4]]))
     before = [p.detach().clone() for p in w.parameters()[:4]]
     opt = optimizer(case, w)
-    opt._parallel = False  # a rehearsal shakes all parameters for a moment
+    opt._stepper.parallel = False  # a rehearsal shakes all parameters for a moment
     for batch in w.batches(6):
         opt.step(batch)
         assert opt.telemetry.eps_norm is None or opt.telemetry.eps_norm > 0

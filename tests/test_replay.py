@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.engine.passes import frozen_statistics
+from steppe.engine.replay import frozen_statistics
 from tests.cases import CASES, N, World, optimizer, same_bits, world
 
 

@@ -24,7 +24,7 @@ from torch.nn.modules import module as global_hooks
 
 import steppe
 from steppe import Masked, SharpnessAware
-from steppe.factored.plan import plan_for
+from steppe.factored.engine import SharedPasses
 from tests import reference
 from tests.cases import BASES, CASES, COMBINATIONS, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
 from tests.reference import Base, Problem
@@ -193,7 +193,7 @@ class Program:
     def rehearse(self, x: Tensor, y: Tensor) -> None:
         """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
         self.world.x, self.world.y = x, y
-        plan_for(self.opt._oracle(self.world.batch), self.world.batch)
+        SharedPasses().entry(self.opt._stepper.oracle(self.world.batch), self.world.batch)
 
     def copy(self) -> None:
         """A copy goes on in place of the original."""
@@ -439,7 +439,9 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
         twin.freeze(p.frozen)
         twin.set_lr(rate.now)
         p.model.both = twin.model.both = event != "left out"
-        p.opt._parallel = twin.opt._parallel = False  # where passes are shared, a scaled loss is not the same bits
+        p.opt._stepper.parallel = twin.opt._stepper.parallel = (
+            False  # where passes are shared, a scaled loss is not the same bits
+        )
         start = torch.get_rng_state()
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)

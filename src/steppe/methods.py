@@ -13,7 +13,7 @@ from typing import Unpack
 
 import torch
 
-from steppe.engine.oracle import Closure
+from steppe.engine.passes import Closure
 from steppe.optimizer import Options, SharpnessAware
 from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
 from steppe.pieces.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which

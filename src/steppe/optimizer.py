@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._compile import _disable_dynamo
 
 from steppe.batch import Batch, as_closure
 from steppe.engine import checks
-from steppe.engine.checks import STEP, check_base, check_group, level_of_caller, refuse_grad_scaler
 from steppe.engine.ddp import RankGroups, Sync
-from steppe.engine.grad_scaler import Scaling
-from steppe.engine.oracle import Closure, NotFinite, Oracle
-from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Owners
-from steppe.engine.state import RuleState, apart, forget_foreign
-from steppe.engine.update import Update
-from steppe.engine.vector import Vector, shift_
-from steppe.factored.statistics import gradient_statistics
-from steppe.rule import AnyRule, Plain, looks_inside, memories
-from steppe.schedule import Schedule, scheduled
-from steppe.telemetry import StepLog, Telemetry
-from steppe.two_calls import TwoCalls, needs_more
+from steppe.engine.modules import Modules
+from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.parameters import RadiusOfGroups, steps_of
+from steppe.engine.passes import Closure
+from steppe.engine.state import RuleState, forget_foreign
+from steppe.pieces.protocol import declared
+from steppe.schedule import Schedule
+from steppe.step import HalfStep, Pending, Skipped, Stepper
+from steppe.telemetry import Telemetry
+
+STEP = checks.STEP
 
 
 class Options(TypedDict, total=False):
@@ -39,6 +36,7 @@ class Options(TypedDict, total=False):
     parallel: bool | str
     sync: Sync
     max_norm: float | None
+    model: nn.Module | None
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -69,6 +67,9 @@ class SharpnessAware(torch.optim.Optimizer):
             over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
         max_norm: clip the gradient that the base sees to this norm, over all parameters
             (:meth:`~steppe.Update.clipped`).
+        model: the module that plain closures run, where steppe cannot find it among the variables that the closure
+            refers to (:mod:`steppe.engine.modules`): its running statistics are protected, and DDP is told when to
+            average. Needed for ``first_step`` and ``second_step`` under DDP.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
 
@@ -84,24 +85,11 @@ class SharpnessAware(torch.optim.Optimizer):
     """
 
     base: torch.optim.Optimizer
-    rule: AnyRule
     telemetry: Telemetry  #: what the last step saw
-    full: Closure | None
-    _rho: float | Schedule
-    _own_rho: set[int]  # indices of groups that were given a rho: a schedule leaves them alone
-    _check_finite: bool
-    _keep_g: bool
-    _gradient_noise: bool
-    _parallel: bool | str
-    _ranks: RankGroups
-    _max_norm: float | None
-    _scaling: Scaling
-    _memory: RuleState
-    _owners: Owners
+    _stepper: Stepper
+    _pending: Pending | Skipped | None  # between backward and step
+    _half: HalfStep | None  # between first_step and second_step
     _warned: set[str]
-    _half: TwoCalls | None  # between first_step and second_step
-    _move: Callable[[], None] | None  # between backward and step
-    _rescaled: bool  # whether the gradients in between are scaled
 
     def __init__(
         self,
@@ -116,47 +104,46 @@ class SharpnessAware(torch.optim.Optimizer):
         parallel: bool | str = "auto",
         sync: Sync = "auto",
         max_norm: float | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        check_base(base)
+        checks.check_base(base)
         if not callable(rule):
             raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
         if parallel not in ("auto", True, False):
             raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
         if max_norm is not None:
             checks.number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
-        ranks = RankGroups(sync)
-        for group in base.param_groups:
-            check_group(group)
-        radii = [scheduled(rho, 0, group) for group in base.param_groups]
-        own = {i for i, group in enumerate(base.param_groups) if "rho" in group}
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+        ranks, state = RankGroups(sync), RuleState(declared(rule).remembers)
+        radius = RadiusOfGroups(rho, base.param_groups)
+        options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         super().__setstate__(  # the hooks of an Optimizer without groups of its own: those are the base's
             {
                 "base": base,
-                "rule": rule,
-                "full": full,
                 "telemetry": Telemetry(),
-                "_rho": rho,
-                "_own_rho": own,
-                "_check_finite": check_finite,
-                "_keep_g": cosine,
-                "_gradient_noise": gradient_noise,
-                "_parallel": parallel,
-                "_ranks": ranks,
-                "_max_norm": max_norm,
-                "_scaling": Scaling(),
-                "_memory": RuleState(frozenset(memories(rule))),
-                "_owners": Owners(),
-                "_warned": set(),
+                "_stepper": Stepper(base, rule, radius, full, *options, ranks, Modules(model), state),
+                "_pending": None,
                 "_half": None,
-                "_move": None,
-                "_rescaled": False,
+                "_warned": set(),
             }
         )
-        for group, radius in zip(base.param_groups, radii, strict=True):
-            group[STEP] = 0
-            group.setdefault("rho", radius)
 
     # ---- an Optimizer whose parameters and state are the base's
+
+    @property
+    def rule(self) -> AnyRule:
+        """The rule: a function from oracle to update."""
+        return self._stepper.rule
+
+    @property
+    def full(self) -> Closure | None:
+        """The closure over the larger batch of n-SAM."""
+        return self._stepper.full
+
+    @full.setter
+    def full(self, full: Closure | None) -> None:
+        self._stepper.full = full
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -175,15 +162,13 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
-        check_group(param_group)
-        radius = scheduled(self._rho, self._steps, self.defaults | param_group)
-        self.base.add_param_group({"rho": radius, **param_group, STEP: self._steps})
-        if "rho" in param_group:
-            self._own_rho.add(len(self.param_groups) - 1)
+        groups = self.param_groups
+        group = self._stepper.radius.checked(param_group, self.defaults, steps_of(groups), len(groups))
+        self.base.add_param_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        here: dict[str, Any] = {"_half": None, "_move": None}  # a copy is not in the middle of a step
-        return {name: self.__dict__[name] for name in SharpnessAware.__annotations__} | here
+        kept = {name: self.__dict__[name] for name in SharpnessAware.__annotations__}  # schedulers patch ``step``
+        return kept | {"_half": None, "_pending": None}  # a copy is not in the middle of a step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" in state:  # unpickled or copied
@@ -194,7 +179,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
             self.base.__setstate__(state)
-            self._memory.room = False
+            self._stepper.state.room = False
 
     def __repr__(self) -> str:
         rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
@@ -203,6 +188,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     # ---- the step
 
+    @_disable_dynamo  # a step moves weights between passes: a compiled loop runs it as it is
     @torch.no_grad()
     def step(
         self, closure: Closure | Sequence[Batch] | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -227,18 +213,20 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
                 ``first_step``; nothing has been changed.
         """
-        if not (self._rescaled and self._move is not None):
-            refuse_grad_scaler()
-        if closure is None and self._move is not None:
-            move, self._move = self._move, None
-            return move()
+        self._refuse_grad_scaler()
+        if closure is None and self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._move(pending)
+            return None
         self._refuse_half_step()
         if closure is None:
             return self._base_step()
-        loss, move = self._passes(closure, scaler)
-        move()
-        return loss
+        f, pending = self._stepper.passes(as_closure(closure), scaler)
+        self._report(f, pending)
+        self._move(pending)
+        return f.passes.log.loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def backward(
         self,
@@ -271,22 +259,25 @@ class SharpnessAware(torch.optim.Optimizer):
             >>> torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             >>> optimizer.step()
         """
-        refuse_grad_scaler()
         self._refuse_half_step()
-        self._move = None
-        loss, self._move = self._passes(closure, scaler)
-        if self.telemetry.was_skipped:
-            for p in self._parameters:
+        self._pending = None
+        f, pending = self._stepper.passes(as_closure(closure), scaler)
+        self._report(f, pending)
+        parameters = f.passes.parameters.tensors
+        if isinstance(pending, Skipped):
+            for p in parameters:
                 p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
         scaler = scaler or getattr(closure, "scaler", None)
-        self._rescaled = rescale and scaler is not None
         if rescale and scaler is not None:
-            for p in self._parameters:
+            pending = replace(pending, rescaled=True)
+            for p in parameters:
                 p.grad = None if p.grad is None else scaler.scale(p.grad)
-        return loss
+        self._pending = pending
+        return f.passes.log.loss
 
     # ---- the step in two calls
 
+    @_disable_dynamo
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Take the gradients that are there as ``g`` and move to ``w + eps``: the first half of a step.
@@ -309,13 +300,12 @@ class SharpnessAware(torch.optim.Optimizer):
             >>> criterion(model(x), y).backward()
             >>> optimizer.second_step(zero_grad=True)
         """
-        refuse_grad_scaler()
         self._refuse_half_step()
-        f = self._oracle(needs_more, scaler)
-        half = TwoCalls(f, self.rule if f.rho.largest() else Plain(), self._modules)
+        half = self._stepper.half_step(scaler)
         half.look()
         self._half = half
 
+    @_disable_dynamo
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Take the gradients that are there as ``g_adv``, move back to ``w`` bit for bit, and step.
@@ -329,7 +319,8 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
         half, self._half = self._half, None
-        self._move = self._finish(half.see(), half.f)
+        self._pending = self._stepper.second_half(half)
+        self._report(half.f, self._pending)
         self.step()  # so that hooks and schedulers of this optimizer see a step
         if zero_grad:
             self.zero_grad()
@@ -345,116 +336,27 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is not None:
             raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
 
-    # ---- look and see
+    def _refuse_grad_scaler(self) -> None:
+        """Refuse a step that ``GradScaler.step`` takes, except after ``backward(rescale=True)``."""
+        if "grad_scale" in self.__dict__:
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
+            raise RuntimeError(
+                "scaler.step(optimizer) knows one pass of a step's several. Write loss = optimizer.step(closure, "
+                "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
+                "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
+            )
 
-    def _passes(
-        self, closure: Closure | Sequence[Batch], scaler: torch.amp.GradScaler | None
-    ) -> tuple[Any, Callable[[], None]]:
-        """The loss at ``w``, and the move that is left."""
-        f = self._oracle(as_closure(closure), scaler)
-        rule: AnyRule = self.rule if f.rho.largest() else Plain()
-        if looks_inside(rule):
-            f.batch(f"{type(self).__name__} is {rule!r}")
-        if f.ranks.unprepared:
-            f.rehearse()
-        if self._gradient_noise:
-            with f.ranks.apart():
-                noise = gradient_statistics(f.batch("gradient_noise=True"), f.parameters.tensors)
-            f.log.numbers["trace_V"] = noise.trace
-        try:
-            update = rule(f)
-        except NotFinite:
-            update = None
-        move = self._finish(update, f)
-        return f.log.numbers.get("loss", f.log.numbers.get("full_loss")), move
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asks ``GradScaler.step`` to leave ``grad_scale`` here, which tells that it is the caller of ``step``."""
+        return self._pending is None or not self._pending.rescaled
 
-    def _oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
-        """The step's oracle; whatever is wrong with its arguments is found here."""
-        closure, scale = self._scaling.of_step(closure, scaler)
-        names = [n for g in self.param_groups for n in g["param_names"]] if self._named else None
-        parameters = self._parameters
-        ranks = self._ranks.of_step(self._modules, parameters)
-        rho = self._update_rho()
-        self._memory.clear_room(self.state)
-        return Oracle(
-            closure,
-            Parameters(parameters, rho, names),
-            step=self._steps,
-            recall=partial(self._memory.recall, self.state, parameters),
-            full=self.full.scaled_by(scale.scaler if scale else None) if isinstance(self.full, Batch) else self.full,
-            keep_g=self._keep_g,
-            parallel=self._parallel,
-            guard=self._check_finite or scale is not None,
-            modules=self._modules,
-            ranks=ranks,
-            scale=scale,
-        )
+    # ---- around the step
 
-    def _update_rho(self) -> Radii:
-        steps, rho = self._steps, []
-        for i, g in enumerate(self.param_groups):
-            g.setdefault(STEP, steps)  # a group that was added to the base
-            if "rho" not in g or (callable(self._rho) and i not in self._own_rho):
-                rho.append(scheduled(self._rho, steps, g))
-            else:  # a number lives in the groups, like lr
-                checks.non_negative("rho", g["rho"])
-                rho.append(g["rho"])
-        for g, r in zip(self.param_groups, rho, strict=True):
-            g["rho"] = r
-        return Radii([r for g, r in zip(self.param_groups, rho, strict=True) for _ in g["params"]])
-
-    # ---- move
-
-    def _finish(self, update: Update | None, f: Oracle) -> Callable[[], None]:
-        """Hand an update whose gradients are finite on all ranks to the parameters; what is left is the move."""
-        overflow = update is None or (f.guard and not _finite(f.log))
-        skip = f.ranks.any(overflow, f.parameters.tensors[0].device) if f.guard else overflow
-        if f.scale is not None:
-            if skip and not overflow:
-                f.scale.overflow(f.parameters.tensors[0].device)
-            f.scale.end()
-        move = _stay if skip or update is None else self._hand_over(update, f)
-        self._report(f, skip)
-        return move
-
-    def _hand_over(self, update: Update, f: Oracle) -> Callable[[], None]:
-        if update.beside is not None and any("lr" not in group for group in self.param_groups):
-            raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
-        parameters = f.parameters.tensors
-        update, memory = f.ranks.join(update, f.log.memory, parameters)
-        if self._max_norm is not None:
-            f.log.numbers["update_norm"] = update.grad.norm()
-            update = update.clipped(self._max_norm)
-        grads = update.grad.materialised()
-        kept = apart(memory, grads)
-        for p, g in zip(parameters, grads, strict=True):
-            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        handed = [p for p in parameters if p.grad is not None]
-        return partial(self._take_step, parameters, handed, update.beside, kept, f.log.rates)
-
-    def _take_step(
-        self,
-        parameters: Sequence[Tensor],
-        handed: Sequence[Tensor],
-        beside: Vector | None,
-        kept: dict[str, list[Tensor | None]],
-        rates: dict[str, float],
-    ) -> None:
-        dropped = {id(p) for p in handed if p.grad is None}  # by the loop, after backward(): these take no step
-        moving = [id(p) not in dropped for p in parameters]
-        self.base.step()
-        if beside is not None:
-            self._move_beside(parameters, beside.where(moving))
-        for name, tensors in kept.items():
-            self._memory.keep(self.state, parameters, name, Vector(tensors).where(moving).tensors, rates[name])
-        self._count_step()
-
-    def _move_beside(self, parameters: Sequence[Tensor], beside: Vector) -> None:
-        """``w <- w - lr beside``, each group with its own learning rate."""
-        lr = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        for p, s in zip(parameters, beside.tensors, strict=True):
-            if s is not None:
-                shift_(p, s, -lr[id(p)] * beside.scale)
+    def _move(self, pending: Pending | Skipped) -> None:
+        pending.move(self.base, self._stepper.state)
+        if isinstance(pending, Pending):
+            self._count_step()
 
     def _base_step(self) -> None:
         if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
@@ -464,57 +366,31 @@ class SharpnessAware(torch.optim.Optimizer):
             )
             self.base.step()
             self._count_step()
-        else:
+        else:  # a distributed checkpoint is about to be loaded into what this step leaves
             self.base.step()
-            self._memory.make_room(self.state, self._parameters)
-        self.telemetry = Telemetry(steps=self._steps, skipped=self.telemetry.skipped)
-
-    # ---- around the step
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"]]
-
-    @property
-    def _named(self) -> bool:
-        return "param_names" in self.param_groups[0]
-
-    def _modules(self) -> Iterator[nn.Module]:
-        return self._owners.modules(self._parameters)
-
-    @property
-    def _steps(self) -> int:
-        return int(self.param_groups[0].get(STEP, 0))
+            self._stepper.state.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
+        self.telemetry = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
 
     def _count_step(self) -> None:
-        steps = self._steps + 1
+        steps = steps_of(self.param_groups) + 1
         for group in self.param_groups:
             group[STEP] = steps  # also of a group that was added to the base since the passes
-        self.telemetry = replace(self.telemetry, steps=self._steps)
+        self.telemetry = replace(self.telemetry, steps=steps)
 
-    def _report(self, f: Oracle, skip: bool) -> None:
-        numbers: dict[str, Any] = dict(f.log.numbers)
-        full_loss = numbers.pop("full_loss", None)
-        if "loss" in numbers and "loss_adv" in numbers:
-            numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
-        numbers.setdefault("loss", full_loss)
-        skipped = self.telemetry.skipped + skip
-        self.telemetry = Telemetry(rho=f.rho.largest(), steps=self._steps, skipped=skipped, was_skipped=skip, **numbers)
-        if skip:
-            if f.scale is None:  # a scaler looks for its scale by overflows
-                self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
-        elif not f.log.any_gradient:
+    def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
+        log, skip = f.passes.log, isinstance(pending, Skipped)
+        self.telemetry = log.telemetry(
+            rho=f.rho.largest(),
+            steps=steps_of(self.param_groups),
+            skipped=self.telemetry.skipped + skip,
+            was_skipped=skip,
+        )
+        if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
+            self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
+        elif not skip and not log.any_gradient:
             self._warn_once("no parameter received a gradient: does the closure call backward()?")
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=level_of_caller())
-
-
-def _stay() -> None:
-    """The move of a skipped step."""
-
-
-def _finite(log: StepLog) -> bool:
-    return not log.norms or bool(torch.stack([n.to(log.norms[0].device) for n in log.norms]).isfinite().all())
+            checks.warn(message)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from steppe.engine.vector import Vector
+from steppe.engine.vector import TINY, Vector
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,33 @@ class StepLog:
     def count(self, name: str, share: float = 1.0) -> None:
         """One more pass of the kind ``name`` over this share of the batch."""
         self.numbers[name] = self.numbers.get(name, 0.0) + share
+
+    def add_full(self, other: StepLog) -> None:
+        """Merge the log of n-SAM's pass over its larger batch."""
+        kept = ("g_norm", "forwards", "backwards")
+        self.numbers |= {name: value for name, value in other.numbers.items() if name in kept}
+        self.numbers["full_loss"] = other.numbers["loss"]
+        self.norms += other.norms
+        self.any_gradient |= other.any_gradient
+
+    def compare(self, g: Vector | None, g_adv: Vector) -> None:
+        """Log the cosine of ``g`` and ``g_adv``, where ``g`` is held."""
+        if g is not None:
+            self.numbers["cosine"] = g.dot(g_adv) / (g.norm() * g_adv.norm() + TINY)
+
+    def finite(self) -> bool:
+        """Tell whether every gradient of the step is finite; waits for the device, once."""
+        device = self.norms[0].device if self.norms else None
+        return not self.norms or bool(torch.stack([n.to(device) for n in self.norms]).isfinite().all())
+
+    @property
+    def loss(self) -> Tensor | float | None:
+        """``L(w)``; of n-SAM on the larger batch."""
+        return self.numbers.get("loss", self.numbers.get("full_loss"))
+
+    def telemetry(self, **of_the_step: Any) -> Telemetry:
+        """Return the numbers as the user sees them."""
+        numbers: dict[str, Any] = {name: value for name, value in self.numbers.items() if name != "full_loss"}
+        if "loss" in numbers and "loss_adv" in numbers:
+            numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
+        return Telemetry(**numbers | {"loss": self.loss} | of_the_step)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import sys
+import warnings
 from numbers import Real
 from typing import Any
 
@@ -57,25 +59,13 @@ def grad_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
 
 
-def level_of_caller() -> int:
-    """How far up the first frame outside torch and steppe is: hooks and schedulers wrap ``step`` in their own."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def refuse_grad_scaler() -> None:
-    """Say what to write instead, where ``GradScaler.step`` is the caller of ``step``."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "steppe"):
-        if frame.f_globals["__name__"] == "torch.amp.grad_scaler":
-            raise RuntimeError(
-                "scaler.step(optimizer) knows one pass of a step's several. Write loss = optimizer.step(closure, "
-                "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
-                "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
-            )
-        frame = frame.f_back
+def warn(message: str) -> None:
+    """Warn at the user's line: the first one outside torch and steppe, where Python can tell it (3.12)."""
+    if sys.version_info >= (3, 12):
+        ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+        warnings.warn(message, UserWarning, skip_file_prefixes=ours)
+    else:
+        warnings.warn(message, UserWarning, stacklevel=9)  # past torch's wrappers of step
 
 
 def check_base(base: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from steppe.engine.checks import FSDP1
 from steppe.engine.update import Update
@@ -160,6 +161,28 @@ class Ranks:
         averaged = iter(_averaged([t for t in kept if t is not None], group))
         means = [None if t is None else next(averaged) for t in kept]
         return [Vector(means[i : i + len(like)]) for i in range(0, len(means), len(like))]
+
+
+@contextmanager
+def no_unknown_replica() -> Iterator[None]:
+    """Refuse a DDP model that runs inside: its gradients would be averaged in the wrong passes.
+
+    Raises:
+        RuntimeError: before the model's forward.
+    """
+
+    def refuse(module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "the closure runs a DistributedDataParallel model that is not among the variables it refers to: "
+                "pass model= to the optimizer"
+            )
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from steppe.engine import checks
+from steppe.engine.checks import STEP
 from steppe.engine.vector import Vector, is_sharded
+from steppe.schedule import Schedule, scheduled
+
+Group = dict[str, Any]  # a parameter group
 
 
 @dataclass(frozen=True)
@@ -51,3 +57,58 @@ class Parameters:
     def devices(self) -> set[torch.device]:
         """The accelerators that hold parameters."""
         return {p.device for p in self.tensors if p.device.type not in ("cpu", "meta")}
+
+
+class RadiusOfGroups:
+    """Keeps the radius of every parameter group in ``group["rho"]``.
+
+    A group that was given a ``rho`` keeps it. Another has the optimizer's: a number lives in the group, like ``lr``,
+    where it may be changed; a schedule writes there at every step.
+
+    Args:
+        rho: the optimizer's radius, a number or a schedule.
+        groups: the base's parameter groups, which are checked and written to.
+
+    Raises:
+        TypeError, ValueError: ``rho``, or a group, is no good; nothing has been changed.
+    """
+
+    def __init__(self, rho: float | Schedule, groups: Sequence[Group]) -> None:
+        self._rho = rho
+        for group in groups:
+            checks.check_group(group)
+        radii = [scheduled(rho, 0, group) for group in groups]
+        self._own = {i for i, group in enumerate(groups) if "rho" in group}
+        for group, radius in zip(groups, radii, strict=True):
+            group[STEP] = 0
+            group.setdefault("rho", radius)
+
+    def checked(self, group: Group, defaults: Group, steps: int, index: int) -> Group:
+        """Return a new group with its radius and the steps so far.
+
+        Raises:
+            TypeError, ValueError: the group is no good.
+        """
+        checks.check_group(group)
+        if "rho" in group:
+            self._own.add(index)
+        return {"rho": scheduled(self._rho, steps, defaults | group), **group, STEP: steps}
+
+    def update(self, groups: Sequence[Group]) -> Radii:
+        """Ask the schedule, check the numbers, and return the radius of every parameter."""
+        steps, rho = steps_of(groups), []
+        for i, group in enumerate(groups):
+            group.setdefault(STEP, steps)  # a group that was added to the base
+            if "rho" not in group or (callable(self._rho) and i not in self._own):
+                rho.append(scheduled(self._rho, steps, group))
+            else:
+                checks.non_negative("rho", group["rho"])
+                rho.append(group["rho"])
+        for group, r in zip(groups, rho, strict=True):
+            group["rho"] = r
+        return Radii([r for group, r in zip(groups, rho, strict=True) for _ in group["params"]])
+
+
+def steps_of(groups: Sequence[Group]) -> int:
+    """Return how many steps came before."""
+    return int(groups[0].get(STEP, 0))

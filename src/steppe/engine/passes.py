@@ -1,40 +1,85 @@
-"""What surrounds every pass of a closure: random state, running statistics and gradients are put back."""
+"""The forward and backward passes of one step: the only code that runs the closure and reads ``p.grad``."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor, distributed, nn
 
+from steppe.batch import Batch, Batches, chunks_of
+from steppe.engine.ddp import Ranks, no_unknown_replica
+from steppe.engine.grad_scaler import LossScale
 from steppe.engine.parameters import Parameters
+from steppe.engine.replay import RandomState, frozen_statistics
 from steppe.engine.vector import Vector
+from steppe.telemetry import StepLog
+
+Closure = Callable[[], Tensor | float]
 
 
 class Passes:
     """The passes of one step over one batch.
 
-    The first pass at ``w`` is an ordinary one; every other pass draws the same numbers from torch's generators
-    (Python's and NumPy's go on) and leaves normalisation statistics as they were.
+    The first pass at ``w`` is an ordinary one. Every other pass draws the same numbers from torch's generators (those
+    of Python and NumPy advance) and leaves running statistics as they were.
 
     Args:
-        parameters: the parameters.
-        modules: those that may run; others are found by a hook.
+        closure: zero, forward, backward, return the loss; or a :class:`~steppe.Batch`.
+        parameters: the parameters and their radii.
+        modules: those that a plain closure may run; a batch names its model.
+        ranks: the replicas of the model under DDP.
+        scale: the scale of the closure's losses; gradients are unscaled when they are taken.
     """
 
-    def __init__(self, parameters: Parameters, modules: Callable[[], Iterable[nn.Module]]) -> None:
-        self.parameters, self.modules = parameters, modules
-        self.counted = False  # whether the statistics have seen the batch
+    def __init__(
+        self,
+        closure: Closure,
+        parameters: Parameters,
+        modules: Callable[[], Iterable[nn.Module]] = tuple,
+        ranks: Ranks | None = None,
+        scale: LossScale | None = None,
+    ) -> None:
+        self.closure, self.parameters, self.scale = closure, parameters, scale
+        self.ranks = ranks or Ranks()
+        self.modules = closure.modules if isinstance(closure, Batch) else modules
+        self.log = StepLog()
+        self.away = False  # whether passes are at w + eps
+        self.counted = False  # whether the running statistics have seen the batch
+        self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
+    @property
+    def shared(self) -> tuple[Parameters, Callable[[], Iterable[nn.Module]], Ranks, LossScale | None]:
+        """What passes over another batch in the same step have in common with these."""
+        return self.parameters, self.modules, self.ranks, self.scale
+
+    def of(self, batch: Batch) -> Passes:
+        """Return the passes over a part of the batch, in the same place."""
+        part = Passes(batch, *self.shared)
+        part.away, part.counted = self.away, self.counted
+        return part
+
+    def batch(self, use: str) -> Batch:
+        """Return the closure as a :class:`~steppe.Batch`.
+
+        Raises:
+            TypeError: it is a plain closure.
+        """
+        if not isinstance(self.closure, Batch):
+            raise TypeError(
+                f"this method looks inside the batch ({use}): pass step() a "
+                "steppe.Batch(model, loss, data) or steppe.Batch.supervised(...) instead of a plain closure"
+            )
+        return self.closure
+
+    # ---- around a pass
+
     @contextmanager
-    def one(self, away: bool) -> Iterator[None]:
-        """Around a pass, at ``w`` or away from it. Gradients are dropped before and after."""
+    def one(self, away: bool | None = None) -> Iterator[None]:
+        """Surround one forward and backward, at ``w`` or away from it. Gradients are dropped before and after."""
         self.drop()
         torch.clear_autocast_cache()  # weights may have moved, or a forward without gradients have cast them
         devices = self.parameters.devices
@@ -42,11 +87,12 @@ class Passes:
         if end is not None:
             start.restore()
         try:
-            if self.counted or away:
+            if self.counted or (self.away if away is None else away):
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:
-                with torch.enable_grad():
+                lone = self.ranks.alone and distributed.is_available() and distributed.is_initialized()
+                with torch.enable_grad(), no_unknown_replica() if lone else nullcontext():
                     yield
                 self.counted = True
         finally:
@@ -55,26 +101,182 @@ class Passes:
                 end.restore()  # the stream goes on as after one ordinary pass
         self._random = (start, end or RandomState.now(devices))
 
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """Declare passes inside to be away from ``w``, also where no weights are moved."""
+        if self.away:
+            raise RuntimeError("the weights are away from w already: leave one at() before entering the next")
+        self.away = True
+        try:
+            yield
+        finally:
+            self.away = False
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Surround passes that count for nothing: later ones draw the same numbers and update running statistics."""
+        with self.ranks.within(), self.one(away=True):
+            yield
+        self.rewind()
+
+    def rehearse(self) -> None:
+        """Run one throw-away pass so that DDP can build its static graph, in a pass that it averages."""
+        with self.moved(), self.one(), self.ranks.passing(True):
+            chunks_of(self.closure)[-1]() if isinstance(self.closure, Batch) else self.closure()
+        self.rewind()
+
     def rewind(self) -> None:
-        """As if no pass had been."""
+        """Forget the passes so far: restore the random state before the first one."""
         if self._random is not None:
             self._random[0].restore()
             self._random = None
 
-    def forget_unsharded(self) -> None:
-        """Whole parameters that ``fully_shard`` has gathered are of other weights than those of the next pass."""
+    def reshard(self) -> None:
+        """Free whole parameters that ``fully_shard`` has gathered: the next pass is at other weights."""
         if self.parameters.sharded:
             reshard(self.modules())
 
+    def drop(self) -> None:
+        """Set every ``p.grad`` to ``None``."""
+        for p in self.parameters.tensors:
+            p.grad = None
+
+    # ---- gradients
+
+    def gradient(
+        self,
+        on: Tensor | None = None,
+        weights: Tensor | None = None,
+        wrt: Sequence[bool] | None = None,
+        under: AbstractContextManager[Any] | None = None,
+        final: bool = False,
+    ) -> Vector:
+        """Return the gradient here, by one forward and backward, as the ranks share it.
+
+        Args:
+            on: indices of examples, shape ``(k,)``.
+            weights: one weight an example, shape ``(n,)``.
+            wrt: which parameters to differentiate by; the others' entries are ``None`` and their backward is saved.
+            under: a context for the forward pass of a :class:`~steppe.Batch`.
+            final: the update is made of this gradient alone, so DDP may average it in its backward pass.
+        """
+        synced = wrt is None and (self.ranks.shared or final)
+        left_out, inputs = wrt, None
+        if self.parameters.sharded:
+            wrt = None
+        elif wrt is not None and under is None:
+            if isinstance(self.closure, Batch):  # no change that compiled code sees
+                inputs, wrt = [p for p, k in zip(self.parameters.tensors, wrt, strict=True) if k], None
+            else:  # a loss must depend on some parameter: vectors cost next to nothing
+                wrt = [k or p.dim() < 2 for p, k in zip(self.parameters.tensors, wrt, strict=True)]
+        with self.one(), self._only(wrt):
+            if isinstance(self.closure, Batch) or on is not None or weights is not None:
+                self._run_batch(on, weights, inputs, under or nullcontext(), synced)
+            else:
+                with self.ranks.passing(synced):
+                    self._run_closure()
+            if self.scale is not None:
+                self.scale.unscale(self.parameters.tensors)
+            g = self.take()
+        if left_out is not None:
+            g = g.where(left_out)
+        if synced:
+            self.ranks.averaged = True
+        elif not final:
+            g = self.ranks.shared_gradient(g, self.parameters.tensors)
+        return self._noted(g)
+
+    def given(self) -> Vector:
+        """Return the gradients that a pass of the user has left in ``p.grad``, unscaled."""
+        if self.scale is not None:
+            self.scale.unscale(self.parameters.tensors)
+        return self._noted(self.take())
+
+    def made(self, g: Vector) -> Vector:
+        """Register a gradient that was computed without a backward pass: share it among the ranks, log its norm."""
+        if self.scale is not None:
+            self.scale.watch(g.norm())
+        return self._noted(self.ranks.shared_gradient(g, self.parameters.tensors))
+
     def take(self) -> Vector:
-        """The gradients, out of reach of the next pass."""
+        """Return the gradients in memory that the next pass does not write."""
         return Vector([_take(p) for p in self.parameters.tensors])
 
+    def losses(self) -> Tensor:
+        """Return every example's loss here, shape ``(n,)``, detached; at ``w`` the next gradient reuses its graph."""
+        if not self.away and self._losses is not None:
+            return self._losses.detach()
+        batch = self.batch("losses")
+        graph = not self.away and not isinstance(batch, Batches)  # one graph for all would take all their memory
+        with self.one(), torch.set_grad_enabled(graph), self.ranks.passing(graph and self.ranks.shared):
+            losses = batch.losses()
+        self.log.count("forwards")
+        self._see_loss(losses.detach().mean())
+        if not self.away:
+            self._losses = losses
+        return losses.detach()
+
+    def losses_at_w(self) -> Tensor | None:
+        """Return the losses of the last pass at ``w``, detached; ``None`` where there was none."""
+        return None if self._losses is None else self._losses.detach()
+
+    def detach_losses(self) -> None:
+        """Free the graph of the losses at ``w``, which holds weights that are about to move."""
+        self._losses = self.losses_at_w()
+
+    def _run_closure(self) -> None:
+        loss = self.closure()
+        if loss is None:
+            raise TypeError("closure must return the loss, got None")
+        self._see_loss(loss.detach().clone() if isinstance(loss, Tensor) else loss)  # its memory may be used again
+        self.log.count("forwards")
+        self.log.count("backwards")
+
+    def _run_batch(
+        self,
+        on: Tensor | None,
+        weights: Tensor | None,
+        inputs: list[Tensor] | None,
+        under: AbstractContextManager[Any],
+        synced: bool,
+    ) -> None:
+        whole = self.batch("a choice of examples, or weights on them")
+        batch = whole if on is None else whole.subset(on)
+        batch.zero_grad()
+        chunks = chunks_of(batch)
+        ready = None if self.away or on is not None else self._losses
+        seen = []
+        for k, (chunk, w) in enumerate(zip(chunks, batch.shares(weights), strict=True)):
+            with self.ranks.passing(synced and k == len(chunks) - 1):
+                losses = ready
+                if losses is None or losses.grad_fn is None:
+                    with under:
+                        losses = chunk.losses()
+                    self.log.count("forwards", len(chunk) / len(whole))
+                chunk.backward(losses, w, inputs)
+            self.log.count("backwards", len(chunk) / len(whole))
+            seen.append(losses.detach())
+        if on is not None:
+            return
+        here = seen[0] if len(seen) == 1 else torch.cat(seen)
+        if not self.away:
+            self._losses = here
+        self._see_loss(here.mean())
+
+    def _see_loss(self, loss: Tensor | float) -> None:
+        self.log.numbers["loss_adv" if self.away else "loss"] = loss
+
+    def _noted(self, g: Vector) -> Vector:
+        self.log.any_gradient |= bool(g.present())
+        self.log.norms += [g.norm()] if g.present() else []  # of nothing it is a number of the host
+        self.log.numbers["g_adv_norm" if self.away else "g_norm"] = g.norm()
+        return g
+
     @contextmanager
-    def only(self, wrt: Sequence[bool] | None) -> Iterator[None]:
+    def _only(self, wrt: Sequence[bool] | None) -> Iterator[None]:
         """Freeze the parameters where ``wrt`` is false, so that their backward is saved."""
-        left_out = [] if wrt is None else [p for p, k in zip(self.parameters.tensors, wrt, strict=True) if not k]
-        left_out = [p for p in left_out if p.requires_grad]
+        keep = [True] * len(self.parameters.tensors) if wrt is None else wrt
+        left_out = [p for p, k in zip(self.parameters.tensors, keep, strict=True) if not k and p.requires_grad]
         for p in left_out:
             p.requires_grad_(False)
         try:
@@ -83,18 +285,13 @@ class Passes:
             for p in left_out:
                 p.requires_grad_(True)
 
-    def drop(self) -> None:
-        """Let go of the gradients."""
-        for p in self.parameters.tensors:
-            p.grad = None
-
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Let modules under ``fully_shard`` forget the whole parameters that a forward without a backward left behind."""
+    """Free the whole parameters that a forward without a backward has left in modules under ``fully_shard``."""
     for module in modules:
-        let_go = getattr(module, "reshard", None)
-        if callable(let_go):
-            let_go()
+        free = getattr(module, "reshard", None)
+        if callable(free):
+            free()
 
 
 def _take(p: Tensor) -> Tensor | None:
@@ -103,122 +300,8 @@ def _take(p: Tensor) -> Tensor | None:
         return None
     if g.is_sparse:
         raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
+    # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
+    # Only the number of holders tells; g and `storage` are two.
     storage = g.untyped_storage()
-    shared = torch._C._storage_Use_Count(storage._cdata) > 2  # more than g and `storage`: a bucket, as under DDP
+    shared = torch._C._storage_Use_Count(storage._cdata) > 2
     return g.detach().clone() if shared else g.detach()
-
-
-def capturing(devices: Iterable[torch.device]) -> bool:
-    """Whether a CUDA graph is being captured: then no value can be read, and nothing copied from the host."""
-    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of torch's default generators: the CPU's and those of the devices in use."""
-
-    cpu: Tensor
-    devices: dict[torch.device, Tensor]
-
-    @classmethod
-    def now(cls, devices: Iterable[torch.device]) -> RandomState:
-        """Read the generators; while a CUDA graph is captured there is nothing to read: masks are drawn anew."""
-        devices = list(devices)
-        devices = [] if capturing(devices) else devices
-        return cls(
-            torch.get_rng_state(),
-            {d: torch.get_device_module(d.type).get_rng_state(d) for d in devices},
-        )
-
-    def restore(self) -> None:
-        """Set the generators back, so that the next pass draws the same dropout masks."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device.type).set_rng_state(state, device)
-
-
-class _Snapshot:
-    """Copies of the buffers of modules in training mode, put back in place and bit for bit."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[int, int], object] = {}  # keeps what the ids belong to
-        self.copies: list[tuple[Tensor, Tensor]] = []
-        self.bound: list[tuple[nn.Module, str, Tensor]] = []
-
-    def take(self, module: nn.Module, _inputs: object = None) -> None:
-        if not module.training or not module._buffers:
-            return
-        known = (id(module), 0) in self.seen
-        self.seen[id(module), 0] = module
-        for name, buffer in module._buffers.items():
-            if buffer is None or buffer.dtype == torch.bool or (id(module), id(buffer)) in self.seen:
-                continue  # a mask is no statistic
-            self.seen[id(module), id(buffer)] = buffer
-            self.copies.append((buffer, buffer.clone()))
-            if not known:  # else swapped in for this call, as functional_call does, and not the module's own
-                self.bound.append((module, name, buffer))
-
-    def restore(self) -> None:
-        for buffer, copy in self.copies:
-            buffer.copy_(copy)
-        for module, name, buffer in self.bound:
-            module._buffers[name] = buffer  # a module may have bound a new tensor
-
-
-@contextmanager
-def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Undo every change that a pass makes to the buffers of modules in training mode, also when it raises.
-
-    Batch, instance, synchronised and custom normalisation keep running statistics in buffers; so do spectral norm and
-    observers. Setting their momentum to 0 is not the same: it still counts batches, and 0 times inf is NaN.
-
-    Args:
-        modules: those known to run. Others are found by a forward hook that is active inside only, except where a
-            known one is compiled: compiled code runs without hooks, and torch warns of them.
-    """
-    snapshot = _Snapshot()
-    compiled = False
-    for module in modules:
-        compiled |= "_orig_mod" in module._modules
-        if module._buffers:
-            snapshot.take(module)
-    hook = None if compiled else register_module_forward_pre_hook(snapshot.take)
-    hooks = {} if hook is None else hook.hooks_dict_ref() or {}
-    try:
-        yield
-    finally:
-        if hook is not None:  # not hook.remove(): its weak reference is dead where a step left half done is garbage
-            hooks.pop(hook.id, None)
-        with torch.no_grad():
-            snapshot.restore()
-
-
-class Owners:
-    """The modules that a plain closure may run; looked for once, and again where one is gone or a parameter is new."""
-
-    def __init__(self) -> None:
-        self._known, self._found = 0, list[weakref.ref[nn.Module]]()
-
-    def modules(self, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
-        """All modules of those that hold the parameters."""
-        if self._known != len(parameters) or any(module() is None for module in self._found):
-            self._known, self._found = len(parameters), [weakref.ref(module) for module in owners(parameters)]
-        for reference in self._found:
-            module = reference()
-            if module is not None:
-                yield from module.modules()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Owners, ()  # a copy has a model of its own
-
-
-def owners(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """The outermost modules alive that hold any of the parameters: whose statistics a plain closure may touch.
-
-    A plain closure does not name its model, and hooks do not reach compiled code or a direct ``module.forward``.
-    """
-    wanted = {id(p) for p in parameters}
-    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in m.__dict__]
-    inner = {id(child) for m in modules for child in m._modules.values()}
-    outermost = [m for m in modules if id(m) not in inner]
-    return [m for m in outermost if any(id(p) in wanted for p in m.parameters())]

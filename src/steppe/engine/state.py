@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.engine.checks import level_of_caller
-from steppe.engine.vector import Vector, lerp_, local
+from steppe.engine.checks import warn
+from steppe.engine.vector import lerp_, local
 
 PREFIX = "sharpness."
 
@@ -69,18 +68,6 @@ class RuleState:
                     entries.pop(PREFIX + name, None)
 
 
-def apart(vectors: dict[str, Vector], grads: Sequence[Tensor | None]) -> dict[str, list[Tensor | None]]:
-    """What is to be remembered of the parameters that the base will see (to others a foreign key would keep the base
-    from initialising), with a copy where it is the gradient itself, which the base may change in place."""
-
-    def one(t: Tensor | None, g: Tensor | None) -> Tensor | None:
-        if t is None or g is None:
-            return None
-        return t.clone() if t is g else t
-
-    return {name: [one(t, g) for t, g in zip(v.materialised(), grads, strict=True)] for name, v in vectors.items()}
-
-
 def forget_foreign(state: dict[str, Any]) -> None:
     """Drop what ``sam.py`` and its copies keep beside the base: a copy of the weights and the last perturbation.
 
@@ -88,11 +75,9 @@ def forget_foreign(state: dict[str, Any]) -> None:
     """
     foreign = {"old_p", "e_w"}
     if any(foreign & set(kept) for kept in state["state"].values()):
-        warnings.warn(
+        warn(
             "this checkpoint is of a sam.py that does not save its base optimizer: groups and lr are loaded, "
-            "moments start anew",
-            UserWarning,
-            stacklevel=level_of_caller(),
+            "moments start anew"
         )
         for p, kept in list(state["state"].items()):
             state["state"][p] = {name: value for name, value in kept.items() if name not in foreign}

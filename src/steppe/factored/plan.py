@@ -13,9 +13,9 @@ from torch import nn
 
 from steppe.batch import Batch, leaves
 from steppe.engine.oracle import Oracle
-from steppe.engine.passes import RandomState, capturing
-from steppe.factored.rehearsal import Plan, described, has_hooks, rehearsed
-from steppe.factored.tape import CannotFactor
+from steppe.engine.parameters import Parameters
+from steppe.engine.replay import capturing
+from steppe.factored.rehearsal import Plan, has_hooks, rehearsed
 
 log = logging.getLogger("steppe")
 
@@ -69,18 +69,12 @@ class Entry:
 _entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
 
 
-def entry_of(f: Oracle, batch: Batch) -> Entry:
-    """The entry of this model, data shape and choice of perturbed parameters; rehearsed at first sight and at times.
-
-    Asked again in the same step it is the same.
-    """
-    asked = f.entries.get(id(batch))
-    if asked is not None:
-        return asked[1]  # type: ignore[no-any-return]
+def entry_for(f: Oracle, batch: Batch) -> Entry:
+    """Return the entry of this model, data shape and choice of perturbed parameters, rehearsed where that is due."""
     entries = _entries.setdefault(batch.model, {})
-    key = _key(f, batch)
+    key = _key(f.passes.parameters, batch)
     entry = entries.get(key)
-    captured = capturing(f.parameters.devices)
+    captured = capturing(f.passes.parameters.devices)
     if entry is None and captured:
         raise RuntimeError("take this step once before it is captured in a CUDA graph: its model is to be rehearsed")
     if entry is None or (entry.due() and not captured):
@@ -88,44 +82,7 @@ def entry_of(f: Oracle, batch: Batch) -> Entry:
         entry = entry or entries.setdefault(key, Entry(plan))
         entry.learn(plan, f.step)
     entry.uses += 1
-    f.entries[id(batch)] = batch, entry  # held: no other has its id
     return entry
-
-
-def plan_for(f: Oracle, batch: Batch) -> Plan:
-    """The plan of :func:`entry_of`."""
-    return entry_of(f, batch).plan
-
-
-def may_share(f: Oracle, plan: Plan) -> bool:
-    """Whether micro-batches can share passes here.
-
-    Raises:
-        ValueError: they cannot, and ``parallel=True`` was asked for; the message says why.
-    """
-    if not plan.reason or (plan.mixes and f.parallel is True):
-        return True
-    if f.parallel is True:
-        raise refusal(plan.reason)
-    return False
-
-
-def fall_back(f: Oracle, entry: Entry, error: Exception, before: RandomState) -> None:
-    """After an error in the shared passes: the serial loop, from the same random numbers.
-
-    Raises:
-        ValueError: ``parallel=True`` leaves no serial loop, and the model does not factor.
-        Exception: ``error`` itself, where there is none and it is another one.
-    """
-    if isinstance(error, CannotFactor):
-        entry.fail(str(error))
-    elif f.parallel is True:
-        raise error
-    else:
-        entry.fail(described(error), f.step)
-    before.restore()
-    if f.parallel is True:
-        raise refusal(str(error)) from error
 
 
 def refusal(reason: str) -> ValueError:
@@ -133,19 +90,19 @@ def refusal(reason: str) -> ValueError:
     return ValueError(f"parallel must be 'auto' or False for this model: {reason}")
 
 
-def _key(f: Oracle, batch: Batch) -> Any:
+def _key(parameters: Parameters, batch: Batch) -> Any:
     shapes = tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data))
     modules = batch.modules()
     modes = tuple([m.training for m in modules])
     watched = any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules])  # noqa: C419
-    hooks = any(map(has_hooks, f.parameters.tensors))
+    hooks = any(map(has_hooks, parameters.tensors))
     autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda"))
     loss = getattr(batch.loss, "criterion", batch.loss)
     kind = getattr(loss, "__code__", type(loss))
     return (
         shapes,
-        tuple(map(id, f.parameters.tensors)),
-        tuple(f.parameters.movable),
+        tuple(map(id, parameters.tensors)),
+        tuple(parameters.movable),
         modes,
         autocast,
         watched,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
-from steppe.engine.passes import Passes, RandomState
+from steppe.engine.passes import Passes
+from steppe.engine.replay import RandomState
 from steppe.engine.vector import wide
 from steppe.factored.black_box import black_boxes
 from steppe.factored.cost import HELD, TWO_PASSES
@@ -56,7 +57,7 @@ def tracked_of(f: Oracle, batch: Batch) -> Tracked:
     names = {id(p): name for name, p in batch.model.named_parameters()}
     index = {
         id(p): i
-        for i, (p, rho) in enumerate(zip(f.parameters.tensors, f.rho.values, strict=True))
+        for i, (p, rho) in enumerate(zip(f.passes.parameters.tensors, f.rho.values, strict=True))
         if rho and p.requires_grad
     }
     return Tracked(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch))
@@ -69,10 +70,10 @@ def rehearsed(f: Oracle, batch: Batch) -> Plan:
     sees some more passes.
     """
     tracked = tracked_of(f, batch)
-    before = RandomState.now(f.parameters.devices)
+    before = RandomState.now(f.passes.parameters.devices)
     try:
         _check_fit(batch, f)
-        with f.ranks.apart(), shaken(batch.model), NoDropout():
+        with f.passes.ranks.apart(), shaken(batch.model), NoDropout():
             return _Rehearsal(f, batch).plan(tracked)
     except CannotFactor as error:
         return Plan(tracked, reason=str(error), final=error.final)
@@ -87,8 +88,8 @@ class _Rehearsal:
 
     def __init__(self, f: Oracle, batch: Batch) -> None:
         self.f, self.batch, self.n = f, batch, len(batch)
-        self.passes = Passes(f.parameters, batch.modules)
-        self.scale = float(batch.loss_scale(f.parameters.tensors[0].detach()))  # of every loss here
+        self.passes = Passes(batch, f.passes.parameters)
+        self.scale = float(batch.loss_scale(f.passes.parameters.tensors[0].detach()))  # of every loss here
 
     def plan(self, tracked: Tracked) -> Plan:
         """Look, find the layouts, and check everything that follows from them."""
@@ -148,7 +149,7 @@ class _Rehearsal:
 
     def gradients(self) -> Gradients:
         """What backward has left."""
-        return [None if p.grad is None else p.grad.detach().clone() for p in self.f.parameters.tensors]
+        return [None if p.grad is None else p.grad.detach().clone() for p in self.f.passes.parameters.tensors]
 
     def check_losses_of_parts(self, losses: Tensor, tolerance: float) -> None:
         """An example's loss is the same in another batch."""
@@ -178,7 +179,7 @@ class _Rehearsal:
             matrices, small = gradients(look, Parts(self.n, m), HELD)
         rows = {i: gradient.chunks[0][0] for i, gradient in matrices.items() if isinstance(gradient, Held)}
         rows |= {i: t[0] for i, t in small.items()}
-        return [rows[i].reshape(p.shape) if i in rows else None for i, p in enumerate(self.f.parameters.tensors)]
+        return [rows[i].reshape(p.shape) if i in rows else None for i, p in enumerate(self.f.passes.parameters.tensors)]
 
     def check_second_pass(self, look: Look, g: Gradients, tolerance: float) -> None:
         """The second pass with ``eps = 0`` runs, and gives the first one's gradients."""
@@ -242,9 +243,9 @@ def _check_fit(batch: Batch, f: Oracle) -> None:
             raise CannotFactor(f"{type(module).__name__} has backward hooks" if hooks else "the model is compiled")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise CannotFactor("parameters are sharded")
-    if len({p.device for p in f.parameters.tensors}) > 1:
+    if len({p.device for p in f.passes.parameters.tensors}) > 1:
         raise CannotFactor("parameters are on several devices")
-    if any(has_hooks(p) for p in f.parameters.tensors):
+    if any(has_hooks(p) for p in f.passes.parameters.tensors):
         raise CannotFactor("parameters have gradient hooks")
 
 

@@ -12,10 +12,10 @@ from steppe.batch import Batch, chunks_of
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import RandomState
+from steppe.engine.replay import RandomState
+from steppe.factored.engine import SharedPasses
 from steppe.factored.parts import Parts
-from steppe.factored.plan import Entry, entry_of
-from steppe.factored.record import factors_of
+from steppe.factored.plan import Entry
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     """
     checks.positive_integer("m", m)
     parameters = list(batch.model.parameters() if params is None else params)
-    f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), parallel=True)
-    before = RandomState.now(f.parameters.devices)
+    f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))))
+    engine = SharedPasses(parallel=True)
+    before = RandomState.now(f.passes.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
-        entries = [entry_of(f, chunk) for chunk in chunks_of(batch)]
+        entries = [engine.entry(f, chunk) for chunk in chunks_of(batch)]
         if any(entry.plan.mixes for entry in entries):
             raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
-        with f.away():  # statistics are not to count this batch
-            norms, sizes, g_norm = _norms(f, entries, m)
+        with f.passes.moved():  # statistics are not to count this batch
+            norms, sizes, g_norm = _norms(f, engine, entries, m)
     finally:
         before.restore()
         for p, g in zip(parameters, kept, strict=True):
@@ -75,11 +76,11 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     return GradientStatistics(norms, g_norm, trace, g_norm.square() / trace)
 
 
-def _norms(f: Oracle, entries: Sequence[Entry], m: int) -> tuple[Tensor, Tensor, Tensor]:
+def _norms(f: Oracle, engine: SharedPasses, entries: Sequence[Entry], m: int) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and size of every micro-batch, and the norm of the mean gradient; one batch's factors at a time."""
     norms, sizes, mean = [], [], None
-    for (share, part), entry in zip(f.chunks(), entries, strict=True):
-        factors = factors_of(part, entry=entry)
+    for (share, part), entry in zip(f.parts(chunks_of(f.batch())), entries, strict=True):
+        factors = engine.first_pass(part, entry=entry)
         assert factors is not None
         parts = Parts(factors.n, m)
         norms.append(factors.norms(parts))

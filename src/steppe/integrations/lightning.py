@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from steppe.batch import Batch
-from steppe.engine.passes import RandomState
+from steppe.engine.replay import RandomState
 from steppe.optimizer import SharpnessAware
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ class SharpnessAwareMixin(_Module):
                 return first()
             with self._without_traces():
                 return again()
+
+        vars(closure)["model"] = strategy.model  # under DDP the replica, which this module does not know
 
         if isinstance(first, Batch) and isinstance(strategy, DDPStrategy):
             raise TypeError(

@@ -45,7 +45,7 @@ class Ball:
 
     def draw(self, f: Oracle, generator: torch.Generator) -> Vector:
         """The published average case: ``N(0, I)``, or uniform in the cube of half width 1."""
-        return (gaussian if self.norm == "l2" else uniform)(f.parameters.tensors, generator)
+        return (gaussian if self.norm == "l2" else uniform)(f.passes.parameters.tensors, generator)
 
 
 class Surface:
@@ -67,13 +67,13 @@ class Surface:
         self.passes += 1
         with self._at(u):
             g = self.f.grad()
-        loss = self.f.log.numbers["loss_adv"]
+        loss = self.f.passes.log.numbers["loss_adv"]
         return self._finite(float(loss), u), self.T(g)
 
     @contextmanager
     def _at(self, u: Vector | None) -> Iterator[None]:
         if u is None:
-            with self.f.away():
+            with self.f.passes.moved():
                 yield
         else:
             with self.f.at(self.T(u)):

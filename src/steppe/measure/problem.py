@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Data, Loss, mapped
 from steppe.engine import checks
-from steppe.engine.oracle import Closure, Oracle
+from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import RandomState, frozen_statistics, reshard
+from steppe.engine.passes import Closure, reshard
+from steppe.engine.replay import RandomState, frozen_statistics
 from steppe.engine.vector import LOW, wide
 from steppe.measure.standin import StandIns
 
@@ -158,7 +159,7 @@ class Problem:
 
     def mean_loss(self, f: Oracle) -> float:
         """The mean loss where ``f`` stands, a forward pass; inside :meth:`untouched` and ``f.at`` or ``f.away``."""
-        with f.passing(), torch.no_grad():
+        with f.passes.one(), torch.no_grad():
             total = math.fsum(float(batch.losses().double().sum()) for batch in self.batches())
         self.reshard()
         return total / self.n

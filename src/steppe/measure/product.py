@@ -91,7 +91,7 @@ class CentralDifference:
         """``g``, of the mean loss."""
         with problem.untouched():
             oracle = problem.oracle()
-            with oracle.away():
+            with oracle.passes.moved():
                 return oracle.grad()
 
     def hessian(self, problem: Problem, f: Callable[[], Tensor], v: Vector) -> Vector:
@@ -113,10 +113,10 @@ class CentralDifference:
 
         oracle, h = _oracle(problem, against), self.h(problem, v)  # one oracle: the same dropout in all three passes
         for eps in (h * v, -h * v):
-            with oracle.at(eps), oracle.passing(), torch.no_grad():
+            with oracle.at(eps), oracle.passes.one(), torch.no_grad():
                 seen.append(f())
             problem.reshard()
-        with oracle.away():
+        with oracle.passes.moved():
             return oracle.grad()
 
     def h(self, problem: Problem, v: Vector) -> float:

@@ -12,14 +12,14 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
 from steppe.engine.vector import TINY, Vector
+from steppe.pieces.protocol import Declaration
 
 
 @dataclass(frozen=True)
 class Perturbed:
     """``g_adv`` to the base optimizer (SAM)."""
 
-    uses_g: ClassVar[bool] = False
-    linear: ClassVar[bool] = True  # in g and g_adv: of their means over micro-batches it is the mean
+    declares: ClassVar[Declaration] = Declaration(g=False, linear=True)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g_adv``."""
@@ -38,7 +38,7 @@ class Weighted:
 
     gamma: float = 0.9
 
-    linear: ClassVar[bool] = True
+    declares: ClassVar[Declaration] = Declaration(linear=True)
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
@@ -58,7 +58,7 @@ class Coupled:
 
     gamma: float = 0.9
 
-    linear: ClassVar[bool] = True
+    declares: ClassVar[Declaration] = Declaration(linear=True)
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
@@ -92,7 +92,7 @@ class SurrogateGap:
 class RememberOrthogonal:
     """``g_adv``, and its part orthogonal to ``g`` is remembered: the k-th steps of LookSAM (arXiv 2203.02714)."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("orthogonal",)
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"orthogonal"}))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         """``g_adv``."""
@@ -112,14 +112,14 @@ class ReuseOrthogonal:
 
     alpha: float = 0.7
 
-    only_g: ClassVar[bool] = True  # asks for no other pass
+    declares: ClassVar[Declaration] = Declaration(g_adv=False, remembers=frozenset({"orthogonal"}))
 
     def __post_init__(self) -> None:
         checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle) -> Update:
         """``g`` and the remembered direction, as long as ``alpha norm(g)``."""
-        g = f.shared_g
+        g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
 

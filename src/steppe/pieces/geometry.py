@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
+from steppe.pieces.protocol import Declaration
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
@@ -18,6 +20,8 @@ Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 @dataclass(frozen=True)
 class Euclidean:
     """``d / norm(d)``, the norm over all perturbed parameters together (SAM, arXiv 2010.01412, equation 2)."""
+
+    declares: ClassVar[Declaration] = Declaration(radial=True)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``d / norm(d)``."""
@@ -31,6 +35,8 @@ class Euclidean:
 @dataclass(frozen=True)
 class Unnormalised:
     """``d`` itself: USAM. Scaling the loss scales the perturbation."""
+
+    declares: ClassVar[Declaration] = Declaration(radial=True)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         """``d``."""
@@ -50,6 +56,8 @@ class Unified:
     """
 
     lam: float = 0.5
+
+    declares: ClassVar[Declaration] = Declaration(radial=True)
 
     def __post_init__(self) -> None:
         checks.share("lam", self.lam)
@@ -88,7 +96,7 @@ class Matrices:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        return [p.dim() > 1 for p in f.parameters.tensors]
+        return [w is not None and w.dim() > 1 for w in f.w.tensors]
 
 
 @dataclass(frozen=True)
@@ -103,11 +111,11 @@ class Named:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        if f.parameters.names is None:
+        if f.names is None:
             raise TypeError(
                 f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
             )
-        return [self.part in name for name in f.parameters.names]
+        return [self.part in name for name in f.names]
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Everything:
 
     def __call__(self, f: Oracle) -> list[bool]:
         """One truth value a parameter."""
-        return [True] * len(f.parameters.tensors)
+        return [True] * len(f.w.tensors)
 
 
 @dataclass(frozen=True)
@@ -158,8 +166,8 @@ class Adaptive:
 
     def diagonal(self, f: Oracle, d: Vector) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """``T`` beside every entry of ``d``, and nothing where it is 1: a fresh tensor, made when it is asked for."""
-        for w, on, t in zip(f.parameters.tensors, self.on(f), d.materialised(), strict=True):
-            yield (wide(w.detach()).abs().add_(self.eta) if on and t is not None else None), t
+        for w, on, t in zip(f.w.tensors, self.on(f), d.materialised(), strict=True):
+            yield (wide(w).abs().add_(self.eta) if on and w is not None and t is not None else None), t
 
 
 @dataclass(frozen=True)

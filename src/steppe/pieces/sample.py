@@ -12,12 +12,14 @@ from torch import Tensor
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.vector import Vector, shard_like, wide
-from steppe.factored.record import example_norms, weighted_gradient
+from steppe.pieces.protocol import Declaration, declared
 
 
 @dataclass(frozen=True)
 class Mean:
     """``g``, the gradient of the mean loss on the batch (SAM)."""
+
+    declares: ClassVar[Declaration] = Declaration(weights="uniform")
 
     def __call__(self, f: Oracle) -> Vector:
         """``g``."""
@@ -49,7 +51,7 @@ class Friendly:
     decay: float = 0.9
     of: Callable[[Oracle], Vector] = Mean()
 
-    remembers: ClassVar[tuple[str, ...]] = ("friendly",)
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"friendly"}))
 
     def __post_init__(self) -> None:
         checks.non_negative("sigma", self.sigma)
@@ -74,7 +76,7 @@ class Smoothed:
     theta: float = 0.9
     of: Callable[[Oracle], Vector] = Mean()
 
-    remembers: ClassVar[tuple[str, ...]] = ("smoothed",)
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"smoothed"}))
 
     def __post_init__(self) -> None:
         checks.positive_share("theta", self.theta)
@@ -107,7 +109,7 @@ class Masked:
 
     def __call__(self, f: Oracle) -> Vector:
         """The gradient on the kept tensors."""
-        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, f.parameters.movable))
+        return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, [t is not None for t in f.movable(f.w).tensors]))
 
     def kept(self, step: int, movable: Sequence[bool]) -> list[bool]:
         """Which tensors take part at this step, of those that may."""
@@ -195,9 +197,11 @@ class Exact:
 
     otherwise: Callable[[Oracle], Tensor] = FiniteDifference()
 
+    declares: ClassVar[Declaration] = Declaration(weights="norms")
+
     def __call__(self, f: Oracle) -> Tensor:
         """One norm an example, shape ``(n,)``."""
-        norms = example_norms(f)
+        norms = f.example_norms()
         return self.otherwise(f) if norms is None else norms
 
 
@@ -225,16 +229,18 @@ class Reweighted:
     lam: float = 0.5
     probe: Callable[[Oracle], Tensor] = Exact()
 
-    per_example: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         checks.non_negative("lam", self.lam)
 
+    @property
+    def declares(self) -> Declaration:
+        """Norms that are exact allow shared passes."""
+        exact = declared(self.probe).weights == "norms"
+        return Declaration(examples=True, weights="norms" if exact else None)
+
     def __call__(self, f: Oracle) -> Vector:
         """``d``."""
-        p = self.weights(self.probe(f))
-        d = weighted_gradient(f, p)
-        return f.grad(weights=p) if d is None else f.made(d)
+        return f.grad(weights=self.weights(self.probe(f)))
 
     def weights(self, norms: Tensor) -> Tensor:
         """``softmax(lam norms)``, shape ``(n,)``, or along the last dimension."""

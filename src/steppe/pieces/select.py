@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
+from steppe.pieces.protocol import Declaration
 
 
 @dataclass(frozen=True)
 class All:
     """The whole batch."""
+
+    declares: ClassVar[Declaration] = Declaration(everything=True)
 
     def __call__(self, f: Oracle) -> None:
         """No choice."""
@@ -37,9 +41,9 @@ class Sharpest:
         checks.positive_share("gamma", self.gamma)
 
     @property
-    def per_example(self) -> bool:
-        """Whether it looks at single examples at all."""
-        return self.gamma < 1
+    def declares(self) -> Declaration:
+        """With ``gamma`` 1 there is nothing to choose."""
+        return Declaration(examples=self.gamma < 1, losses_at_w=self.gamma < 1)
 
     def __call__(self, f: Oracle) -> Tensor | None:
         """Indices of the chosen examples."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from steppe.batch import Batch, leaves
-from steppe.engine.passes import RandomState, frozen_statistics
+from steppe.engine.replay import RandomState, frozen_statistics
 
 ExampleLoss = Callable[[Tensor, Any], Tensor]  # (x of shape (d,), one example's row of the data) -> ()
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from steppe.batch import Batch
-from steppe.engine.oracle import Oracle
+from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.vector import TINY, Vector
 from steppe.optimizer import SharpnessAware
-from steppe.rule import AnyRule, Micro, Plain, Rule
+from steppe.rule import Micro, Plain, Rule
 from steppe.sde.problem import Problem
 from steppe.sde.scheme import Scheme
 from steppe.sde.simulate import require_finite

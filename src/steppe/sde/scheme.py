@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from steppe.engine import checks
+from steppe.engine.oracle import AnyRule
 from steppe.optimizer import SharpnessAware
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean, Unnormalised
 from steppe.pieces.sample import Mean, OnFull
 from steppe.pieces.select import All
-from steppe.rule import AnyRule, Micro, Plain, Rule
+from steppe.rule import Micro, Plain, Rule
 from steppe.sde.problem import SDEError
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steppe.engine.oracle import AnyRule
 from steppe.pieces.geometry import Unnormalised
 from steppe.pieces.sample import OnFull
-from steppe.rule import AnyRule, Micro, Plain, Rule
+from steppe.rule import Micro, Plain, Rule
 from steppe.sde.compare import Errors, Estimate, Slope, estimate, fit, weak_error, whole_steps
 from steppe.sde.equation import Equation
 from steppe.sde.problem import Problem, SDEError, logistic, quadratic

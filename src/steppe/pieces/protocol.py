@@ -1,0 +1,55 @@
+"""What a piece may declare about itself, and the one place that reads it.
+
+A piece is a frozen dataclass that is called with the :class:`~steppe.Oracle`. Its class attribute (or property)
+``declares`` is a :class:`Declaration`. A piece that declares nothing works: it is carried out in the most general, and
+most expensive, way. What is declared is relied upon, so a wrong declaration gives an error or a wrong step;
+``tests/test_protocol.py`` checks the declaration of every piece against what the piece does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a piece needs, what it remembers, and which shortcuts it allows.
+
+    Attributes:
+        g: ``combine``, or a rule, asks for ``f.g`` after the weights have moved. Without it ``g`` is freed before the
+            second pass, which saves one copy of the parameters.
+        g_adv: a rule takes the gradient at ``w + eps``. A rule without it costs one pass.
+        examples: looks at single examples, so ``step`` needs a :class:`~steppe.Batch`.
+        losses_at_w: asks for ``f.losses_at_w()`` at ``w + eps``.
+        remembers: the names that it passes to ``f.recall`` and ``f.remember``.
+        weights: ``sample`` is ``sum_i p_i grad f_i``, with ``p`` uniform, or ``p = piece.weights(norms)`` made from the
+            norms of the per-example gradients.
+        radial: ``geometry`` multiplies ``d`` by ``piece.radial(norm)``, a number made from the norm of ``d`` alone.
+        everything: ``select`` takes the whole batch.
+        linear: ``combine`` is linear in ``(g, g_adv)``, so the mean of updates is the update of the means.
+    """
+
+    g: bool = True
+    g_adv: bool = True
+    examples: bool = False
+    losses_at_w: bool = False
+    remembers: frozenset[str] = frozenset()
+    weights: Literal["uniform", "norms"] | None = None
+    radial: bool = False
+    everything: bool = False
+    linear: bool = False
+
+
+def declared(piece: object) -> Declaration:
+    """Return what a piece or a rule declares, with the needs and the memory of the pieces that it is made of."""
+    own: Declaration = getattr(piece, "declares", Declaration())
+    if not is_dataclass(piece):
+        return own
+    parts = [declared(getattr(piece, field.name)) for field in fields(piece)]
+    return replace(
+        own,
+        examples=own.examples or any(part.examples for part in parts),
+        losses_at_w=own.losses_at_w or any(part.losses_at_w for part in parts),
+        remembers=own.remembers.union(*(part.remembers for part in parts)),
+    )

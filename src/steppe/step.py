@@ -1,0 +1,274 @@
+"""One step: the passes of the rule, then what is left to do when the base optimizer moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from steppe.batch import Batch
+from steppe.engine.ddp import RankGroups
+from steppe.engine.grad_scaler import Scaling
+from steppe.engine.modules import Modules
+from steppe.engine.oracle import AnyRule, NotFinite, Oracle
+from steppe.engine.parameters import Parameters, RadiusOfGroups, steps_of
+from steppe.engine.passes import Closure
+from steppe.engine.replay import frozen_statistics
+from steppe.engine.state import RuleState
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector, shift_
+from steppe.factored.engine import SharedPasses
+from steppe.factored.statistics import gradient_statistics
+from steppe.pieces.protocol import declared
+from steppe.rule import Plain, Rule, rule_at
+
+
+@dataclass
+class Pending:
+    """A step whose gradients are in ``p.grad`` and whose move is left.
+
+    Args:
+        parameters: every parameter of the optimizer.
+        beside: what moves past the base, ``w <- w - lr beside``.
+        memory: what the rule remembers, by name, and the rate at which its memory moves there.
+        rescaled: whether the gradients are scaled again, for a framework that unscales them.
+    """
+
+    parameters: Sequence[Tensor]
+    beside: Vector | None = None
+    memory: dict[str, tuple[Vector, float]] = field(default_factory=dict)
+    rescaled: bool = False
+    _handed: list[Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._handed = [p for p in self.parameters if p.grad is not None]
+
+    @classmethod
+    def of(cls, update: Update, f: Oracle, max_norm: float | None) -> Pending:
+        """Average the update over the ranks, clip it, and hand its gradients to the parameters."""
+        passes, parameters = f.passes, f.passes.parameters.tensors
+        update, memory = passes.ranks.join(update, passes.log.memory, parameters)
+        if max_norm is not None:
+            passes.log.numbers["update_norm"] = update.grad.norm()
+            update = update.clipped(max_norm)
+        grads = update.grad.materialised()
+        kept = {name: (_apart(v, grads), passes.log.rates[name]) for name, v in memory.items()}
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
+        return cls(parameters, update.beside, kept)
+
+    def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
+        """Step the base, move beside it, and write the rule's memory.
+
+        Parameters whose gradient was dropped after :meth:`of`, by the loop, take no step.
+        """
+        dropped = {id(p) for p in self._handed if p.grad is None}
+        moving = [id(p) not in dropped for p in self.parameters]
+        base.step()
+        if self.beside is not None:
+            lr = {id(p): group["lr"] for group in base.param_groups for p in group["params"]}
+            for p, s in zip(self.parameters, self.beside.where(moving).tensors, strict=True):
+                if s is not None:
+                    shift_(p, s, -lr[id(p)] * self.beside.scale)
+        for name, (v, rate) in self.memory.items():
+            state.keep(base.state, self.parameters, name, v.where(moving).tensors, rate)
+
+
+def _apart(v: Vector, grads: Sequence[Tensor | None]) -> Vector:
+    """Return what is to be remembered of the parameters that the base will see.
+
+    Others get no memory: a foreign key would keep the base from initialising their state. An entry that is the
+    gradient itself is copied, as the base may change it in place.
+    """
+    pairs = zip(v.materialised(), grads, strict=True)
+    return Vector([None if t is None or g is None else t.clone() if t is g else t for t, g in pairs])
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that moves nothing, as a gradient is not finite."""
+
+    rescaled: bool = False
+
+    def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
+        """Move nothing."""
+
+
+def no_closure() -> Tensor:
+    """Stand in for the closure between ``first_step`` and ``second_step``."""
+    raise TypeError(
+        "this method takes passes of its own, not just two gradients: call step() with a closure or a Batch"
+    )
+
+
+class HalfStep:
+    """A step between ``first_step`` and ``second_step``: the weights are ``w + eps``.
+
+    Running statistics are put back to what the first pass has left.
+
+    Args:
+        f: an oracle whose closure is :func:`no_closure`.
+        rule: the optimizer's rule.
+
+    Raises:
+        TypeError: the rule needs more than the gradients at ``w`` and ``w + eps``; nothing has been changed.
+    """
+
+    def __init__(self, f: Oracle, rule: AnyRule) -> None:
+        self.f, self.rule, self.finite = f, rule_at(rule, f.step), True
+        needs = declared(self.rule)
+        if needs.examples or not (isinstance(self.rule, Rule) or not needs.g_adv):
+            raise TypeError(f"first_step() and second_step() serve rules of two gradients, not {rule!r}: call step()")
+        self.ran: list[nn.Module] = []  # the modules of the second pass
+        self._away = ExitStack()
+
+    def look(self) -> None:
+        """Take the gradients in ``p.grad`` as ``g``, and move to ``w + eps``."""
+        passes = self.f.passes
+        given = [p.grad for p in passes.parameters.tensors]
+        try:
+            self.f.g = passes.given()
+            eps = self.rule.perturbation(self.f) if isinstance(self.rule, Rule) else None
+            self.ran = self._away.enter_context(frozen_statistics(passes.modules()))  # also where nothing moves
+            if eps:
+                self._away.enter_context(self.f.at(eps))
+        except NotFinite:
+            self.finite = False
+        except BaseException:
+            self.leave()
+            for p, g in zip(passes.parameters.tensors, given, strict=True):
+                p.grad = g
+            raise
+
+    def see(self) -> Update | None:
+        """Take the gradients in ``p.grad`` as ``g_adv``, move back to ``w``, and combine; ``None`` is no update."""
+        f, ranks = self.f, self.f.passes.ranks
+        try:
+            g_adv = f.passes.given()
+        finally:
+            self.leave()
+        if not self.finite:
+            return None
+        if not ranks.alone:
+            if f.needs_g:  # this rank's, or the mean already, whose mean it is
+                f.g = ranks.mean(f.g, f.passes.parameters.tensors)
+            ranks.averaged = True
+        if isinstance(self.rule, Rule):
+            f.passes.log.compare(f.g if f.needs_g else None, g_adv)
+            return self.rule.combine(f, g_adv)
+        return self.rule(f)
+
+    def leave(self) -> None:
+        """Move back to ``w``."""
+        with torch.no_grad():
+            self._away.close()
+
+
+@dataclass
+class Stepper:
+    """Makes the oracle of every step, runs the rule, and hands its update to the parameters.
+
+    Args:
+        base: the base optimizer.
+        rule: the optimizer's rule.
+        radius: the radius of every group.
+        options: the options of the optimizer.
+    """
+
+    base: torch.optim.Optimizer
+    rule: AnyRule
+    radius: RadiusOfGroups
+    full: Closure | None
+    check_finite: bool
+    cosine: bool
+    gradient_noise: bool
+    parallel: bool | str
+    max_norm: float | None
+    ranks: RankGroups
+    modules: Modules
+    state: RuleState
+    scaling: Scaling = field(default_factory=Scaling)
+
+    def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
+        """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
+        closure, scale = self.scaling.of_step(closure, scaler)
+        groups = self.base.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
+        modules = closure.modules if isinstance(closure, Batch) else partial(self.modules.of, closure, parameters)
+        ranks = self.ranks.of_step(modules, parameters)
+        radii, step = self.radius.update(groups), steps_of(groups)
+        self.state.clear_room(self.base.state)
+        rule = rule_at(self.rule, step) if radii.largest() else Plain()
+        full = self.full
+        return Oracle(
+            closure,
+            Parameters(parameters, radii, names),
+            declares=declared(rule),
+            step=step,
+            recall=partial(self.state.recall, self.base.state, parameters),
+            full=full.scaled_by(scale.scaler if scale else None) if isinstance(full, Batch) else full,
+            keep_g=self.cosine,
+            guard=self.check_finite or scale is not None,
+            shortcuts=SharedPasses(self.parallel) if self.parallel else None,
+            modules=modules,
+            ranks=ranks,
+            scale=scale,
+        )
+
+    def passes(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> tuple[Oracle, Pending | Skipped]:
+        """Run a step's passes; what is left is the move.
+
+        Raises:
+            TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
+        """
+        f = self.oracle(closure, scaler)
+        rule: AnyRule = rule_at(self.rule, f.step) if f.rho.largest() else Plain()
+        if declared(rule).examples:
+            f.batch(repr(self.rule))
+        if f.passes.ranks.unprepared:
+            f.passes.rehearse()
+        if self.gradient_noise:
+            with f.passes.ranks.apart():
+                noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
+            f.passes.log.numbers["trace_V"] = noise.trace
+        try:
+            update = f.average(rule)
+        except NotFinite:
+            update = None
+        return f, self.finish(update, f)
+
+    def half_step(self, scaler: torch.amp.GradScaler | None) -> HalfStep:
+        """Return the step between ``first_step`` and ``second_step``."""
+        f = self.oracle(no_closure, scaler)
+        return HalfStep(f, self.rule if f.rho.largest() else Plain())
+
+    def second_half(self, half: HalfStep) -> Pending | Skipped:
+        """End a step that ``half_step`` has begun."""
+        passes = half.f.passes
+        try:
+            if passes.ranks.alone:  # no closure has named the replicas
+                passes.ranks = self.ranks.of_step(lambda: half.ran, passes.parameters.tensors)
+            return self.finish(half.see(), half.f)
+        finally:
+            half.leave()
+
+    def finish(self, update: Update | None, f: Oracle) -> Pending | Skipped:
+        """Hand an update whose gradients are finite on all ranks to the parameters."""
+        passes = f.passes
+        device = passes.parameters.tensors[0].device
+        overflow = update is None or (f.guard and not passes.log.finite())
+        skip = passes.ranks.any(overflow, device) if f.guard else overflow
+        if passes.scale is not None:
+            if skip and not overflow:
+                passes.scale.overflow(device)
+            passes.scale.end()
+        if skip or update is None:
+            return Skipped()
+        if update.beside is not None and any("lr" not in group for group in self.base.param_groups):
+            raise TypeError("this method moves beside the base optimizer by lr: the base's groups must have an 'lr'")
+        return Pending.of(update, f, self.max_norm)
