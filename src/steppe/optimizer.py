@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -14,21 +13,23 @@ from torch._compile import _disable_dynamo
 from steppe.batch import Batch, as_closure
 from steppe.engine import checks
 from steppe.engine.ddp import RankGroups, Sync
+from steppe.engine.facade import Facade
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState, forget_foreign
+from steppe.engine.state import RuleState
 from steppe.pieces.protocol import declared
 from steppe.schedule import Schedule
 from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
 
-STEP = checks.STEP
+Scaler = torch.amp.GradScaler
+KEPT = {"base", "telemetry", "_radius", "_memory", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
 class Options(TypedDict, total=False):
-    """What every method takes beside its own parameters: see :class:`SharpnessAware`."""
+    """The options that every method takes: see :class:`SharpnessAware`."""
 
     check_finite: bool
     cosine: bool
@@ -39,39 +40,35 @@ class Options(TypedDict, total=False):
     model: nn.Module | None
 
 
-class SharpnessAware(torch.optim.Optimizer):
+class SharpnessAware(Facade):
     """Any base optimizer, made sharpness-aware by a rule.
 
     ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
     the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
-    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit.
-
-    Parameters in bfloat16 round the perturbed weights: norms and ``eps`` are computed in float32, but a weight moves
-    only where its ``eps`` exceeds half its last place. With standard-normal gradients on 25 M weights of size 0.02, rho
-    0.05 moves 12 % of them (length 0.6 rho, cosine 0.46 to the direction meant), rho 0.5 68 % (1.04 rho, 0.95): keep
-    the parameters in float32 under ``torch.autocast``, or take a larger rho.
+    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit. Keep parameters in float32: bfloat16
+    rounds most of a small perturbation away (``docs/stacks/mixed-precision.md``).
 
     Args:
         base: an optimizer instance; it sees the combined gradient, once a step.
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
-        check_finite: skip steps whose gradients are not finite; the one place where a step waits for its device (but
-            for messages between ranks, rehearsals of shared passes, and ESAM's choice from accumulated batches).
-        parallel: run micro-batches in two passes over the whole batch: ``"auto"`` where the model allows it, ``True``
-            or an error, ``False`` never (:mod:`steppe.factored`).
-        cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
-        sync: under ``DistributedDataParallel``, whose gradients make the perturbation: ``"local"`` (each rank its own:
-            m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one; every pass is
-            averaged), or a number of neighbouring ranks that share one. The gradient that the base sees is averaged
-            over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
-        max_norm: clip the gradient that the base sees to this norm, over all parameters
-            (:meth:`~steppe.Update.clipped`).
+        check_finite: skip steps whose gradients are not finite (default ``True``). This is the one place where a step
+            waits for its device, apart from all-reduces, rehearsals of shared passes, and ESAM on accumulated batches.
+        cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters (default ``False``).
+        gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass (default ``False``; needs
+            a :class:`~steppe.Batch` and a model that factors: :func:`~steppe.factored.gradient_statistics`).
+        parallel: run micro-batches in two shared passes over the whole batch (:mod:`steppe.factored`): ``"auto"`` (the
+            default) where the model allows it and it is cheaper, ``True`` always, or an error, ``False`` never.
+        sync: whose gradients make the perturbation under ``DistributedDataParallel``: ``"local"`` (each rank its own:
+            m-SAM across ranks, as published; what ``"auto"``, the default, means), ``"global"`` (all ranks share one,
+            and every pass is averaged), or a number of neighbouring ranks that share one. The gradient that the base
+            sees is averaged over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
+        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step (default ``None``:
+            no clipping; :meth:`~steppe.Update.clipped`).
         model: the module that plain closures run, where steppe cannot find it among the variables that the closure
-            refers to (:mod:`steppe.engine.modules`): its running statistics are protected, and DDP is told when to
-            average. Needed for ``first_step`` and ``second_step`` under DDP.
-        gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
-            :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
+            refers to (default ``None``: look there). Its running statistics are protected in further passes, and DDP
+            is told when to average.
 
     Raises:
         TypeError: ``base`` is no optimizer instance, or one of another kind (L-BFGS, SparseAdam); complex parameters.
@@ -84,12 +81,10 @@ class SharpnessAware(torch.optim.Optimizer):
         >>> loss = optimizer.step(Batch.supervised(model, criterion, inputs, targets))
     """
 
-    base: torch.optim.Optimizer
     telemetry: Telemetry  #: what the last step saw
     _stepper: Stepper
     _pending: Pending | Skipped | None  # between backward and step
     _half: HalfStep | None  # between first_step and second_step
-    _warned: set[str]
 
     def __init__(
         self,
@@ -107,29 +102,21 @@ class SharpnessAware(torch.optim.Optimizer):
         model: nn.Module | None = None,
     ) -> None:
         checks.check_base(base)
-        if not callable(rule):
-            raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
-        if parallel not in ("auto", True, False):
-            raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
-        if max_norm is not None:
-            checks.number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
-        ranks, state = RankGroups(sync), RuleState(declared(rule).remembers)
+        checks.check_options(rule, parallel, max_norm, model)
+        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
         radius = RadiusOfGroups(rho, base.param_groups)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
-        super().__setstate__(  # the hooks of an Optimizer without groups of its own: those are the base's
-            {
-                "base": base,
-                "telemetry": Telemetry(),
-                "_stepper": Stepper(base, rule, radius, full, *options, ranks, Modules(model), state),
-                "_pending": None,
-                "_half": None,
-                "_warned": set(),
-            }
-        )
+        stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
+        # not super().__init__, which would make groups: they are the base's
+        super().__setstate__(_fields(base=base, _radius=radius, _memory=memory, _stepper=stepper))
 
-    # ---- an Optimizer whose parameters and state are the base's
+    def __getstate__(self) -> dict[str, Any]:
+        return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
+
+    def __repr__(self) -> str:
+        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        rho = rhos[0] if len(rhos) == 1 else rhos
+        return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 
     @property
     def rule(self) -> AnyRule:
@@ -145,61 +132,18 @@ class SharpnessAware(torch.optim.Optimizer):
     def full(self, full: Closure | None) -> None:
         self._stepper.full = full
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's parameter groups, each with its ``rho``."""
-        return self.base.param_groups
+    # ---- one call
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's state, with the rule's memory beside it."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's defaults."""
-        return self.base.defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
-        groups = self.param_groups
-        group = self._stepper.radius.checked(param_group, self.defaults, steps_of(groups), len(groups))
-        self.base.add_param_group(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in SharpnessAware.__annotations__}  # schedulers patch ``step``
-        return kept | {"_half": None, "_pending": None}  # a copy is not in the middle of a step
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" in state:  # unpickled or copied
-            super().__setstate__(state)
-        else:  # load_state_dict
-            forget_foreign(state)
-            for new, old in zip(state["param_groups"], self.param_groups, strict=True):
-                new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
-                new.setdefault(STEP, 0)
-            self.base.__setstate__(state)
-            self._stepper.state.room = False
-
-    def __repr__(self) -> str:
-        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
-        rho = rhos[0] if len(rhos) == 1 else rhos
-        return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
-
-    # ---- the step
-
-    @_disable_dynamo  # a step moves weights between passes: a compiled loop runs it as it is
+    @_disable_dynamo  # a step moves weights between passes: a compiled training loop runs it as it is
     @torch.no_grad()
-    def step(
-        self, closure: Closure | Sequence[Batch] | None = None, *, scaler: torch.amp.GradScaler | None = None
-    ) -> Any:
-        """One sharpness-aware step.
+    def step(self, closure: Closure | Sequence[Batch] | None = None, *, scaler: Scaler | None = None) -> Any:
+        """Take one sharpness-aware step.
 
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
-                needs. A :class:`~steppe.Batch` for methods that look inside the batch; a list of them to accumulate
-                (:class:`~steppe.Batches`). Without one, the step that :meth:`backward` has begun is finished; where
-                there is none, the base steps on the gradients that are there, with one warning.
+                needs. A :class:`~steppe.Batch` for methods that look inside the batch; a list of them accumulates
+                gradients (:class:`~steppe.Batches`). Without one, the step that :meth:`backward` has begun is finished;
+                where there is none, the base steps on the gradients in ``p.grad``, with one warning.
             scaler: the scaler that the closure scales its loss by before ``backward()``; it returns the loss unscaled.
                 (A ``Batch`` scales its own.) Gradients are unscaled, an overflow in any pass skips the step, and
                 ``scaler.update()``, to be called after every step, backs off.
@@ -220,7 +164,9 @@ class SharpnessAware(torch.optim.Optimizer):
             return None
         self._refuse_half_step()
         if closure is None:
-            return self._base_step()
+            self._base_step()
+            self.telemetry = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
+            return None
         f, pending = self._stepper.passes(as_closure(closure), scaler)
         self._report(f, pending)
         self._move(pending)
@@ -229,13 +175,9 @@ class SharpnessAware(torch.optim.Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def backward(
-        self,
-        closure: Closure | Sequence[Batch],
-        *,
-        scaler: torch.amp.GradScaler | None = None,
-        rescale: bool = False,
+        self, closure: Closure | Sequence[Batch], *, scaler: Scaler | None = None, rescale: bool = False
     ) -> Any:
-        """A step's passes without its move, in place of ``loss.backward()``.
+        """Run a step's passes without its move, in place of ``loss.backward()``.
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
         frameworks that clip, log or check gradients before ``step()`` do so to the combined gradient, once a step.
@@ -263,28 +205,21 @@ class SharpnessAware(torch.optim.Optimizer):
         self._pending = None
         f, pending = self._stepper.passes(as_closure(closure), scaler)
         self._report(f, pending)
-        parameters = f.passes.parameters.tensors
-        if isinstance(pending, Skipped):
-            for p in parameters:
-                p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
-        scaler = scaler or getattr(closure, "scaler", None)
-        if rescale and scaler is not None:
-            pending = replace(pending, rescaled=True)
-            for p in parameters:
-                p.grad = None if p.grad is None else scaler.scale(p.grad)
+        pending.rescaled = rescale
+        pending.leave_gradients(f, (scaler or getattr(closure, "scaler", None)) if rescale else None)
         self._pending = pending
         return f.passes.log.loss
 
-    # ---- the step in two calls
+    # ---- two calls
 
     @_disable_dynamo
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Take the gradients that are there as ``g`` and move to ``w + eps``: the first half of a step.
+    def first_step(self, zero_grad: bool = False, *, scaler: Scaler | None = None) -> None:
+        """Take the gradients in ``p.grad`` as ``g`` and move to ``w + eps``: the calling convention of ``sam.py``.
 
-        Between ``first_step`` and ``second_step`` run forward and backward once more on the same batch. Prefer ``step``
-        with a closure, which also draws the same dropout masks in both passes; this is the calling convention of the
-        widely copied ``sam.py``. Normalisation statistics see the first forward alone here too.
+        Then run forward and backward once more on the same batch, and call :meth:`second_step`. Prefer :meth:`step`
+        with a closure, which also draws the same dropout masks in both passes. Running statistics see the first forward
+        alone here too.
 
         Args:
             zero_grad: accepted for that convention: gradients are dropped in any case.
@@ -292,7 +227,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Raises:
             TypeError: the method needs more than two gradients.
-            RuntimeError: called twice without ``second_step`` between, or under ``scaler.step``.
+            RuntimeError: called twice without ``second_step`` between.
 
         Example:
             >>> criterion(model(x), y).backward()
@@ -308,7 +243,7 @@ class SharpnessAware(torch.optim.Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Take the gradients that are there as ``g_adv``, move back to ``w`` bit for bit, and step.
+        """Take the gradients in ``p.grad`` as ``g_adv``, move back to ``w`` bit for bit, and step.
 
         Args:
             zero_grad: drop the gradients afterwards.
@@ -325,7 +260,6 @@ class SharpnessAware(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
     def cancel_step(self) -> None:
         """Move back to ``w`` after ``first_step``, and forget the step."""
         half, self._half = self._half, None
@@ -336,61 +270,23 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._half is not None:
             raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
 
-    def _refuse_grad_scaler(self) -> None:
-        """Refuse a step that ``GradScaler.step`` takes, except after ``backward(rescale=True)``."""
-        if "grad_scale" in self.__dict__:
-            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
-            raise RuntimeError(
-                "scaler.step(optimizer) knows one pass of a step's several. Write loss = optimizer.step(closure, "
-                "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
-                "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
-            )
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Asks ``GradScaler.step`` to leave ``grad_scale`` here, which tells that it is the caller of ``step``."""
-        return self._pending is None or not self._pending.rescaled
-
-    # ---- around the step
+    # ---- after the passes
 
     def _move(self, pending: Pending | Skipped) -> None:
-        pending.move(self.base, self._stepper.state)
+        pending.move(self.base, self._memory)
         if isinstance(pending, Pending):
-            self._count_step()
-
-    def _base_step(self) -> None:
-        if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
-            self._warn_once(
-                "step() was called without a closure: this step is the base optimizer's, not sharpness-aware. "
-                "Pass a closure, or a steppe.Batch, to step()."
-            )
-            self.base.step()
-            self._count_step()
-        else:  # a distributed checkpoint is about to be loaded into what this step leaves
-            self.base.step()
-            self._stepper.state.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
-        self.telemetry = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
-
-    def _count_step(self) -> None:
-        steps = steps_of(self.param_groups) + 1
-        for group in self.param_groups:
-            group[STEP] = steps  # also of a group that was added to the base since the passes
-        self.telemetry = replace(self.telemetry, steps=steps)
+            self.telemetry = replace(self.telemetry, steps=self._count_step())
 
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
-        self.telemetry = log.telemetry(
-            rho=f.rho.largest(),
-            steps=steps_of(self.param_groups),
-            skipped=self.telemetry.skipped + skip,
-            was_skipped=skip,
-        )
+        counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
+        self.telemetry = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:
             self._warn_once("no parameter received a gradient: does the closure call backward()?")
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            checks.warn(message)
+
+def _fields(**fields: Any) -> dict[str, Any]:
+    """Return the fields of an optimizer that is not in the middle of a step."""
+    return {"telemetry": Telemetry(), "_warned": set(), **fields, "_pending": None, "_half": None}

@@ -14,13 +14,14 @@ from steppe.batch import Batch
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
 from steppe.engine.modules import Modules
-from steppe.engine.oracle import AnyRule, NotFinite, Oracle
+from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import Parameters, RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.replay import frozen_statistics
 from steppe.engine.state import RuleState
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, shift_
+from steppe.engine.weights import NotFinite
 from steppe.factored.engine import SharedPasses
 from steppe.factored.statistics import gradient_statistics
 from steppe.pieces.protocol import declared
@@ -35,7 +36,7 @@ class Pending:
         parameters: every parameter of the optimizer.
         beside: what moves past the base, ``w <- w - lr beside``.
         memory: what the rule remembers, by name, and the rate at which its memory moves there.
-        rescaled: whether the gradients are scaled again, for a framework that unscales them.
+        rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
     """
 
     parameters: Sequence[Tensor]
@@ -60,6 +61,12 @@ class Pending:
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         return cls(parameters, update.beside, kept)
+
+    def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
+        """Scale the gradients again, for a framework whose scaler will unscale them."""
+        if scaler is not None:
+            for p in self.parameters:
+                p.grad = None if p.grad is None else scaler.scale(p.grad)
 
     def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
         """Step the base, move beside it, and write the rule's memory.
@@ -88,11 +95,16 @@ def _apart(v: Vector, grads: Sequence[Tensor | None]) -> Vector:
     return Vector([None if t is None or g is None else t.clone() if t is g else t for t, g in pairs])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Skipped:
     """A step that moves nothing, as a gradient is not finite."""
 
     rescaled: bool = False
+
+    def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
+        """Set the gradients to NaN, so that whoever checks them skips the step too."""
+        for p in f.passes.parameters.tensors:
+            p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
 
     def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
         """Move nothing."""

@@ -82,6 +82,18 @@ def check_base(base: object) -> None:
         )
 
 
+def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:
+    """Refuse options of the optimizer that are none of the documented ones."""
+    if not callable(rule):
+        raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
+    if parallel not in ("auto", True, False):
+        raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
+    if max_norm is not None:
+        number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Refuse a group whose rho, parameters or options no step could use."""
     if "rho" in group:

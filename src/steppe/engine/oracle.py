@@ -1,4 +1,4 @@
-"""What a rule may ask of the loss; the only code that moves weights during a step."""
+"""What a rule may ask of the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import reduce
 from operator import add
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
@@ -18,14 +17,11 @@ from steppe.engine.grad_scaler import LossScale
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import Closure, Passes
 from steppe.engine.update import Update
-from steppe.engine.vector import Vector, local, shift_
+from steppe.engine.vector import Vector
+from steppe.engine.weights import moved
 from steppe.pieces.protocol import Declaration
 
 AnyRule = Callable[["Oracle"], Update]  # any function from oracle to update is a rule
-
-
-class NotFinite(Exception):  # noqa: N818
-    """A gradient is not finite: the step is to be skipped."""
 
 
 class Shortcuts(Protocol):
@@ -122,40 +118,9 @@ class Oracle:
                 self.losses()
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
-        self.passes.detach_losses()
-        finite = self._finite(eps)
-        moved: list[Tensor] = []
-        saved: list[Tensor] = []
-        with self.passes.moved():
-            try:
-                with torch.no_grad():
-                    self.passes.reshard()
-                    for p, e in zip(self.passes.parameters.tensors, eps.tensors, strict=True):
-                        if e is not None:
-                            saved.append(local(p).clone())
-                            moved.append(local(p))
-                            shift_(moved[-1], local(e), eps.scale, finite)
-                    torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
-                e = None
-                del eps  # frees the memory of g
-                yield
-            finally:
-                if moved:
-                    with torch.no_grad():
-                        torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
-                    torch.clear_autocast_cache()
-                    self.passes.reshard()
-
-    def _finite(self, eps: Vector) -> Tensor | None:
-        """Log the norm of ``eps``; return it where only the device, or another rank, can tell if it is finite."""
-        norm = self.passes.log.numbers["eps_norm"] = eps.norm()
-        if not self.guard:
-            return None
-        if norm.device.type == "cpu" and self.passes.ranks.alone:
-            if not norm.isfinite():
-                raise NotFinite
-            return None
-        return norm
+        with moved(self.passes, eps, self.guard):
+            del eps  # frees the memory of g
+            yield
 
     # ---- gradients and losses
 

@@ -1,4 +1,4 @@
-"""The forward and backward passes of one step: the only code that runs the closure and reads ``p.grad``."""
+"""The forward and backward passes of one step: the only code that runs the closure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks, no_unknown_replica
 from steppe.engine.grad_scaler import LossScale
+from steppe.engine.grads import drop, only, take
 from steppe.engine.parameters import Parameters
 from steppe.engine.replay import RandomState, frozen_statistics
 from steppe.engine.vector import Vector
@@ -80,7 +81,7 @@ class Passes:
     @contextmanager
     def one(self, away: bool | None = None) -> Iterator[None]:
         """Surround one forward and backward, at ``w`` or away from it. Gradients are dropped before and after."""
-        self.drop()
+        drop(self.parameters.tensors)
         torch.clear_autocast_cache()  # weights may have moved, or a forward without gradients have cast them
         devices = self.parameters.devices
         start, end = self._random or (RandomState.now(devices), None)
@@ -96,7 +97,7 @@ class Passes:
                     yield
                 self.counted = True
         finally:
-            self.drop()
+            drop(self.parameters.tensors)
             if end is not None:
                 end.restore()  # the stream goes on as after one ordinary pass
         self._random = (start, end or RandomState.now(devices))
@@ -136,11 +137,6 @@ class Passes:
         if self.parameters.sharded:
             reshard(self.modules())
 
-    def drop(self) -> None:
-        """Set every ``p.grad`` to ``None``."""
-        for p in self.parameters.tensors:
-            p.grad = None
-
     # ---- gradients
 
     def gradient(
@@ -169,7 +165,7 @@ class Passes:
                 inputs, wrt = [p for p, k in zip(self.parameters.tensors, wrt, strict=True) if k], None
             else:  # a loss must depend on some parameter: vectors cost next to nothing
                 wrt = [k or p.dim() < 2 for p, k in zip(self.parameters.tensors, wrt, strict=True)]
-        with self.one(), self._only(wrt):
+        with self.one(), only(self.parameters.tensors, wrt):
             if isinstance(self.closure, Batch) or on is not None or weights is not None:
                 self._run_batch(on, weights, inputs, under or nullcontext(), synced)
             else:
@@ -177,7 +173,7 @@ class Passes:
                     self._run_closure()
             if self.scale is not None:
                 self.scale.unscale(self.parameters.tensors)
-            g = self.take()
+            g = take(self.parameters.tensors)
         if left_out is not None:
             g = g.where(left_out)
         if synced:
@@ -190,17 +186,13 @@ class Passes:
         """Return the gradients that a pass of the user has left in ``p.grad``, unscaled."""
         if self.scale is not None:
             self.scale.unscale(self.parameters.tensors)
-        return self._noted(self.take())
+        return self._noted(take(self.parameters.tensors))
 
     def made(self, g: Vector) -> Vector:
         """Register a gradient that was computed without a backward pass: share it among the ranks, log its norm."""
         if self.scale is not None:
             self.scale.watch(g.norm())
         return self._noted(self.ranks.shared_gradient(g, self.parameters.tensors))
-
-    def take(self) -> Vector:
-        """Return the gradients in memory that the next pass does not write."""
-        return Vector([_take(p) for p in self.parameters.tensors])
 
     def losses(self) -> Tensor:
         """Return every example's loss here, shape ``(n,)``, detached; at ``w`` the next gradient reuses its graph."""
@@ -272,19 +264,6 @@ class Passes:
         self.log.numbers["g_adv_norm" if self.away else "g_norm"] = g.norm()
         return g
 
-    @contextmanager
-    def _only(self, wrt: Sequence[bool] | None) -> Iterator[None]:
-        """Freeze the parameters where ``wrt`` is false, so that their backward is saved."""
-        keep = [True] * len(self.parameters.tensors) if wrt is None else wrt
-        left_out = [p for p, k in zip(self.parameters.tensors, keep, strict=True) if not k and p.requires_grad]
-        for p in left_out:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in left_out:
-                p.requires_grad_(True)
-
 
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Free the whole parameters that a forward without a backward has left in modules under ``fully_shard``."""
@@ -292,16 +271,3 @@ def reshard(modules: Iterable[nn.Module]) -> None:
         free = getattr(module, "reshard", None)
         if callable(free):
             free()
-
-
-def _take(p: Tensor) -> Tensor | None:
-    g, p.grad = p.grad, None
-    if g is None:
-        return None
-    if g.is_sparse:
-        raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
-    # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
-    # Only the number of holders tells; g and `storage` are two.
-    storage = g.untyped_storage()
-    shared = torch._C._storage_Use_Count(storage._cdata) > 2
-    return g.detach().clone() if shared else g.detach()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches
+from steppe.engine.grads import drop
 from steppe.engine.oracle import Oracle
 from steppe.engine.passes import Passes
 from steppe.engine.replay import RandomState
@@ -143,7 +144,7 @@ class _Rehearsal:
             if self.scale == 1 or all(float(t.abs().max()) < 1e3 for t in g if t is not None and t.numel()):
                 return g
             self.scale = max(1.0, self.scale / 64)
-            self.passes.drop()
+            drop(self.f.passes.parameters.tensors)
             for site in look.sites:
                 site.deltas.clear()
 

@@ -1,0 +1,90 @@
+"""An optimizer whose parameter groups, state and checkpoints are those of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from steppe.engine.checks import STEP, warn
+from steppe.engine.parameters import RadiusOfGroups, steps_of
+from steppe.engine.state import RuleState, forget_foreign
+
+
+class Facade(torch.optim.Optimizer):
+    """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
+
+    base: torch.optim.Optimizer
+    _radius: RadiusOfGroups
+    _memory: RuleState
+    _warned: set[str]
+    _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asks ``GradScaler.step`` to leave ``grad_scale`` here, which tells that it is the caller of ``step``."""
+        return not getattr(self._pending, "rescaled", False)
+
+    def _refuse_grad_scaler(self) -> None:
+        if "grad_scale" in self.__dict__:
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
+            raise RuntimeError(
+                "scaler.step(optimizer) knows one pass of a step's several. Write loss = optimizer.step(closure, "
+                "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
+                "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups, each with its ``rho``."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state, with the rule's memory beside it."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults."""
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
+        groups = self.param_groups
+        self.base.add_param_group(self._radius.checked(param_group, self.defaults, steps_of(groups), len(groups)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" in state:  # unpickled or copied
+            super().__setstate__(state)
+        else:  # load_state_dict
+            forget_foreign(state)
+            for new, old in zip(state["param_groups"], self.param_groups, strict=True):
+                new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
+                new.setdefault(STEP, 0)
+            self.base.__setstate__(state)
+            self._memory.room = False
+
+    def _count_step(self) -> int:
+        steps = steps_of(self.param_groups) + 1
+        for group in self.param_groups:
+            group[STEP] = steps  # also of a group that was added to the base since the passes
+        return steps
+
+    def _base_step(self) -> None:
+        """Step on the gradients in ``p.grad``, with one warning."""
+        if any("lr" not in g or float(g["lr"]) != 0 for g in self.param_groups):
+            self._warn_once(
+                "step() was called without a closure: this step is the base optimizer's, not sharpness-aware. "
+                "Pass a closure, or a steppe.Batch, to step()."
+            )
+            self.base.step()
+            self._count_step()
+        else:  # a distributed checkpoint is about to be loaded into what this step leaves
+            self.base.step()
+            self._memory.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)

@@ -1,0 +1,48 @@
+"""``p.grad`` before and after a pass: the only code that reads it during a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from steppe.engine.vector import Vector
+
+
+def drop(parameters: Sequence[Tensor]) -> None:
+    """Set every ``p.grad`` to ``None``."""
+    for p in parameters:
+        p.grad = None
+
+
+@contextmanager
+def only(parameters: Sequence[Tensor], wrt: Sequence[bool] | None) -> Iterator[None]:
+    """Freeze the parameters where ``wrt`` is false, so that their backward is saved."""
+    left_out = [] if wrt is None else [p for p, k in zip(parameters, wrt, strict=True) if not k and p.requires_grad]
+    for p in left_out:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in left_out:
+            p.requires_grad_(True)
+
+
+def take(parameters: Sequence[Tensor]) -> Vector:
+    """Return the gradients in memory that the next pass does not write, and leave ``None``."""
+    return Vector([_take(p) for p in parameters])
+
+
+def _take(p: Tensor) -> Tensor | None:
+    g, p.grad = p.grad, None
+    if g is None:
+        return None
+    if g.is_sparse:
+        raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
+    # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
+    # Only the number of holders tells; g and `storage` are two.
+    storage = g.untyped_storage()
+    shared = torch._C._storage_Use_Count(storage._cdata) > 2
+    return g.detach().clone() if shared else g.detach()

@@ -1,0 +1,58 @@
+"""Weights at ``w + eps`` and back: the only code that moves them during a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from steppe.engine.passes import Passes
+from steppe.engine.vector import Vector, local, shift_
+
+
+class NotFinite(Exception):  # noqa: N818
+    """A gradient is not finite: the step is to be skipped."""
+
+
+@contextmanager
+def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
+    """Move the weights by ``eps``, and back bit for bit, in place, also when a pass raises.
+
+    Args:
+        passes: the step's passes, which are away from ``w`` inside.
+        eps: where to; entries that are ``None`` stay.
+        guard: take no pass at weights that are not finite.
+
+    Raises:
+        NotFinite: ``guard`` is set and ``eps`` is not finite.
+        RuntimeError: the weights are away from ``w`` already.
+    """
+    passes.detach_losses()
+    norm = passes.log.numbers["eps_norm"] = eps.norm()
+    known = norm.device.type == "cpu" and passes.ranks.alone
+    if guard and known and not norm.isfinite():
+        raise NotFinite
+    finite = norm if guard and not known else None  # else eps becomes 0, on its device and on this rank
+    moved: list[Tensor] = []
+    saved: list[Tensor] = []
+    with passes.moved():
+        try:
+            with torch.no_grad():
+                passes.reshard()
+                for p, e in zip(passes.parameters.tensors, eps.tensors, strict=True):
+                    if e is not None:
+                        saved.append(local(p).clone())
+                        moved.append(local(p))
+                        shift_(moved[-1], local(e), eps.scale, finite)
+                torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
+            e = None
+            del eps  # frees the memory of g
+            yield
+        finally:
+            if moved:
+                with torch.no_grad():
+                    torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                torch.clear_autocast_cache()
+                passes.reshard()
