@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import steppe
+from steppe.pieces.protocol import Declaration
 
 
 @dataclass(frozen=True)
 class ExactNorms:
     """``norm(grad f_i)`` over the perturbed parameters, one backward an example."""
 
-    per_example: ClassVar[bool] = True
+    declares: ClassVar[Declaration] = Declaration(examples=True)
 
     def __call__(self, f: steppe.Oracle) -> Tensor:
         rows = []

@@ -15,13 +15,26 @@ EXTRAS += ("accelerate", "transformers", "lightning")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import readme_table  # noqa: E402
+import methods as method_tables  # noqa: E402
 
 
 def test_the_readme_table_is_what_the_methods_say() -> None:
     text = (ROOT / "README.md").read_text()
-    assert readme_table.with_table(text) == text
+    assert method_tables.with_table(text) == text
     assert text.count("\n| `") == len(steppe.METHODS)
+
+
+def test_every_method_and_piece_is_public() -> None:
+    text = method_tables.INIT.read_text()
+    assert method_tables.with_names(text) == text  # else run: python tools/methods.py
+
+
+def test_help_shows_every_argument_of_a_method() -> None:
+    options = [name for name in inspect.signature(steppe.SharpnessAware).parameters if name not in ("rule", "full")]
+    for method in steppe.METHODS:
+        own = [name for name in inspect.signature(method).parameters if name != "options"]
+        for name in {*own, *options}:
+            assert re.search(rf"^    {name} \(.+\): \w", method.__doc__, re.MULTILINE | re.DOTALL), (method, name)
 
 
 def test_the_benchmark_tables_are_those_of_the_records() -> None:

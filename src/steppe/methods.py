@@ -1,10 +1,9 @@
 """The methods, one row each: which pieces make it.
 
 Notation: ``g`` gradient of the batch's mean loss at ``w``; ``eps`` perturbation; ``g_adv`` gradient at ``w + eps``;
-``u`` what the base optimizer sees. Norms are Euclidean, over all parameters together. Every method takes ``base``, an
-optimizer instance; ``rho``, a number or a schedule; ``m``, the micro-batch size (``None`` is the whole batch; otherwise
-``step`` needs a :class:`~steppe.Batch`); and the options of :class:`~steppe.SharpnessAware`, whose errors it raises.
-Defaults are those of the papers or their code where these give one.
+``u`` what the base optimizer sees. Norms are Euclidean, over all parameters together. A docstring lists what is the
+method's own; the arguments that all methods share are added to it at the end of this file. Defaults are those of the
+papers or their code where these give one.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Unpack
 
 import torch
 
+from steppe.engine.docstrings import add_shared_arguments
 from steppe.engine.passes import Closure
 from steppe.optimizer import Options, SharpnessAware
 from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
@@ -58,9 +58,12 @@ class USAM(SharpnessAware):
 class UnifiedSAM(SharpnessAware):
     """``eps = rho (1 - lam + lam / norm(g)) g``, ``u = g_adv``; ``lam`` 1 is SAM, 0 is USAM.
 
-    Costs two passes. Raises ``ValueError`` for ``lam`` outside [0, 1].
+    Costs two passes.
 
     Source: arXiv 2503.02225.
+
+    Args:
+        lam: how much of the step is normalised, in [0, 1].
     """
 
     def __init__(
@@ -72,11 +75,15 @@ class UnifiedSAM(SharpnessAware):
 class ASAM(SharpnessAware):
     """``eps = rho T^2 g / norm(T g)``, ``T = abs(w) + eta`` on weights, 1 on biases.
 
-    Costs two passes. Weights are the parameters with two or more dimensions; ``on=Named("weight")`` chooses by name,
-    which is the authors' code to the letter, and ``on=Everything()`` adapts biases too, as davda54/sam does. Raises
-    ``ValueError`` for a negative ``eta``.
+    Costs two passes. Its radius is about ten times SAM's.
 
     Source: Kwon et al. 2021, arXiv 2102.11600.
+
+    Args:
+        eta: added to ``abs(w)``, at least 0.
+        on: which parameters are adapted: :class:`~steppe.Matrices` (two or more dimensions), :class:`~steppe.Named`
+            (``Named("weight")`` is the authors' code to the letter) or :class:`~steppe.Everything` (biases too, as in
+            davda54/sam).
     """
 
     def __init__(
@@ -95,9 +102,12 @@ class ASAM(SharpnessAware):
 class FisherSAM(SharpnessAware):
     """``eps = rho F^-1 g / sqrt(g F^-1 g)``, ``F = diag(1 + eta g^2)``.
 
-    Costs two passes. Raises ``ValueError`` for a negative ``eta``.
+    Costs two passes.
 
     Source: Kim et al. 2022, arXiv 2206.04920.
+
+    Args:
+        eta: the weight of the squared gradient in the Fisher diagonal, at least 0.
     """
 
     def __init__(
@@ -109,10 +119,12 @@ class FisherSAM(SharpnessAware):
 class GSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g_adv - alpha (g - proj(g, g_adv))``.
 
-    Costs two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``. Raises
-    ``ValueError`` for a negative ``alpha``.
+    Costs two passes. The paper's radius follows the learning rate: ``rho=schedule.ProportionalToLR(...)``.
 
     Source: Zhuang et al. 2022, arXiv 2203.08065.
+
+    Args:
+        alpha: how strongly the surrogate gap is narrowed, at least 0.
     """
 
     def __init__(
@@ -127,9 +139,13 @@ class ESAM(SharpnessAware):
 
     ``norm(eps) = rho / beta``, as in the authors' code. The sharpest examples are those whose loss rises most.
     Needs a :class:`~steppe.Batch` unless ``gamma`` is 1. Costs 2 + ``gamma`` forwards and 1 + ``gamma`` backwards,
-    the first backward partial. Raises ``ValueError`` for ``beta`` or ``gamma`` outside (0, 1].
+    the first backward partial.
 
     Source: Du et al. 2022, arXiv 2110.03141.
+
+    Args:
+        beta: the share of the tensors that are perturbed, in (0, 1].
+        gamma: the share of the examples in the second gradient, in (0, 1].
     """
 
     def __init__(
@@ -150,9 +166,13 @@ class WSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g``, and ``w <- w - lr gamma / (1 - gamma) (g_adv - g)`` beside the base.
 
     Costs two passes. The sharpness term bypasses the base's momentum and preconditioner: under momentum mu its steady
-    weight against the loss is ``(1 - mu) gamma / (1 - gamma)``. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    weight against the loss is ``(1 - mu) gamma / (1 - gamma)``, so with mu 0.9, ``gamma`` 0.5 weighs 0.1,
+    which is not SAM.
 
     Source: Yue et al. 2023, arXiv 2305.15817, algorithm 2.
+
+    Args:
+        gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
     """
 
     def __init__(
@@ -164,9 +184,12 @@ class WSAM(SharpnessAware):
 class CoupledWSAM(SharpnessAware):
     """SAM's ``eps``, ``u = g + gamma / (1 - gamma) (g_adv - g)``.
 
-    Costs two passes. ``gamma`` 1/2 is SAM beside any base. Raises ``ValueError`` for ``gamma`` outside [0, 1).
+    Costs two passes. ``gamma`` 1/2 is SAM beside any base.
 
     Source: Yue et al. 2023, arXiv 2305.15817, algorithm 4.
+
+    Args:
+        gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
     """
 
     def __init__(
@@ -178,17 +201,13 @@ class CoupledWSAM(SharpnessAware):
 class NSAM(SharpnessAware):
     """``eps = rho g_full / norm(g_full)``, ``u = g_adv`` on the batch: n-SAM.
 
-    Costs two passes, one over ``full``, a closure over the full data or a larger batch; ``step`` returns its loss. The
-    normalisation statistics see its pass.
+    Costs two passes, one over ``full``, whose loss ``step`` returns. Running statistics see that pass. ``m`` cuts the
+    second gradient.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
 
     Args:
-        base: the base optimizer.
-        rho: the radius.
-        full: zero, forward, backward over the larger batch, and return its loss.
-        m: micro-batches of the second gradient.
-        options: see :class:`~steppe.SharpnessAware`.
+        full: a closure over the full data or a larger batch: zero, forward, backward, return the loss.
     """
 
     def __init__(
@@ -204,9 +223,11 @@ class RWSAM(SharpnessAware):
 
     Needs a :class:`~steppe.Batch`. Costs two passes where the model factors; else three forwards and two backwards, as
     in the paper. See :class:`~steppe.Reweighted` for what the paper says, what is inferred and what is our choice.
-    Raises ``ValueError`` for a negative ``lam``.
 
     Source: Luo et al. 2025, arXiv 2509.18001.
+
+    Args:
+        lam: the inverse temperature of the weights, in units of ``1 / norm(g_i)``, at least 0; 0 is SAM.
     """
 
     def __init__(
@@ -220,9 +241,13 @@ class LookSAM(SharpnessAware):
     """SAM every ``k``-th step, keeping ``g_v = g_adv - proj(g_adv, g)``; between, ``u = g + alpha norm(g) /
     norm(g_v) g_v``.
 
-    Costs ``1 + 1 / k`` passes. Raises ``ValueError`` for ``k`` below 1 or a negative ``alpha``.
+    Costs ``1 + 1 / k`` passes.
 
     Source: Liu et al. 2022, arXiv 2203.02714.
+
+    Args:
+        k: how many steps apart the SAM steps are, at least 1.
+        alpha: how much of the remembered direction is added between them, at least 0.
     """
 
     def __init__(
@@ -242,9 +267,13 @@ class LookSAM(SharpnessAware):
 class FSAM(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly SAM.
 
-    Costs two passes. Raises ``ValueError`` for a negative ``sigma`` or ``decay`` outside [0, 1].
+    Costs two passes.
 
     Source: Li et al. 2024, arXiv 2403.12350.
+
+    Args:
+        sigma: how much of the remembered mean gradient is subtracted, at least 0.
+        decay: how slowly it follows the gradients, in [0, 1].
     """
 
     def __init__(
@@ -263,9 +292,12 @@ class FSAM(SharpnessAware):
 class VaSSO(SharpnessAware):
     """``eps = rho d / norm(d)``, ``d <- (1 - theta) d + theta g``, ``u = g_adv``.
 
-    Costs two passes. Raises ``ValueError`` for ``theta`` outside (0, 1].
+    Costs two passes.
 
     Source: Li and Giannakis 2023, arXiv 2309.15639.
+
+    Args:
+        theta: how fast the direction follows the gradients, in (0, 1].
     """
 
     def __init__(
@@ -274,19 +306,7 @@ class VaSSO(SharpnessAware):
         super().__init__(base, micro(m, Rule(sample=Smoothed(theta))), rho, **options)
 
 
-METHODS = (
-    SAM,
-    USAM,
-    UnifiedSAM,
-    ASAM,
-    FisherSAM,
-    GSAM,
-    ESAM,
-    WSAM,
-    CoupledWSAM,
-    NSAM,
-    RWSAM,
-    LookSAM,
-    FSAM,
-    VaSSO,
-)
+METHODS: tuple[type[SharpnessAware], ...] = tuple(SharpnessAware.__subclasses__())
+
+for _method in METHODS:
+    add_shared_arguments(_method, SharpnessAware)

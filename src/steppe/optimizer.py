@@ -53,21 +53,21 @@ class SharpnessAware(Facade):
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
-        check_finite: skip steps whose gradients are not finite (default ``True``). This is the one place where a step
+        check_finite: skip steps whose gradients are not finite. This is the one place where a step
             waits for its device, apart from all-reduces, rehearsals of shared passes, and ESAM on accumulated batches.
-        cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters (default ``False``).
-        gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass (default ``False``; needs
-            a :class:`~steppe.Batch` and a model that factors: :func:`~steppe.factored.gradient_statistics`).
-        parallel: run micro-batches in two shared passes over the whole batch (:mod:`steppe.factored`): ``"auto"`` (the
-            default) where the model allows it and it is cheaper, ``True`` always, or an error, ``False`` never.
+        cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
+        gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
+            :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
+        parallel: run micro-batches in two shared passes over the whole batch (:mod:`steppe.factored`): ``"auto"`` where
+            the model allows it and it is cheaper, ``True`` always, or an error, ``False`` never.
         sync: whose gradients make the perturbation under ``DistributedDataParallel``: ``"local"`` (each rank its own:
-            m-SAM across ranks, as published; what ``"auto"``, the default, means), ``"global"`` (all ranks share one,
+            m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one,
             and every pass is averaged), or a number of neighbouring ranks that share one. The gradient that the base
             sees is averaged over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
-        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step (default ``None``:
-            no clipping; :meth:`~steppe.Update.clipped`).
+        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step
+            (:meth:`~steppe.Update.clipped`).
         model: the module that plain closures run, where steppe cannot find it among the variables that the closure
-            refers to (default ``None``: look there). Its running statistics are protected in further passes, and DDP
+            refers to. Its running statistics are protected in further passes, and DDP
             is told when to average.
 
     Raises:
