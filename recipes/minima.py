@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from steppe.lab import directory, minima
+from steppe.lab import minima, runs
 from steppe.lab.statistics import paired
 
 RECORD = Path(__file__).parent / "records" / "minima.json"
@@ -35,9 +35,9 @@ PAIRS = [
 
 def collected(folder: Path) -> dict[str, Any]:
     """What the runs of a directory left behind, less what all of them share."""
-    plan = directory.read_plan(folder)
+    plan = runs.read_plan(folder)
     rows, measured = [], []
-    for run, ended in directory.finished(folder, plan)[0].items():
+    for run, ended in runs.finished(folder, plan)[0].items():
         found = minima.read(folder, run)
         if found is None:
             raise SystemExit(f"{run.method} seed {run.seed} is not measured: run `steppe measure {folder}`")

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import exports, report
+from steppe.lab import report
 from steppe.lab.statistics import holm, mean, paired, spread
+from steppe.lab.tables import plain
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "recipes" / "records", ROOT / "docs" / "results.md"
@@ -30,7 +31,7 @@ def collect(runs: Path) -> None:
 def record_of(folder: Path) -> dict[str, Any]:
     """Return one study: its errors by method and seed, what its search chose, where it ran."""
     found = report.read(folder)
-    data = exports.plain(found)
+    data = plain(found)
     rows = [{key: _short(row[key]) for key in ROW} for row in data["methods"]]
     stages = [
         {"name": stage["name"], "chosen": stage["chosen"], "points": [_point(point) for point in stage["points"]]}

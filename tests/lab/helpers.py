@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from steppe.lab import record, spec
-from steppe.lab.directory import Plan, open_for, path_of
+from steppe.lab.runs import Plan, Run, open_for, path_of
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run, train
+from steppe.lab.train import train
 
 TINY = Settings(train_size=256, batch_size=64, epochs=3, model="mlp-16")
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import steppe
 from steppe import cli
 from steppe.lab import compare as pool
-from steppe.lab import directory, record
-from steppe.lab.commands import app
+from steppe.lab import record, runs
+from steppe.lab.commands.group import app
 from steppe.lab.train import train
 
 from .helpers import TINY as SETTINGS
@@ -49,7 +49,7 @@ def test_compare_from_end_to_end_then_continue(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == written
     assert "epochs was 2, now 9" in steppe_cli("compare", *TINY, "--epochs", 9, "--out", out).output
 
-    for each, kept in directory.finished(out, directory.read_plan(out))[0].items():
+    for each, kept in runs.finished(out, runs.read_plan(out))[0].items():
         assert train(each).curves == kept.curves  # a worker process computes what this one does
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path):
     assert failures == [view.results[bad]]
     assert failures[0].reason.startswith("LabError: unknown model 'resnet'")
     assert "Traceback" in failures[0].details
-    assert view.results[good] == record.read(directory.path_of(tmp_path, good))
+    assert view.results[good] == record.read(runs.path_of(tmp_path, good))
 
 
 def test_failed_runs_are_reported_with_method_and_seed(tmp_path, monkeypatch):
@@ -193,8 +193,8 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
     last = Process(out)
     output, code = last.end()
     assert code == 0, output
-    plan = directory.read_plan(out)
-    records, problems = directory.finished(out, plan)
+    plan = runs.read_plan(out)
+    records, problems = runs.finished(out, plan)
     assert (len(records), problems) == (4, [])
     assert not list(out.rglob("*.tmp"))
     for each, found in records.items():

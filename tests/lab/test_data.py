@@ -9,7 +9,7 @@ import torch
 
 from steppe.lab import data, tasks
 from steppe.lab.data import cifar, files, hub
-from steppe.lab.place import Place
+from steppe.lab.hardware import Process
 from steppe.lab.presets import preset, settings_for
 from steppe.lab.settings import LabError, Settings
 from steppe.lab.train import train
@@ -339,7 +339,7 @@ def test_label_noise_is_symmetric_seeded_and_on_training_labels_alone(tmp_path, 
 def test_moving_a_task_changes_no_number(tmp_path):
     formats.cifar10(tmp_path)
     task = tasks.load(on("cifar10", tmp_path), 0)
-    moved = task.to(Place().device)
+    moved = task.to(Process().device)
     assert torch.equal(task.inputs[:9], moved.inputs[torch.arange(9)])
     assert moved.inputs.shape == (60, 3, 32, 32)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steppe.lab import checkpoint, record, single
-from steppe.lab.place import Hardware
+from steppe.lab.hardware import Hardware
 from steppe.lab.settings import LabError
 from steppe.lab.train import Session
 
@@ -23,9 +23,9 @@ import os, sys
 from pathlib import Path
 import torch
 from steppe.lab import single, spec
-from steppe.lab.place import Hardware
+from steppe.lab.hardware import Hardware
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run
+from steppe.lab.runs import Run
 torch.set_num_threads(1)
 settings = Settings(train_size=255, batch_size=64, epochs=14, model="mlp-16")
 def stop(session, line):

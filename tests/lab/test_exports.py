@@ -7,15 +7,15 @@ import math
 
 import pytest
 
-from steppe.lab import exports, summary
-from steppe.lab.pairs import pairs
+from steppe.lab import tables
 from steppe.lab.statistics import paired
+from steppe.lab.summary import pairs
 
 from .test_report import folder, found  # noqa: F401 - fixtures
 
 
 def test_csv_has_every_number(found):  # noqa: F811
-    rows = list(csv.DictReader(io.StringIO(exports.csv_text(found))))
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text(found))))
     assert [row["method"] for row in rows] == [str(row.method) for row in found.rows]
     assert float(rows[2]["difference"]) == found.rows[2].paired.difference
     assert float(rows[2]["p_holm"]) == found.rows[2].p
@@ -23,10 +23,10 @@ def test_csv_has_every_number(found):  # noqa: F811
 
 
 def test_latex_is_a_table(found):  # noqa: F811
-    text = exports.latex(found)
+    text = tables.latex(found)
     body = text.split("\\midrule\n")[1].split("\n\\bottomrule")[0].splitlines()
     assert len(body) == len(found.rows)
-    assert {line.count(" & ") for line in body} == {len(summary.table(found)[0]) - 1}
+    assert {line.count(" & ") for line in body} == {len(tables.table(found)[0]) - 1}
     assert "\\textbf{" in text
     assert "\N{MINUS SIGN}" not in text
     assert "95 \\% CI" in text
@@ -45,7 +45,7 @@ def test_pairs_are_all_of_them_corrected_together(found):  # noqa: F811
 
 
 def test_plain_data_is_json_and_whole(found):  # noqa: F811
-    data = json.loads(json.dumps(exports.plain(found), allow_nan=False))
+    data = json.loads(json.dumps(tables.plain(found), allow_nan=False))
     assert [row["errors"]["2"] for row in data["methods"]] == [
         100 * found.of(row.method)[2].test_error for row in found.rows
     ]

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
+from steppe.lab.progress import Display
 from typer.testing import CliRunner
 
-from steppe.lab import directory, minima, record, report, tasks, weights
-from steppe.lab.commands import app
+from steppe.lab import minima, record, report, runs, tasks, weights
+from steppe.lab.commands.group import app
 from steppe.lab.compare import compare
-from steppe.lab.progress import Display
 from steppe.lab.settings import LabError
 from steppe.lab.train import initial_model, train
 from steppe.measure import Hessian, Problem, eigenpairs
@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
     """A small comparison with weights kept, of a net small enough to measure in a moment."""
     plan = trained(tmp_path, *METHODS)
     for each in plan.runs():
-        record.save(directory.path_of(tmp_path, each), train(each, keep=lambda m, r=each: weights.keep(tmp_path, r, m)))
+        record.save(runs.path_of(tmp_path, each), train(each, keep=lambda m, r=each: weights.keep(tmp_path, r, m)))
     monkeypatch.setattr(minima, "STEPS", (-1.0, 0.0, 1.0))
     return tmp_path
 
@@ -34,7 +34,7 @@ def command(folder):
 def test_the_weights_kept_are_the_final_ones(folder):
     one = run("SGD")
     task = tasks.load(TINY, 0)
-    ended = record.read(directory.path_of(folder, one))
+    ended = record.read(runs.path_of(folder, one))
     model = weights.load(folder, one, ended, task)
     seen = []
     train(one, keep=lambda m: seen.extend(p.detach().clone() for p in m.parameters()))
@@ -44,7 +44,7 @@ def test_the_weights_kept_are_the_final_ones(folder):
 
 def test_weights_of_another_run_are_refused(folder):
     one, task = run("SGD"), tasks.load(TINY, 0)
-    ended = record.read(directory.path_of(folder, one))
+    ended = record.read(runs.path_of(folder, one))
     weights.keep(folder, one, initial_model(one, task))
     with pytest.raises(LabError, match="does not belong to its record"):
         weights.load(folder, one, ended, task)
@@ -56,7 +56,7 @@ def test_weights_of_another_run_are_refused(folder):
 def test_compare_keeps_weights(tmp_path):
     from rich.console import Console
 
-    plan = directory.open_for(tmp_path, directory.Plan(TINY, (run("SGD").method,), 1))
+    plan = runs.open_for(tmp_path, runs.Plan(TINY, (run("SGD").method,), 1))
     with Display(Console(quiet=True), plan.runs()) as view:
         assert not compare(tmp_path, plan.runs(), 1, view)
     assert weights.of(tmp_path, run("SGD")).exists()
@@ -78,7 +78,7 @@ def test_the_command_measures_every_run_once_and_reports(folder):
 
 def test_what_is_recorded_is_the_minimum(folder):
     one, task = run("SAM(rho=0.2)", seed=1), tasks.load(TINY, 1)
-    ended = record.read(directory.path_of(folder, one))
+    ended = record.read(runs.path_of(folder, one))
     found = minima.measured(folder, one, ended)
     assert minima.read(folder, one) == found
     model = weights.load(folder, one, ended, task)
@@ -133,6 +133,6 @@ def test_damaged_records_are_told(folder):
 
 def test_a_directory_without_runs_is_an_error(tmp_path):
     assert command(tmp_path).exit_code == 2
-    directory.open_for(tmp_path / "empty", directory.Plan(TINY, (run("SGD").method,), 1))
+    runs.open_for(tmp_path / "empty", runs.Plan(TINY, (run("SGD").method,), 1))
     out = command(tmp_path / "empty")
     assert "holds no finished run" in out.output

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from steppe.lab import context, directory, record, report, spec
-from steppe.lab.commands import app
+from steppe.lab import files, record, report, runs, spec
+from steppe.lab.commands.group import app
 from steppe.lab.recipes import RECIPES, SCALES, named, timing
 from steppe.lab.recipes import reproduce as frame_run
 from steppe.lab.recipes.frame import Recipe, Study, check, names, unfilled
@@ -84,7 +84,7 @@ RECIPE = Recipe("example", "Does it?", "nobody", (("numbers", "not known"),), la
 
 def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
     plan = frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
-    found = record.read_json(tmp_path / "search.json")
+    found = files.read_json(tmp_path / "search.json")
     lr, rho = (found["stages"][i]["chosen"][key] for i, key in enumerate(("lr", "rho")))
     assert plan.settings == replace(EXAMPLE.settings, lr=lr)  # and the validation split is gone
     assert list(map(str, plan.methods)) == ["SGD", f"SAM(rho={rho})", f"WSAM(rho={rho}, gamma=0.8)"]
@@ -94,11 +94,11 @@ def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(frame_run, "search", lambda *a, **k: pytest.fail("searched again"))
     assert frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path) == plan
 
-    directory.open_for(tmp_path, plan)
-    kept = context.read(tmp_path)
+    runs.open_for(tmp_path, plan)
+    kept = runs.context(tmp_path)
     assert kept.published == {"SGD": None, f"SAM(rho={rho})": 4.01, f"WSAM(rho={rho}, gamma=0.8)": None}
     for run in plan.runs():
-        record.save(directory.path_of(tmp_path, run), frame_run_record(run))
+        record.save(runs.path_of(tmp_path, run), frame_run_record(run))
     report.write(tmp_path)
     page = (tmp_path / "summary.md").read_text()
     assert "| paper % |" in page
@@ -141,7 +141,7 @@ def test_a_damaged_recipe_file_is_told(tmp_path):
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
         frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
-        context.read(tmp_path)
+        runs.context(tmp_path)
 
 
 # ---- the commands
@@ -202,7 +202,7 @@ def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
     first = steppe_cli("sweep", "example", "--space", "rho=0.05,0.1,0.2", "--workers", 1, "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert "radius: 3 of 3 points" in first.output
-    assert len(record.read_json(tmp_path / "s" / "search.json")["stages"][1]["points"]) == 3
+    assert len(files.read_json(tmp_path / "s" / "search.json")["stages"][1]["points"]) == 3
 
     whole = steppe_cli("reproduce", "example", "--workers", 1, "--out", tmp_path)
     assert whole.exit_code == 0, whole.output

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from plotly.graph_objects import Figure
 
-from steppe.lab import directory, record, report, spec, summary
+from steppe.lab import files, report, runs, spec, summary, tables
 from steppe.lab.report.figures import figures
 from steppe.lab.statistics import paired
 
@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def found(folder):
-    plan = directory.read_plan(folder)
-    records, problems = directory.finished(folder, plan)
+    plan = runs.read_plan(folder)
+    records, problems = runs.finished(folder, plan)
     assert not problems
     upright = {run: replace(found, collapsed=False) for run, found in records.items()}  # three epochs learn little
     return summary.summarise(plan, upright, problems)
@@ -57,22 +57,22 @@ def test_pairs_are_the_seeds_both_have(found):
     fewer = summary.summarise(found.plan, records, [])
     assert [row.n for row in fewer.rows] == [2, 3, 3, 3, 3]
     assert fewer.rows[2].paired.n == 2
-    assert any(note.startswith("1 of 15 runs are missing") for note in summary.notes(fewer))
+    assert any(note.startswith("1 of 15 runs are missing") for note in tables.notes(fewer))
 
 
 def test_without_the_baselines_runs_nothing_is_compared(found):
     records = {run: r for run, r in found.records.items() if str(run.method) != "SGD"}
     fewer = summary.summarise(found.plan, records, [])
     assert all(row.paired is None and math.isnan(row.p) for row in fewer.rows)
-    assert "baseline" not in summary.markdown(fewer).split("Notes")[0].split("difference")[1].split("Test error")[0]
+    assert "baseline" not in tables.markdown(fewer).split("Notes")[0].split("difference")[1].split("Test error")[0]
 
 
 def test_collapsed_runs_are_flagged(found):
-    assert "collapsed" not in summary.table(found)[0]
+    assert "collapsed" not in tables.table(found)[0]
     fallen = changed(found, "SAM(rho=0.1)", 2, collapsed=True, skipped=4)
-    headers, cells = summary.table(fallen)
+    headers, cells = tables.table(fallen)
     assert (headers[-1], cells[2][-1]) == ("collapsed", "1 of 3")
-    notes = " ".join(summary.notes(fallen))
+    notes = " ".join(tables.notes(fallen))
     assert "counted in the means: SAM(rho=0.1) seed 2." in notes
     assert "not finite: SAM(rho=0.1) seed 2 (4)." in notes
     assert "x" in figures(fallen)[0].data[4]["marker"]["symbol"]
@@ -80,7 +80,7 @@ def test_collapsed_runs_are_flagged(found):
 
 
 def test_markdown_holds_the_table_and_how_to_read_it(found):
-    page = summary.markdown(found)
+    page = tables.markdown(found)
     assert page.startswith("# digits, 256 training examples, 40 % label noise\n")
     for words in ("| SAM(rho=0.1, m=16) | 3 |", "Holm-corrected over the 4 comparisons", "paired t-test", "Micro(m=16"):
         assert words in page
@@ -141,13 +141,13 @@ def test_the_report_stands_alone_and_says_everything(folder):
 def test_the_report_comes_from_the_records_alone(folder, tmp_path):
     first = report.write(folder, baseline="SAM(rho=0.1)")
     assert [row.baseline for row in first.rows] == [False, False, True, False, False]
-    assert record.read_json(folder / "config.json")["baseline"] == "SGD"
+    assert files.read_json(folder / "config.json")["baseline"] == "SGD"
     written = (folder / "report.html").read_bytes()
     report.write(folder, baseline="SAM(rho=0.1)")
     assert (folder / "report.html").read_bytes() == written
 
 
 def test_an_empty_directory_has_a_report(tmp_path):
-    directory.open_for(tmp_path, directory.Plan(TINY, (spec.parse("SGD"),), 2))
+    runs.open_for(tmp_path, runs.Plan(TINY, (spec.parse("SGD"),), 2))
     report.write(tmp_path)
     assert "No run is finished yet" in (tmp_path / "report.html").read_text(encoding="utf-8")

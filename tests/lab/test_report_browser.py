@@ -2,8 +2,8 @@
 
 import pytest
 
-from steppe.lab import record, report
-from steppe.lab.context import RECIPE, SEARCH
+from steppe.lab import files, report
+from steppe.lab.runs import RECIPE, SEARCH
 
 from .browser import CHROMIUM, Browser
 from .helpers import trained
@@ -38,8 +38,8 @@ STAGE = {"name": "base", "method": "SGD", "chosen": {"lr": 0.05, "wd": 1}, "poin
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     trained(folder, *METHODS, seeds=2)
-    record.write_json(folder / RECIPE, ABOUT)
-    record.write_json(folder / SEARCH, {"stages": [STAGE], "seeds": 2})
+    files.write_json(folder / RECIPE, ABOUT)
+    files.write_json(folder / SEARCH, {"stages": [STAGE], "seeds": 2})
     report.write(folder)
     return folder / "report.html"
 

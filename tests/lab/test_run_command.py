@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from steppe.lab import checkpoint, doctor, metrics, notebook, record
-from steppe.lab.commands import app
+from steppe.lab.commands.group import app
 from steppe.lab.settings import LabError
 
 from . import formats

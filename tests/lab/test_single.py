@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steppe.lab import checkpoint, metrics, record, single
-from steppe.lab.place import Hardware
+from steppe.lab.hardware import Hardware
 from steppe.lab.settings import LabError
 from steppe.lab.train import Session, fit, train
 
@@ -85,7 +85,7 @@ import os, signal, sys
 import torch
 from steppe.lab import record, single, spec
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run
+from steppe.lab.runs import Run
 torch.set_num_threads(1)
 sync, count, deadly = os.fsync, 0, int(sys.argv[2])
 def fsync(handle):

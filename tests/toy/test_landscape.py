@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from steppe.lab.commands import app
+from steppe.lab.commands.group import app
 from steppe.toy import Landscape, ToyError, imported, place, stationary_points, trajectory
 from steppe.toy.commands import toy
 from steppe.toy.trajectory import SGDM, methods

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steppe.lab import data
 from steppe.lab.data.pool import Pool, Texts
-from steppe.lab.examples import Examples, Files, Images, Tokens, take
+from steppe.lab.inputs import Examples, Files, Images, Tokens, take
 from steppe.lab.settings import LabError, Settings
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steppe.lab.data import files
 from steppe.lab.data.pool import Constants, Pool
-from steppe.lab.examples import Files
+from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
 
 MARK = "dataset_dict.json"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steppe.lab.examples import Files
+from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and spread of each channel, of values in [0, 1]

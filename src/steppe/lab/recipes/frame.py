@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from steppe.lab import spec
-from steppe.lab.directory import Plan
+from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled, holes
 

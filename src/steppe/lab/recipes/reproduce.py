@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import record
-from steppe.lab.context import RECIPE, SEARCH
-from steppe.lab.directory import Plan
+from steppe.lab import files
 from steppe.lab.recipes.frame import Recipe, Scale, Study
 from steppe.lab.recipes.timing import multiples
+from steppe.lab.runs import RECIPE, SEARCH, Plan
 from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Value, applied, filled
 from steppe.lab.sweep.work import Ended, search
@@ -20,7 +19,7 @@ def searched(
     """Search what the study searches, write the points to `OUT/search.json` and return all its values."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
     values, stages = search(study.search(), url, name, workers, tell=tell)
-    record.write_json(out / SEARCH, {"stages": [_plain(stage) for stage in stages], "seeds": study.search_seeds})
+    files.write_json(out / SEARCH, {"stages": [_plain(stage) for stage in stages], "seeds": study.search_seeds})
     return values
 
 
@@ -42,7 +41,7 @@ def planned(
     kept = out / RECIPE
     if kept.exists():
         try:
-            values = dict(record.read_json(kept)["values"])
+            values = dict(files.read_json(kept)["values"])
         except (ValueError, KeyError, TypeError) as error:
             raise LabError(f"{kept} is damaged ({error}); delete it to search again") from error
         return study.plan(values)
@@ -53,7 +52,7 @@ def planned(
         tell("timing steps")
         methods = {hole: filled(text, values) for hole, text in study.timed.items()}
         values |= multiples(applied(study.settings, values), methods)
-    record.write_json(kept, about(recipe, scale, study, values))
+    files.write_json(kept, about(recipe, scale, study, values))
     return study.plan(values)
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 import steppe
 from steppe.lab import spec, tasks
+from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run, initial_model, orders
+from steppe.lab.train import initial_model, orders
 
 ROUNDS, STEPS = 7, 8
 

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import replace
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from steppe.lab import context, directory, exports, record, spec, summary
+from steppe.lab import files, runs, spec, summary, tables
 from steppe.lab.report import minima
 from steppe.lab.report.figures import figures
 from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
@@ -16,36 +16,36 @@ from steppe.lab.summary import Summary
 
 
 def write(folder: Path, baseline: str | None = None) -> Summary:
-    """Rebuild `report.html`, `summary.md`, `.csv` and `.tex` from the records in `folder`, and return what they say."""
+    """Rebuild `report.html`, `summary.md` and `.csv` from the records in `folder`, and return what they say."""
     found = read(folder, baseline)
     table = minima.section(folder, found)
-    text = summary.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
-    texts = {"md": text, "csv": exports.csv_text(found), "tex": exports.latex(found)}
+    text = tables.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
+    texts = {"md": text, "csv": tables.csv_text(found)}
     for suffix, text in texts.items():
-        record.write_text(folder / f"summary.{suffix}", text)
-    record.write_text(folder / "report.html", render(found, table))
+        files.write(folder / f"summary.{suffix}", text)
+    files.write(folder / "report.html", render(found, table))
     return found
 
 
 def read(folder: Path, baseline: str | None = None) -> Summary:
     """Return what the records in `folder` say."""
-    plan = directory.read_plan(folder)
+    plan = runs.read_plan(folder)
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
-    return summary.summarise(plan, *directory.finished(folder, plan), context.read(folder))
+    return summary.summarise(plan, *runs.finished(folder, plan), runs.context(folder))
 
 
 def render(found: Summary, table: minima.Minima | None = None) -> str:
     """Return the report as HTML."""
-    headers, cells = summary.table(found)
+    headers, cells = tables.table(found)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(_text("template.html")).render(
-        title=summary.title(found),
+        title=tables.title(found),
         lead=lead(found),
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
-        caption=summary.caption(found),
-        notes=summary.notes(found),
+        caption=tables.caption(found),
+        notes=tables.notes(found),
         minima=table,
         figures=figures(found)
         + pair_matrix(found)
@@ -62,7 +62,7 @@ def render(found: Summary, table: minima.Minima | None = None) -> str:
 
 
 def _text(name: str) -> str:
-    return (files("steppe.lab.report") / name).read_text(encoding="utf-8")
+    return (resources("steppe.lab.report") / name).read_text(encoding="utf-8")
 
 
 def lead(found: Summary) -> str:

@@ -11,7 +11,8 @@ from steppe.lab.report.figures import Figure, colour
 from steppe.lab.settings import LabError
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
-from steppe.lab.summary import MINUS, NONE, Summary, number
+from steppe.lab.summary import Summary
+from steppe.lab.tables import MINUS, NONE, number
 from steppe.measure import Minimum
 
 COLUMNS: dict[str, Callable[[Minimum], float]] = {

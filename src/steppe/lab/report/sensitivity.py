@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from steppe.lab.pairs import pairs
 from steppe.lab.report.figures import COLOURS, Figure, Trace
 from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
-from steppe.lab.summary import MINUS, Summary
+from steppe.lab.summary import Summary, pairs
+from steppe.lab.tables import MINUS
 
 _MOST = 16  # methods that a matrix of pairs has room for
 

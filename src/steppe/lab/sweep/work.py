@@ -15,11 +15,12 @@ import torch
 from optuna.trial import Trial, TrialState
 
 from steppe.lab.compare import leave_with_parent
+from steppe.lab.runs import Run
 from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
 from steppe.lab.sweep.storage import HEARTBEAT, open_storage
 from steppe.lab.sweep.study import POINT, Grid
-from steppe.lab.train import Run, train
+from steppe.lab.train import train
 
 ERRORS = "errors"
 _POLL = 0.5  # seconds between looks at points that others train

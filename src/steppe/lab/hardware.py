@@ -1,8 +1,7 @@
-"""Where a run computes: one device by itself, or several processes through Lightning Fabric.
+"""The hardware of a run: one device, or several processes through Lightning Fabric.
 
-Fabric launches the processes (or finds those of `torchrun` and of cluster schedulers), picks their devices and wraps
-the model in DDP or FSDP2. One process does without it: there is nothing to coordinate, and importing Fabric takes as
-long as a short run.
+Fabric launches the processes (or finds those of ``torchrun`` and of cluster schedulers), picks their devices and wraps
+the model in DDP or FSDP2. A single process works without Fabric, whose import takes as long as a short run.
 """
 
 import os
@@ -23,17 +22,17 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run was asked to compute on.
+    """The hardware that a run asks for.
 
     Args:
-        device: cpu, cuda or mps; auto takes the first accelerator that is there.
-        devices: processes on each node, one a device; `torchrun` says so itself.
-        nodes: machines; `torchrun` says so itself.
+        device: cpu, cuda or mps; auto is the first accelerator that torch finds, else the cpu.
+        devices: processes on each node, one for each device; ``torchrun`` overrides it.
+        nodes: machines; ``torchrun`` overrides it.
         strategy: ddp (a whole model in each process) or fsdp (parameters sharded by FSDP2), for several processes.
         precision: fp32, or bf16 or fp16 under autocast with parameters in float32; fp16 with a loss scaler.
 
     Raises:
-        LabError: a value that is none of these.
+        LabError: a value is none of these.
     """
 
     device: str = "cpu"
@@ -51,39 +50,37 @@ class Hardware:
             if getattr(self, name) < 1:
                 raise LabError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
 
-    def open(self) -> "Place":
-        """Return the place, with every process launched.
+    def open(self) -> "Process":
+        """Launch every process and return this one.
 
         Raises:
-            LabError: the device or Lightning Fabric is not there.
+            LabError: the device is missing, or Lightning Fabric is not installed.
         """
-        kind = _found() if self.device == "auto" else self.device
-        if kind != "cpu" and not _there(kind):
-            raise LabError(f"device {kind} is not there: {missing(kind)}")
+        kind = next((kind for kind in ("cuda", "mps") if _has(kind)), "cpu") if self.device == "auto" else self.device
+        if not _has(kind):
+            raise LabError(f"device {kind} is missing: {missing(kind)}")
         local, nodes = self._launched()
         if local * nodes == 1:
-            return Place(torch.device(kind), self.precision)
+            return Process(torch.device(kind), self.precision)
         fabric = _fabric(kind, local, nodes, self.strategy)
-        return Place(fabric.device, self.precision, fabric.global_rank, fabric.world_size, fabric)
+        return Process(fabric.device, self.precision, fabric.global_rank, fabric.world_size, fabric)
 
     def _launched(self) -> tuple[int, int]:
-        """Processes a node and nodes: those of `torchrun`, where it has started this process."""
+        """Return the processes on each node and the nodes; ``torchrun`` tells them by the environment."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return self.devices, self.nodes
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
 
 
-def _there(kind: str) -> bool:
+def _has(kind: str) -> bool:
+    if kind == "cpu":
+        return True
     return torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
 
 
-def _found() -> str:
-    return next((kind for kind in ("cuda", "mps") if _there(kind)), "cpu")
-
-
 def missing(kind: str) -> str:
-    """Say why torch has no device of this kind."""
+    """Return why torch has no device of this kind."""
     built = torch.backends.cuda.is_built() if kind == "cuda" else torch.backends.mps.is_built()
     return "torch finds no such device" if built else f"this torch ({torch.__version__}) is built without it"
 
@@ -104,7 +101,7 @@ def _fabric(kind: str, local: int, nodes: int, strategy: str) -> Any:
 
 
 def _shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shard each large part of a model by itself, so that one part is whole at a time, then what is left."""
+    """Shard each part of a model, so that only one is gathered at a time, then the remaining parameters."""
     from torch.distributed.fsdp import fully_shard
 
     for part in model.children():
@@ -115,8 +112,8 @@ def _shard(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among its like, and the device it computes on."""
+class Process:
+    """This process, its rank among those that train together, and its device."""
 
     device: torch.device = torch.device("cpu")
     precision: str = "fp32"
@@ -126,11 +123,11 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Return whether this is the process that writes and prints."""
         return self.rank == 0
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Return the model on its device, wrapped where processes work together."""
+        """Return the model on its device, wrapped by DDP or FSDP2 if there are several processes."""
         wrapped: nn.Module = model.to(self.device) if self.fabric is None else self.fabric.setup_module(model)
         return wrapped
 
@@ -140,11 +137,11 @@ class Place:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def scaler(self) -> torch.amp.GradScaler | None:
-        """Return the loss scaler that the precision needs."""
+        """Return the gradient scaler that fp16 needs, ``None`` for other precisions."""
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     def share(self, rows: Tensor) -> Tensor:
-        """Return this process's part of a batch's rows: every `world`-th."""
+        """Return this process's part of a batch's rows: every ``world``-th."""
         return rows[self.rank :: self.world]
 
     def total(self, numbers: Tensor) -> Tensor:
@@ -155,27 +152,27 @@ class Place:
         return summed
 
     def gather(self, thing: Any) -> list[Any]:
-        """Return every process's `thing`, in order of rank."""
+        """Return the ``thing`` of every process, in the order of ranks."""
         if self.fabric is None:
             return [thing]
         everyone: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(everyone, thing)
         return everyone
 
-    def on_first(self, act: Callable[[], None]) -> None:
-        """Do something in the first process only; the others wait until it is done."""
+    def on_first(self, act: Callable[[], object]) -> None:
+        """Call ``act`` in the first process; the others wait until it has returned."""
         if self.first:
             act()
         if self.fabric is not None:
             self.fabric.barrier()
 
     def synchronise(self) -> None:
-        """Wait for the device, so that a clock tells what was computed."""
+        """Wait for the device, so that a clock measures the computation."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def describe(self) -> dict[str, str]:
-        """Return what a record says of the place."""
+        """Return what a record says of the hardware; nothing for one process in fp32 on the cpu."""
         if self.device.type == "cpu" and self.world == 1 and self.precision == "fp32":
             return {}
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -183,4 +180,4 @@ class Place:
         return {"device": name, "processes": f"{self.world}{kind}", "precision": self.precision}
 
 
-CPU, ALONE = Hardware(), Place()  # one process on the processor
+CPU, ALONE = Hardware(), Process()  # one process on the cpu

@@ -1,4 +1,4 @@
-"""`steppe recipes` and `steppe reproduce`."""
+"""``steppe recipes`` and ``steppe reproduce``."""
 
 import json
 import os
@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from steppe.lab.console import line, run, told
-from steppe.lab.measuring import measure_minima
+from steppe.lab.terminal import line
 
 Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
 AtScale = Annotated[str, typer.Option(help="paper, gpu-hour or laptop.")]
 Only = Annotated[str | None, typer.Option(help="One study of the recipe.", show_default="all")]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data set is.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
 Storage = Annotated[
     str | None,
@@ -39,15 +38,13 @@ def recipes(
     """
     from steppe.lab.recipes import RECIPES, describe, named
 
-    console = Console()
-    with told(console):
-        chosen = list(RECIPES.values()) if name is None else [named(name)]
+    chosen = list(RECIPES.values()) if name is None else [named(name)]
     if as_json:
         typer.echo(json.dumps([describe.plain(recipe) for recipe in chosen], indent=1))
     elif name is None:
-        describe.brief(chosen, console)
+        describe.brief(chosen, Console())
     else:
-        describe.whole(chosen[0], console)
+        describe.whole(chosen[0], Console())
 
 
 def reproduce(
@@ -70,19 +67,16 @@ def reproduce(
 
         steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
     """
+    from steppe.lab.commands.train import compared, minima_measured
     from steppe.lab.recipes.choose import choose, scale_of
     from steppe.lab.recipes.reproduce import planned
 
     console, processes = Console(), workers or os.cpu_count() or 1
-    with told(console):
-        recipe, chosen = choose(name, scale, study, data_dir)
-        for each in chosen:
-            line(console, f"{recipe.name}, {each.name}")
-            folder = (out or Path("runs") / f"{name}-{scale}") / each.name
-            asked = replace(each, seeds=seeds or each.seeds)
-            plan = planned(recipe, scale_of(scale), asked, folder, storage, processes, lambda text: line(console, text))
-            code = run(folder, plan, processes, console)
-            if recipe.measured and not code:
-                code = measure_minima(folder, console)
-            if code:
-                raise typer.Exit(code)
+    recipe, chosen = choose(name, scale, study, data_dir)
+    for each in chosen:
+        line(console, f"{recipe.name}, {each.name}")
+        folder = (out or Path("runs") / f"{name}-{scale}") / each.name
+        asked = replace(each, seeds=seeds or each.seeds)
+        plan = planned(recipe, scale_of(scale), asked, folder, storage, processes, lambda text: line(console, text))
+        if code := compared(folder, plan, processes, console) or (recipe.measured and minima_measured(folder, console)):
+            raise typer.Exit(int(code))

@@ -1,4 +1,4 @@
-"""`steppe sweep`."""
+"""``steppe sweep``."""
 
 import os
 from dataclasses import replace
@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from steppe.lab.console import line, told
-from steppe.lab.recipes.commands import AtScale, DataDir, Named, Only, Out, Storage, Workers
+from steppe.lab.commands.recipes import AtScale, DataDir, Named, Only, Out, Storage, Workers
 from steppe.lab.settings import LabError
+from steppe.lab.terminal import line
 
 Space = Annotated[
     list[str] | None,
@@ -34,7 +34,7 @@ def sweep(
 ) -> None:
     """Run a recipe's grid search alone, stage by stage, on a validation split of the training examples.
 
-    The same command continues where it was stopped; on several machines with one --storage it shares the points.
+    The same command continues an interrupted search; on several machines with one --storage it shares the points.
 
     Examples:
 
@@ -44,19 +44,21 @@ def sweep(
     """
     from steppe.lab.recipes.choose import choose
     from steppe.lab.recipes.reproduce import searched
+    from steppe.lab.runs import RECIPE
     from steppe.lab.sweep import space as spaces
 
     console, processes = Console(), workers or os.cpu_count() or 1
-    with told(console):
-        recipe, chosen = choose(name, scale, study, data_dir)
-        wanted = dict(map(spaces.parse, space or []))
-        for each in [each for each in chosen if each.stages]:
-            stages = spaces.narrowed(each.stages, wanted)
-            asked = replace(each, stages=stages, search_seeds=seeds or each.search_seeds)
-            spaces.check(asked.search())
-            line(console, f"{name}, {each.name}")
-            folder = (out or Path("runs") / f"{name}-{scale}") / each.name
-            searched(asked, f"{name}/{scale}/{each.name}", folder, storage, processes, lambda text: line(console, text))
-            line(console, f"Points: {folder / 'search.json'}")
-        if not any(each.stages for each in chosen):
-            raise LabError(f"{recipe.name} searches nothing at scale {scale}")
+    recipe, chosen = choose(name, scale, study, data_dir)
+    searching = [each for each in chosen if each.stages]
+    if not searching:
+        raise LabError(f"{recipe.name} searches nothing at scale {scale}")
+    wanted = dict(map(spaces.parse, space or []))
+    for each in searching:
+        asked = replace(each, stages=spaces.narrowed(each.stages, wanted), search_seeds=seeds or each.search_seeds)
+        spaces.check(asked.search())
+        folder = (out or Path("runs") / f"{name}-{scale}") / each.name
+        if (folder / RECIPE).exists():
+            raise LabError(f"{folder} holds the search that its comparison was made from; choose another --out")
+        line(console, f"{name}, {each.name}")
+        searched(asked, f"{name}/{scale}/{each.name}", folder, storage, processes, lambda text: line(console, text))
+        line(console, f"Points: {folder / 'search.json'}")
