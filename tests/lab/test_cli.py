@@ -2,30 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
+from rich.console import Console
 
 import steppe
 from steppe import cli
 from steppe.lab import compare as pool
-from steppe.lab import record, runs
-from steppe.lab.commands.group import app
+from steppe.lab import files, record, runs, spec
+from steppe.lab.commands import COMMANDS
+from steppe.lab.compare import compare
+from steppe.lab.runs import Plan
 from steppe.lab.train import train
 
 from .helpers import TINY as SETTINGS
-from .helpers import run, trained, write_images
+from .helpers import Process, steppe_cli, trained, write_images
 
 TINY = ["--epochs", "2", "--train-size", "256", "--batch-size", "64", "--seeds", "2"]
-
-
-def steppe_cli(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
 
 
 def test_version():
@@ -60,7 +59,7 @@ def test_compare_from_end_to_end_then_continue(tmp_path):
         (["--method", "SAN"], "unknown method 'SAN'"),
         (["--method", "SAM(rho=-1)"], "rho must be"),
         (["--baseline", "ASAM"], "baseline ASAM is none of the methods"),
-        (["--noise", "2"], "noise must be a share between 0 and 1"),
+        (["--noise", "2"], "noise must be a number in [0, 1]"),
         (["--train-size", "1797"], "train-size 1797 exceeds the 1796 examples"),
         (["--data", "fashion-mnist", "--data-dir", "nowhere"], "no fashion-mnist in"),
         (["--data-dir", "nowhere"], "data-dir goes with --data fashion-mnist"),
@@ -92,51 +91,66 @@ def test_report_command(tmp_path):
     assert steppe_cli("report", tmp_path / "nothing").exit_code == 2
 
 
-class Ended:
-    """A view that notes how runs end."""
-
-    def __init__(self):
-        self.results = {}
-
-    def step(self, run, step, steps):
-        assert 0 <= step <= steps
-
-    def done(self, run, result):
-        self.results[run] = result
-
-
-def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path):
-    bad, good = run("SGD", settings=replace(SETTINGS, model="resnet")), run("SGD", settings=SETTINGS)
-    view = Ended()
-    failures = pool.compare(tmp_path, [bad, good], 1, view)
-    assert failures == [view.results[bad]]
-    assert failures[0].reason.startswith("LabError: unknown model 'resnet'")
-    assert "Traceback" in failures[0].details
-    assert view.results[good] == record.read(runs.path_of(tmp_path, good))
+def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    methods = tuple(map(spec.parse, ("NSAM", "SGD")))
+    plan = Plan(replace(SETTINGS, epochs=1), methods, 1)
+    bad, good = plan.runs()
+    runs.open_for(tmp_path, plan)
+    (tmp_path / "weights" / f"{bad.name}.pt").mkdir(parents=True)  # where its weights would go
+    (failure,) = compare(tmp_path, plan, 1, console=Console(quiet=True))
+    assert failure.run == bad
+    assert failure.reason.startswith("LabError: cannot write")
+    assert "Traceback" in failure.details
+    assert list(runs.finished(tmp_path, plan)[0]) == [good]
 
 
 def test_failed_runs_are_reported_with_method_and_seed(tmp_path, monkeypatch):
-    def all_fail(folder, runs, workers, view, hardware):
-        failures = [pool.Failure(run, "ValueError: [bad]", "the traceback") for run in runs]
-        for failure in failures:
-            view.done(failure.run, failure)
-        return failures
+    def all_fail(folder, plan, *rest):
+        return [pool.Failure(run, "ValueError: [bad]", "the traceback") for run in plan.runs()]
 
+    runs.open_for(tmp_path, Plan(SETTINGS, (spec.parse("SGD"),), 2))
     monkeypatch.setattr(pool, "compare", all_fail)
-    result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path / "c")
+    result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path)
     assert result.exit_code == 1
     assert "SGD seed 1 failed: ValueError: [bad]" in result.output
     assert "the traceback" in result.output
-    assert not (tmp_path / "c" / "runs").exists()
 
 
-def test_missing_extra_is_named(monkeypatch):
+def test_two_comparisons_do_not_share_a_directory(tmp_path):
+    with files.hold(tmp_path / "c"):
+        result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path / "c")
+    assert result.exit_code == 2
+    assert "another command works in" in result.stderr
+
+
+def test_a_missing_extra_is_named_and_help_and_version_need_none(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "plotly" else object())
-    with pytest.raises(SystemExit, match=r'needs plotly: pip install "steppe\[lab\]"'):
+    needs = 'need plotly: pip install "steppe[lab]"'
+    monkeypatch.setattr(sys, "argv", ["steppe", "compare"])
+    with pytest.raises(SystemExit, match=re.escape(needs)):
         cli.main()
+    for arguments, words in (([], needs), (["--help"], "  compare "), (["--version"], f"steppe {steppe.__version__}")):
+        monkeypatch.setattr(sys, "argv", ["steppe", *arguments])
+        cli.main()
+        assert words in capsys.readouterr().out
 
 
-class Process:
+def test_help_lists_every_command_and_imports_none():
+    code = "import sys; from typer.testing import CliRunner; from steppe.lab.commands.group import app; "
+    code += "print(CliRunner().invoke(app, ['--help']).output); from steppe.lab.commands import COMMANDS; "
+    code += "print([module for module, _ in COMMANDS.values() if module in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("\n[]\n")
+    assert all(f" {name} " in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name):
+    assert f"steppe {name} [OPTIONS]" in " ".join(steppe_cli(name, "--help").output.split())
+    assert steppe_cli("nothing").exit_code == 2
+
+
+class Comparison(Process):
     """`steppe compare` in a process group of its own."""
 
     METHODS = ("--method", "SGD", "--method", "SAM(rho=0.1)")
@@ -144,36 +158,22 @@ class Process:
 
     def __init__(self, out):
         self.out = out
-        command = [sys.executable, "-c", "from steppe.cli import main; main()", "compare", *self.METHODS, *self.SIZE]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # a shell's background job hands down an ignored Ctrl-C
-        heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        self.process = subprocess.Popen([*command, "--out", out], **heard, **pipes)
+        super().__init__("compare", *self.METHODS, *self.SIZE, "--out", out)
 
     def until_runs(self, count):
-        deadline = time.monotonic() + 60
-        while len(self.whole()) < count:
-            assert time.monotonic() < deadline, "no run finished in time"
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.01)
+        self.until(lambda: len(self.whole()) >= count)
 
     def whole(self):
         found = []
         for path in (self.out / "runs").glob("*.json"):
-            try:
+            with suppress(ValueError):
                 found.append(record.read(path))
-            except ValueError:
-                continue
         return found
-
-    def end(self):
-        """The output and exit code; returns only when every process that could write to the pipe is gone."""
-        return self.process.communicate(timeout=60)[0], self.process.returncode
 
 
 def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tmp_path):
     out = tmp_path / "c"
-    killed = Process(out)
+    killed = Comparison(out)
     killed.until_runs(1)
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.end()  # its worker leaves with it
@@ -182,15 +182,15 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
     (out / "runs" / ".sam-rho0.1-s1.json.77.tmp").write_text('{"format": 1, "meth')
     (out / "runs" / "sam-rho0.1-s1.json").write_text(json.dumps({"format": 1, "method": "SAM(rho=0.1)"})[:-9])
 
-    stopped = Process(out)
+    stopped = Comparison(out)
     stopped.until_runs(len(kept) + 1)
-    os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C, which reaches the workers too
+    stopped.interrupt()
     output, code = stopped.end()
     assert code == 130, output
     assert "the same command continues" in output
     assert "Traceback" not in output
 
-    last = Process(out)
+    last = Comparison(out)
     output, code = last.end()
     assert code == 0, output
     plan = runs.read_plan(out)
@@ -202,6 +202,6 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
 
 
 def test_the_core_and_the_command_line_import_nothing_heavy():
-    code = "import sys, steppe.cli; print([n for n in sys.modules if n in ('typer', 'plotly', 'scipy', 'steppe.lab')])"
+    code = "import sys, steppe.cli; print([n for n in sys.modules if n in ('typer', 'rich', 'scipy', 'steppe.lab.settings')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

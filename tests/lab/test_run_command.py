@@ -1,27 +1,17 @@
 """`steppe run`, `steppe doctor` and their Python face from end to end."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from steppe.lab import checkpoint, doctor, metrics, notebook, record
-from steppe.lab.commands.group import app
 from steppe.lab.settings import LabError
 
 from . import formats
+from .helpers import Process, steppe_cli
 
 TINY = ["--epochs", "2", "--train-size", "256", "--batch-size", "64", "--model", "mlp-16"]
-
-
-def steppe_cli(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
 
 
 @pytest.fixture
@@ -35,10 +25,10 @@ def test_run_from_end_to_end(tmp_path):
     assert first.exit_code == 0, first.output
     assert "epoch 2/2, test error" in first.output
     folder = tmp_path / "runs" / "digits-sam-rho0.1-s0"
-    assert {path.name for path in folder.iterdir()} == {"run.json", "checkpoint.pt", "metrics.jsonl", "record.json"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics", "checkpoints"}
     again = steppe_cli("run", "SAM(rho=0.1)", *TINY, "--json")
     found = json.loads(again.stdout)
-    assert found["test_error"] == record.read(folder / "record.json").test_error
+    assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error
     assert found["settings"]["epochs"] == 2
     assert "epochs was 2, now 3" in steppe_cli("run", "SAM(rho=0.1)", *TINY[2:], "--epochs", 3).output
 
@@ -50,7 +40,7 @@ def test_run_takes_every_setting(tmp_path):
     options += ["--optimizer", "adamw", "--lr", 0.001, "--warmup", 2, "--label-smoothing", 0.1, "--noise", 0.4]
     result = steppe_cli("run", "SAM(rho=0.05, m=10)", *options, "--precision", "bf16", "--out", "r", "--save-every", 1)
     assert result.exit_code == 0, result.output
-    found = record.read(tmp_path / "r" / "record.json")
+    found = record.read(tmp_path / "r" / "runs" / "sam-rho0.05-m10-s0.json")
     assert found.base == (
         "AdamW(lr=0.001, betas=(0.9, 0.999), weight_decay=0.001), linear warm-up of 2 steps, cosine to 0"
     )
@@ -87,25 +77,15 @@ def test_help_has_examples():
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-c", "from steppe.cli import main; main()", "run", "SAM(rho=0.1)", "--epochs", "3000"]
-    process = subprocess.Popen(
-        [*command, "--out", tmp_path / "r"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "r" / "checkpoint.pt").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
-    assert "the same command continues from" in output
+    saved = tmp_path / "r" / "checkpoints" / "sam-rho0.1-s0.pt"
+    process = Process("run", "SAM(rho=0.1)", "--epochs", 3000, "--out", tmp_path / "r")
+    process.until(saved.exists)
+    process.interrupt()
+    output, code = process.end()
+    assert code == 130, output
+    assert "the same command continues" in output
     assert "Traceback" not in output
-    assert checkpoint.read(tmp_path / "r" / "checkpoint.pt")["step"] >= 100
+    assert checkpoint.read(saved)["step"] >= 100
 
 
 def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
@@ -157,6 +137,6 @@ def test_tensorboard_events(tmp_path):
     out = tmp_path / "r"
     assert steppe_cli("run", "SAM(rho=0.1)", *TINY, "--tensorboard", "--out", out).exit_code == 0
     events = EventAccumulator(str(out / "tensorboard")).Reload()
-    points = [line for line in metrics.read(out / "metrics.jsonl") if "test_error" in line]
+    points = [line for line in metrics.read(out / "metrics" / "sam-rho0.1-s0.jsonl") if "test_error" in line]
     shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_error")]
     assert [(line["step"], line["test_error"]) for line in points] == shown

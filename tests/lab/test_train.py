@@ -163,7 +163,7 @@ def test_models_by_name():
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs must be a positive integer"),
-        ({"noise": 1.5}, "noise must be a share"),
+        ({"noise": 1.5}, "noise must be a number in"),
         ({"lr": math.nan}, "lr must be a positive number"),
         ({"weight_decay": -1.0}, "weight-decay must be"),
         ({"batch_size": 512}, "batch size 512 exceeds the 256 training examples"),

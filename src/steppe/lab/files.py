@@ -108,6 +108,7 @@ def hold(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no locks on folders
         yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -118,5 +119,6 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-        with suppress(OSError):
-            folder.rmdir()  # a mistake leaves no empty folder
+        with suppress(OSError):  # a mistake leaves no empty folder
+            for path in made:
+                path.rmdir()

@@ -22,16 +22,6 @@ def test_csv_has_every_number(found):  # noqa: F811
     assert rows[0]["difference"] == rows[0]["paper"] == ""
 
 
-def test_latex_is_a_table(found):  # noqa: F811
-    text = tables.latex(found)
-    body = text.split("\\midrule\n")[1].split("\n\\bottomrule")[0].splitlines()
-    assert len(body) == len(found.rows)
-    assert {line.count(" & ") for line in body} == {len(tables.table(found)[0]) - 1}
-    assert "\\textbf{" in text
-    assert "\N{MINUS SIGN}" not in text
-    assert "95 \\% CI" in text
-
-
 def test_pairs_are_all_of_them_corrected_together(found):  # noqa: F811
     every = pairs(found)
     assert len(every) == 10
