@@ -18,7 +18,11 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data."
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Optuna storage for machines to share: postgresql://HOST/DB.", show_default="SQLite in OUT"),
+    typer.Option(
+        help="Optuna storage for machines to share: postgresql://HOST/DB.",
+        envvar="STEPPE_STORAGE",  # keeps a password out of the list of processes
+        show_default="SQLite in OUT",
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one a core")]
 Out = Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/RECIPE-SCALE")]
