@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from steppe.lab import record, spec
 from steppe.lab.commands.group import app
 from steppe.lab.runs import Plan, Run, keep_weights, open_for, path_of
 from steppe.lab.settings import Settings
-from steppe.lab.train import train
+from steppe.lab.train import Session
 
 TINY = Settings(train_size=256, batch_size=64, epochs=3, model="mlp-16")
 
@@ -28,8 +29,10 @@ def trained(folder: Path, *methods: str, seeds: int = 2, settings: Settings = TI
     """Fill a run directory in this process, weights included."""
     plan = open_for(folder, Plan(settings, tuple(map(spec.parse, methods)), seeds))
     for each in plan.runs():
-        found = train(each, keep=lambda model, run=each: keep_weights(folder, run, model.state_dict()))
-        record.save(path_of(folder, each), found)
+        session = Session(each)
+        deque(session.fit(), maxlen=0)
+        keep_weights(folder, each, session.model.state_dict())
+        record.save(path_of(folder, each), session.record())
     return plan
 
 

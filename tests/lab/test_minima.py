@@ -9,7 +9,7 @@ from steppe.lab import minima, record, report, runs, tasks
 from steppe.lab.commands.group import app
 from steppe.lab.compare import compare
 from steppe.lab.settings import LabError
-from steppe.lab.train import initial_model, train
+from steppe.lab.train import Session, initial_model
 from steppe.measure import Hessian, Problem, eigenpairs
 
 from .helpers import TINY, run, trained
@@ -38,9 +38,9 @@ def test_the_weights_kept_are_the_final_ones(folder):
     task = tasks.load(TINY, 0)
     ended = record.read(runs.path_of(folder, one))
     model = minima.trained(folder, one, ended, task)
-    seen = []
-    train(one, keep=lambda m: seen.extend(p.detach().clone() for p in m.parameters()))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
+    session = Session(one)
+    assert sum(session.fit()) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), session.model.parameters(), strict=True))
     assert not list((folder / "weights").glob(".*"))
 
 

@@ -25,7 +25,7 @@ def test_run_from_end_to_end(tmp_path):
     assert first.exit_code == 0, first.output
     assert "epoch 2/2, test error" in first.output
     folder = tmp_path / "runs" / "digits-sam-rho0.1-s0"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics"}
     again = steppe_cli("run", "SAM(rho=0.1)", *TINY, "--json")
     found = json.loads(again.stdout)
     assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error

@@ -103,16 +103,6 @@ def test_collapse_is_flagged():
     assert blown_up.collapsed
 
 
-def test_progress_may_stop_a_run():
-    def stop(step, steps):
-        assert steps == 12
-        if step == 5:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        train(run("SAM(rho=0.1)"), stop)
-
-
 def still(**changes):
     """Settings under which nothing moves, so that a run ends where it starts."""
     return replace(TINY, epochs=1, lr=1e-30, weight_decay=0.0, **changes)

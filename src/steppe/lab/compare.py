@@ -10,21 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from steppe.lab import files, record
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.runs import Plan, Run, finished, keep_weights, open_for, path_of
 from steppe.lab.terminal import Display
-from steppe.lab.train import train
+from steppe.lab.train import Session
 
 _EVERY = 0.1  # seconds between two progress messages of a run
 
@@ -124,20 +122,6 @@ class _Interrupted(Exception):  # noqa: N818 - it is no error
     """Raised in a run to stop it, when the comparison is interrupted."""
 
 
-class _Reporter:
-    """The progress callback of a run: sends messages, and stops the run when the comparison stops."""
-
-    def __init__(self, messages: "SimpleQueue[tuple[Run, int, int]]", stop: Event, run: Run) -> None:
-        self.messages, self.stop, self.run, self.last = messages, stop, run, 0.0
-
-    def __call__(self, step: int, steps: int) -> None:
-        if self.stop.is_set():
-            raise _Interrupted
-        if time.monotonic() - self.last > _EVERY or step == steps:
-            self.messages.put((self.run, step, steps))
-            self.last = time.monotonic()
-
-
 _channel: "tuple[SimpleQueue[tuple[Run, int, int]], Event]"
 
 
@@ -157,15 +141,18 @@ def leave_with_parent() -> None:
 
 
 def _execute(folder: Path, run: Run, hardware: Hardware) -> Record | Failure:
-    reporter = _Reporter(*_channel, run)
+    messages, stop = _channel
+    told = time.monotonic()
     try:
-        reporter(0, 1)
-        result = train(run, reporter, hardware, partial(_keep, folder, run))
-        record.save(path_of(folder, run), result)
-        return result
+        session = Session(run, hardware.open())
+        for _ in session.fit():
+            if stop.is_set():
+                raise _Interrupted
+            if time.monotonic() - told > _EVERY or session.step == session.steps:
+                messages.put((run, session.step, session.steps))
+                told = time.monotonic()
+        keep_weights(folder, run, session.model.state_dict())
+        record.save(path_of(folder, run), found := session.record())
+        return found
     except Exception as error:  # returned as text: not every exception survives pickling
         return Failure(run, f"{type(error).__name__}: {error}", traceback.format_exc())
-
-
-def _keep(folder: Path, run: Run, model: nn.Module) -> None:
-    keep_weights(folder, run, model.state_dict())

@@ -42,8 +42,8 @@ class Meter:
             if value is not None:
                 values.append(value)
 
-    def evaluate(self, epoch: int, model: nn.Module, task: Task, process: Process = ALONE) -> float:
-        """Add a point to every curve and return the test error.
+    def evaluate(self, epoch: int, model: nn.Module, task: Task, process: Process = ALONE) -> None:
+        """Add a point to every curve.
 
         Telemetry is the mean over the steps since the last point; training loss and error are those of the first
         10,000 training examples.
@@ -58,7 +58,6 @@ class Meter:
             values.clear()
         for name, value in point.items():
             self.curves[name].append(finite(value))
-        return test_error
 
     def latest(self) -> dict[str, float | None]:
         """Return the last point of every curve."""

@@ -1,7 +1,8 @@
 """One run in its directory, with checkpoints: it can be stopped at any time and continued bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.metrics import Metrics
 from steppe.lab.record import Record
 from steppe.lab.runs import Plan, Run, finished, keep_weights, merged, open_for, path_of
-from steppe.lab.train import Session, fit
+from steppe.lab.train import Session
 
 _LOG_EVERY = 20  # steps between two lines of metrics; reading a loss waits for the device
 _LEAST = 100  # steps between two checkpoints of runs with short epochs
@@ -57,8 +58,16 @@ def run(
             session.restore(checkpoint.read(saved))
         events = folder / "tensorboard" if tensorboard else None
         metrics = Metrics(path_of(folder, asked, "metrics"), session.step, events) if process.first else None
+        every = save_every or max(asked.settings.steps_per_epoch, _LEAST)
         try:
-            _fit(session, saved, save_every, metrics, watch)
+            for evaluated in session.fit():
+                for numbers in _numbers(session, evaluated):
+                    if metrics is not None:
+                        metrics.write(numbers)
+                        watch(session, numbers)
+                if session.step % every == 0:
+                    state = session.state()
+                    process.on_first(partial(checkpoint.write, saved, state))
         finally:
             if metrics is not None:
                 metrics.close()
@@ -67,29 +76,14 @@ def run(
     return found
 
 
-def _fit(session: Session, saved: Path, save_every: int | None, metrics: Metrics | None, watch: Watch) -> None:
-    group = session.optimizer.param_groups[0]
-    every = save_every or max(session.run.settings.steps_per_epoch, _LEAST)
-
-    def tell(line: dict[str, Any]) -> None:
-        if metrics is not None:
-            metrics.write(line)
-            watch(session, line)
-
-    def progress(step: int, steps: int) -> None:
-        if step % _LOG_EVERY == 0 or step == steps:
-            rate = {"lr": float(group["lr"])} | ({"rho": float(group["rho"])} if "rho" in group else {})
-            tell({"step": step, "loss": session.last_loss(), **rate})
-
-    def evaluated(epoch: int, error: float) -> None:
-        tell({"step": session.step, **session.meter.latest(), "seconds": session.meter.seconds})
-
-    def keep(session: Session) -> None:
-        if session.step % every == 0 or session.step == session.steps:
-            state = session.state()
-            session.process.on_first(lambda: checkpoint.write(saved, state))
-
-    fit(session, progress, evaluated, keep)
+def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
+    """Yield the lines of metrics after a step: loss and rates now and then, the curves' points after evaluations."""
+    if session.step % _LOG_EVERY == 0 or session.step == session.steps:
+        group = session.optimizer.param_groups[0]
+        rates: dict[str, Any] = {name: float(group[name]) for name in ("lr", "rho") if name in group}
+        yield {"step": session.step, "loss": session.last_loss(), **rates}
+    if evaluated:
+        yield {"step": session.step, **session.meter.latest(), "seconds": session.meter.seconds}
 
 
 def _finish(folder: Path, run: Run, found: Record, weights: dict[str, Any]) -> None:

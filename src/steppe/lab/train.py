@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -26,49 +26,12 @@ _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in t
 COLLAPSE = 0.95  # of log(#classes), the loss of random guesses
 
 
-def train(
-    run: Run,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
-    hardware: Hardware = CPU,
-    keep: Callable[[nn.Module], None] = lambda model: None,
-) -> Record:
-    """Train one run from its first step, without a directory.
-
-    Args:
-        run: the method, seed and settings.
-        progress: called with (step, steps) after every step; may raise to stop the run.
-        hardware: what it runs on.
-        keep: called with the trained model.
-    """
+def train(run: Run, hardware: Hardware = CPU) -> Record:
+    """Train one run from its first step, without a directory; return its record."""
     session = Session(run, hardware.open())
-    fit(session, progress)
-    keep(session.model)
+    for _ in session.fit():
+        pass
     return session.record()
-
-
-def fit(
-    session: "Session",
-    progress: Callable[[int, int], None] = lambda step, steps: None,
-    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
-    keep: Callable[["Session"], None] = lambda session: None,
-) -> None:
-    """Train a session from its step to its end.
-
-    Args:
-        session: the run in training.
-        progress: called with (step, steps) after every step.
-        evaluated: called with (epoch, test error) after every evaluation.
-        keep: called after every step and its evaluation; may write a checkpoint.
-    """
-    run = session.run
-    per_epoch = run.settings.steps_per_epoch
-    for rows, examples in session.batches():
-        session.advance(rows, examples)
-        progress(session.step, session.steps)
-        epoch, inside = divmod(session.step, per_epoch)
-        if not inside and (epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs):
-            evaluated(epoch, session.evaluate(epoch))
-        keep(session)
 
 
 class Session:
@@ -91,6 +54,21 @@ class Session:
         self.augment = data.augmentation(run.settings)
         self.meter, self.step = Meter(), 0
         self._loss: Any = math.nan
+
+    def fit(self) -> Iterator[bool]:
+        """Train to the end; yield after every step whether the model was evaluated after it.
+
+        Between two steps the caller may write a checkpoint, or stop.
+        """
+        settings = self.run.settings
+        every = max(1, settings.epochs // _POINTS)
+        for rows, examples in self.batches():
+            self.advance(rows, examples)
+            epoch, inside = divmod(self.step, settings.steps_per_epoch)
+            evaluated = not inside and (epoch % every == 0 or epoch == self.run.epochs)
+            if evaluated:
+                self.evaluate(epoch)
+            yield evaluated
 
     def _factor(self, step: int) -> float:
         """Return the factor of the learning rate: a linear rise times a cosine to 0."""
@@ -125,12 +103,12 @@ class Session:
         mine = {key: self.process.share(values) for key, values in change.items()}
         return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
 
-    def evaluate(self, epoch: int) -> float:
-        """Add a point to the curves and return the test error."""
+    def evaluate(self, epoch: int) -> None:
+        """Add a point to the curves; its time does not count as training."""
         started = time.perf_counter()
         self.process.synchronise()
         self.meter.seconds += time.perf_counter() - started
-        return self.meter.evaluate(epoch, self.model, self.task, self.process)
+        self.meter.evaluate(epoch, self.model, self.task, self.process)
 
     def last_loss(self) -> float:
         """Return the loss of this process's part of the last batch; waits for the device."""
@@ -241,7 +219,8 @@ def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
         return weights
     before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
     session = Session(before)
-    fit(session)
+    for _ in session.fit():
+        pass
     return session.model.state_dict()
 
 
