@@ -202,6 +202,7 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
 
 
 def test_the_core_and_the_command_line_import_nothing_heavy():
-    code = "import sys, steppe.cli; print([n for n in sys.modules if n in ('typer', 'rich', 'scipy', 'steppe.lab.settings')])"
+    code = "import sys, steppe.cli; "
+    code += "print([n for n in sys.modules if n in ('typer', 'rich', 'scipy', 'steppe.lab.settings')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

@@ -1,11 +1,12 @@
-"""Sets of examples that may be larger than they look: bytes standardised when asked for, files decoded when needed.
+"""Sets of examples that are prepared when they are indexed: bytes are standardised, image files decoded.
 
-Everything here is indexed like a tensor, by row numbers or slices, and answers with what a model takes.
+Each is indexed like a tensor, by row numbers or slices, and returns what a model takes.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from os import cpu_count
 from typing import Any
@@ -20,7 +21,7 @@ _MULTIPLE = 32  # lengths of batches of texts are rounded up to it
 
 @dataclass(frozen=True)
 class Files:
-    """Images that are decoded one by one; `read(i)` gives the i-th as bytes, shape (channels, side, side)."""
+    """Images in files, decoded when indexed; ``read(i)`` gives the i-th as bytes, shape (channels, side, side)."""
 
     read: Callable[[int], Tensor]
     rows: Tensor
@@ -35,24 +36,24 @@ class Files:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape as of a tensor of all images."""
+        """Return the shape that a tensor of all images would have."""
         return (len(self), *self.shape_of_one)
 
     def take(self, rows: Tensor | slice) -> "Files":
-        """Return the chosen examples as a set, still undecoded."""
+        """Return the chosen examples as a set, not decoded."""
         return replace(self, rows=self.rows[rows])
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as bytes, shape (n, channels, height, width), that leave as `(bytes - mean) / spread` in float32.
+    """Images as bytes, shape (n, channels, height, width); indexing returns ``(bytes - mean) / spread`` in float32.
 
     Args:
-        pixels: all of them in memory, or undecoded files.
-        mean: of the bytes, in 0 to 255: one number, or one a channel.
-        spread: likewise.
-        side: what images leave with: larger ones are cropped at their centre, smaller ones scaled up; None: neither.
-        device: where they leave to.
+        pixels: the images in memory, or files.
+        mean: of the bytes, in 0 to 255: one number, or one for each channel.
+        spread: their standard deviation, likewise.
+        side: of the returned images: larger ones are cropped at the centre, smaller ones scaled up; ``None``: neither.
+        device: of the returned images.
     """
 
     pixels: Tensor | Files
@@ -71,7 +72,7 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape as of the tensor of all images."""
+        """Return the shape that a tensor of all images would have."""
         n, channels, height, width = self.pixels.shape
         return (n, channels, self.side or height, self.side or width)
 
@@ -82,7 +83,7 @@ class Images:
         return self.pixels[rows].to(self.device, non_blocking=True)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Return bytes as a model takes them."""
+        """Return standardised images of bytes."""
         side, own = self.side or raw.shape[-1], raw.shape[-1]
         if own > side:
             edge = (own - side) // 2
@@ -91,22 +92,22 @@ class Images:
         return functional.interpolate(standard, (side, side), mode="bilinear") if own < side else standard
 
     def take(self, rows: Tensor | slice) -> "Images":
-        """Return the chosen images as a set, still as bytes."""
+        """Return the chosen images as a set."""
         return replace(self, pixels=take(self.pixels, rows))
 
     def to(self, device: torch.device) -> "Images":
-        """Return the set with images that leave to `device`, and lie there where they lie in memory."""
+        """Return the set for a device; images in memory are moved there."""
         pixels = self.pixels.to(device) if isinstance(self.pixels, Tensor) else self.pixels
         return Images(pixels, self.mean.to(device), self.spread.to(device), self.side, device)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as a tokenizer's tensors, shape (n, length) each; they leave without padding that none of them needs.
+    """Texts as a tokenizer's tensors, shape (n, length) each; indexing cuts the padding that no chosen text needs.
 
     Args:
-        parts: input_ids, attention_mask and whatever else the model takes by name.
-        lengths: tokens of each text, on the CPU, where they tell the padding without waiting for the device.
+        parts: input_ids, attention_mask and other inputs of the model, by name.
+        lengths: tokens of each text, on the CPU, so that reading them does not wait for the device.
     """
 
     parts: dict[str, Tensor]
@@ -117,7 +118,7 @@ class Tokens:
 
     def __getitem__(self, rows: int | slice | Tensor) -> dict[str, Tensor]:
         longest = int(self.lengths[rows].max())
-        kept = -(-longest // _MULTIPLE) * _MULTIPLE  # few different lengths: each is rehearsed once
+        kept = -(-longest // _MULTIPLE) * _MULTIPLE  # few different lengths: shared passes are verified for each
         return {name: part[rows][..., :kept] for name, part in self.parts.items()}
 
     def take(self, rows: Tensor | slice) -> "Tokens":
@@ -125,7 +126,7 @@ class Tokens:
         return Tokens({name: part[rows] for name, part in self.parts.items()}, self.lengths[rows])
 
     def to(self, device: torch.device) -> "Tokens":
-        """Return the set on `device`."""
+        """Return the set on a device."""
         return Tokens({name: part.to(device) for name, part in self.parts.items()}, self.lengths)
 
 
@@ -138,17 +139,17 @@ def take(examples: Any, rows: Tensor | slice) -> Any:
 
 
 def raw(examples: Examples, rows: Tensor) -> Any:
-    """Return the chosen rows before what is done on the device: bytes for images."""
+    """Return the chosen rows as they are before augmentation: bytes for images."""
     return examples.raw(rows) if isinstance(examples, Images) else examples[rows]
 
 
 def finish(examples: Examples, raw: Any) -> Any:
-    """Return raw rows, augmented or not, as a model takes them."""
+    """Return what a model takes, of raw rows that may have been augmented."""
     return examples.finish(raw) if isinstance(examples, Images) else raw
 
 
 def ahead(make: Callable[[Tensor], Any], rows: Iterator[Tensor], examples: Examples) -> Iterator[tuple[Tensor, Any]]:
-    """Yield `(rows, make(rows))`; for undecoded files, made in the background while earlier batches are in use."""
+    """Yield ``(rows, make(rows))``; batches of image files are made by a thread while earlier ones are in use."""
     if not (isinstance(examples, Images) and isinstance(examples.pixels, Files)):
         yield from ((each, make(each)) for each in rows)
         return
@@ -163,12 +164,7 @@ def ahead(make: Callable[[Tensor], Any], rows: Iterator[Tensor], examples: Examp
             pool.shutdown(cancel_futures=True)
 
 
-_pool: ThreadPoolExecutor | None = None
-
-
+@cache
 def _threads() -> ThreadPoolExecutor:
-    """Return the threads that decode; Pillow lets go of Python's lock while it does."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(cpu_count() or 1)
-    return _pool
+    """Return the threads that decode; Pillow releases Python's lock while it decodes."""
+    return ThreadPoolExecutor(cpu_count() or 1)

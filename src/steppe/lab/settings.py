@@ -21,19 +21,9 @@ def _one_of(known: tuple[str, ...], name: str, value: str) -> None:
         raise LabError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _whole(name: str, value: int | None) -> None:
-    if not isinstance(value, int) or value < 0:
-        raise LabError(f"{name} must be a number of steps >= 0, got {value!r}")
-
-
-def _optional(name: str, value: int | None) -> None:
-    if value is not None:
-        checks.positive_integer(name, value)
-
-
 _positive = partial(checks.number, expected="a positive number", low=math.nextafter(0.0, 1.0))
 _below_one = partial(checks.number, expected="a share of at least 0 and less than 1", below=1.0)
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
     "train_size": checks.positive_integer,
     "noise": checks.share,
     "epochs": checks.positive_integer,
@@ -41,10 +31,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": _positive,
     "weight_decay": checks.non_negative,
     "optimizer": partial(_one_of, OPTIMIZERS),
-    "warmup": _whole,
+    "warmup": partial(checks.number, expected="a number of steps >= 0"),
     "label_smoothing": _below_one,
     "augment": partial(_one_of, AUGMENTATIONS),
-    "image_size": _optional,
+    "image_size": lambda name, value: value is None or checks.positive_integer(name, value),
     "validation": _below_one,
     "start_lr": _positive,
 }

@@ -72,7 +72,9 @@ def run(
             if metrics is not None:
                 metrics.close()
         found, weights = session.record(), checkpoint.whole(dict(session.model.state_dict()))
-        process.on_first(lambda: _finish(folder, asked, found, weights))
+        process.on_first(lambda: keep_weights(folder, asked, weights))  # first: a record says that all is there
+        process.on_first(lambda: record.save(path_of(folder, asked), found))
+        process.on_first(lambda: saved.unlink(missing_ok=True))
     return found
 
 
@@ -84,13 +86,6 @@ def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
         yield {"step": session.step, "loss": session.last_loss(), **rates}
     if evaluated:
         yield {"step": session.step, **session.meter.latest(), "seconds": session.meter.seconds}
-
-
-def _finish(folder: Path, run: Run, found: Record, weights: dict[str, Any]) -> None:
-    """Write the final weights, then the record that says that the run is finished; drop its checkpoint."""
-    keep_weights(folder, run, weights)
-    record.save(path_of(folder, run), found)
-    path_of(folder, run, "checkpoints").unlink(missing_ok=True)
 
 
 def folder_of(asked: Run) -> Path:

@@ -81,7 +81,7 @@ class Session:
         return ahead(lambda rows: raw(self.task.inputs, self.process.share(rows)), left, self.task.inputs)
 
     def advance(self, rows: Tensor, examples: Any) -> None:
-        """Take one optimizer step on a batch; `examples` are this process's, raw."""
+        """Take one optimizer step on a batch; ``examples`` are the raw ones of this process."""
         started = time.perf_counter()
         if self.augment != "none":
             examples = self._augmented(len(rows), examples)

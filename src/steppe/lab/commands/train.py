@@ -238,9 +238,18 @@ def compared(
 
 
 def _publish(folder: Path, baseline: str | None, console: Console) -> None:
+    """Write the report of a directory; print its table, and that of the minima as far as there is room."""
     from steppe.lab import report as page
+    from steppe.lab.report import minima
 
-    show(page.write(folder, baseline), console)
+    found = page.write(folder, baseline)
+    show(found, console)
+    if (measured := minima.section(folder, found)) is not None:
+        room = 5  # columns, up to the trace
+        rows = [[name, *cells][:room] for name, _, cells in measured.rows]
+        console.print(table(measured.headers[:room], rows, caption=measured.caption))
+        for note in measured.notes:
+            console.print(f"- {note}", markup=False, highlight=False)
     line(console, f"\nReport: {folder / 'report.html'}")
 
 
@@ -265,22 +274,7 @@ def minima_measured(folder: Path, console: Console) -> int:
             else:
                 rough = "" if result.minimum.converged else ", not converged"
                 display.line(f"{run}: loss {result.minimum.loss:.3f}, top eigenvalue {result.minimum.top:.2f}{rough}")
-    _publish_minima(folder, console)
+    _publish(folder, None, console)
     for failure in failures:
         line(console, failure)
     return 1 if failures else 0
-
-
-def _publish_minima(folder: Path, console: Console) -> None:
-    from steppe.lab import report as page
-    from steppe.lab.report import minima
-
-    found = minima.section(folder, page.write(folder))
-    if found is None:
-        return
-    room = 5  # columns for a terminal: up to the trace; the report has all
-    rows = [[name, *cells][:room] for name, _, cells in found.rows]
-    console.print(table(found.headers[:room], rows, caption=found.caption))
-    for note in found.notes:
-        console.print(f"- {note}", markup=False, highlight=False)
-    line(console, f"\nReport: {folder / 'report.html'}")

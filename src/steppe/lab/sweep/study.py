@@ -164,14 +164,17 @@ class Grid:
 
 
 def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
-    """Open a storage by its URL (sqlite:///FILE, postgresql://..., mysql://...); make its tables if need be.
+    """Open a storage by its URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
 
     Raises:
         LabError: it cannot be opened; the message is without user and password.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return _opened(url, heartbeat)
+            if url.startswith("sqlite"):
+                Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                return _one_writer(_storage(url, heartbeat, {"connect_args": {"timeout": 120}}))
+            return _storage(url, heartbeat, {"pool_pre_ping": True})
         except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
             if attempt == _ATTEMPTS or isinstance(error, ImportError | ValueError):
                 raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
@@ -185,19 +188,12 @@ def shown(url: str) -> str:
     return f"{head.split('//')[0]}//...@{tail}" if at else url
 
 
-def _opened(url: str, heartbeat: int) -> RDBStorage:
-    sqlite = url.startswith("sqlite")
-    if sqlite:
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    options = {"connect_args": {"timeout": 120}} if sqlite else {"pool_pre_ping": True}
+def _storage(url: str, heartbeat: int, options: dict[str, Any]) -> RDBStorage:
     with _known_experimental():
-        storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
-    if sqlite:
-        _one_writer(storage)
-    return storage
+        return RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
 
 
-def _one_writer(storage: RDBStorage) -> None:
+def _one_writer(storage: RDBStorage) -> RDBStorage:
     """Take SQLite's write lock before the first read of a transaction: it has no row locks to claim a trial with."""
 
     @event.listens_for(storage.engine, "connect")
@@ -209,6 +205,7 @@ def _one_writer(storage: RDBStorage) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()  # connections made before lack these settings
+    return storage
 
 
 @contextmanager
