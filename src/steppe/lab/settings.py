@@ -23,7 +23,7 @@ def _one_of(known: tuple[str, ...], name: str, value: str) -> None:
 
 _positive = partial(checks.number, expected="a positive number", low=math.nextafter(0.0, 1.0))
 _below_one = partial(checks.number, expected="a share of at least 0 and less than 1", below=1.0)
-_CHECKS: dict[str, Callable[[str, Any], object]] = {
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "train_size": checks.positive_integer,
     "noise": checks.share,
     "epochs": checks.positive_integer,
@@ -34,7 +34,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "warmup": partial(checks.number, expected="a number of steps >= 0"),
     "label_smoothing": _below_one,
     "augment": partial(_one_of, AUGMENTATIONS),
-    "image_size": lambda name, value: value is None or checks.positive_integer(name, value),
+    "image_size": checks.positive_integer,
     "validation": _below_one,
     "start_lr": _positive,
 }
@@ -71,8 +71,10 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
         for name, check in _CHECKS.items():
+            value = getattr(self, name)
             try:
-                check(name.replace("_", "-"), getattr(self, name))
+                if value is not None or name != "image_size":
+                    check(name.replace("_", "-"), value)
             except (TypeError, ValueError) as error:
                 raise LabError(str(error)) from None
         if self.data == "digits" and self.data_dir is not None:
