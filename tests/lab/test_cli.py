@@ -1,4 +1,4 @@
-"""The command line from end to end, interruptions included."""
+"""The command line and its Python face from end to end, interruptions included."""
 
 import json
 import os
@@ -10,21 +10,33 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 import steppe
 from steppe import cli
+from steppe.lab import checkpoint, doctor, files, metrics, notebook, record, runs, spec
 from steppe.lab import compare as pool
-from steppe.lab import files, record, runs, spec
 from steppe.lab.commands import COMMANDS
 from steppe.lab.compare import compare
 from steppe.lab.runs import Plan
+from steppe.lab.settings import LabError
 from steppe.lab.train import train
 
+from . import formats
 from .helpers import TINY as SETTINGS
 from .helpers import Process, steppe_cli, trained, write_images
 
 TINY = ["--epochs", "2", "--train-size", "256", "--batch-size", "64", "--seeds", "2"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def test_version():
@@ -52,35 +64,39 @@ def test_compare_from_end_to_end_then_continue(tmp_path):
         assert train(each).curves == kept.curves  # a worker process computes what this one does
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "cifar"], "unknown data 'cifar'; choose from cifar10, cifar100, digits, fashion-mnist"),
-        (["--method", "SAN"], "unknown method 'SAN'"),
-        (["--method", "SAM(rho=-1)"], "rho must be"),
-        (["--baseline", "ASAM"], "baseline ASAM is none of the methods"),
-        (["--noise", "2"], "noise must be a number in [0, 1]"),
-        (["--train-size", "1797"], "train-size 1797 exceeds the 1796 examples"),
-        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "no fashion-mnist in"),
-        (["--data-dir", "nowhere"], "data-dir goes with --data fashion-mnist"),
-    ],
-)
-def test_mistakes_are_told_and_leave_nothing(tmp_path, arguments, message):
-    result = steppe_cli("compare", *arguments, "--out", tmp_path / "c")
-    assert result.exit_code == 2
-    assert message in result.output
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "c").exists()
+MISTAKES = [
+    ("compare --data cifar", "unknown data 'cifar'; choose from cifar10, cifar100, digits, fashion-mnist"),
+    ("compare --method SAN", "unknown method 'SAN'"),
+    ("compare --method SAM(rho=-1)", "rho must be"),
+    ("compare --baseline ASAM", "baseline ASAM is none of the methods"),
+    ("compare --noise 2", "noise must be a number in [0, 1]"),
+    ("compare --train-size 1797", "train-size 1797 exceeds the 1796 examples"),
+    ("compare --data fashion-mnist --data-dir nowhere", "no fashion-mnist in"),
+    ("compare --data fashion-mnist --data-dir ../damaged", "no t10k-labels-idx1-ubyte"),
+    ("compare --data-dir nowhere", "data-dir goes with --data fashion-mnist"),
+    ("run SAN", "unknown method 'SAN'"),
+    ("run SGD --data cifar", "unknown data 'cifar'"),
+    ("run SGD --data cifar10", "no cifar10 in data/cifar10, data: unpack"),
+    ("run SGD --model net", "unknown model 'net'"),
+    ("run SGD --model resnet18", "model resnet18 takes images"),
+    ("run SGD --optimizer lion", "optimizer must be one of sgd, adamw"),
+    ("run SGD --augment crop", "augment crop is for images"),
+    ("run SGD --device tpu", "device must be one of auto, cpu, cuda, mps"),
+    ("run SGD --precision fp8", "precision must be one of fp32, bf16"),
+    ("run SGD --warmup -1", "warmup must be a number of steps"),
+    ("report nothing", "nothing holds no runs"),
+]
 
 
-def test_a_damaged_image_folder_is_told(tmp_path):
-    folder = write_images(tmp_path / "d")
-    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    result = steppe_cli(
-        "compare", "--data", "fashion-mnist", "--data-dir", folder, "--train-size", "96", "--batch-size", 32
-    )
-    assert result.exit_code == 2
-    assert "no t10k-labels-idx1-ubyte" in result.output
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(here, words, message):
+    damaged = write_images(here.parent / "damaged")
+    (damaged / "t10k-labels-idx1-ubyte.gz").unlink(missing_ok=True)
+    result = steppe_cli(*words.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(here.iterdir()) == []
 
 
 def test_report_command(tmp_path):
@@ -88,7 +104,6 @@ def test_report_command(tmp_path):
     result = steppe_cli("report", tmp_path, "--baseline", "SAM(rho=0.1)")
     assert result.exit_code == 0
     assert (tmp_path / "report.html").exists()
-    assert steppe_cli("report", tmp_path / "nothing").exit_code == 2
 
 
 def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path, monkeypatch):
@@ -206,3 +221,106 @@ def test_the_core_and_the_command_line_import_nothing_heavy():
     code += "print([n for n in sys.modules if n in ('typer', 'rich', 'scipy', 'steppe.lab.settings')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+# ---- steppe run, doctor, and the Python face
+
+
+def test_run_from_end_to_end(here):
+    first = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16")
+    assert first.exit_code == 0, first.output
+    assert "epoch 2/2, test error" in first.output
+    folder = here / "runs" / "digits-sam-rho0.1-s0"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics"}
+    again = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16", "--json")
+    found = json.loads(again.stdout)
+    assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error
+    assert found["settings"]["epochs"] == 2
+    assert (
+        "epochs was 2, now 3"
+        in steppe_cli("run", "SAM(rho=0.1)", *TINY[2:-2], "--model", "mlp-16", "--epochs", 3).output
+    )
+
+
+def test_run_takes_every_setting(here):
+    formats.cifar10(here / "data")
+    options = ["--data", "cifar10", "--train-size", 60, "--model", "resnet18-w8-gn", "--epochs", 1, "--batch-size", 20]
+    options += ["--optimizer", "adamw", "--lr", 0.001, "--warmup", 2, "--label-smoothing", 0.1, "--noise", 0.4]
+    result = steppe_cli("run", "SAM(rho=0.05, m=10)", *options, "--precision", "bf16", "--out", "r", "--save-every", 1)
+    assert result.exit_code == 0, result.output
+    found = record.read(here / "r" / "runs" / "sam-rho0.05-m10-s0.json")
+    assert found.base == (
+        "AdamW(lr=0.001, betas=(0.9, 0.999), weight_decay=0.001), linear warm-up of 2 steps, cosine to 0"
+    )
+    assert (found.settings["noise"], found.settings["label_smoothing"], found.steps) == (0.4, 0.1, 3)
+    assert found.environment["precision"] == "bf16"
+
+
+def test_help_has_examples():
+    assert "torchrun --nproc-per-node 8" in steppe_cli("run", "--help").output
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    saved = tmp_path / "r" / "checkpoints" / "sam-rho0.1-s0.pt"
+    process = Process("run", "SAM(rho=0.1)", "--epochs", 3000, "--out", tmp_path / "r")
+    process.until(saved.exists)
+    process.interrupt()
+    output, code = process.end()
+    assert code == 130, output
+    assert "the same command continues" in output
+    assert "Traceback" not in output
+    assert checkpoint.read(saved)["step"] >= 100
+
+
+def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
+    formats.svhn(tmp_path / "svhn")
+    found = {(check["kind"], check["name"]): check for check in json.loads(steppe_cli("doctor", "--json").output)}
+    assert found["data", "svhn"]["detail"] == str(tmp_path / "svhn")
+    assert found["data", "svhn"]["found"]
+    missing = found["data", "cifar10"]
+    assert not missing["found"]
+    assert str(tmp_path / "cifar10") in missing["detail"]
+    assert "--data-dir" in missing["hint"]
+    assert found["device", "cuda"]["found"] == torch.cuda.is_available()
+    assert found["environment", "torch"]["detail"] == torch.__version__
+    assert steppe_cli("doctor").exit_code == 0
+
+
+def test_doctor_names_the_command_for_a_missing_package(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("datasets", "torchvision") else "1.0")
+    missing = next(check for check in doctor.checks() if check.name == "datasets")
+    assert (missing.found, missing.hint) == (False, 'pip install "steppe[hub]"')
+
+
+def test_the_python_face(tmp_path):
+    small = {"train_size": 256, "batch_size": 64, "epochs": 2, "model": "mlp-16"}
+    folder = notebook.compare(["SGD", "SAM(rho=0.1)"], seeds=2, folder=tmp_path / "c", workers=1, **small)
+    rows = notebook.records(folder)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("SAM(rho=0.1)", 0),
+        ("SAM(rho=0.1)", 1),
+        ("SGD", 0),
+        ("SGD", 1),
+    ]
+    assert rows[0]["passes"] == 4
+    assert rows[0]["train_size"] == 256
+    assert not any(isinstance(value, dict | list) for row in rows for value in row.values())
+    assert len(notebook.curves(folder)) == 8
+    one = notebook.run("SGD", folder=tmp_path / "r", **small)
+    assert one.test_error == rows[2]["test_error"]
+    assert notebook.records(tmp_path / "r") == [{**rows[2], "seconds": one.seconds}]
+    with pytest.raises(LabError, match="no folder"):
+        notebook.records(tmp_path / "nothing")
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "r"
+    assert steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--tensorboard", "--out", out).exit_code == 0
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    points = [line for line in metrics.read(out / "metrics" / "sam-rho0.1-s0.jsonl") if "test_error" in line]
+    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_error")]
+    assert [(line["step"], line["test_error"]) for line in points] == shown
