@@ -1,6 +1,6 @@
 """Turn finished laptop recipes into records, and the records into the tables of docs/results.md.
 
-`python tools/results_table.py RUNS` reads RUNS/RECIPE-laptop/STUDY and writes recipes/records/RECIPE.json;
+`python tools/results_table.py RUNS` reads RUNS/RECIPE-laptop/STUDY and writes docs/records/RECIPE_laptop.json;
 `python tools/results_table.py` writes the tables between the markers of docs/results.md.
 """
 
@@ -14,7 +14,7 @@ from steppe.lab.statistics import holm, mean, paired, spread
 from steppe.lab.tables import plain
 
 ROOT = Path(__file__).parents[1]
-RECORDS, PAGE = ROOT / "recipes" / "records", ROOT / "docs" / "results.md"
+RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
 KEPT = ("title", "baseline", "seeds", "settings")
 ROW = ("method", "errors", "passes", "seconds", "collapsed")
 

@@ -6,7 +6,7 @@ After
         --method 'WSAM(rho=0.5, gamma=0.9)' --method 'SAM(rho=0.2, m=8)'
     steppe measure runs/minima
 
-``python recipes/minima.py runs/minima`` copies what was measured into ``recipes/records/minima.json``. Without a
+``python examples/loss_and_curvature_at_minima.py runs/minima`` copies what was measured into ``docs/records/minima.json``. Without a
 directory it prints that record's table; ``--figure FILE.svg`` draws its slices (needs matplotlib).
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from steppe.lab import minima, runs
 from steppe.lab.statistics import paired
 
-RECORD = Path(__file__).parent / "records" / "minima.json"
+RECORD = Path(__file__).parents[1] / "docs" / "records" / "minima.json"
 KEYS = {"loss": "loss", "top": "top eigenvalue", "trace": "trace", "trace_V": "tr V", "sharpness": "m-sharpness"}
 PAIRS = [
     ("SAM(rho=0.2)", "SGD"),

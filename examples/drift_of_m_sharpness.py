@@ -1,13 +1,13 @@
 """Do the drifts of the m-sharpness theory hold on a real net, and does tr V at the end of training keep its order?
 
-``python recipes/sde_digits.py`` measures on the digits, over seeds, and writes ``recipes/records/sde_digits.json``.
+``python examples/drift_of_m_sharpness.py`` measures on the digits, over seeds, and writes ``docs/records/sde_digits.json``.
 Every finished seed is kept; the same command goes on after an interruption. Two parts:
 
 - drift: a tanh net 64-32-10 on 512 digits in float64, trained by SGD for some epochs. What the real m-USAM and m-SAM
   add to SGD's update, averaged over random batches of 64, against the gradient of the regulariser that the theory adds
   to SGD's drift, as m falls: cosine and relative error; and ``E norm(grad f_I)``.
 - trace: tr V over the training set at the end of training by method, `steppe compare`'s protocol without label noise
-  (with it: ``recipes/records/m_sharpness.json``).
+  (with it: ``docs/records/m_sharpness.json``).
 
 ``--print`` shows the record's tables.
 """
@@ -31,7 +31,7 @@ from steppe.lab.environment import environment
 from steppe.lab.settings import Settings
 from steppe.sde import problem_of, regularisers
 
-RECORD = Path(__file__).parent / "records" / "sde_digits.json"
+RECORD = Path(__file__).parents[1] / "docs" / "records" / "sde_digits.json"
 N, SIZE, MS, REPEATS = 512, 64, (64, 16, 4, 1), 8
 EPOCHS, RHOS = (2, 30), (0.01, 0.05)
 RULES = {"USAM": steppe.USAM, "SAM": steppe.SAM}
