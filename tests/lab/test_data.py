@@ -307,9 +307,9 @@ def test_a_users_images_are_standardised_by_channel():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere:task", "cannot find nowhere:task: No module"),
-        ("my_own:nothing", "cannot find my_own:nothing"),
-        ("my_own:torch", "my_own:torch is no function"),
+        ("nowhere:task", "module 'nowhere' cannot be imported: ModuleNotFoundError: No module"),
+        ("my_own:nothing", "module 'my_own' has no function 'nothing'"),
+        ("my_own:torch", "module 'my_own' has no function 'torch'"),
         ("my_own:wrong", "must return four tensors"),
         ("my_own:floats", "labels must be whole numbers"),
     ],

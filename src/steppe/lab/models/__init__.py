@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.lab.data import own
+from steppe.lab.importing import imported
 from steppe.lab.models import pretrained, resnet, vit
 from steppe.lab.models.small import cnn, mlp
 from steppe.lab.settings import LabError
@@ -57,7 +57,7 @@ def build(name: str, example: Any, classes: int) -> nn.Module:
 
 
 def _own(name: str, example: Any, classes: int) -> nn.Module:
-    made = own.function(name)(example, classes)
+    made = imported(name)(example, classes)
     if not isinstance(made, nn.Module):
         raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
     return made
