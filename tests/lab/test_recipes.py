@@ -8,13 +8,12 @@ from typer.testing import CliRunner
 
 from steppe.lab import files, record, report, runs, spec
 from steppe.lab.commands.group import app
-from steppe.lab.recipes import RECIPES, SCALES, named, timing
-from steppe.lab.recipes import reproduce as frame_run
-from steppe.lab.recipes.frame import Recipe, Study, check, names, unfilled
-from steppe.lab.recipes.protocol import WSAM
+from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce, step_times
+from steppe.lab.recipes.shared import WSAM
 from steppe.lab.settings import LabError
 from steppe.lab.sweep import space
 from steppe.lab.sweep.space import Stage
+from steppe.lab.train import train
 
 from .helpers import TINY
 
@@ -30,12 +29,11 @@ def test_every_recipe_is_whole_at_every_scale(name, scale):
     studies = named(name).studies(scale)
     assert len({study.name for study in studies}) == len(studies) > 0
     for study in studies:
-        assert unfilled(study) == []
-        check(study)
+        study.check()
         if study.stages:
             space.check(study.search())
         assert set(study.published) <= set(study.methods)
-        assert all("{" not in text or study.stages or study.timed for text in names(study))
+        assert all("{" not in text or study.stages or study.timed for text in study.shown_methods())
         assert (study.settings.data == "digits") == (scale == "laptop")
 
 
@@ -79,11 +77,13 @@ EXAMPLE = Study(
     stages=(Stage("base", "SGD", {"lr": (0.05, 0.2)}), Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.1)})),
     published={"SAM(rho={rho})": 4.01},
 )
-RECIPE = Recipe("example", "Does it?", "nobody", (("numbers", "not known"),), lambda scale: (EXAMPLE,), "its own")
+RECIPE = Recipe(
+    "example", "Does it?", "nobody", (("numbers", "not transcribed"),), (EXAMPLE,), (EXAMPLE,), (EXAMPLE,), "its own"
+)
 
 
 def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
-    plan = frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
+    plan = reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
     found = files.read_json(tmp_path / "search.json")
     lr, rho = (found["stages"][i]["chosen"][key] for i, key in enumerate(("lr", "rho")))
     assert plan.settings == replace(EXAMPLE.settings, lr=lr)  # and the validation split is gone
@@ -91,27 +91,21 @@ def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
     errors = {point["values"]["lr"]: point["error"] for point in found["stages"][0]["points"]}
     assert errors[lr] == min(errors.values())
 
-    monkeypatch.setattr(frame_run, "search", lambda *a, **k: pytest.fail("searched again"))
-    assert frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path) == plan
+    monkeypatch.setattr(reproduce, "search", lambda *a, **k: pytest.fail("searched again"))
+    assert reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path) == plan
 
     runs.open_for(tmp_path, plan)
     kept = runs.context(tmp_path)
     assert kept.published == {"SGD": None, f"SAM(rho={rho})": 4.01, f"WSAM(rho={rho}, gamma=0.8)": None}
     for run in plan.runs():
-        record.save(runs.path_of(tmp_path, run), frame_run_record(run))
+        record.save(runs.path_of(tmp_path, run), train(run))
     report.write(tmp_path)
     page = (tmp_path / "summary.md").read_text()
     assert "| paper % |" in page
     assert "| 4.01 |" in page
     assert page.count("| not known |") == 2
     assert "Paper: the published error, on its own." in page
-    assert "- numbers: not known" in page
-
-
-def frame_run_record(run):
-    from steppe.lab.train import train
-
-    return train(run)
+    assert "- numbers: not transcribed" in page
 
 
 def test_equal_time_gives_epochs_in_proportion(monkeypatch):
@@ -124,14 +118,14 @@ def test_equal_time_gives_epochs_in_proportion(monkeypatch):
         def seconds(self):
             return seconds[self.method]
 
-    monkeypatch.setattr(timing, "_Timer", Clock)
-    found = timing.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
+    monkeypatch.setattr(step_times, "_Timer", Clock)
+    found = step_times.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
     assert found == {"SGD": "2.00x", "SAM": "1.00x", "Loo": "1.60x"}
     assert str(space.filled("SAM(rho=0.1, epochs={SAM})", found)) == "SAM(rho=0.1, epochs=1.00x)"
 
 
 def test_step_times_are_measured():
-    found = timing.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
+    found = step_times.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
     assert found["sgd"] == "2.00x"
     assert spec.parse(f"SGD(epochs={found['sam']})").epochs_of(100) >= 1
 
@@ -139,7 +133,7 @@ def test_step_times_are_measured():
 def test_a_damaged_recipe_file_is_told(tmp_path):
     (tmp_path / "recipe.json").write_text('{"format": 1')
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
-        frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
+        reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
         runs.context(tmp_path)
 
@@ -152,7 +146,12 @@ def test_recipes_are_listed_and_shown():
     assert brief.exit_code == 0
     assert all(name in brief.output for name in RECIPES)
     whole = steppe_cli("recipes", "rwsam_label_noise").output
-    for words in ("paper: noise-0.8", "published for SAM(rho={rho}): 62.31 % error", "not known", "laptop: noise-0.4"):
+    for words in (
+        "paper: noise-0.8",
+        "published for SAM(rho={rho}): 62.31 % error",
+        "not transcribed",
+        "laptop: noise-0.4",
+    ):
         assert words in whole
     data = json.loads(steppe_cli("recipes", "--json").output)
     assert [each["recipe"] for each in data] == list(RECIPES)
@@ -193,12 +192,8 @@ def test_help_has_examples(command):
     assert f"steppe {command}" in output
 
 
-def small(monkeypatch):
-    monkeypatch.setitem(RECIPES, "example", RECIPE)
-
-
 def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
-    small(monkeypatch)
+    monkeypatch.setitem(RECIPES, "example", RECIPE)
     first = steppe_cli("sweep", "example", "--space", "rho=0.05,0.1,0.2", "--workers", 1, "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert "radius: 3 of 3 points" in first.output

@@ -40,15 +40,15 @@ def recipes(
 
         steppe recipes label_noise
     """
-    from steppe.lab.recipes import RECIPES, describe, named
+    from steppe.lab.recipes import RECIPES, listing, named
 
     chosen = list(RECIPES.values()) if name is None else [named(name)]
     if as_json:
-        typer.echo(json.dumps([describe.plain(recipe) for recipe in chosen], indent=1))
+        typer.echo(json.dumps([listing.plain(recipe) for recipe in chosen], indent=1))
     elif name is None:
-        describe.brief(chosen, Console())
+        listing.print_list(chosen, Console())
     else:
-        describe.whole(chosen[0], Console())
+        listing.print_whole(chosen[0], Console())
 
 
 def reproduce(
@@ -72,8 +72,7 @@ def reproduce(
         steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
     """
     from steppe.lab.commands.train import compared, minima_measured
-    from steppe.lab.recipes.choose import choose, scale_of
-    from steppe.lab.recipes.reproduce import planned
+    from steppe.lab.recipes.reproduce import choose, planned, scale_of
 
     console, processes = Console(), workers or os.cpu_count() or 1
     recipe, chosen = choose(name, scale, study, data_dir)

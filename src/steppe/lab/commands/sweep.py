@@ -42,8 +42,7 @@ def sweep(
 
         steppe sweep label_noise --study noise-0.4 --space rho=0.1,0.2,0.3 --seeds 3
     """
-    from steppe.lab.recipes.choose import choose
-    from steppe.lab.recipes.reproduce import searched
+    from steppe.lab.recipes.reproduce import choose, searched
     from steppe.lab.runs import RECIPE
     from steppe.lab.sweep import space as spaces
 

@@ -1,4 +1,4 @@
-"""Step times of several methods on one machine, taken in turn, so that a busy moment hits all of them alike."""
+"""Step times of several methods on one machine, interleaved, so that a busy moment slows all of them alike."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ROUNDS, STEPS = 7, 8
 
 
 def multiples(settings: Settings, methods: Mapping[str, spec.Method]) -> dict[str, str]:
-    """Return for each method the epochs, as a multiple of the common number, that take the time of two SGD's.
+    """Return by method the epochs that take as long as twice the common number of SGD, as a multiple of that number.
 
     The first method is SGD itself. Each method takes 8 steps a round; the first round only warms up, and the median of
     the others counts.

@@ -6,22 +6,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steppe.lab.recipes.frame import SCALES, Recipe, Study, names
+from steppe.lab.recipes.study import SCALES, Recipe, Study
 
 
-def brief(recipes: list[Recipe], console: Console) -> None:
-    """Print a line for each recipe."""
+def print_list(recipes: list[Recipe], console: Console) -> None:
+    """Print one line for each recipe."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("recipe", "question", "source", "its numbers"):
+    for header in ("recipe", "question", "source"):
         table.add_column(header, overflow="fold")
     for recipe in recipes:
-        known = any(study.published for study in recipe.studies("paper"))
-        table.add_row(recipe.name, recipe.question, recipe.source, "known" if known else "not known")
+        published = "; its numbers are shown beside ours" if any(study.published for study in recipe.paper) else ""
+        table.add_row(recipe.name, recipe.question, recipe.source + published)
     console.print(table)
-    console.print("`steppe recipes NAME` shows a protocol whole, `steppe reproduce NAME` runs it.", highlight=False)
+    console.print("`steppe recipes NAME` shows the whole protocol, `steppe reproduce NAME` runs it.", highlight=False)
 
 
-def whole(recipe: Recipe, console: Console) -> None:
+def print_whole(recipe: Recipe, console: Console) -> None:
     """Print a recipe's protocol and its studies at every scale."""
     console.print(f"{recipe.name}: {recipe.question}", markup=False, highlight=False)
     console.print(f"Source: {recipe.source}", markup=False, highlight=False)
@@ -32,29 +32,27 @@ def whole(recipe: Recipe, console: Console) -> None:
     for scale in SCALES:
         for study in recipe.studies(scale):
             console.print(f"{scale}: {study.name}", style="bold", markup=False, highlight=False)
-            for line in lines(study):
+            for line in _lines(study):
                 console.print(f"  {line}", markup=False, highlight=False)
 
 
-def lines(study: Study) -> list[str]:
-    """Say what a study trains."""
+def _lines(study: Study) -> list[str]:
+    """Return what a study trains, line by line."""
     (searching, comparing), s = study.runs(), study.settings
     noise = f", {100 * s.noise:g} % label noise" if s.noise else ""
     start = f"; starts from {s.start}" if s.start else ""
     base = f"lr {s.lr:g}, momentum {s.momentum:g}, weight decay {s.weight_decay:g}"
-    told = [
+    task = (
         f"{s.data}, {s.train_size} examples{noise}; {s.model}; {s.epochs} epochs, batch {s.batch_size}, {base}{start}"
-    ]
-    for stage in study.stages:
-        grids = "; ".join(f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
-        told.append(f"search {stage.name}, {stage.method}: {grids}")
-    told += [f"compare {method}" for method in names(study)]
-    told.append(
-        f"{comparing} runs over {study.seeds} seeds" + (f", at most {searching} to search" if searching else "")
     )
-    for text, error in study.published.items():
-        told.append(f"published for {text}: {error:g} % error")
-    return told
+    grids = [
+        f"search {stage.name}, {stage.method}: "
+        + "; ".join(f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
+        for stage in study.stages
+    ]
+    runs = f"{comparing} runs over {study.seeds} seeds" + (f", at most {searching} to search" if searching else "")
+    published = [f"published for {text}: {error:g} % error" for text, error in study.published.items()]
+    return [task, *grids, *(f"compare {method}" for method in study.shown_methods()), runs, *published]
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -66,5 +64,5 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def _study(study: Study) -> dict[str, Any]:
     stages = [{"name": stage.name, "method": stage.method, "grid": dict(stage.grid)} for stage in study.stages]
-    data = {"name": study.name, "settings": study.settings.to_dict(), "methods": names(study), "seeds": study.seeds}
-    return data | {"search": stages, "published": dict(study.published)}
+    data = {"name": study.name, "settings": study.settings.to_dict(), "methods": study.shown_methods()}
+    return data | {"seeds": study.seeds, "search": stages, "published": dict(study.published)}
