@@ -9,10 +9,10 @@ from steppe.lab.settings import LabError
 
 
 def read(name: str) -> Pool:
-    """Call the function: it returns (inputs, labels, test_inputs, test_labels), four tensors.
+    """Call the function, which returns (inputs, labels, test_inputs, test_labels), four tensors.
 
-    Float inputs are used as they are; images as bytes, shape (n, channels, height, width), are standardised by the mean
-    and spread of each channel of the training images.
+    Float inputs are used as they are. Images as bytes, shape (n, channels, height, width), are standardised by the mean
+    and standard deviation of each channel of the training images.
     """
     made = imported(name)()
     if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
