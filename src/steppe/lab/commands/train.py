@@ -240,11 +240,11 @@ def compared(
 def _publish(folder: Path, baseline: str | None, console: Console) -> None:
     """Write the report of a directory; print its table, and that of the minima as far as there is room."""
     from steppe.lab import report as page
-    from steppe.lab.report import minima
+    from steppe.lab.report import curvature
 
     found = page.write(folder, baseline)
     show(found, console)
-    if (measured := minima.section(folder, found)) is not None:
+    if (measured := curvature.section(folder, found)) is not None:
         room = 5  # columns, up to the trace
         rows = [[name, *cells][:room] for name, _, cells in measured.rows]
         console.print(table(measured.headers[:room], rows, caption=measured.caption))
