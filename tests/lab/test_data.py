@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steppe.lab import data, tasks
-from steppe.lab.data import cifar, files, hub
+from steppe.lab.data import cifar, hub, images
 from steppe.lab.hardware import Process
 from steppe.lab.presets import preset, settings_for
 from steppe.lab.settings import LabError, Settings
@@ -169,8 +169,8 @@ def test_decoding_keeps_the_middle(tmp_path):
 
     image = Image.new("RGB", (60, 20), (0, 0, 0))
     image.paste((255, 255, 255), (20, 0, 40, 20))
-    assert files.decoded(image, 20).min() == 255
-    assert files.decoded(image.convert("L"), 20).shape == (3, 20, 20)  # grey becomes three channels
+    assert images.decoded(image, 20).min() == 255
+    assert images.decoded(image.convert("L"), 20).shape == (3, 20, 20)  # grey becomes three channels
 
 
 def test_damaged_image_trees_are_told(tmp_path):
@@ -238,7 +238,7 @@ def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
     pool = data.read(on("hf", folder, image_size=28))
     assert pool.inputs.shape == (2, 3, 32, 32)
     assert pool.inputs[torch.tensor([1])].unique().tolist() == [100]
-    assert pool.constants == files.IMAGENET
+    assert pool.constants == images.IMAGENET
 
 
 def test_glue_as_datasets_saves_it(tmp_path, datasets):

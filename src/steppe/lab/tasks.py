@@ -100,7 +100,7 @@ def _prepared(pool: Pool, train: Any, test: Any, settings: Settings) -> tuple[Ex
     if isinstance(train, Tensor) and train.is_floating_point():
         return _standardised(train, test) if pool.scale else (train, test)
     mean, spread = _constants(pool, train, settings)
-    side = settings.image_size or (data.files.SIDE if isinstance(train, Files) else None)
+    side = settings.image_size or (data.images.SIDE if isinstance(train, Files) else None)
     return Images(train, mean, spread, side), Images(test, mean, spread, side)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from steppe.lab.data import cifar, files, hub, idx, own, texts
+from steppe.lab.data import cifar, hub, idx, images, own, texts
 from steppe.lab.data.pool import Constants, Pool
 from steppe.lab.settings import LabError, Settings
 
@@ -52,7 +52,7 @@ def _archive(read: Callable[[Path], Pool], constants: Constants, mark: str, augm
     return Source(either, (mark, hub.MARK), hint, augment=augment)
 
 
-_TREE = Source(files.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
+_TREE = Source(images.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
 SOURCES: dict[str, Source] = {
     "fashion-mnist": Source(
         _fashion,
@@ -82,7 +82,7 @@ def read(settings: Settings) -> Pool:
     if name != "digits" and ":" not in name and name not in SOURCES:
         raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
     folder = find(name, settings.data_dir).resolve() if name in SOURCES else None
-    return _read(name, folder, settings.image_size or files.SIDE)
+    return _read(name, folder, settings.image_size or images.SIDE)
 
 
 @lru_cache(maxsize=1)

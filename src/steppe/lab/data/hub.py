@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.lab.data import files
+from steppe.lab.data import images
 from steppe.lab.data.pool import Constants, Pool, Texts
 from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
@@ -32,7 +32,7 @@ def read(folder: Path, image_size: int, constants: Constants | None = None) -> P
         inputs = [list(zip(*(part[name][:] for name in columns), strict=True)) for part in parts]
     else:
         inputs = [_images(part, image, image_size) for part in parts]
-        constants = constants or (files.IMAGENET if isinstance(inputs[0], Files) else None)
+        constants = constants or (images.IMAGENET if isinstance(inputs[0], Files) else None)
     labels = [torch.tensor(part[label][:]) for part in parts]
     return Pool(inputs[0], labels[0], inputs[1], labels[1], int(features[label].num_classes), constants)
 
@@ -72,8 +72,8 @@ def _text_columns(features: Any, folder: Path) -> tuple[str, ...]:
 def _images(split: Any, column: str, image_size: int) -> Tensor | Files:
     first = split[0][column]
     if first.size[0] == first.size[1] <= _SMALL:
-        decoded = [files.pixels(row[column].convert("RGB")) for row in split]
+        decoded = [images.pixels(row[column].convert("RGB")) for row in split]
         if len({image.shape for image in decoded}) == 1:
             return torch.stack(decoded)
-    side = files.stored(image_size)
-    return files.lazy(lambda i: files.decoded(split[i][column], side), len(split), side)
+    side = images.stored(image_size)
+    return images.lazy(lambda i: images.decoded(split[i][column], side), len(split), side)

@@ -84,19 +84,24 @@ def lead(found: Summary) -> str:
 
 
 def command(found: Summary) -> str:
-    """Return the command line that makes these runs."""
+    """Return the command line that makes these runs, empty where no command sets one of the settings."""
     about, plan = found.context.recipe, found.plan
+    usual = presets.preset(plan.settings.data).settings.to_dict()
+    given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
     if about:
-        words = ["steppe", "reproduce", about["recipe"], "--scale", about["scale"], "--study", about["study"]]
-        given: dict[str, object] = {"data_dir": plan.settings.data_dir}
+        words = ["reproduce", about["recipe"], "--scale", about["scale"], "--study", about["study"]]
+        given = {"data_dir": plan.settings.data_dir, "seeds": plan.seeds}
+    elif given.keys() & {"validation", "test_seed", "start", "start_lr"}:
+        return ""
+    elif len(plan.runs()) == 1:
+        words = ["run", str(plan.methods[0]), "--data", plan.settings.data]
+        given["seed"] = plan.first
     else:
-        words = ["steppe", "compare", "--data", plan.settings.data]
+        words = ["compare", "--data", plan.settings.data]
         words += [word for method in plan.methods for word in ("--method", str(method))]
-        usual = presets.preset(plan.settings.data).settings.to_dict()
-        given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
-    for key, value in (given | {"seeds": plan.seeds}).items():
-        words += [] if value is None or key == "data" else [f"--{key.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+        given["seeds"] = plan.seeds
+    options = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
+    return shlex.join(["steppe", *words, *(word for option in options.items() for word in option)])
 
 
 def environment(found: Summary) -> dict[str, str]:

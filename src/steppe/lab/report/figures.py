@@ -72,7 +72,7 @@ def results(found: Summary) -> list[Figure]:
         _curves(found, "train_loss", "Training loss by epoch", "training loss"),
     )
     costs = (
-        _cost(found, "passes", "gradient passes over the training set", lambda row: row.passes),
+        _cost(found, "passes", "gradient passes", lambda row: row.passes),
         _cost(found, "seconds", "seconds a run", lambda row: row.seconds),
     )
     return [_errors(found), *curves, *costs]
@@ -109,7 +109,7 @@ def _errors(found: Summary) -> Figure:
         style = {"mode": "markers", "showlegend": False, "hovertemplate": "%{y}<br>%{text}: %{x:.2f} %<extra></extra>"}
         data += [trace | style for trace in (seeds, centre)]
     layout = axes(
-        "error at the last epoch, %",
+        "error, %",
         "",
         xaxis={"rangemode": "tozero"},
         yaxis={"autorange": "reversed", "automargin": True},

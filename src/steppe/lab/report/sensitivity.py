@@ -35,7 +35,12 @@ def sensitivities(found: Summary) -> list[Figure]:
     for name in dict.fromkeys(row.method.name for row in found.rows):
         rows = [row for row in found.rows if row.method.name == name]
         points = [
-            Point(_values(row.method, found.plan.settings.batch_size), row.mean, row.sd if row.n > 1 else 0.0)
+            Point(
+                _values(row.method, found.plan.settings.batch_size),
+                row.mean,
+                row.sd if row.n > 1 else 0.0,
+                "collapsed" if row.collapsed else "",
+            )
             for row in rows
         ]
         shown: set[int] = set()
@@ -43,7 +48,9 @@ def sensitivities(found: Summary) -> list[Figure]:
             curves = {label: curve for label, curve in _curves(points, key).items() if len(curve) > 1}
             new = {id(point) for curve in curves.values() for point in curve}
             if not new <= shown:  # else an earlier figure has all of them
-                caption = f"Mean error of {name} in per cent and one standard deviation over seeds."
+                caption = (
+                    f"Mean error of {name} in per cent, one standard deviation over seeds. A cross: runs collapsed."
+                )
                 drawn.append(_figure(f"over-{name}-{key}", f"{name} over {key}", caption, key, curves))
             shown |= new
     return drawn
@@ -121,7 +128,7 @@ def _figure(id: str, title: str, caption: str, key: str, curves: dict[str, list[
     data = []
     for i, (label, curve) in enumerate(curves.items(), start=2):
         look = Look.of(i)
-        symbols = {"dropped": COLLAPSED, "chosen": "star", "": look.symbol}
+        symbols = {"dropped": COLLAPSED, "collapsed": COLLAPSED, "chosen": "star", "": look.symbol}
         data.append(
             {
                 "x": [str(point.at[key]) for point in curve],
