@@ -58,11 +58,16 @@ def test_cifar100_takes_the_fine_labels(tmp_path):
 
 
 def test_svhn_turns_axes_and_calls_ten_zero(tmp_path):
-    X = formats.svhn(tmp_path / "svhn")
-    pool = data.read(on("svhn", tmp_path / "svhn"))
+    folder = tmp_path / "svhn"
+    X = formats.svhn(folder)
+    pool = data.read(on("svhn", folder))
     assert pool.inputs.shape == (30, 3, 32, 32)
     assert pool.inputs[7, 2, 11, 4] == X[11, 4, 2, 7]
     assert pool.labels.tolist() == [(i + 1) % 10 for i in range(30)]
+    for damage in (cut, written(b"no matlab"), lambda path: path.unlink()):
+        damage(folder / "test_32x32.mat")
+        with pytest.raises(LabError, match=r"test_32x32\.mat"):
+            data.SOURCES["svhn"].read(folder, 32)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -122,20 +127,12 @@ def test_damaged_cifar_is_told(tmp_path, damage, message, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"no matlab"), lambda path: path.unlink()])
-def test_damaged_svhn_is_told(tmp_path, damage):
-    formats.svhn(tmp_path / "svhn")
-    damage(tmp_path / "svhn" / "test_32x32.mat")
-    with pytest.raises(LabError, match=r"test_32x32\.mat"):
-        data.read(on("svhn", tmp_path / "svhn"))
-
-
 def test_where_data_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
-    with pytest.raises(LabError, match=rf"no svhn in {tmp_path}/svhn, {tmp_path}: unpack"):
-        data.read(replace(IMAGES, data="svhn"))
-    formats.svhn(tmp_path / "svhn")
-    assert data.find("svhn") == tmp_path / "svhn"
+    with pytest.raises(LabError, match=rf"no cifar100 in {tmp_path}/cifar100, {tmp_path}: unpack"):
+        data.read(replace(IMAGES, data="cifar100"))
+    formats.cifar100(tmp_path / "cifar100")
+    assert data.find("cifar100") == tmp_path / "cifar100"
     with pytest.raises(LabError, match=r"no cifar-10-batches-py or dataset_dict.json in"):
         data.find("cifar10", str(tmp_path))
     with pytest.raises(LabError, match="unknown data 'cifar'"):
@@ -156,9 +153,8 @@ def test_an_image_tree_is_decoded_when_needed(tmp_path):
     assert abs(green.float().mean((1, 2)) - torch.tensor([30.0, 200.0, 30.0])).max() <= 2
     task = tasks.load(settings, 0)
     assert task.inputs[:2].shape == (2, 3, 14, 14)
-    first = (torch.tensor([200.0, 30.0, 30.0]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )
+    mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    first = (torch.tensor([200.0, 30.0, 30.0]) / 255 - mean) / spread
     reds = task.inputs[(task.labels == 0).nonzero()[:, 0]]
     torch.testing.assert_close(reds.mean((0, 2, 3)), first, atol=0.05, rtol=0)
     assert train(run("SAM(rho=0.05)", settings=replace(settings, epochs=12, lr=0.05))).test_error == 0
@@ -199,8 +195,11 @@ def datasets():
 
 
 def saved(datasets, folder, features, **splits):
-    made = {name: datasets.Dataset.from_dict(rows, features=features) for name, rows in splits.items()}
-    datasets.DatasetDict(made).save_to_disk(str(folder))
+    """Save splits of equal columns; a feature given by a type is a value, by a list class names, by None an image."""
+    kinds = {str: datasets.Value, list: lambda names: datasets.ClassLabel(names=names)}
+    made = {name: kinds[type(kind)](kind) if kind else datasets.Image() for name, kind in features.items()}
+    tables = {name: datasets.Dataset.from_dict(rows, features=datasets.Features(made)) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(folder))
     return folder
 
 
@@ -212,29 +211,18 @@ def pictures(labels, side):
 
 
 def test_cifar_as_datasets_saves_it(tmp_path, datasets):
-    names = datasets.ClassLabel(names=[str(i) for i in range(100)])
-    coarse = datasets.ClassLabel(names=[str(i) for i in range(20)])
-    features = datasets.Features({"img": datasets.Image(), "coarse_label": coarse, "fine_label": names})
-    labels = torch.arange(10)
-
-    def rows(count):
-        return {
-            "img": pictures(labels[:count], 32),
-            "fine_label": labels[:count].tolist(),
-            "coarse_label": [0] * count,
-        }
-
-    folder = saved(datasets, tmp_path / "c", features, train=rows(10), test=rows(4))
-    pool = data.read(on("cifar100", folder))
-    assert torch.equal(pool.inputs, formats.images_of(labels, 32))
+    features = {"img": None, "coarse_label": list(map(str, range(20))), "fine_label": list(map(str, range(100)))}
+    rows = {"img": pictures(torch.arange(10), 32), "fine_label": list(range(10)), "coarse_label": [0] * 10}
+    test = {name: column[:4] for name, column in rows.items()}
+    pool = data.read(on("cifar100", saved(datasets, tmp_path / "c", features, train=rows, test=test)))
+    assert torch.equal(pool.inputs, formats.images_of(torch.arange(10), 32))
     assert pool.labels.tolist() == list(range(10))
     assert (pool.classes, pool.constants, len(pool.test_labels)) == (100, cifar.CIFAR100, 4)
 
 
 def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
-    folder = saved(datasets, tmp_path / "h", features, train=rows, validation=rows)
+    folder = saved(datasets, tmp_path / "h", {"image": None, "label": ["a", "b"]}, train=rows, validation=rows)
     pool = data.read(on("hf", folder, image_size=28))
     assert pool.inputs.shape == (2, 3, 32, 32)
     assert pool.inputs[torch.tensor([1])].unique().tolist() == [100]
@@ -242,19 +230,11 @@ def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
 
 
 def test_glue_as_datasets_saves_it(tmp_path, datasets):
-    features = datasets.Features(
-        {
-            "question": datasets.Value("string"),
-            "sentence": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["entailment", "not_entailment"]),
-            "idx": datasets.Value("int32"),
-        }
-    )
-
     def rows(*labels):
         n = len(labels)
         return {"question": ["q"] * n, "sentence": ["s"] * n, "label": list(labels), "idx": list(range(n))}
 
+    features = {"question": "string", "sentence": "string", "label": ["entailment", "not_entailment"], "idx": "int32"}
     folder = saved(datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1))
     pool = data.read(on("hf", folder))
     assert pool.inputs == [("q", "s")] * 3
@@ -267,10 +247,8 @@ def test_strange_datasets_are_told(tmp_path, datasets):
     (tmp_path / "broken" / hub.MARK).write_text("{")
     with pytest.raises(LabError, match="broken: cannot read it"):
         data.read(on("hf", tmp_path / "broken"))
-    features = datasets.Features({"x": datasets.Value("float32")})
-    folder = saved(datasets, tmp_path / "x", features, train={"x": [1.0]})
     with pytest.raises(LabError, match="none of its columns x holds class labels"):
-        data.read(on("hf", folder))
+        data.read(on("hf", saved(datasets, tmp_path / "x", {"x": "float32"}, train={"x": [1.0]})))
 
 
 # ---- a user's own

@@ -9,15 +9,13 @@ from itertools import pairwise
 
 import pytest
 from plotly.graph_objects import Figure
-from typer.testing import CliRunner
 
 from steppe.lab import files, report, runs, spec, summary, tables
-from steppe.lab.commands.group import app
 from steppe.lab.report.figures import COLOURS, Look, results
 from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
 from steppe.lab.statistics import paired
 
-from .helpers import TINY, trained
+from .helpers import TINY, steppe_cli, trained
 
 METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.1)", "SAM(rho=0.1, m=32)", "SAM(rho=0.1, m=16)")
 CARDS = ("#ffffff", "#1a2028")  # what figures are drawn on, light and dark
@@ -240,7 +238,7 @@ def test_the_page_says_how_to_make_it_again(folder, recipe):
         assert made == "steppe reproduce r --scale laptop --study s --seeds 3"
         return
     words = shlex.split(report.command(found))
-    out = CliRunner().invoke(app, [*words[1:], "--out", str(folder)])
+    out = steppe_cli(*words[1:], "--out", folder)
     assert "0 runs to do, 15 already in" in out.output
     single = replace(found, plan=replace(found.plan, methods=(spec.parse("SGD"),), seeds=1, first=2))
     assert report.command(single).startswith("steppe run SGD --data digits ")

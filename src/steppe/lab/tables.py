@@ -12,7 +12,6 @@ from steppe.lab.summary import Row, Summary, pairs
 HEADERS = (
     "method", "n", "error %", "sd", "paper %", "difference", "95 % CI", "p (Holm)", "passes", "seconds", "collapsed"
 )  # fmt: skip
-NOT_KNOWN = "not known"
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -31,7 +30,7 @@ def cells(row: Row) -> list[str]:
     test = row.paired
     compared = ["baseline" if row.baseline else NONE if test is None else number(test.difference, "+.2f")]
     compared += ["", ""] if test is None else [interval(test), number(row.p, ".2g")]
-    paper = NOT_KNOWN if row.paper is None else number(row.paper, ".2f")
+    paper = NONE if row.paper is None else number(row.paper, ".2f")
     middle = [str(row.n), number(row.mean, ".2f"), number(row.sd, ".2f"), paper]
     collapsed = f"{row.collapsed} of {row.n}" if row.collapsed else ""
     return [str(row.method), *middle, *compared, number(row.passes, ".0f"), number(row.seconds, ".1f"), collapsed]
