@@ -1,15 +1,15 @@
-"""Do the drifts of the m-sharpness theory hold on a real net, and does tr V at the end of training keep its order?
+"""Check the drifts of the m-sharpness theory on a real net, and the order of tr V at the end of training.
 
-``python examples/drift_of_m_sharpness.py`` measures on the digits, over seeds, and writes ``docs/records/sde_digits.json``.
-Every finished seed is kept; the same command goes on after an interruption. Two parts:
+``python examples/drift_of_m_sharpness.py`` measures on the digits, over seeds, and writes
+``docs/records/sde_digits.json``. Every finished seed is kept; the same command continues after an interruption.
 
-- drift: a tanh net 64-32-10 on 512 digits in float64, trained by SGD for some epochs. What the real m-USAM and m-SAM
-  add to SGD's update, averaged over random batches of 64, against the gradient of the regulariser that the theory adds
-  to SGD's drift, as m falls: cosine and relative error; and ``E norm(grad f_I)``.
-- trace: tr V over the training set at the end of training by method, `steppe compare`'s protocol without label noise
-  (with it: ``docs/records/m_sharpness.json``).
+- drift: a tanh net 64-32-10 on 512 digits in float64, trained by SGD for some epochs. The updates of m-USAM and m-SAM
+  less SGD's, averaged over random batches of 64, are compared with the gradient of the regulariser that the theory adds
+  to SGD's drift, for falling m: cosine and relative error; and ``E norm(grad f_I)``.
+- trace: tr V over the training set at the end of training by method, under the protocol of ``steppe compare`` without
+  label noise (with label noise: ``docs/records/m_sharpness.json``).
 
-``--print`` shows the record's tables.
+``--print`` shows the tables of the record.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CRITERION = nn.CrossEntropyLoss(reduction="none")
 
 
 def drift(seed: int) -> list[dict[str, Any]]:
-    """Real and predicted drift of one seed's net."""
+    """Return measured and predicted drift of one seed's net."""
     task = tasks.load(Settings(train_size=N, noise=0.0), seed)
     inputs, labels = task.inputs.double(), task.labels
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def drift(seed: int) -> list[dict[str, Any]]:
 
 
 def added_by(method: Any, whole: steppe.Batch, rho: float, m: int, seed: int) -> torch.Tensor:
-    """The mean over batches of the real update less that of SGD on the same batches, in units of the learning rate."""
+    """Return the mean over batches of the update less SGD's on the same batches, in units of the learning rate."""
     parameters = list(whole.model.parameters())
     before = [p.detach().clone() for p in parameters]
     optimizer = method(torch.optim.SGD(parameters, lr=1.0), rho, m=m)
@@ -97,12 +97,12 @@ def added_by(method: Any, whole: steppe.Batch, rho: float, m: int, seed: int) ->
 
 
 def batches(seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
-    """One epoch's batches of 64, indices; every example once."""
+    """Return the indices of one epoch's batches of 64; every example occurs once."""
     return torch.randperm(N, generator=torch.Generator().manual_seed(10_000 * seed + epoch)).split(SIZE)
 
 
 def traces(seed: int) -> list[dict[str, Any]]:
-    """tr V at the end of training by every method under one seed."""
+    """Return tr V at the end of training by every method under one seed."""
     settings, rows = Settings(noise=0.0), []
     for text in METHODS:
         run = train.Run(spec.parse(text), seed, settings)
@@ -125,12 +125,12 @@ def traces(seed: int) -> list[dict[str, Any]]:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation as text."""
     return f"{mean(values):.{digits}g} ± {stdev(values):.1g}" if len(values) > 1 else f"{values[0]:.{digits}g}"
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Both parts as Markdown: mean ± standard deviation over seeds."""
+    """Return both parts as Markdown: mean ± standard deviation over seeds."""
     lines = ["| rule | epochs | rho | m | cosine | relative error | share of grad f | E norm(grad f_I) |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     rows = [row for part in record["drift"].values() for row in part]
@@ -169,7 +169,7 @@ def main() -> None:
             record[part][str(seed)] = rounded
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
     except KeyboardInterrupt:
-        print("Stopped; finished seeds are kept, the same command goes on.")
+        print("Stopped; finished seeds are kept, the same command continues.")
     print(tables(record))
 
 

@@ -1,13 +1,14 @@
-"""Where do vanilla training, SAM and WSAM end? Loss and top Hessian eigenvalue at their minima (WSAM's Table 9).
+"""Compare loss and top Hessian eigenvalue where vanilla training, SAM and WSAM end (WSAM's Table 9).
 
-After
+First train and measure:
 
     steppe compare --seeds 10 --out runs/minima --method SGD --method 'SAM(rho=0.2)' --method 'SAM(rho=0.5)' \\
         --method 'WSAM(rho=0.5, gamma=0.9)' --method 'SAM(rho=0.2, m=8)'
     steppe measure runs/minima
 
-``python examples/loss_and_curvature_at_minima.py runs/minima`` copies what was measured into ``docs/records/minima.json``. Without a
-directory it prints that record's table; ``--figure FILE.svg`` draws its slices (needs matplotlib).
+Then ``python examples/loss_and_curvature_at_minima.py runs/minima`` copies the measurements into
+``docs/records/minima.json``. Without a directory it prints the table of that record; ``--figure FILE.svg`` draws its
+slices (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PAIRS = [
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """What the runs of a directory left behind, less what all of them share."""
+    """Return the measurements of a directory's runs, and what all of them share once."""
     plan = runs.read_plan(folder)
     rows, measured = [], []
     for run, ended in runs.finished(folder, plan)[0].items():
@@ -50,7 +51,7 @@ def collected(folder: Path) -> dict[str, Any]:
 
 
 def slices(measured: Sequence[minima.Measured]) -> dict[str, list[float]]:
-    """The loss along the random direction, mean over seeds, by method."""
+    """Return the loss along the random direction by method, mean over seeds."""
     found: dict[str, list[float]] = {"t": list(minima.STEPS)}
     for method in dict.fromkeys(one.method for one in measured):
         lines = zip(*(one.slice["loss"] for one in measured if one.method == method), strict=True)
@@ -59,7 +60,7 @@ def slices(measured: Sequence[minima.Measured]) -> dict[str, list[float]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Mean and standard deviation of every method, and the differences that matter, as Markdown."""
+    """Return mean and standard deviation of every method, and four paired differences, as Markdown."""
     lines = ["| method | n | " + " | ".join([*KEYS.values(), "test error %"]) + " |"]
     lines.append("|---" * (len(KEYS) + 3) + "|")
     by_method: dict[str, list[dict[str, Any]]] = {}
@@ -80,12 +81,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation to three digits."""
+    """Return mean and standard deviation, to three and two digits."""
     return f"{mean(values):.3g} ± {stdev(values):.2g}"
 
 
 def figure(record: dict[str, Any], path: Path) -> None:
-    """The loss along the random direction."""
+    """Draw the loss along the random direction."""
     import matplotlib.pyplot as plt
 
     drawn, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
