@@ -26,8 +26,9 @@ from torch import nn
 
 import steppe
 from steppe.factored import gradient_statistics
-from steppe.lab import spec, tasks, train
+from steppe.lab import runs, spec, tasks, train
 from steppe.lab.environment import environment
+from steppe.lab.metrics import evaluate
 from steppe.lab.settings import Settings
 from steppe.sde import problem_of, regularisers
 
@@ -105,7 +106,7 @@ def traces(seed: int) -> list[dict[str, Any]]:
     """Return tr V at the end of training by every method under one seed."""
     settings, rows = Settings(noise=0.0), []
     for text in METHODS:
-        run = train.Run(spec.parse(text), seed, settings)
+        run = runs.Run(spec.parse(text), seed, settings)
         task = tasks.load(settings, seed)
         model = train.initial_model(run, task)
         whole = steppe.Batch.supervised(model, CRITERION, task.inputs, task.labels)
@@ -117,8 +118,8 @@ def traces(seed: int) -> list[dict[str, Any]]:
                 optimizer.step(whole.subset(index))
                 schedule.step()
         noise = gradient_statistics(whole)
-        _, error = train.evaluate(model, task.test_inputs, task.test_labels)
-        loss, _ = train.evaluate(model, task.inputs, task.labels)
+        _, error = evaluate(model, task.test_inputs, task.test_labels)
+        loss, _ = evaluate(model, task.inputs, task.labels)
         found = {"trace_V": float(noise.trace), "g_norm": float(noise.g_norm), "train_loss": loss, "test_error": error}
         rows.append({"seed": seed, "method": text, **found})
     return rows
