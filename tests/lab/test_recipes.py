@@ -148,7 +148,7 @@ def test_recipes_are_listed_and_shown():
     for line in ("paper: noise-0.8", "published for SAM(rho={rho}): 62.31 % error", "laptop: noise-0.4"):
         assert line in whole
     data = json.loads(steppe_cli("recipes", "--json").output)
-    assert [each["recipe"] for each in data] == list(RECIPES)
+    assert [each["name"] for each in data] == list(RECIPES)
     assert data[0]["paper"][0]["settings"]["model"] == "resnet18"
 
 

@@ -12,7 +12,7 @@ from plotly.graph_objects import Figure
 
 from steppe.lab import files, report, runs, spec, summary, tables
 from steppe.lab.report.figures import COLOURS, Look, results
-from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
+from steppe.lab.report.sensitivity import searches, sensitivities
 from steppe.lab.statistics import paired
 
 from .helpers import TINY, steppe_cli, trained
@@ -94,8 +94,8 @@ def test_markdown_holds_the_table_and_how_to_read_it(found):
 
 
 def test_figures_are_valid_and_complete(found):
-    drawn = {figure.id: figure for figure in results(found) + pair_matrix(found) + sensitivities(found)}
-    expected = ["errors", "test-error", "train-loss", "cost-passes", "cost-seconds", "pairs", "over-SAM-m"]
+    drawn = {figure.id: figure for figure in results(found) + sensitivities(found)}
+    expected = ["errors", "test-error", "train-loss", "cost-passes", "cost-seconds", "over-SAM-m"]
     assert list(drawn) == expected
     for figure in drawn.values():
         Figure(figure.data, figure.layout)  # raises on a property that plotly does not know

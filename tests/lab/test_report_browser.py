@@ -60,7 +60,7 @@ def test_every_figure_is_drawn_and_nothing_complains(browser):
         "[box.id, [box.querySelectorAll('.main-svg').length, box.querySelectorAll('path, image').length]]))"
     )
     assert set(drawn) == {
-        *("errors", "test-error", "train-loss", "cost-passes", "cost-seconds", "pairs"),
+        *("errors", "test-error", "train-loss", "cost-passes", "cost-seconds"),
         *("over-SAM-m", "over-WSAM-rho", "search-base"),
     }
     assert all(layers >= 1 and marks >= 3 for layers, marks in drawn.values()), drawn

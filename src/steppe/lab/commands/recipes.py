@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +44,7 @@ def recipes(
 
     chosen = list(RECIPES.values()) if name is None else [named(name)]
     if as_json:
-        typer.echo(json.dumps([listing.plain(recipe) for recipe in chosen], indent=1))
+        typer.echo(json.dumps([asdict(recipe) for recipe in chosen], indent=1))
     elif name is None:
         listing.print_list(chosen, Console())
     else:

@@ -1,6 +1,4 @@
-"""Recipes as tables for people and as plain data for programs."""
-
-from typing import Any
+"""Recipes as tables in a terminal."""
 
 from rich import box
 from rich.console import Console
@@ -53,16 +51,3 @@ def _lines(study: Study) -> list[str]:
     runs = f"{comparing} runs over {study.seeds} seeds" + (f", at most {searching} to search" if searching else "")
     published = [f"published for {text}: {error:g} % error" for text, error in study.published.items()]
     return [task, *grids, *(f"compare {method}" for method in study.shown_methods()), runs, *published]
-
-
-def plain(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as data for JSON."""
-    scales = {scale: [_study(study) for study in recipe.studies(scale)] for scale in SCALES}
-    facts = [{"topic": topic, "fact": fact} for topic, fact in recipe.facts]
-    return {"recipe": recipe.name, "question": recipe.question, "source": recipe.source, "facts": facts} | scales
-
-
-def _study(study: Study) -> dict[str, Any]:
-    stages = [{"name": stage.name, "method": stage.method, "grid": dict(stage.grid)} for stage in study.stages]
-    data = {"name": study.name, "settings": study.settings.to_dict(), "methods": study.shown_methods()}
-    return data | {"seeds": study.seeds, "search": stages, "published": dict(study.published)}

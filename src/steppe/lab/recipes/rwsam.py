@@ -1,6 +1,7 @@
 """The tables of RW-SAM (arXiv 2509.18001), as reported in published reading notes."""
 
 from dataclasses import replace
+from typing import Any
 
 from steppe.lab.recipes import shared as s
 from steppe.lab.recipes.study import Recipe, Study
@@ -60,7 +61,7 @@ CLASSIFICATION = Recipe(
     ),
     gpu_hour=s.hour(_METHODS, replace(s.HOUR, batch_size=256), _VALUES, published=_SMALL),
     laptop=(
-        s.digits(_METHODS, _ALL_LAMBDAS, s.CLEAN_DIGITS, published=_SMALL),
+        *s.digits(_METHODS, _ALL_LAMBDAS, {"digits": s.CLEAN_DIGITS}, published=_SMALL),
         Study("digits-same-rho", s.CLEAN_DIGITS, _METHODS, 5, _VALUES, published=_SMALL),
     ),
     setting="the paper's own data and net (laptop and gpu-hour: CIFAR-10, ResNet-18)",
@@ -84,7 +85,7 @@ FINETUNE = Recipe(
         for data, table in _TUNED.items()
     ),
     gpu_hour=s.hour(_THREE, FURTHER_HOUR, _VALUES, published=_TUNED["cifar10"]),
-    laptop=(s.digits(_THREE, _stages(*_FEW_LAMBDAS), FURTHER_DIGITS, published=_TUNED["cifar10"]),),
+    laptop=s.digits(_THREE, _stages(*_FEW_LAMBDAS), {"digits": FURTHER_DIGITS}, published=_TUNED["cifar10"]),
     setting="ViT-B/16 on the paper's data (laptop and gpu-hour: CIFAR-10)",
 )
 
@@ -94,6 +95,15 @@ _NOISE = {
     0.6: (76.64, 78.79, 81.52),
     0.8: (46.53, 37.69, 53.17),
 }
+
+_FEW_STAGES = (Stage("radius", s.SAM, {"rho": (0.05, 0.1, 0.2, 0.5)}), _stages(0.25, 1.0, 4.0)[1])
+
+
+def _noisy(level: float, settings: Settings, stages: tuple[Stage, ...] = (), **more: Any) -> Study:
+    published = _errors(_NOISE[level])
+    noisy = replace(settings, noise=level)
+    return Study(f"noise-{level}", noisy, _METHODS, stages=stages, search_seeds=2, published=published, **more)
+
 
 LABEL_NOISE = Recipe(
     "rwsam_label_noise",
@@ -109,39 +119,9 @@ LABEL_NOISE = Recipe(
         ("numbers", f"as published; n and spread {s.UNREAD}"),
         ("smaller scales", "laptop: 40 and 80 %; " + s.LAPTOP),
     ),
-    paper=tuple(
-        Study(
-            f"noise-{level}",
-            replace(_EIGEN, noise=level),
-            _METHODS,
-            stages=_stages(*_FEW_LAMBDAS),
-            search_seeds=2,
-            published=_errors(row),
-        )
-        for level, row in _NOISE.items()
-    ),
-    gpu_hour=(
-        Study(
-            "noise-0.4",
-            replace(s.HOUR, batch_size=256, noise=0.4),
-            _METHODS,
-            3,
-            _VALUES,
-            search_seeds=2,
-            published=_errors(_NOISE[0.4]),
-        ),
-    ),
-    laptop=tuple(
-        s.digits(
-            _METHODS,
-            _stages(0.25, 1.0, 4.0),
-            replace(s.NOISY_DIGITS, noise=level),
-            f"noise-{level}",
-            {"rho": (0.05, 0.1, 0.2, 0.5)},
-            published=_errors(_NOISE[level]),
-        )
-        for level in (0.4, 0.8)
-    ),
+    paper=tuple(_noisy(level, _EIGEN, _stages(*_FEW_LAMBDAS)) for level in _NOISE),
+    gpu_hour=(_noisy(0.4, replace(s.HOUR, batch_size=256), seeds=3, values=_VALUES),),
+    laptop=tuple(_noisy(level, s.NOISY_DIGITS, _FEW_STAGES, held_out=s.THIRD) for level in (0.4, 0.8)),
     setting="the paper's own data, which the source does not name",
 )
 

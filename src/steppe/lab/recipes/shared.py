@@ -69,14 +69,15 @@ def hour(
 def digits(
     methods: tuple[str, ...],
     stages: tuple[Stage, ...],
-    settings: Settings = NOISY_DIGITS,
-    name: str = "digits",
+    settings: Mapping[str, Settings] | None = None,
     grids: Mapping[str, tuple[Value, ...]] | None = None,
     **more: Any,
-) -> Study:
-    """Return a study on the digits, after a search over two seeds with coarser ``grids``."""
-    grids = grids or {}
-    coarse = tuple(
-        replace(stage, grid={key: grids.get(key, choices) for key, choices in stage.grid.items()}) for stage in stages
-    )
-    return Study(name, settings, methods, stages=coarse, search_seeds=2, held_out=THIRD, **more)
+) -> tuple[Study, ...]:
+    """Return a study by name for each of ``settings``, after a search over two seeds with coarser ``grids``."""
+    more |= {"search_seeds": 2, "held_out": THIRD, "stages": tuple(_coarser(stage, grids or {}) for stage in stages)}
+    named = settings or {"digits": NOISY_DIGITS}
+    return tuple(Study(name, each, methods, **more) for name, each in named.items())
+
+
+def _coarser(stage: Stage, grids: Mapping[str, tuple[Value, ...]]) -> Stage:
+    return replace(stage, grid={key: grids.get(key, choices) for key, choices in stage.grid.items()})

@@ -25,13 +25,11 @@ CLASSIFICATION = Recipe(
     ),
     paper=s.four(_FIVE, _FIVE_STAGES),
     gpu_hour=s.hour(_FIVE),
-    laptop=(
-        s.digits(
-            _FIVE,
-            _FIVE_STAGES,
-            s.CLEAN_DIGITS,
-            grids={"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW},
-        ),
+    laptop=s.digits(
+        _FIVE,
+        _FIVE_STAGES,
+        {"digits": s.CLEAN_DIGITS},
+        {"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW},
     ),
 )
 
@@ -59,18 +57,17 @@ FINETUNE = Recipe(
     ),
     paper=(Study("imagenet-deit", _DEIT, _FOUR, stages=_FOUR_STAGES),),
     gpu_hour=s.hour(_FOUR, FURTHER_HOUR, {**s.EXAMPLE, "rho": 0.5}),
-    laptop=(
-        s.digits(
-            _FOUR,
-            _FOUR_STAGES,
-            FURTHER_DIGITS,
-            grids={"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)},
-        ),
+    laptop=s.digits(
+        _FOUR,
+        _FOUR_STAGES,
+        {"digits": FURTHER_DIGITS},
+        {"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)},
     ),
 )
 
 _LEVELS = {level: f"noise-{level}" for level in (0.2, 0.4, 0.6, 0.8)}
 _NOISY = replace(s.CIFAR10, lr=0.05, weight_decay=1e-3)
+_NOISY_VALUES = {**s.EXAMPLE, "lr": 0.05, "weight_decay": 1e-3}
 _MIDDLE = {"esam_beta": 0.5, "esam_gamma": 0.5, "alpha": 0.1}  # of their grids
 
 LABEL_NOISE = Recipe(
@@ -90,25 +87,13 @@ LABEL_NOISE = Recipe(
     paper=tuple(
         Study(name, replace(_NOISY, noise=level), _FIVE, stages=_FIVE_STAGES[1:]) for level, name in _LEVELS.items()
     ),
-    gpu_hour=(
-        Study(
-            "noise-0.4",
-            replace(_NOISY, epochs=s.HOUR.epochs, noise=0.4),
-            _FIVE,
-            3,
-            {**s.EXAMPLE, "lr": 0.05, "weight_decay": 1e-3},
-        ),
-    ),
-    laptop=tuple(
-        s.digits(
-            _FIVE,
-            (s.RHO_STAGE, s.WSAM_STAGE),
-            replace(s.NOISY_DIGITS, noise=level),
-            name,
-            {"rho": (0.05, 0.1, 0.2, 0.5), "gamma": s.FEW},
-            values=_MIDDLE,
-        )
-        for level, name in _LEVELS.items()
+    gpu_hour=(Study("noise-0.4", replace(_NOISY, epochs=s.HOUR.epochs, noise=0.4), _FIVE, 3, _NOISY_VALUES),),
+    laptop=s.digits(
+        _FIVE,
+        (s.RHO_STAGE, s.WSAM_STAGE),
+        {name: replace(s.NOISY_DIGITS, noise=level) for level, name in _LEVELS.items()},
+        {"rho": (0.05, 0.1, 0.2, 0.5), "gamma": s.FEW},
+        values=_MIDDLE,
     ),
 )
 
@@ -144,17 +129,15 @@ GEOMETRY = Recipe(
         replace(s.HOUR, epochs=12),
         {**s.EXAMPLE, "rho_asam": 5.0, "rho_fisher": 5.0, "gamma_asam": 0.88, "gamma_fisher": 0.88},
     ),
-    laptop=(
-        s.digits(
-            _SIX,
-            _SIX_STAGES,
-            grids={
-                "rho": (0.05, 0.1, 0.2, 0.5),
-                "rho_asam": (0.5, 1.0, 2.0, 4.0),
-                "rho_fisher": (0.1, 0.5, 1.0, 2.0),
-                **dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW),
-            },
-        ),
+    laptop=s.digits(
+        _SIX,
+        _SIX_STAGES,
+        grids={
+            "rho": (0.05, 0.1, 0.2, 0.5),
+            "rho_asam": (0.5, 1.0, 2.0, 4.0),
+            "rho_fisher": (0.1, 0.5, 1.0, 2.0),
+            **dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW),
+        },
     ),
 )
 
@@ -173,13 +156,11 @@ DECOUPLING = Recipe(
     ),
     paper=s.four(_COUPLING, _COUPLING_STAGES),
     gpu_hour=s.hour(_COUPLING),
-    laptop=(
-        s.digits(
-            _COUPLING,
-            _COUPLING_STAGES[1:],
-            grids=dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92)),
-            seeds=10,
-        ),
+    laptop=s.digits(
+        _COUPLING,
+        _COUPLING_STAGES[1:],
+        grids=dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92)),
+        seeds=10,
     ),
 )
 
@@ -207,7 +188,9 @@ def _gammas(gammas: tuple[float, ...], rho: float | str = "{rho}") -> tuple[str,
     return tuple(f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas)
 
 
-_RADII, _GAMMAS = (0.1, 0.2, 0.5), (0.5, 0.7, 0.8, 0.86, 0.9, 0.94)
+_RADII = (0.1, 0.2, 0.5)
+_SAMS = (f"SAM(rho={rho})" for rho in _RADII)
+_WSAMS = (method for rho in _RADII for method in _gammas((0.5, 0.7, 0.8, 0.86, 0.9, 0.94), rho))
 
 GAMMA_SENSITIVITY = Recipe(
     "gamma_sensitivity",
@@ -220,17 +203,7 @@ GAMMA_SENSITIVITY = Recipe(
     ),
     paper=s.four((s.VANILLA, s.SAM, *_gammas(s.GAMMA)), (s.BASE_STAGE, s.RHO_STAGE)),
     gpu_hour=s.hour((s.VANILLA, s.SAM, *_gammas((0.5, 0.8, 0.9, 0.95))), replace(s.HOUR, epochs=12)),
-    laptop=(
-        Study(
-            "digits",
-            s.NOISY_DIGITS,
-            (
-                "SGD",
-                *(f"SAM(rho={rho})" for rho in _RADII),
-                *(method for rho in _RADII for method in _gammas(_GAMMAS, rho)),
-            ),
-        ),
-    ),
+    laptop=(Study("digits", s.NOISY_DIGITS, ("SGD", *_SAMS, *_WSAMS)),),
 )
 
 RECIPES = (CLASSIFICATION, FINETUNE, LABEL_NOISE, GEOMETRY, DECOUPLING, MINIMA, GAMMA_SENSITIVITY)

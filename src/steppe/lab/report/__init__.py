@@ -42,7 +42,6 @@ def render(found: Summary, table: curvature.Curvature | None = None) -> str:
     """Return the report as HTML."""
     headers, cells = tables.table(found)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    searched = [*sensitivity.pair_matrix(found), *sensitivity.sensitivities(found), *sensitivity.searches(found)]
     return page.from_string(_text("template.html")).render(
         title=tables.title(found),
         lead=lead(found),
@@ -51,7 +50,12 @@ def render(found: Summary, table: curvature.Curvature | None = None) -> str:
         caption=tables.caption(found),
         notes=tables.notes(found),
         minima=table,
-        figures=[*figures.results(found), *searched, *([] if table is None else table.figures)],
+        figures=[
+            *figures.results(found),
+            *sensitivity.sensitivities(found),
+            *sensitivity.searches(found),
+            *([] if table is None else table.figures),
+        ],
         recipe=found.context.recipe,
         command=command(found),
         environment=environment(found),

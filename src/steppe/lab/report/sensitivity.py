@@ -1,4 +1,4 @@
-"""Figures over hyper-parameters, of a comparison and of the search before it, and of every two methods."""
+"""Figures of error over hyper-parameters, in a comparison and in the search before it."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,8 @@ from steppe.lab import spec
 from steppe.lab.report.figures import COLLAPSED, Figure, Look, axes
 from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
-from steppe.lab.summary import Summary, pairs
-from steppe.lab.tables import MINUS
+from steppe.lab.summary import Summary
 
-_MOST = 16  # methods that a matrix of pairs has room for
 Values = Mapping[str, Any]
 
 
@@ -145,40 +143,3 @@ def _figure(id: str, title: str, caption: str, key: str, curves: dict[str, list[
         )
     order = {"type": "category", "categoryorder": "array", "categoryarray": ticks}
     return Figure(id, title, caption, data, axes(key, "error, %", xaxis=order, yaxis={"rangemode": "tozero"}))
-
-
-def pair_matrix(found: Summary) -> list[Figure]:
-    """Draw the difference of every two methods, and which differences are clear."""
-    if not 3 <= len(found.rows) <= _MOST or max(row.n for row in found.rows) < 2:
-        return []
-    couples = pairs(found)
-    both = {(pair.method, pair.other): (pair.paired.difference, pair) for pair in couples}
-    both |= {(pair.other, pair.method): (-pair.paired.difference, pair) for pair in couples}
-    methods = [row.method for row in found.rows]
-    grid = [[both.get((row, column)) for column in methods] for row in methods]
-    widest = max(abs(difference) for difference, _ in both.values()) or 1.0
-    trace = {
-        "type": "heatmap",
-        "x": list(map(str, methods)),
-        "y": list(map(str, methods)),
-        "z": [[cell and cell[0] for cell in line] for line in grid],
-        "text": [[cell and _signed(cell[0], cell[1].p) for cell in line] for line in grid],
-        "customdata": [[cell and f"p {cell[1].p:.2g}, n {cell[1].paired.n}" for cell in line] for line in grid],
-        "texttemplate": "%{text}",
-        "colorscale": [[0, "#3b8eea"], [0.5, "#808893"], [1, "#e2504a"]],
-        "zmin": -widest,
-        "zmax": widest,
-        "showscale": False,
-        "textfont": {"color": "#ffffff"},
-        "hovertemplate": "%{y} minus %{x}: %{z:+.2f}, %{customdata}<extra></extra>",
-    }
-    layout = {"yaxis": {"autorange": "reversed", "automargin": True}, "xaxis": {"automargin": True, "tickangle": -30}}
-    caption = (
-        "Row minus column in percentage points, paired by seed: blue, the row has the lower error. A star: p < 0.05, "
-        f"paired t-test, Holm-corrected over all {len(couples)} pairs."
-    )
-    return [Figure("pairs", "Every two methods", caption, [trace], layout, height=200 + 36 * len(methods))]
-
-
-def _signed(difference: float, p: float) -> str:
-    return f"{difference:+.1f}{'*' if p < 0.05 else ''}".replace("-", MINUS)
