@@ -194,35 +194,19 @@ def datasets():
     return pytest.importorskip("datasets", reason="the optional package datasets is not installed")
 
 
-def saved(datasets, folder, features, **splits):
-    """Save splits of equal columns; a feature given by a type is a value, by a list class names, by None an image."""
-    kinds = {str: datasets.Value, list: lambda names: datasets.ClassLabel(names=names)}
-    made = {name: kinds[type(kind)](kind) if kind else datasets.Image() for name, kind in features.items()}
-    tables = {name: datasets.Dataset.from_dict(rows, features=datasets.Features(made)) for name, rows in splits.items()}
-    datasets.DatasetDict(tables).save_to_disk(str(folder))
-    return folder
-
-
-def pictures(labels, side):
-    from PIL import Image
-
-    pixels = formats.images_of(labels, side).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
-
-
 def test_cifar_as_datasets_saves_it(tmp_path, datasets):
     features = {"img": None, "coarse_label": list(map(str, range(20))), "fine_label": list(map(str, range(100)))}
-    rows = {"img": pictures(torch.arange(10), 32), "fine_label": list(range(10)), "coarse_label": [0] * 10}
+    rows = {"img": formats.pictures(torch.arange(10), 32), "fine_label": list(range(10)), "coarse_label": [0] * 10}
     test = {name: column[:4] for name, column in rows.items()}
-    pool = data.read(on("cifar100", saved(datasets, tmp_path / "c", features, train=rows, test=test)))
+    pool = data.read(on("cifar100", formats.saved(datasets, tmp_path / "c", features, train=rows, test=test)))
     assert torch.equal(pool.inputs, formats.images_of(torch.arange(10), 32))
     assert pool.labels.tolist() == list(range(10))
     assert (pool.classes, pool.constants, len(pool.test_labels)) == (100, cifar.CIFAR100, 4)
 
 
 def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
-    rows = {"image": pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
-    folder = saved(datasets, tmp_path / "h", {"image": None, "label": ["a", "b"]}, train=rows, validation=rows)
+    rows = {"image": formats.pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
+    folder = formats.saved(datasets, tmp_path / "h", {"image": None, "label": ["a", "b"]}, train=rows, validation=rows)
     pool = data.read(on("hf", folder, image_size=28))
     assert pool.inputs.shape == (2, 3, 32, 32)
     assert pool.inputs[torch.tensor([1])].unique().tolist() == [100]
@@ -235,7 +219,9 @@ def test_glue_as_datasets_saves_it(tmp_path, datasets):
         return {"question": ["q"] * n, "sentence": ["s"] * n, "label": list(labels), "idx": list(range(n))}
 
     features = {"question": "string", "sentence": "string", "label": ["entailment", "not_entailment"], "idx": "int32"}
-    folder = saved(datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1))
+    folder = formats.saved(
+        datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1)
+    )
     pool = data.read(on("hf", folder))
     assert pool.inputs == [("q", "s")] * 3
     assert pool.test_labels.tolist() == [1]  # the test labels are withheld: all are -1
@@ -248,7 +234,7 @@ def test_strange_datasets_are_told(tmp_path, datasets):
     with pytest.raises(LabError, match="broken: cannot read it"):
         data.read(on("hf", tmp_path / "broken"))
     with pytest.raises(LabError, match="none of its columns x holds class labels"):
-        data.read(on("hf", saved(datasets, tmp_path / "x", {"x": "float32"}, train={"x": [1.0]})))
+        data.read(on("hf", formats.saved(datasets, tmp_path / "x", {"x": "float32"}, train={"x": [1.0]})))
 
 
 # ---- a user's own
