@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_of_minima_is_that_of_the_record():
-    recipe = runpy.run_path(str(ROOT / "recipes" / "minima.py"))
-    record = json.loads((ROOT / "recipes" / "records" / "minima.json").read_text())
+    recipe = runpy.run_path(str(ROOT / "examples" / "loss_and_curvature_at_minima.py"))
+    record = json.loads((ROOT / "docs" / "records" / "minima.json").read_text())
     assert recipe["table"](record) in (ROOT / "docs" / "measure.md").read_text()
     assert len(record["rows"]) == 50
     assert all(row["converged"] for row in record["rows"])
