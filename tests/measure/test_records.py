@@ -44,10 +44,10 @@ def test_the_benchmark_finds_the_top_eigenvalue():
     assert [row["phase"] for row in rows[:2]] == ["3 images", "6 images"]
 
 
-def test_measuring_needs_torch_alone():
+def test_measuring_and_theory_need_torch_alone():
     blocked = ("numpy", "scipy", "sklearn", "matplotlib", "plotly", "rich", "typer")
     code = f"import sys; [sys.modules.__setitem__(m, None) for m in {blocked}]"
-    code += "; from steppe import measure; measure.minimum; assert 'steppe.lab' not in sys.modules"
+    code += "; from steppe import measure, sde, toy; measure.minimum; assert 'steppe.lab' not in sys.modules"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     bare = [sys.executable, "-W", "ignore", "-c", "import sys, steppe; assert 'steppe.measure' not in sys.modules"]
