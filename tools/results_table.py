@@ -1,7 +1,7 @@
 """Turn finished laptop recipes into records, and the records into the tables of docs/results.md.
 
-`python tools/results_table.py RUNS` reads RUNS/RECIPE-laptop/STUDY and writes recipes/records/RECIPE.json;
-`python tools/results_table.py` writes the tables between the markers of docs/results.md.
+``python tools/results_table.py RUNS`` reads RUNS/RECIPE-laptop/STUDY and writes docs/records/RECIPE_laptop.json;
+``python tools/results_table.py`` writes the tables between the markers of docs/results.md.
 """
 
 import json
@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import exports, report
+from steppe.lab import report
 from steppe.lab.statistics import holm, mean, paired, spread
+from steppe.lab.tables import plain
 
 ROOT = Path(__file__).parents[1]
-RECORDS, PAGE = ROOT / "recipes" / "records", ROOT / "docs" / "results.md"
+RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
 KEPT = ("title", "baseline", "seeds", "settings")
 ROW = ("method", "errors", "passes", "seconds", "collapsed")
 
@@ -28,9 +29,9 @@ def collect(runs: Path) -> None:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """Return one study: its errors by method and seed, what its search chose, where it ran."""
+    """Return one study: errors by method and seed, the points and choices of its search, the environment."""
     found = report.read(folder)
-    data = exports.plain(found)
+    data = plain(found)
     rows = [{key: _short(row[key]) for key in ROW} for row in data["methods"]]
     stages = [
         {"name": stage["name"], "chosen": stage["chosen"], "points": [_point(point) for point in stage["points"]]}
@@ -42,12 +43,12 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def _point(point: dict[str, Any]) -> list[Any]:
-    """Return a point's values, its validation error and, where it was dropped, the word."""
+    """Return a point's values and validation error, and "dropped" for a dropped point."""
     return [*point["values"].values(), _short(point["error"]), *(["dropped"] if point["dropped"] else [])]
 
 
 def _short(value: Any) -> Any:
-    """Round numbers to what is worth keeping."""
+    """Round numbers to four decimals."""
     if isinstance(value, dict):
         return {key: _short(each) for key, each in value.items()}
     return round(value, 4) if isinstance(value, float) else value
@@ -95,7 +96,7 @@ def _against(rows: list[dict[str, Any]], other: dict[str, Any]) -> list[str]:
 
 
 def with_tables(text: str) -> str:
-    """Return the page with its tables made anew from the records."""
+    """Return the page with its tables made again from the records."""
     parts = text.split("<!-- table: ")
     for i, part in enumerate(parts[1:], start=1):
         name, rest = part.split(" -->\n", 1)

@@ -25,6 +25,20 @@ PASSES = {"SAM": 2, "WSAM": 2, "USAM": 2, "FSAM": 2, "LookSAM": 1.5}
 Pair = tuple[Tensor, Tensor]
 
 
+def reset_accelerate() -> None:
+    """Forget the state that accelerate shares in a process, where it is installed."""
+    try:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+    except ImportError:
+        return
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
 def digits(n: int) -> Pair:
     data = load_digits()
     return torch.tensor(data.data[:n] / 16, dtype=torch.float32), torch.tensor(data.target[:n])

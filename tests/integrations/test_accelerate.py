@@ -5,25 +5,13 @@ import torch
 from torch import nn
 
 import steppe
-from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, plain_loop, same
+from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, plain_loop, reset_accelerate, same, sgd
 
 accelerate = pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
 from steppe.integrations.accelerate import Backward  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _new_state():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def loss(model, batch):
@@ -130,8 +118,7 @@ def test_saved_state_resumes_bit_for_bit(tmp_path) -> None:
     train(whole, data[:4])
     whole[0].save_state(tmp_path)
     train(whole, data[4:])
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     again = prepared(METHODS["FSAM"], 2)
     again[0].load_state(tmp_path)
     train(again, data[4:])

@@ -10,17 +10,9 @@ from tests.integrations.test_accelerate import float16
 
 transformers = pytest.importorskip("transformers")
 
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
-from steppe.integrations.huggingface import SharpnessAwareMixin, SharpnessAwareTrainer  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _new_state():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+from steppe.integrations.huggingface import SharpnessAwareTrainer, SharpnessAwareTrainerMixin  # noqa: E402
 
 
 class Digits(torch.utils.data.Dataset):
@@ -255,7 +247,7 @@ class Custom(InOrder, transformers.Trainer):
         return super().training_step(*args, **kwargs)
 
 
-class SharpCustom(SharpnessAwareMixin, Custom):
+class SharpCustom(SharpnessAwareTrainerMixin, Custom):
     pass
 
 
@@ -271,8 +263,8 @@ def test_without_it_no_second_pass_runs_and_that_is_said(tmp_path) -> None:
     with pytest.warns(UserWarning, match="not sharpness-aware"):
         Custom(model, arguments(tmp_path), train_dataset=Digits(64), optimizers=(optimizer, None)).train()
     assert model.net.forwards == 4
-    with pytest.raises(TypeError, match="SharpnessAwareMixin must come before Trainer"):
-        type("Late", (transformers.Trainer, SharpnessAwareMixin), {})
+    with pytest.raises(TypeError, match="SharpnessAwareTrainerMixin must come before Trainer"):
+        type("Late", (transformers.Trainer, SharpnessAwareTrainerMixin), {})
 
 
 def test_what_cannot_be_done_is_refused_with_what_to_write(tmp_path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import steppe
-from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, plain_loop, same
+from tests.integrations.helpers import METHODS, PASSES, Net, batches, grouped, plain_loop, same, sgd
 
 L = pytest.importorskip("lightning")
 
@@ -17,10 +17,6 @@ from steppe.integrations.lightning import SharpnessAwareMixin  # noqa: E402
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec.*", "ignore:.*dataloader_iter"
 )
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 class Module(SharpnessAwareMixin, L.LightningModule):
@@ -105,8 +101,9 @@ def test_it_is_the_plain_loop(name: str, k: int, tmp_path) -> None:
 
 def test_bfloat16(tmp_path) -> None:
     data, module = batches(6), Module()
-    trainer(tmp_path, accumulate_grad_batches=2, precision="bf16-mixed").fit(module, loader(data))
-    other, _ = plain(module, METHODS["SAM"], grouped(data, 2), autocast=torch.bfloat16)
+    fit = trainer(tmp_path, accumulate_grad_batches=2, precision="bf16-mixed", gradient_clip_val=0.5)
+    fit.fit(module, loader(data))
+    other, _ = plain(module, METHODS["SAM"], grouped(data, 2), autocast=torch.bfloat16, clip=0.5)
     assert same(module.net, other)
 
 
@@ -184,6 +181,31 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path) -> Non
     trainer(tmp_path, accumulate_grad_batches=3, max_epochs=2).fit(module, loader(data))
     assert module.net.forwards == 2 * 2 * 5
     assert module.optimizers().telemetry.steps == 4
+
+
+def test_a_method_without_a_pass_at_w_runs_in_manual_optimisation_alone(tmp_path) -> None:
+    """n-SAM's perturbation comes from other data, so the batch's only pass is at w + eps."""
+    x, y = (torch.cat(part) for part in zip(*batches(2), strict=True))
+
+    random = []  # the state of the generator before each pass over the other data
+
+    def full(net):
+        random.append(torch.get_rng_state())
+        loss = nn.functional.cross_entropy(net(x), y)
+        net.zero_grad()
+        loss.backward()
+        return loss
+
+    data, module, other = batches(4), Manual(), Net()
+    module.make = lambda base: steppe.NSAM(base, 0.1, full=lambda: full(module.net))
+    trainer(tmp_path).fit(module, loader(data))
+    torch.set_rng_state(random[0])
+    plain_loop(other, steppe.NSAM(sgd(other), 0.1, full=lambda: full(other)), grouped(data, 1))
+    assert same(module.net, other)
+    module.__class__ = Module
+    module.automatic_optimization = True
+    with pytest.raises(NotImplementedError, match=r"use manual optimisation, self\.sharpness_step\(closure\)"):
+        trainer(tmp_path, accumulate_grad_batches=2).fit(module, loader(data))
 
 
 class Shuffled(Module):

@@ -86,6 +86,10 @@ class Browser:
         """Prefer light or dark colours."""
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
+    def width(self, pixels: int) -> None:
+        """Set the width of the window."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=pixels, height=900, deviceScaleFactor=1, mobile=False)
+
     def picture(self, path: Path) -> None:
         """Write the whole page as a PNG file."""
         shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True)

@@ -24,7 +24,8 @@ class Python2Pickler(pickle._Pickler):
 def pickled(data) -> bytes:
     file = BytesIO()
     Python2Pickler(file, protocol=2).dump(data)
-    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # numpy's name for it then
+    raw = file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # numpy's name for it then
+    return raw.replace(b"X\x02\x00\x00\x00u1", b"U\x02u1")  # Python 2's type codes are byte strings too
 
 
 def batch(path: Path, count: int, labels: dict[bytes, list[int]]) -> np.ndarray:
@@ -79,3 +80,19 @@ def image_tree(folder: Path, classes=("cat", "dog", "owl"), each: int = 6, side:
 def images_of(labels: torch.Tensor, side: int) -> torch.Tensor:
     """Bytes whose brightness tells the class."""
     return (labels[:, None, None, None] * 25).to(torch.uint8).expand(-1, 3, side, side).contiguous()
+
+
+def pictures(labels, side):
+    from PIL import Image
+
+    pixels = images_of(labels, side).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each) for each in pixels]
+
+
+def saved(datasets, folder, features, **splits):
+    """Save splits of equal columns; a feature given by a type is a value, by a list class names, by None an image."""
+    kinds = {str: datasets.Value, list: lambda names: datasets.ClassLabel(names=names)}
+    made = {name: kinds[type(kind)](kind) if kind else datasets.Image() for name, kind in features.items()}
+    tables = {name: datasets.Dataset.from_dict(rows, features=datasets.Features(made)) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(folder))
+    return folder

@@ -1,31 +1,42 @@
-"""The command line from end to end, interruptions included."""
+"""The command line and its Python face from end to end, interruptions included."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
+import torch
+from rich.console import Console
 
 import steppe
 from steppe import cli
+from steppe.lab import checkpoint, doctor, files, metrics, notebook, record, runs, spec
 from steppe.lab import compare as pool
-from steppe.lab import directory, record
-from steppe.lab.commands import app
+from steppe.lab.commands import COMMANDS
+from steppe.lab.compare import compare
+from steppe.lab.runs import Plan
+from steppe.lab.settings import LabError
 from steppe.lab.train import train
 
+from . import formats
 from .helpers import TINY as SETTINGS
-from .helpers import run, trained, write_images
+from .helpers import Process, steppe_cli, trained, write_images
 
 TINY = ["--epochs", "2", "--train-size", "256", "--batch-size", "64", "--seeds", "2"]
 
 
-def steppe_cli(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def test_version():
@@ -49,39 +60,43 @@ def test_compare_from_end_to_end_then_continue(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == written
     assert "epochs was 2, now 9" in steppe_cli("compare", *TINY, "--epochs", 9, "--out", out).output
 
-    for each, kept in directory.finished(out, directory.read_plan(out))[0].items():
+    for each, kept in runs.finished(out, runs.read_plan(out))[0].items():
         assert train(each).curves == kept.curves  # a worker process computes what this one does
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "cifar"], "unknown data 'cifar'; choose from cifar10, cifar100, digits, fashion-mnist"),
-        (["--method", "SAN"], "unknown method 'SAN'"),
-        (["--method", "SAM(rho=-1)"], "rho must be"),
-        (["--baseline", "ASAM"], "baseline ASAM is none of the methods"),
-        (["--noise", "2"], "noise must be a share between 0 and 1"),
-        (["--train-size", "1797"], "train-size 1797 exceeds the 1796 examples"),
-        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "no fashion-mnist in"),
-        (["--data-dir", "nowhere"], "data-dir goes with --data fashion-mnist"),
-    ],
-)
-def test_mistakes_are_told_and_leave_nothing(tmp_path, arguments, message):
-    result = steppe_cli("compare", *arguments, "--out", tmp_path / "c")
-    assert result.exit_code == 2
-    assert message in result.output
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "c").exists()
+MISTAKES = [
+    ("compare --data cifar", "unknown data 'cifar'; choose from cifar10, cifar100, digits, fashion-mnist"),
+    ("compare --method SAN", "unknown method 'SAN'"),
+    ("compare --method SAM(rho=-1)", "rho must be"),
+    ("compare --baseline ASAM", "baseline ASAM is none of the methods"),
+    ("compare --noise 2", "noise must be a number in [0, 1]"),
+    ("compare --train-size 1797", "train-size 1797 exceeds the 1796 examples"),
+    ("compare --data fashion-mnist --data-dir nowhere", "no fashion-mnist in"),
+    ("compare --data fashion-mnist --data-dir ../damaged", "no t10k-labels-idx1-ubyte"),
+    ("compare --data-dir nowhere", "data-dir goes with --data fashion-mnist"),
+    ("run SAN", "unknown method 'SAN'"),
+    ("run SGD --data cifar", "unknown data 'cifar'"),
+    ("run SGD --data cifar10", "no cifar10 in data/cifar10, data: unpack"),
+    ("run SGD --model net", "unknown model 'net'"),
+    ("run SGD --model resnet18", "model resnet18 takes images"),
+    ("run SGD --optimizer lion", "optimizer must be one of sgd, adamw"),
+    ("run SGD --augment crop", "augment crop is for images"),
+    ("run SGD --device tpu", "device must be one of auto, cpu, cuda, mps"),
+    ("run SGD --precision fp8", "precision must be one of fp32, bf16"),
+    ("run SGD --warmup -1", "warmup must be a number of steps"),
+    ("report nothing", "nothing holds no runs"),
+]
 
 
-def test_a_damaged_image_folder_is_told(tmp_path):
-    folder = write_images(tmp_path / "d")
-    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    result = steppe_cli(
-        "compare", "--data", "fashion-mnist", "--data-dir", folder, "--train-size", "96", "--batch-size", 32
-    )
-    assert result.exit_code == 2
-    assert "no t10k-labels-idx1-ubyte" in result.output
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(here, words, message):
+    damaged = write_images(here.parent / "damaged")
+    (damaged / "t10k-labels-idx1-ubyte.gz").unlink(missing_ok=True)
+    result = steppe_cli(*words.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(here.iterdir()) == []
 
 
 def test_report_command(tmp_path):
@@ -89,54 +104,68 @@ def test_report_command(tmp_path):
     result = steppe_cli("report", tmp_path, "--baseline", "SAM(rho=0.1)")
     assert result.exit_code == 0
     assert (tmp_path / "report.html").exists()
-    assert steppe_cli("report", tmp_path / "nothing").exit_code == 2
 
 
-class Ended:
-    """A view that notes how runs end."""
-
-    def __init__(self):
-        self.results = {}
-
-    def step(self, run, step, steps):
-        assert 0 <= step <= steps
-
-    def done(self, run, result):
-        self.results[run] = result
-
-
-def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path):
-    bad, good = run("SGD", settings=replace(SETTINGS, model="resnet")), run("SGD", settings=SETTINGS)
-    view = Ended()
-    failures = pool.compare(tmp_path, [bad, good], 1, view)
-    assert failures == [view.results[bad]]
-    assert failures[0].reason.startswith("LabError: unknown model 'resnet'")
-    assert "Traceback" in failures[0].details
-    assert view.results[good] == record.read(directory.path_of(tmp_path, good))
+def test_a_run_that_raises_in_its_process_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    methods = tuple(map(spec.parse, ("NSAM", "SGD")))
+    plan = Plan(replace(SETTINGS, epochs=1), methods, 1)
+    bad, good = plan.runs()
+    runs.open_for(tmp_path, plan)
+    (tmp_path / "weights" / f"{bad.name}.pt").mkdir(parents=True)  # where its weights would go
+    (failure,) = compare(tmp_path, plan, 1, console=Console(quiet=True))
+    assert failure.run == bad
+    assert failure.reason.startswith("LabError: cannot write")
+    assert "Traceback" in failure.details
+    assert list(runs.finished(tmp_path, plan)[0]) == [good]
 
 
 def test_failed_runs_are_reported_with_method_and_seed(tmp_path, monkeypatch):
-    def all_fail(folder, runs, workers, view, hardware):
-        failures = [pool.Failure(run, "ValueError: [bad]", "the traceback") for run in runs]
-        for failure in failures:
-            view.done(failure.run, failure)
-        return failures
+    def all_fail(folder, plan, *rest):
+        return [pool.Failure(run, "ValueError: [bad]", "the traceback") for run in plan.runs()]
 
+    runs.open_for(tmp_path, Plan(SETTINGS, (spec.parse("SGD"),), 2))
     monkeypatch.setattr(pool, "compare", all_fail)
-    result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path / "c")
+    result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path)
     assert result.exit_code == 1
     assert "SGD seed 1 failed: ValueError: [bad]" in result.output
     assert "the traceback" in result.output
-    assert not (tmp_path / "c" / "runs").exists()
 
 
-def test_missing_extra_is_named(monkeypatch):
+def test_two_comparisons_do_not_share_a_directory(tmp_path):
+    with files.hold(tmp_path / "c"):
+        result = steppe_cli("compare", *TINY, "--method", "SGD", "--out", tmp_path / "c")
+    assert result.exit_code == 2
+    assert "another command works in" in result.stderr
+
+
+def test_a_missing_extra_is_named_and_help_and_version_need_none(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "plotly" else object())
-    with pytest.raises(SystemExit, match=r'needs plotly: pip install "steppe\[lab\]"'):
+    needs = 'need plotly: pip install "steppe[lab]"'
+    monkeypatch.setattr(sys, "argv", ["steppe", "compare"])
+    with pytest.raises(SystemExit, match=re.escape(needs)):
         cli.main()
+    for arguments, words in (([], needs), (["--help"], "  compare "), (["--version"], f"steppe {steppe.__version__}")):
+        monkeypatch.setattr(sys, "argv", ["steppe", *arguments])
+        cli.main()
+        assert words in capsys.readouterr().out
 
 
-class Process:
+def test_help_lists_every_command_and_imports_none():
+    code = "import sys; from typer.testing import CliRunner; from steppe.lab.commands.group import app; "
+    code += "print(CliRunner().invoke(app, ['--help']).output); from steppe.lab.commands import COMMANDS; "
+    code += "print([module for module, _ in COMMANDS.values() if module in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("\n[]\n")
+    assert all(f" {name} " in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name):
+    assert f"steppe {name} [OPTIONS]" in " ".join(steppe_cli(name, "--help").output.split())
+    assert steppe_cli("nothing").exit_code == 2
+
+
+class Comparison(Process):
     """`steppe compare` in a process group of its own."""
 
     METHODS = ("--method", "SGD", "--method", "SAM(rho=0.1)")
@@ -144,36 +173,22 @@ class Process:
 
     def __init__(self, out):
         self.out = out
-        command = [sys.executable, "-c", "from steppe.cli import main; main()", "compare", *self.METHODS, *self.SIZE]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # a shell's background job hands down an ignored Ctrl-C
-        heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        self.process = subprocess.Popen([*command, "--out", out], **heard, **pipes)
+        super().__init__("compare", *self.METHODS, *self.SIZE, "--out", out)
 
     def until_runs(self, count):
-        deadline = time.monotonic() + 60
-        while len(self.whole()) < count:
-            assert time.monotonic() < deadline, "no run finished in time"
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.01)
+        self.until(lambda: len(self.whole()) >= count)
 
     def whole(self):
         found = []
         for path in (self.out / "runs").glob("*.json"):
-            try:
+            with suppress(ValueError):
                 found.append(record.read(path))
-            except ValueError:
-                continue
         return found
-
-    def end(self):
-        """The output and exit code; returns only when every process that could write to the pipe is gone."""
-        return self.process.communicate(timeout=60)[0], self.process.returncode
 
 
 def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tmp_path):
     out = tmp_path / "c"
-    killed = Process(out)
+    killed = Comparison(out)
     killed.until_runs(1)
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.end()  # its worker leaves with it
@@ -182,19 +197,19 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
     (out / "runs" / ".sam-rho0.1-s1.json.77.tmp").write_text('{"format": 1, "meth')
     (out / "runs" / "sam-rho0.1-s1.json").write_text(json.dumps({"format": 1, "method": "SAM(rho=0.1)"})[:-9])
 
-    stopped = Process(out)
+    stopped = Comparison(out)
     stopped.until_runs(len(kept) + 1)
-    os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C, which reaches the workers too
+    stopped.interrupt()
     output, code = stopped.end()
     assert code == 130, output
     assert "the same command continues" in output
     assert "Traceback" not in output
 
-    last = Process(out)
+    last = Comparison(out)
     output, code = last.end()
     assert code == 0, output
-    plan = directory.read_plan(out)
-    records, problems = directory.finished(out, plan)
+    plan = runs.read_plan(out)
+    records, problems = runs.finished(out, plan)
     assert (len(records), problems) == (4, [])
     assert not list(out.rglob("*.tmp"))
     for each, found in records.items():
@@ -202,6 +217,110 @@ def test_killed_then_interrupted_then_continued_is_as_if_nothing_had_happened(tm
 
 
 def test_the_core_and_the_command_line_import_nothing_heavy():
-    code = "import sys, steppe.cli; print([n for n in sys.modules if n in ('typer', 'plotly', 'scipy', 'steppe.lab')])"
+    code = "import sys, steppe.cli; "
+    code += "print([n for n in sys.modules if n in ('typer', 'rich', 'scipy', 'steppe.lab.settings')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+# ---- steppe run, doctor, and the Python face
+
+
+def test_run_from_end_to_end(here):
+    first = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16")
+    assert first.exit_code == 0, first.output
+    assert "epoch 2/2, test error" in first.output
+    folder = here / "runs" / "digits-sam-rho0.1-s0"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics"}
+    again = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16", "--json")
+    found = json.loads(again.stdout)
+    assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error
+    assert found["settings"]["epochs"] == 2
+    assert (
+        "epochs was 2, now 3"
+        in steppe_cli("run", "SAM(rho=0.1)", *TINY[2:-2], "--model", "mlp-16", "--epochs", 3).output
+    )
+
+
+def test_run_takes_every_setting(here):
+    formats.cifar10(here / "data")
+    options = ["--data", "cifar10", "--train-size", 60, "--model", "resnet18-w8-gn", "--epochs", 1, "--batch-size", 20]
+    options += ["--optimizer", "adamw", "--lr", 0.001, "--warmup", 2, "--label-smoothing", 0.1, "--noise", 0.4]
+    result = steppe_cli("run", "SAM(rho=0.05, m=10)", *options, "--precision", "bf16", "--out", "r", "--save-every", 1)
+    assert result.exit_code == 0, result.output
+    found = record.read(here / "r" / "runs" / "sam-rho0.05-m10-s0.json")
+    assert found.base == (
+        "AdamW(lr=0.001, betas=(0.9, 0.999), weight_decay=0.001), linear warm-up of 2 steps, cosine to 0"
+    )
+    assert (found.settings["noise"], found.settings["label_smoothing"], found.steps) == (0.4, 0.1, 3)
+    assert found.environment["precision"] == "bf16"
+
+
+def test_help_has_examples():
+    assert "torchrun --nproc-per-node 8" in steppe_cli("run", "--help").output
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    saved = tmp_path / "r" / "checkpoints" / "sam-rho0.1-s0.pt"
+    process = Process("run", "SAM(rho=0.1)", "--epochs", 3000, "--out", tmp_path / "r")
+    process.until(saved.exists)
+    process.interrupt()
+    output, code = process.end()
+    assert code == 130, output
+    assert "the same command continues" in output
+    assert "Traceback" not in output
+    assert checkpoint.read(saved)["step"] >= 100
+
+
+def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
+    formats.svhn(tmp_path / "svhn")
+    found = {(check["kind"], check["name"]): check for check in json.loads(steppe_cli("doctor", "--json").output)}
+    assert found["data", "svhn"]["detail"] == str(tmp_path / "svhn")
+    assert found["data", "svhn"]["found"]
+    missing = found["data", "cifar10"]
+    assert not missing["found"]
+    assert str(tmp_path / "cifar10") in missing["detail"]
+    assert "--data-dir" in missing["hint"]
+    assert found["device", "cuda"]["found"] == torch.cuda.is_available()
+    assert found["environment", "torch"]["detail"] == torch.__version__
+    assert steppe_cli("doctor").exit_code == 0
+
+
+def test_doctor_names_the_command_for_a_missing_package(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("datasets", "torchvision") else "1.0")
+    missing = next(check for check in doctor.checks() if check.name == "datasets")
+    assert (missing.found, missing.hint) == (False, 'pip install "steppe[hub]"')
+
+
+def test_the_python_face(tmp_path):
+    small = {"train_size": 256, "batch_size": 64, "epochs": 2, "model": "mlp-16"}
+    folder = notebook.compare(["SGD", "SAM(rho=0.1)"], seeds=2, folder=tmp_path / "c", workers=1, **small)
+    rows = notebook.records(folder)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("SAM(rho=0.1)", 0),
+        ("SAM(rho=0.1)", 1),
+        ("SGD", 0),
+        ("SGD", 1),
+    ]
+    assert rows[0]["passes"] == 4
+    assert rows[0]["train_size"] == 256
+    assert not any(isinstance(value, dict | list) for row in rows for value in row.values())
+    assert len(notebook.curves(folder)) == 8
+    one = notebook.run("SGD", folder=tmp_path / "r", **small)
+    assert one.test_error == rows[2]["test_error"]
+    assert notebook.records(tmp_path / "r") == [{**rows[2], "seconds": one.seconds}]
+    with pytest.raises(LabError, match="no folder"):
+        notebook.records(tmp_path / "nothing")
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "r"
+    assert steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--tensorboard", "--out", out).exit_code == 0
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    points = [line for line in metrics.read(out / "metrics" / "sam-rho0.1-s0.jsonl") if "test_error" in line]
+    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_error")]
+    assert [(line["step"], line["test_error"]) for line in points] == shown

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from steppe.lab import data, tasks
-from steppe.lab.data import cifar, files, hub
-from steppe.lab.place import Place
+from steppe.lab.data import cifar, hub, images
+from steppe.lab.hardware import Process
 from steppe.lab.presets import preset, settings_for
 from steppe.lab.settings import LabError, Settings
 from steppe.lab.train import train
@@ -58,22 +58,35 @@ def test_cifar100_takes_the_fine_labels(tmp_path):
 
 
 def test_svhn_turns_axes_and_calls_ten_zero(tmp_path):
-    X = formats.svhn(tmp_path / "svhn")
-    pool = data.read(on("svhn", tmp_path / "svhn"))
+    folder = tmp_path / "svhn"
+    X = formats.svhn(folder)
+    pool = data.read(on("svhn", folder))
     assert pool.inputs.shape == (30, 3, 32, 32)
     assert pool.inputs[7, 2, 11, 4] == X[11, 4, 2, 7]
     assert pool.labels.tolist() == [(i + 1) % 10 for i in range(30)]
+    for damage in (cut, written(b"no matlab"), lambda path: path.unlink()):
+        damage(folder / "test_32x32.mat")
+        with pytest.raises(LabError, match=r"test_32x32\.mat"):
+            data.SOURCES["svhn"].read(folder, 32)
 
 
-def test_pickles_of_newer_pythons_are_read_too(tmp_path):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pickles_of_newer_pythons_and_arrays_stored_by_columns_are_read_too(tmp_path, order):
     formats.cifar10(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
-    path.write_bytes(pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 3]}))
-    assert data.read(on("cifar10", tmp_path)).test_labels.tolist() == [0, 1, 2, 3]
+    pixels = formats.GENERATOR.integers(0, 256, (4, 3072), dtype=np.uint8)
+    path.write_bytes(pickle.dumps({"data": np.array(pixels, order=order), "labels": [0, 1, 2, 3]}))
+    pool = data.read(on("cifar10", tmp_path))
+    assert pool.test_labels.tolist() == [0, 1, 2, 3]
+    assert np.array_equal(pool.test_inputs.reshape(4, 3072).numpy(), pixels)
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:100])
+
+
+def written(raw):
+    return lambda path: path.write_bytes(raw)
 
 
 class Evil:
@@ -81,22 +94,30 @@ class Evil:
         return (print, ("run",))
 
 
+# an array of objects over the file's own bytes: every use of it would follow a pointer that the file chose
+FORGED = b"cnumpy\nndarray\n(K\x01\x85cnumpy\ndtype\n(U\x01OtRU\x08AAAAAAAAtR"
+DIRECT = b"cnumpy\nndarray\n(K\x01\x85NU\x08AAAAAAAAtR"
+STRUCTURED = np.zeros(3072, [("a", "u1")])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "no data_batch_3 in"),
         (cut, "data_batch_3: cannot read it"),
-        (lambda path: path.write_bytes(b""), "data_batch_3: cannot read it"),
-        (lambda path: path.write_bytes(formats.pickled({b"data": np.zeros((2, 3072), np.uint8)})), "no 'data' and"),
-        (
-            lambda path: path.write_bytes(formats.pickled({b"data": np.zeros((2, 9)), b"labels": [1, 2]})),
-            "bytes of shape",
-        ),
-        (lambda path: path.write_bytes(pickle.dumps(Evil())), "wants to run builtins.print"),
+        (written(b""), "data_batch_3: cannot read it"),
+        (written(formats.pickled({b"data": np.zeros((2, 3072), np.uint8)})), "expected a pickled dict with 'labels'"),
+        (written(formats.pickled({b"data": np.zeros((2, 9), np.uint8), b"labels": [1, 2]})), r"shape \(2, 9\)"),
+        (written(formats.pickled({b"data": np.zeros((2, 3072)), b"labels": [1, 2]})), "of type 'f8'"),
+        (written(formats.pickled({b"data": np.array([{}]), b"labels": [1]})), "of type 'O8'"),
+        (written(formats.pickled({b"data": STRUCTURED, b"labels": [1]})), "of type 'V1'"),
+        (written(pickle.dumps(Evil())), "wants to run builtins.print"),
+        (written(b"\x80\x02cnumpy.strings\nencode\n" + FORGED + b"\x85R."), "wants to run numpy.strings.encode"),
+        (written(b"\x80\x02}(U\x04dataK\x00U\x06labels]" + FORGED + b"au."), "of type b'O'"),
+        (written(b"\x80\x02}(U\x04data" + DIRECT + b"U\x06labels]K\x01au."), "'str' object is not callable"),
         (lambda path: formats.batch(path, 3, {b"labels": [1, 2]}), "51 training examples but 50 labels"),
         (lambda path: formats.batch(path, 2, {b"labels": [1, 10]}), "labels must lie in 0 to 9, they go from 0 to 10"),
     ],
-    ids=["gone", "cut", "empty", "no labels", "wrong shape", "code", "too few labels", "strange label"],
 )
 def test_damaged_cifar_is_told(tmp_path, damage, message, capsys):
     formats.cifar10(tmp_path)
@@ -106,20 +127,12 @@ def test_damaged_cifar_is_told(tmp_path, damage, message, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"no matlab"), lambda path: path.unlink()])
-def test_damaged_svhn_is_told(tmp_path, damage):
-    formats.svhn(tmp_path / "svhn")
-    damage(tmp_path / "svhn" / "test_32x32.mat")
-    with pytest.raises(LabError, match=r"test_32x32\.mat"):
-        data.read(on("svhn", tmp_path / "svhn"))
-
-
 def test_where_data_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
-    with pytest.raises(LabError, match=rf"no svhn in {tmp_path}/svhn, {tmp_path}: unpack"):
-        data.read(replace(IMAGES, data="svhn"))
-    formats.svhn(tmp_path / "svhn")
-    assert data.find("svhn") == tmp_path / "svhn"
+    with pytest.raises(LabError, match=rf"no cifar100 in {tmp_path}/cifar100, {tmp_path}: unpack"):
+        data.read(replace(IMAGES, data="cifar100"))
+    formats.cifar100(tmp_path / "cifar100")
+    assert data.find("cifar100") == tmp_path / "cifar100"
     with pytest.raises(LabError, match=r"no cifar-10-batches-py or dataset_dict.json in"):
         data.find("cifar10", str(tmp_path))
     with pytest.raises(LabError, match="unknown data 'cifar'"):
@@ -140,9 +153,8 @@ def test_an_image_tree_is_decoded_when_needed(tmp_path):
     assert abs(green.float().mean((1, 2)) - torch.tensor([30.0, 200.0, 30.0])).max() <= 2
     task = tasks.load(settings, 0)
     assert task.inputs[:2].shape == (2, 3, 14, 14)
-    first = (torch.tensor([200.0, 30.0, 30.0]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )
+    mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    first = (torch.tensor([200.0, 30.0, 30.0]) / 255 - mean) / spread
     reds = task.inputs[(task.labels == 0).nonzero()[:, 0]]
     torch.testing.assert_close(reds.mean((0, 2, 3)), first, atol=0.05, rtol=0)
     assert train(run("SAM(rho=0.05)", settings=replace(settings, epochs=12, lr=0.05))).test_error == 0
@@ -153,8 +165,8 @@ def test_decoding_keeps_the_middle(tmp_path):
 
     image = Image.new("RGB", (60, 20), (0, 0, 0))
     image.paste((255, 255, 255), (20, 0, 40, 20))
-    assert files.decoded(image, 20).min() == 255
-    assert files.decoded(image.convert("L"), 20).shape == (3, 20, 20)  # grey becomes three channels
+    assert images.decoded(image, 20).min() == 255
+    assert images.decoded(image.convert("L"), 20).shape == (3, 20, 20)  # grey becomes three channels
 
 
 def test_damaged_image_trees_are_told(tmp_path):
@@ -182,64 +194,34 @@ def datasets():
     return pytest.importorskip("datasets", reason="the optional package datasets is not installed")
 
 
-def saved(datasets, folder, features, **splits):
-    made = {name: datasets.Dataset.from_dict(rows, features=features) for name, rows in splits.items()}
-    datasets.DatasetDict(made).save_to_disk(str(folder))
-    return folder
-
-
-def pictures(labels, side):
-    from PIL import Image
-
-    pixels = formats.images_of(labels, side).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
-
-
 def test_cifar_as_datasets_saves_it(tmp_path, datasets):
-    names = datasets.ClassLabel(names=[str(i) for i in range(100)])
-    coarse = datasets.ClassLabel(names=[str(i) for i in range(20)])
-    features = datasets.Features({"img": datasets.Image(), "coarse_label": coarse, "fine_label": names})
-    labels = torch.arange(10)
-
-    def rows(count):
-        return {
-            "img": pictures(labels[:count], 32),
-            "fine_label": labels[:count].tolist(),
-            "coarse_label": [0] * count,
-        }
-
-    folder = saved(datasets, tmp_path / "c", features, train=rows(10), test=rows(4))
-    pool = data.read(on("cifar100", folder))
-    assert torch.equal(pool.inputs, formats.images_of(labels, 32))
+    features = {"img": None, "coarse_label": list(map(str, range(20))), "fine_label": list(map(str, range(100)))}
+    rows = {"img": formats.pictures(torch.arange(10), 32), "fine_label": list(range(10)), "coarse_label": [0] * 10}
+    test = {name: column[:4] for name, column in rows.items()}
+    pool = data.read(on("cifar100", formats.saved(datasets, tmp_path / "c", features, train=rows, test=test)))
+    assert torch.equal(pool.inputs, formats.images_of(torch.arange(10), 32))
     assert pool.labels.tolist() == list(range(10))
     assert (pool.classes, pool.constants, len(pool.test_labels)) == (100, cifar.CIFAR100, 4)
 
 
 def test_larger_images_of_datasets_stay_files(tmp_path, datasets):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"image": pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
-    folder = saved(datasets, tmp_path / "h", features, train=rows, validation=rows)
+    rows = {"image": formats.pictures(torch.tensor([2, 4]), 100), "label": [0, 1]}
+    folder = formats.saved(datasets, tmp_path / "h", {"image": None, "label": ["a", "b"]}, train=rows, validation=rows)
     pool = data.read(on("hf", folder, image_size=28))
     assert pool.inputs.shape == (2, 3, 32, 32)
     assert pool.inputs[torch.tensor([1])].unique().tolist() == [100]
-    assert pool.constants == files.IMAGENET
+    assert pool.constants == images.IMAGENET
 
 
 def test_glue_as_datasets_saves_it(tmp_path, datasets):
-    features = datasets.Features(
-        {
-            "question": datasets.Value("string"),
-            "sentence": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["entailment", "not_entailment"]),
-            "idx": datasets.Value("int32"),
-        }
-    )
-
     def rows(*labels):
         n = len(labels)
         return {"question": ["q"] * n, "sentence": ["s"] * n, "label": list(labels), "idx": list(range(n))}
 
-    folder = saved(datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1))
+    features = {"question": "string", "sentence": "string", "label": ["entailment", "not_entailment"], "idx": "int32"}
+    folder = formats.saved(
+        datasets, tmp_path / "g", features, train=rows(0, 1, 1), validation=rows(1), test=rows(-1, -1)
+    )
     pool = data.read(on("hf", folder))
     assert pool.inputs == [("q", "s")] * 3
     assert pool.test_labels.tolist() == [1]  # the test labels are withheld: all are -1
@@ -251,10 +233,8 @@ def test_strange_datasets_are_told(tmp_path, datasets):
     (tmp_path / "broken" / hub.MARK).write_text("{")
     with pytest.raises(LabError, match="broken: cannot read it"):
         data.read(on("hf", tmp_path / "broken"))
-    features = datasets.Features({"x": datasets.Value("float32")})
-    folder = saved(datasets, tmp_path / "x", features, train={"x": [1.0]})
     with pytest.raises(LabError, match="none of its columns x holds class labels"):
-        data.read(on("hf", folder))
+        data.read(on("hf", formats.saved(datasets, tmp_path / "x", {"x": "float32"}, train={"x": [1.0]})))
 
 
 # ---- a user's own
@@ -307,9 +287,9 @@ def test_a_users_images_are_standardised_by_channel():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere:task", "cannot find nowhere:task: No module"),
-        ("my_own:nothing", "cannot find my_own:nothing"),
-        ("my_own:torch", "my_own:torch is no function"),
+        ("nowhere:task", "module 'nowhere' cannot be imported: ModuleNotFoundError: No module"),
+        ("my_own:nothing", "module 'my_own' has no function 'nothing'"),
+        ("my_own:torch", "module 'my_own' has no function 'torch'"),
         ("my_own:wrong", "must return four tensors"),
         ("my_own:floats", "labels must be whole numbers"),
     ],
@@ -339,7 +319,7 @@ def test_label_noise_is_symmetric_seeded_and_on_training_labels_alone(tmp_path, 
 def test_moving_a_task_changes_no_number(tmp_path):
     formats.cifar10(tmp_path)
     task = tasks.load(on("cifar10", tmp_path), 0)
-    moved = task.to(Place().device)
+    moved = task.to(Process().device)
     assert torch.equal(task.inputs[:9], moved.inputs[torch.arange(9)])
     assert moved.inputs.shape == (60, 3, 32, 32)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steppe.lab import checkpoint, record, single
-from steppe.lab.place import Hardware
+from steppe.lab.hardware import Hardware
 from steppe.lab.settings import LabError
 from steppe.lab.train import Session
 
@@ -23,9 +23,9 @@ import os, sys
 from pathlib import Path
 import torch
 from steppe.lab import single, spec
-from steppe.lab.place import Hardware
+from steppe.lab.hardware import Hardware
+from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run
 torch.set_num_threads(1)
 settings = Settings(train_size=255, batch_size=64, epochs=14, model="mlp-16")
 def stop(session, line):
@@ -41,7 +41,7 @@ SETTINGS = replace(TINY, train_size=255, epochs=14)  # 42 steps; evaluations who
 
 
 def two(folder: Path, *names: str) -> int:
-    """Run under torchrun, one after the other, in one start of two processes."""
+    """Run serially under torchrun, in one start of two processes."""
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -61,13 +61,14 @@ def made(tmp_path_factory):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "checkpoint.pt")["model"]
+    """The final weights of the one run in a folder."""
+    return torch.load(next((folder / "weights").iterdir()), weights_only=True)
 
 
 @pytest.mark.parametrize(("name", "method"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-wsam", "WSAM(rho=0.1)")])
 def test_two_processes_compute_what_one_computes(tmp_path, made, name, method):
     alone = single.run(run(method, settings=SETTINGS), tmp_path / "one")
-    together = record.read(made / name / "record.json")
+    together = record.read(next((made / name / "runs").iterdir()))
     a, b = weights(tmp_path / "one"), weights(made / name)
     assert a.keys() == b.keys()
     for key in a:
@@ -79,16 +80,16 @@ def test_two_processes_compute_what_one_computes(tmp_path, made, name, method):
 
 
 def test_two_processes_resume_bit_for_bit(made):
-    assert checkpoint.read(made / "cut" / "checkpoint.pt")["step"] == 20
+    assert checkpoint.read(made / "cut" / "checkpoints" / "sgd-s0.pt")["step"] == 20
     assert two(made, "cut-on") == 0
     a, b = weights(made / "ddp"), weights(made / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_batch_must_be_shared_equally():
-    place = replace(Hardware().open(), world=3)
+    process = replace(Hardware().open(), world=3)
     with pytest.raises(LabError, match="batch size 64 is no multiple of the 3 processes"):
-        Session(run("SGD"), place)
+        Session(run("SGD"), process)
 
 
 def test_torchrun_says_how_many_processes_there_are(monkeypatch):

@@ -2,14 +2,14 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from steppe.lab import directory, minima, record, report, tasks, weights
-from steppe.lab.commands import app
+from steppe.lab import minima, record, report, runs, tasks
+from steppe.lab.commands.group import app
 from steppe.lab.compare import compare
-from steppe.lab.progress import Display
 from steppe.lab.settings import LabError
-from steppe.lab.train import initial_model, train
+from steppe.lab.train import Session, initial_model
 from steppe.measure import Hessian, Problem, eigenpairs
 
 from .helpers import TINY, run, trained
@@ -19,12 +19,14 @@ METHODS = ("SGD", "SAM(rho=0.2)")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A small comparison with weights kept, of a net small enough to measure in a moment."""
-    plan = trained(tmp_path, *METHODS)
-    for each in plan.runs():
-        record.save(directory.path_of(tmp_path, each), train(each, keep=lambda m, r=each: weights.keep(tmp_path, r, m)))
+    """A small comparison, of a net small enough to measure in a moment."""
+    trained(tmp_path, *METHODS)
     monkeypatch.setattr(minima, "STEPS", (-1.0, 0.0, 1.0))
     return tmp_path
+
+
+def weights_of(folder, one):
+    return runs.path_of(folder, one, "weights")
 
 
 def command(folder):
@@ -34,32 +36,29 @@ def command(folder):
 def test_the_weights_kept_are_the_final_ones(folder):
     one = run("SGD")
     task = tasks.load(TINY, 0)
-    ended = record.read(directory.path_of(folder, one))
-    model = weights.load(folder, one, ended, task)
-    seen = []
-    train(one, keep=lambda m: seen.extend(p.detach().clone() for p in m.parameters()))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
+    ended = record.read(runs.path_of(folder, one))
+    model = minima.trained(folder, one, ended, task)
+    session = Session(one)
+    assert sum(session.fit()) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), session.model.parameters(), strict=True))
     assert not list((folder / "weights").glob(".*"))
 
 
 def test_weights_of_another_run_are_refused(folder):
     one, task = run("SGD"), tasks.load(TINY, 0)
-    ended = record.read(directory.path_of(folder, one))
-    weights.keep(folder, one, initial_model(one, task))
+    ended = record.read(runs.path_of(folder, one))
+    runs.keep_weights(folder, one, initial_model(one, task).state_dict())
     with pytest.raises(LabError, match="does not belong to its record"):
-        weights.load(folder, one, ended, task)
-    weights.of(folder, one).unlink()
+        minima.trained(folder, one, ended, task)
+    weights_of(folder, one).unlink()
     with pytest.raises(LabError, match="before weights were kept"):
-        weights.load(folder, one, ended, task)
+        minima.trained(folder, one, ended, task)
 
 
 def test_compare_keeps_weights(tmp_path):
-    from rich.console import Console
-
-    plan = directory.open_for(tmp_path, directory.Plan(TINY, (run("SGD").method,), 1))
-    with Display(Console(quiet=True), plan.runs()) as view:
-        assert not compare(tmp_path, plan.runs(), 1, view)
-    assert weights.of(tmp_path, run("SGD")).exists()
+    one = run("SGD")
+    assert not compare(tmp_path, runs.Plan.alone(one), 1, console=Console(quiet=True))
+    assert weights_of(tmp_path, one).exists()
 
 
 def test_the_command_measures_every_run_once_and_reports(folder):
@@ -78,10 +77,10 @@ def test_the_command_measures_every_run_once_and_reports(folder):
 
 def test_what_is_recorded_is_the_minimum(folder):
     one, task = run("SAM(rho=0.2)", seed=1), tasks.load(TINY, 1)
-    ended = record.read(directory.path_of(folder, one))
+    ended = record.read(runs.path_of(folder, one))
     found = minima.measured(folder, one, ended)
     assert minima.read(folder, one) == found
-    model = weights.load(folder, one, ended, task)
+    model = minima.trained(folder, one, ended, task)
     criterion = torch.nn.CrossEntropyLoss(reduction="none")
     H = Hessian(Problem(model, criterion, (task.inputs, task.labels)))
     assert found.minimum.top == pytest.approx(eigenpairs(H, tol=1e-4).value, rel=1e-3)
@@ -112,7 +111,7 @@ def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
 
 
 def test_a_run_that_cannot_be_measured_does_not_stop_the_others(folder):
-    weights.of(folder, run("SGD", seed=1)).unlink()
+    weights_of(folder, run("SGD", seed=1)).unlink()
     out = command(folder)
     assert out.exit_code == 1
     assert "SGD seed 1" in out.output
@@ -122,7 +121,7 @@ def test_a_run_that_cannot_be_measured_does_not_stop_the_others(folder):
 
 def test_damaged_records_are_told(folder):
     command(folder)
-    path = minima.path(folder, run("SGD"))
+    path = runs.path_of(folder, run("SGD"), "minima")
     for damage in ("{", json.dumps({"format": 1, "method": "SGD"})):
         path.write_text(damage)
         with pytest.raises(LabError, match="is damaged"):
@@ -133,6 +132,6 @@ def test_damaged_records_are_told(folder):
 
 def test_a_directory_without_runs_is_an_error(tmp_path):
     assert command(tmp_path).exit_code == 2
-    directory.open_for(tmp_path / "empty", directory.Plan(TINY, (run("SGD").method,), 1))
+    runs.open_for(tmp_path / "empty", runs.Plan(TINY, (run("SGD").method,), 1))
     out = command(tmp_path / "empty")
     assert "holds no finished run" in out.output

@@ -4,25 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
 
-from steppe.lab import context, directory, record, report, spec
-from steppe.lab.commands import app
-from steppe.lab.recipes import RECIPES, SCALES, named, timing
-from steppe.lab.recipes import reproduce as frame_run
-from steppe.lab.recipes.frame import Recipe, Study, check, names, unfilled
-from steppe.lab.recipes.protocol import WSAM
+from steppe.lab import files, record, report, runs, spec
+from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce, step_times
+from steppe.lab.recipes.shared import WSAM
 from steppe.lab.settings import LabError
 from steppe.lab.sweep import space
 from steppe.lab.sweep.space import Stage
+from steppe.lab.train import train
 
-from .helpers import TINY
+from .helpers import TINY, steppe_cli
 
 EVERY = [(name, scale) for name in RECIPES for scale in SCALES]
-
-
-def steppe_cli(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
 
 
 @pytest.mark.parametrize(("name", "scale"), EVERY)
@@ -30,12 +23,11 @@ def test_every_recipe_is_whole_at_every_scale(name, scale):
     studies = named(name).studies(scale)
     assert len({study.name for study in studies}) == len(studies) > 0
     for study in studies:
-        assert unfilled(study) == []
-        check(study)
+        study.check()
         if study.stages:
             space.check(study.search())
         assert set(study.published) <= set(study.methods)
-        assert all("{" not in text or study.stages or study.timed for text in names(study))
+        assert all("{" not in text or study.stages or study.timed for text in study.shown_methods())
         assert (study.settings.data == "digits") == (scale == "laptop")
 
 
@@ -79,39 +71,34 @@ EXAMPLE = Study(
     stages=(Stage("base", "SGD", {"lr": (0.05, 0.2)}), Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.1)})),
     published={"SAM(rho={rho})": 4.01},
 )
-RECIPE = Recipe("example", "Does it?", "nobody", (("numbers", "not known"),), lambda scale: (EXAMPLE,), "its own")
+RECIPE = Recipe(
+    "example", "Does it?", "nobody", (("numbers", "not transcribed"),), (EXAMPLE,), (EXAMPLE,), (EXAMPLE,), "its own"
+)
 
 
 def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
-    plan = frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
-    found = record.read_json(tmp_path / "search.json")
+    plan = reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
+    found = files.read_json(tmp_path / "search.json")
     lr, rho = (found["stages"][i]["chosen"][key] for i, key in enumerate(("lr", "rho")))
     assert plan.settings == replace(EXAMPLE.settings, lr=lr)  # and the validation split is gone
     assert list(map(str, plan.methods)) == ["SGD", f"SAM(rho={rho})", f"WSAM(rho={rho}, gamma=0.8)"]
     errors = {point["values"]["lr"]: point["error"] for point in found["stages"][0]["points"]}
     assert errors[lr] == min(errors.values())
 
-    monkeypatch.setattr(frame_run, "search", lambda *a, **k: pytest.fail("searched again"))
-    assert frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path) == plan
+    monkeypatch.setattr(reproduce, "search", lambda *a, **k: pytest.fail("searched again"))
+    assert reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path) == plan
 
-    directory.open_for(tmp_path, plan)
-    kept = context.read(tmp_path)
+    runs.open_for(tmp_path, plan)
+    kept = runs.context(tmp_path)
     assert kept.published == {"SGD": None, f"SAM(rho={rho})": 4.01, f"WSAM(rho={rho}, gamma=0.8)": None}
     for run in plan.runs():
-        record.save(directory.path_of(tmp_path, run), frame_run_record(run))
+        record.save(runs.path_of(tmp_path, run), train(run))
     report.write(tmp_path)
     page = (tmp_path / "summary.md").read_text()
     assert "| paper % |" in page
-    assert "| 4.01 |" in page
-    assert page.count("| not known |") == 2
+    assert page.count("| 4.01 |") == 1
     assert "Paper: the published error, on its own." in page
-    assert "- numbers: not known" in page
-
-
-def frame_run_record(run):
-    from steppe.lab.train import train
-
-    return train(run)
+    assert "- numbers: not transcribed" in page
 
 
 def test_equal_time_gives_epochs_in_proportion(monkeypatch):
@@ -124,24 +111,29 @@ def test_equal_time_gives_epochs_in_proportion(monkeypatch):
         def seconds(self):
             return seconds[self.method]
 
-    monkeypatch.setattr(timing, "_Timer", Clock)
-    found = timing.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
+    monkeypatch.setattr(step_times, "_Timer", Clock)
+    found = step_times.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
     assert found == {"SGD": "2.00x", "SAM": "1.00x", "Loo": "1.60x"}
     assert str(space.filled("SAM(rho=0.1, epochs={SAM})", found)) == "SAM(rho=0.1, epochs=1.00x)"
 
 
 def test_step_times_are_measured():
-    found = timing.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
+    found = step_times.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
     assert found["sgd"] == "2.00x"
     assert spec.parse(f"SGD(epochs={found['sam']})").epochs_of(100) >= 1
+
+
+def test_a_hole_that_nothing_fills_is_told():
+    with pytest.raises(LabError, match="study 's' gives no value for gamma"):
+        replace(EXAMPLE, values={}).check()
 
 
 def test_a_damaged_recipe_file_is_told(tmp_path):
     (tmp_path / "recipe.json").write_text('{"format": 1')
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
-        frame_run.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
+        reproduce.planned(RECIPE, "laptop", EXAMPLE, tmp_path)
     with pytest.raises(LabError, match=r"recipe\.json is damaged"):
-        context.read(tmp_path)
+        runs.context(tmp_path)
 
 
 # ---- the commands
@@ -152,10 +144,11 @@ def test_recipes_are_listed_and_shown():
     assert brief.exit_code == 0
     assert all(name in brief.output for name in RECIPES)
     whole = steppe_cli("recipes", "rwsam_label_noise").output
-    for words in ("paper: noise-0.8", "published for SAM(rho={rho}): 62.31 % error", "not known", "laptop: noise-0.4"):
-        assert words in whole
+    assert "not transcribed" in whole
+    for line in ("paper: noise-0.8", "published for SAM(rho={rho}): 62.31 % error", "laptop: noise-0.4"):
+        assert line in whole
     data = json.loads(steppe_cli("recipes", "--json").output)
-    assert [each["recipe"] for each in data] == list(RECIPES)
+    assert [each["name"] for each in data] == list(RECIPES)
     assert data[0]["paper"][0]["settings"]["model"] == "resnet18"
 
 
@@ -172,16 +165,14 @@ def test_recipes_are_listed_and_shown():
         (["sweep", "decoupling", "--space", "alpha=1,2"], "space 'alpha' is not searched here"),
         (["sweep", "decoupling", "--space", "rho=-1,2"], "rho must be"),
         (["sweep", "decoupling", "--storage", "nonsense"], "cannot open storage nonsense"),
-        (["report", "nowhere"], "holds no comparison"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
     out = ["--out", tmp_path / "o"] if arguments[0] in ("reproduce", "sweep") else []
     result = steppe_cli(*arguments, *out)
     assert result.exit_code == 2
-    last = [line for line in result.output.splitlines() if line.startswith("error: ")]
-    assert len(last) == 1
-    assert message in last[0]
+    (last,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert message in last
     assert "Traceback" not in result.output
     assert not (tmp_path / "o").exists()
 
@@ -193,16 +184,12 @@ def test_help_has_examples(command):
     assert f"steppe {command}" in output
 
 
-def small(monkeypatch):
-    monkeypatch.setitem(RECIPES, "example", RECIPE)
-
-
 def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
-    small(monkeypatch)
+    monkeypatch.setitem(RECIPES, "example", RECIPE)
     first = steppe_cli("sweep", "example", "--space", "rho=0.05,0.1,0.2", "--workers", 1, "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert "radius: 3 of 3 points" in first.output
-    assert len(record.read_json(tmp_path / "s" / "search.json")["stages"][1]["points"]) == 3
+    assert len(files.read_json(tmp_path / "s" / "search.json")["stages"][1]["points"]) == 3
 
     whole = steppe_cli("reproduce", "example", "--workers", 1, "--out", tmp_path)
     assert whole.exit_code == 0, whole.output
@@ -214,7 +201,7 @@ def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
     assert [row["n"] for row in data["methods"]] == [2, 2, 2]
     assert len(data["pairs"]) == 3
     assert data["recipe"]["recipe"] == "example"
-    assert {path.name for path in (tmp_path / "s").glob("summary.*")} == {"summary.md", "summary.csv", "summary.tex"}
+    assert {path.name for path in (tmp_path / "s").glob("summary.*")} == {"summary.md", "summary.csv"}
 
 
 def test_shell_completion_is_on():

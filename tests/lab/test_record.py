@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from steppe.lab import directory, record, spec
-from steppe.lab.directory import Plan, open_for, path_of
+from steppe.lab import files, record, runs, spec
+from steppe.lab.runs import Plan, open_for, path_of
 from steppe.lab.settings import LabError
 from steppe.lab.train import train
 
@@ -25,10 +25,10 @@ def test_round_trip(tmp_path, finished):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
-    record.write_json(path, {"x": 1})
+    files.write_json(path, {"x": 1})
     with pytest.raises(ValueError, match="JSON"):
-        record.write_json(path, {"x": float("nan")})
-    assert record.read_json(path) == {"x": 1}
+        files.write_json(path, {"x": float("nan")})
+    assert files.read_json(path) == {"x": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -45,7 +45,6 @@ def damaged(**changes):
         lambda data: "[]",
         lambda data: "\0" * 400,
         lambda data: json.dumps({key: data[key] for key in data if key != "test_error"}),
-        damaged(format=99),
         damaged(extra=1),
         damaged(test_error=None),
         damaged(test_error="0.1"),
@@ -59,17 +58,26 @@ def test_a_damaged_file_is_no_finished_run(tmp_path, finished, damage):
     plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 1))
     path = path_of(tmp_path, plan.runs()[0])
     record.save(path, finished)
-    assert len(directory.finished(tmp_path, plan)[0]) == 1
+    assert len(runs.finished(tmp_path, plan)[0]) == 1
     path.write_text(damage(json.loads(path.read_text())))
-    records, problems = directory.finished(tmp_path, plan)
+    records, problems = runs.finished(tmp_path, plan)
     assert records == {}
     assert problems[0].startswith("sam-rho0.1-s0.json is ignored")
+
+
+def test_a_newer_format_is_no_damage(tmp_path, finished):
+    plan = runs.open_for(tmp_path, plan_of("SAM(rho=0.1)"))
+    path = runs.path_of(tmp_path, plan.runs()[0])
+    record.save(path, finished)
+    path.write_text(damaged(format=2)(json.loads(path.read_text())))
+    with pytest.raises(LabError, match=r"format 2, of a newer steppe; this one reads format 1\. Update steppe"):
+        runs.finished(tmp_path, plan)
 
 
 def test_another_runs_record_is_not_taken(tmp_path, finished):
     plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 2))
     record.save(path_of(tmp_path, plan.runs()[1]), finished)  # seed 0 in the file of seed 1
-    assert directory.finished(tmp_path, plan)[0] == {}
+    assert runs.finished(tmp_path, plan)[0] == {}
 
 
 def test_leftover_temporary_files_are_cleaned(tmp_path):
@@ -78,7 +86,7 @@ def test_leftover_temporary_files_are_cleaned(tmp_path):
         leftover.write_text('{"half')
     open_for(tmp_path, plan)
     assert not list(tmp_path.rglob("*.tmp"))
-    assert len(directory.finished(tmp_path, plan)[0]) == 1
+    assert len(runs.finished(tmp_path, plan)[0]) == 1
 
 
 def plan_of(*methods, seeds=1, settings=TINY, baseline=None):
@@ -88,28 +96,42 @@ def plan_of(*methods, seeds=1, settings=TINY, baseline=None):
 def test_methods_and_seeds_may_be_added(tmp_path):
     open_for(tmp_path, plan_of("SGD", "SAM", seeds=3, baseline="SAM"))
     whole = open_for(tmp_path, plan_of("ASAM", "SGD", seeds=2))
-    assert whole == directory.read_plan(tmp_path) == plan_of("SGD", "SAM", "ASAM", seeds=3, baseline="SAM")
+    assert whole == runs.read_plan(tmp_path) == plan_of("SGD", "SAM", "ASAM", seeds=3, baseline="SAM")
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
     open_for(tmp_path, plan_of("SGD"))
     other = plan_of("SGD", settings=replace(TINY, epochs=5, lr=0.1))
-    with pytest.raises(LabError, match=r"other settings: epochs was 3, now 5; lr was 0\.05, now 0\.1"):
+    with pytest.raises(LabError, match=r"other runs: epochs was 3, now 5; lr was 0\.05, now 0\.1"):
         open_for(tmp_path, other)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(LabError, match="holds no comparison"):
+    with pytest.raises(LabError, match="holds no runs"):
         open_for(tmp_path, plan_of("SGD"))
-    with pytest.raises(LabError, match="holds no comparison"):
-        directory.read_plan(tmp_path)
+    with pytest.raises(LabError, match="holds no runs"):
+        runs.read_plan(tmp_path)
+
+
+def test_a_directory_is_for_one_command_at_a_time(tmp_path):
+    with files.hold(tmp_path), pytest.raises(LabError, match="another command works in"), files.hold(tmp_path):
+        pass
+    with files.hold(tmp_path / "new"):  # what ends without a file leaves no folder
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match=r"cannot write .*x\.json: "):
+        files.write(tmp_path / "file" / "x.json", "")
 
 
 def test_a_damaged_config_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"format": 1, "settings": {}')
     with pytest.raises(LabError, match=r"config\.json is damaged"):
-        directory.read_plan(tmp_path)
+        runs.read_plan(tmp_path)
 
 
 def test_the_baseline_must_be_a_method(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from steppe.lab import record, report
-from steppe.lab.context import RECIPE, SEARCH
+from steppe.lab import files, report
+from steppe.lab.runs import RECIPE, SEARCH
 
 from .browser import CHROMIUM, Browser
 from .helpers import trained
@@ -18,11 +18,12 @@ METHODS = (
 )
 ABOUT = {
     "recipe": "example",
+    "scale": "laptop",
     "study": "digits",
     "question": "Is it <drawn>?",
     "source": "a paper",
     "setting": "its own task",
-    "facts": [["numbers", "not known"]],
+    "facts": [["numbers", "not transcribed"]],
     "values": {"rho": 0.1},
     "published": {"SGD": 4.38},
 }
@@ -38,8 +39,8 @@ STAGE = {"name": "base", "method": "SGD", "chosen": {"lr": 0.05, "wd": 1}, "poin
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     trained(folder, *METHODS, seeds=2)
-    record.write_json(folder / RECIPE, ABOUT)
-    record.write_json(folder / SEARCH, {"stages": [STAGE], "seeds": 2})
+    files.write_json(folder / RECIPE, ABOUT)
+    files.write_json(folder / SEARCH, {"stages": [STAGE], "seeds": 2})
     report.write(folder)
     return folder / "report.html"
 
@@ -47,14 +48,10 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("profile"))
-    browser.ask("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+    browser.width(1200)
     browser.open(page)
     yield browser
     browser.close()
-
-
-def first_column(browser):
-    return browser.run("[...document.querySelectorAll('.sortable tbody th')].map(cell => cell.textContent)")
 
 
 def test_every_figure_is_drawn_and_nothing_complains(browser):
@@ -62,30 +59,40 @@ def test_every_figure_is_drawn_and_nothing_complains(browser):
         "Object.fromEntries([...document.querySelectorAll('.figure')].map(box => "
         "[box.id, [box.querySelectorAll('.main-svg').length, box.querySelectorAll('path, image').length]]))"
     )
-    assert {"errors", "test-error", "train-loss", "m-sweep", "cost", "pairs", "over-WSAM", "search-base"} == set(drawn)
+    assert set(drawn) == {
+        *("errors", "test-error", "train-loss", "cost-passes", "cost-seconds"),
+        *("over-SAM-m", "over-WSAM-rho", "search-base"),
+    }
     assert all(layers >= 1 and marks >= 3 for layers, marks in drawn.values()), drawn
     assert browser.errors == []
 
 
-def test_the_page_fits_its_width(browser):
-    assert browser.run("document.documentElement.scrollWidth") <= 1200
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_its_width(browser, width):
+    browser.width(width)
+    browser.run("new Promise(done => setTimeout(done, 500))")  # the figures follow
+    assert browser.run("document.documentElement.scrollWidth") <= width
 
 
 def test_the_table_sorts_by_number_and_by_name(browser):
-    click = "document.querySelectorAll('.sortable thead button')[{}].click()"
-    browser.run(click.format(2))
-    errors = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => +row.cells[2].textContent)")
+    def click(column):
+        browser.run(f"document.querySelectorAll('.sortable thead button')[{column}].click()")
+
+    def cells(column):
+        row = f"row => row.cells[{column}].textContent"
+        return browser.run(f"[...document.querySelectorAll('.sortable tbody tr')].map({row})")
+
+    click(2)
+    errors = list(map(float, cells(2)))
     assert errors == sorted(errors)
-    assert sorted(first_column(browser)) == sorted(METHODS)
-    browser.run(click.format(2))
-    assert errors[::-1] == browser.run(
-        "[...document.querySelectorAll('.sortable tbody tr')].map(row => +row.cells[2].textContent)"
-    )
+    assert sorted(cells(0)) == sorted(METHODS)
+    click(2)
+    assert list(map(float, cells(2))) == errors[::-1]
     assert browser.run("document.querySelectorAll('.sortable thead th')[2].getAttribute('aria-sort')") == "descending"
-    browser.run(click.format(0))
-    assert [name[0] for name in first_column(browser)] == ["S"] * 3 + ["W"] * 4
-    browser.run(click.format(4))  # the paper's numbers: what is not known comes last
-    assert first_column(browser)[0] == "SGD"
+    click(0)
+    assert [name[0] for name in cells(0)] == ["S"] * 3 + ["W"] * 4
+    click(4)  # the paper's numbers: rows without one come last
+    assert cells(0)[0] == "SGD"
     assert browser.errors == []
 
 
@@ -106,7 +113,7 @@ def test_light_and_dark(browser):
 
 def test_what_the_recipe_says_is_text(browser):
     text = browser.run("document.body.textContent")
-    for words in ("Is it <drawn>?", "a paper", "not known", "4.38"):
+    for words in ("Is it <drawn>?", "a paper", "not transcribed", "4.38"):
         assert words in text
 
 

@@ -1,6 +1,5 @@
 """A run in a directory: resumed bit for bit, whatever stopped it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steppe.lab import checkpoint, metrics, record, single
-from steppe.lab.place import Hardware
+from steppe.lab import checkpoint, metrics, record, report, runs, single
+from steppe.lab.hardware import Hardware
 from steppe.lab.settings import LabError
-from steppe.lab.train import Session, fit, train
+from steppe.lab.train import Session, train
 
 from .helpers import TINY, run
 
@@ -32,31 +31,39 @@ def stop_at(step):
     return watch
 
 
-def weights(folder):
-    return checkpoint.read(folder / "checkpoint.pt")["model"]
+def path(folder, asked, kind="runs"):
+    return runs.path_of(folder, asked, kind)
+
+
+def weights(folder, asked):
+    return torch.load(path(folder, asked, "weights"), weights_only=True)
+
+
+def steps(folder, asked):
+    """The lines of metrics, without their times."""
+    lines = metrics.read(path(folder, asked, "metrics"))
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def until(session, step):
+    for _ in session.fit():
+        if session.step == step:
+            break
+    return session
+
+
 @pytest.mark.parametrize("text", STATEFUL)
 def test_a_session_goes_on_bit_for_bit_from_any_step(text):
-    settings = replace(TINY, warmup=3, epochs=2)  # 8 steps, evaluated after 4 and 8
-    whole = Session(run(text, settings=settings))
-    for rows, examples in whole.batches():
-        whole.advance(rows, examples)
-    first = Session(run(text, settings=settings))
-    for rows, examples in first.batches():
-        first.advance(rows, examples)
-        if first.step == 5:
-            break
-    state = first.state()
-    second = Session(run(text, settings=settings))
+    asked = run(text, settings=replace(TINY, warmup=3, epochs=2))  # 8 steps, evaluated after 4 and 8
+    whole, state = until(Session(asked), 8), until(Session(asked), 5).state()
+    second = Session(asked)
     torch.manual_seed(99)  # ESAM draws from the global stream
     second.restore(state)
-    for rows, examples in second.batches():
-        second.advance(rows, examples)
+    until(second, 8)
     assert second.step == 8
     assert same(whole.model.state_dict(), second.model.state_dict())
     assert whole.schedule.get_last_lr() == second.schedule.get_last_lr()
@@ -66,26 +73,26 @@ def test_a_session_goes_on_bit_for_bit_from_any_step(text):
 def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path):
     asked = run("ESAM(rho=0.1)", settings=replace(TINY, epochs=20))  # 80 steps; draws random masks
     whole = single.run(asked, tmp_path / "whole", save_every=10)
+    saved = path(tmp_path / "cut", asked, "checkpoints")
     with pytest.raises(Stopped):
         single.run(asked, tmp_path / "cut", save_every=7, watch=stop_at(40))
-    assert checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["step"] == 35
+    assert checkpoint.read(saved)["step"] == 35
     torch.rand(3)
     cut = single.run(asked, tmp_path / "cut", save_every=7)
     assert cut.curves == whole.curves == train(asked).curves
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert same(weights(tmp_path / "whole", asked), weights(tmp_path / "cut", asked))
     assert (cut.forwards, cut.backwards) == (whole.forwards, whole.backwards)
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(tmp_path / "cut/metrics.jsonl")]
-    expected = metrics.read(tmp_path / "whole" / "metrics.jsonl")
-    assert lines == [{k: v for k, v in line.items() if k != "seconds"} for line in expected]
+    assert steps(tmp_path / "cut", asked) == steps(tmp_path / "whole", asked)
+    assert not saved.exists()
     assert single.run(asked, tmp_path / "cut", watch=stop_at(0)) == cut  # finished: nothing is trained again
 
 
 KILL = """
 import os, signal, sys
 import torch
-from steppe.lab import record, single, spec
+from steppe.lab import single, spec
+from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
-from steppe.lab.train import Run
 torch.set_num_threads(1)
 sync, count, deadly = os.fsync, 0, int(sys.argv[2])
 def fsync(handle):
@@ -102,23 +109,21 @@ single.run(Run(spec.parse("SAM(rho=0.1, m=16)"), 0, settings), __import__("pathl
 
 
 def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path):
-    # file syncs: run.json, metrics.jsonl, then two for each checkpoint: its content and its folder
-    for deadly in (9, 8):
-        killed = subprocess.run([sys.executable, "-c", KILL, tmp_path / "cut", str(deadly)], capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert list((tmp_path / "cut").glob(".checkpoint.pt.*.tmp"))  # half a file
-    kept = checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 0 < kept < 120
-    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 110, "lo')  # and half a line
     asked = run("SAM(rho=0.1, m=16)", settings=replace(TINY, epochs=30))
-    single.run(asked, tmp_path / "cut", save_every=10)
-    single.run(asked, tmp_path / "whole")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    assert not list((tmp_path / "cut").glob(".*"))
-    assert [line["step"] for line in metrics.read(tmp_path / "cut" / "metrics.jsonl")] == [
-        line["step"] for line in metrics.read(tmp_path / "whole" / "metrics.jsonl")
-    ]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    # two syncs a file, content and folder: config.json, metrics.jsonl, then checkpoints
+    for deadly in (11, 9):
+        killed = subprocess.run([sys.executable, "-c", KILL, cut, str(deadly)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert list((cut / "checkpoints").glob(".*.tmp"))  # half a file
+    assert 0 < checkpoint.read(path(cut, asked, "checkpoints"))["step"] < 120
+    with path(cut, asked, "metrics").open("a") as file:
+        file.write('{"step": 110, "lo')  # and half a line
+    single.run(asked, cut, save_every=10)
+    single.run(asked, whole)
+    assert same(weights(whole, asked), weights(cut, asked))
+    assert steps(cut, asked) == steps(whole, asked)
+    assert not list(cut.rglob(".*"))
 
 
 def test_every_global_stream_is_restored():
@@ -138,15 +143,22 @@ def test_every_global_stream_is_restored():
 
 
 def test_metrics_say_what_happened(tmp_path):
-    single.run(run("SAM(rho=0.1)", settings=replace(TINY, epochs=10)), tmp_path / "r")
-    lines = [json.loads(text) for text in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    points = [line for line in lines if "test_error" in line]
-    steps = [line for line in lines if "loss" in line]
+    asked = run("SAM(rho=0.1)", settings=replace(TINY, epochs=10))
+    found = single.run(asked, tmp_path / "r")
+    lines = steps(tmp_path / "r", asked)
+    points, losses = ([line for line in lines if key in line] for key in ("test_error", "loss"))
     assert [line["epoch"] for line in points] == list(range(1, 11))
-    assert [line["step"] for line in steps] == [20, 40]
-    assert steps[0]["rho"] == 0.1
-    assert steps[1]["loss"] < steps[0]["loss"]
-    assert record.read(tmp_path / "r" / "record.json").test_error == points[-1]["test_error"]
+    assert [line["step"] for line in losses] == [20, 40]
+    assert losses[0]["rho"] == 0.1
+    assert losses[1]["loss"] < losses[0]["loss"]
+    assert record.read(path(tmp_path / "r", asked)).test_error == found.test_error == points[-1]["test_error"]
+
+
+def test_a_run_is_a_directory_with_one_run(tmp_path):
+    asked = run("SGD", 3, replace(TINY, epochs=1))
+    found = single.run(asked, tmp_path)
+    assert report.read(tmp_path).records == {asked: found}
+    assert train(asked).curves == found.curves
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
@@ -155,42 +167,40 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     single.run(asked, folder)
     with pytest.raises(LabError, match=r"seed was 0, now 1; epochs was 1, now 2\. Choose another --out"):
         single.run(run("SGD", 1, replace(TINY, epochs=2)), folder)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "letter.txt").write_text("mine")
-    with pytest.raises(LabError, match="holds no run"):
-        single.run(asked, tmp_path / "other")
-    assert os.listdir(tmp_path / "other") == ["letter.txt"]
+    for name, message in (("letter.txt", "holds no runs"), ("run.json", r"a run of steppe 0\.1 .* Finish it with")):
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(LabError, match=message):
+            single.run(asked, other)
+        assert os.listdir(other) == [name]
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no zip" * 9])
 def test_a_damaged_checkpoint_is_told(tmp_path, damage):
-    asked = run("SGD", settings=replace(TINY, epochs=1))
-    single.run(asked, tmp_path / "r")
-    path = tmp_path / "r" / "checkpoint.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    (tmp_path / "r" / "record.json").unlink()
-    with pytest.raises(LabError, match=r"checkpoint\.pt is damaged .*; delete it to start the run again"):
+    asked = run("SGD", settings=replace(TINY, epochs=6))
+    with pytest.raises(Stopped):
+        single.run(asked, tmp_path / "r", save_every=10, watch=stop_at(20))
+    saved = path(tmp_path / "r", asked, "checkpoints")
+    saved.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(LabError, match=r"sgd-s0\.pt is damaged .*; delete it to start the run again"):
         single.run(asked, tmp_path / "r")
-    path.unlink()
-    assert single.run(asked, tmp_path / "r").epochs == 1
+    saved.unlink()
+    assert single.run(asked, tmp_path / "r").epochs == 6
 
 
 @pytest.mark.parametrize("text", ["SGD", "WSAM(rho=0.1)", "NSAM"])
 def test_fp16_scales_its_loss_and_goes_on_bit_for_bit(text):
-    place = Hardware(precision="fp16").open()
+    process = Hardware(precision="fp16").open()
     asked = run(text, settings=replace(TINY, epochs=3))  # 12 steps
-    whole = Session(asked, place)
-    fit(whole)
+    whole = Session(asked, process)
+    until(whole, 12)
     assert whole.meter.skipped < 6
     assert whole.record().test_error == pytest.approx(train(asked).test_error, abs=0.1)
-    first, second = Session(asked, place), Session(asked, place)
-    for rows, examples in first.batches():
-        first.advance(rows, examples)
-        if first.step == 5:
-            break
+    first, second = until(Session(asked, process), 5), Session(asked, process)
     second.restore(first.state())
     assert second.scaler.get_scale() == first.scaler.get_scale()
-    fit(second)
+    until(second, 12)
     assert same(whole.model.state_dict(), second.model.state_dict())
 
 
@@ -218,6 +228,6 @@ def test_hardware_is_checked(options, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there_is_told():
-    with pytest.raises(LabError, match="device cuda is not there: "):
+    with pytest.raises(LabError, match="device cuda is missing: "):
         Hardware(device="cuda").open()
     assert Hardware(device="auto").open().device.type in ("cpu", "mps")

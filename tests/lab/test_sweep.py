@@ -18,8 +18,7 @@ from steppe.lab import data, tasks
 from steppe.lab.settings import LabError, Settings
 from steppe.lab.sweep import space, work
 from steppe.lab.sweep.space import Search, Stage
-from steppe.lab.sweep.storage import open_storage, shown
-from steppe.lab.sweep.study import POINT, Grid
+from steppe.lab.sweep.study import POINT, Grid, open_storage, shown
 
 from .helpers import TINY, write_images
 from .sweep_worker import LRS, TWO_STAGES
@@ -144,13 +143,13 @@ def test_points_queued_twice_are_claimed_once(storage):
     grid.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={POINT: 2}))
     assert points_of(Grid.open(storage, "s", BASE)) == [0, 1, 2, 3]
     assert len(grid.ended()) == 4
-    assert not grid.under_way()
+    assert not grid.trials(TrialState.WAITING, TrialState.RUNNING)
 
 
 def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
     grid = Grid.open(storage, "s", BASE)
     slow = grid.claim()
-    storage.set_trial_state_values(grid._id(slow.number), TrialState.FAIL)  # what a missed heartbeat leads to
+    storage.set_trial_state_values(grid.id(slow), TrialState.FAIL)  # what a missed heartbeat leads to
     assert points_of(grid) == [1, 2, 3, 0]
     grid.tell(slow, 0.0, TrialState.COMPLETE)
     assert {index: trial.value for index, trial in grid.ended().items()} == dict.fromkeys(range(4), 1.0)

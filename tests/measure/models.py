@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from steppe.engine.vector import Vector
 from steppe.measure import Problem
 
 CRITERION = nn.CrossEntropyLoss(reduction="none")
@@ -83,3 +84,21 @@ class Quadratic(nn.Module):
 def quadratic(h: list[float], c: list[float] | None = None, n: int = 4) -> Problem:
     model = Quadratic(h, c or [0.0] * len(h))
     return Problem(model, lambda model, x: model(x), torch.ones(n, dtype=torch.float64))
+
+
+class Dense:
+    """A symmetric matrix as an operator."""
+
+    def __init__(self, D: torch.Tensor) -> None:
+        self.D, self.like, self.products = D, [D[0]], 0
+
+    def __matmul__(self, v: Vector) -> Vector:
+        self.products += 1
+        (t,) = v.materialised()
+        return Vector([self.D @ t])
+
+
+def spread(d: int = 40) -> Dense:
+    Q, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    values = torch.cat([torch.tensor([12.0, 5.0, -7.0, -2.0]), torch.linspace(-0.5, 0.9, d - 4)]).double()
+    return Dense(Q @ values.diag() @ Q.T)

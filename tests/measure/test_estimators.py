@@ -4,7 +4,6 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from steppe.engine.vector import Vector
 from steppe.measure import (
     Hessian,
     NotConverged,
@@ -15,25 +14,7 @@ from steppe.measure import (
     spectral_density,
 )
 
-from .models import data, dense, net, problem, quadratic
-
-
-class Dense:
-    """A symmetric matrix as an operator."""
-
-    def __init__(self, D: torch.Tensor) -> None:
-        self.D, self.like, self.products = D, [D[0]], 0
-
-    def __matmul__(self, v: Vector) -> Vector:
-        self.products += 1
-        (t,) = v.materialised()
-        return Vector([self.D @ t])
-
-
-def spread(d: int = 40) -> Dense:
-    Q, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    values = torch.cat([torch.tensor([12.0, 5.0, -7.0, -2.0]), torch.linspace(-0.5, 0.9, d - 4)]).double()
-    return Dense(Q @ values.diag() @ Q.T)
+from .models import Dense, data, dense, net, problem, quadratic, spread
 
 
 def test_power_iteration_finds_the_largest_in_absolute_value_and_lanczos_the_end():

@@ -4,8 +4,7 @@ from torch import nn
 
 from steppe.measure import GradientCovariance, Hessian, Problem, alignment, eigenpairs, gradient_noise, noise
 
-from .models import CRITERION, batches, data, dense, jacobian, losses, net, problem
-from .test_estimators import Dense, spread
+from .models import CRITERION, Dense, batches, data, dense, jacobian, losses, net, problem, spread
 
 
 class Gated(nn.Module):

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_of_minima_is_that_of_the_record():
-    recipe = runpy.run_path(str(ROOT / "recipes" / "minima.py"))
-    record = json.loads((ROOT / "recipes" / "records" / "minima.json").read_text())
+    recipe = runpy.run_path(str(ROOT / "examples" / "loss_and_curvature_at_minima.py"))
+    record = json.loads((ROOT / "docs" / "records" / "minima.json").read_text())
     assert recipe["table"](record) in (ROOT / "docs" / "measure.md").read_text()
     assert len(record["rows"]) == 50
     assert all(row["converged"] for row in record["rows"])
@@ -44,10 +44,10 @@ def test_the_benchmark_finds_the_top_eigenvalue():
     assert [row["phase"] for row in rows[:2]] == ["3 images", "6 images"]
 
 
-def test_measuring_needs_torch_alone():
+def test_measuring_and_theory_need_torch_alone():
     blocked = ("numpy", "scipy", "sklearn", "matplotlib", "plotly", "rich", "typer")
     code = f"import sys; [sys.modules.__setitem__(m, None) for m in {blocked}]"
-    code += "; from steppe import measure; measure.minimum; assert 'steppe.lab' not in sys.modules"
+    code += "; from steppe import measure, sde, toy; measure.minimum; assert 'steppe.lab' not in sys.modules"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     bare = [sys.executable, "-W", "ignore", "-c", "import sys, steppe; assert 'steppe.measure' not in sys.modules"]

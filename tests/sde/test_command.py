@@ -3,24 +3,20 @@
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from steppe.sde import commands
-from steppe.sde.commands import sde
-from steppe.sde.study import RULES, Run, Settings, Store, lines, runs
+from steppe.lab.commands.group import app
+from steppe.sde.figures import STYLES
+from steppe.sde.study import RULES, Case, ErrorStudy, curves
 
 TINY = ("--rule", "SGD", "--rule", "m-SAM", "--paths", 64, "--lr", 0.2, "--lr", 0.1, "--rho", 0.2, "--rho", 0.1)
 
 
-@pytest.fixture(scope="module")
-def command():
-    app = typer.Typer()
-    app.command()(sde)
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
+def command(*arguments):
+    return CliRunner().invoke(app, ["sde", *map(str, arguments)], terminal_width=200)
 
 
-def test_it_prints_draws_and_continues(command, tmp_path):
+def test_it_prints_draws_and_continues(tmp_path):
     first = command(*TINY, "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert "11 weak errors to measure, 0 known" in first.output
@@ -35,8 +31,8 @@ def test_it_prints_draws_and_continues(command, tmp_path):
     assert "other settings" in command(*TINY, "--seed", 1, "--out", tmp_path).output
 
 
-def test_an_interruption_keeps_what_is_done(command, tmp_path, monkeypatch):
-    real, calls = commands.measure, []
+def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
+    real, calls = ErrorStudy.measure, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -44,10 +40,11 @@ def test_an_interruption_keeps_what_is_done(command, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(commands, "measure", interrupted)
+    monkeypatch.setattr(ErrorStudy, "measure", interrupted)
     result = command(*TINY, "--out", tmp_path)
     assert result.exit_code == 130
-    assert "what is done is kept" in result.output
+    assert "What is finished is kept" in result.output
+    assert "Weak error against lr, in" in result.output
     monkeypatch.undo()
     assert "9 weak errors to measure, 2 known" in command(*TINY, "--out", tmp_path).output
 
@@ -63,36 +60,33 @@ def test_an_interruption_keeps_what_is_done(command, tmp_path, monkeypatch):
         (("--rule", "SGD", "--size", 9), "batches of 9 out of 6"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(command, arguments, message, tmp_path):
+def test_mistakes_are_told_without_a_traceback(arguments, message, tmp_path):
     result = command(*arguments, "--paths", 32, "--out", tmp_path)
     assert result.exit_code == 2
     assert message in result.output
 
 
-def test_a_damaged_record_is_named(command, tmp_path):
+def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "errors.json").write_text('{"settings"')
     assert "errors.json is damaged" in command(*TINY, "--out", tmp_path).output
 
 
-def test_lines_against_rho_are_differences_from_rho_0(tmp_path):
-    settings = Settings()
-    store, asked = Store(tmp_path / "e.json", settings), runs(settings, ["SAM"], [0.05], [0.2])
-    assert asked == [
-        Run("lr", "SAM", False, 0.05, settings.small_rho),
-        Run("lr", "SAM", True, 0.05, settings.small_rho),
-        Run("rho", "SAM", True, 0.05, 0.0),
-        Run("rho", "SAM", True, 0.05, 0.2),
+def test_curves_against_rho_are_differences_from_rho_0():
+    study = ErrorStudy()
+    cases = study.cases(["SAM"], [0.05], [0.2])
+    assert cases == [
+        Case("lr", "SAM", False, 0.05, study.small_rho),
+        Case("lr", "SAM", True, 0.05, study.small_rho),
+        Case("rho", "SAM", True, 0.05, 0.0),
+        Case("rho", "SAM", True, 0.05, 0.2),
     ]
-    for run in asked:
-        store.errors[run.key] = {"f": [run.rho, run.rho + 2]}
-    by_kind = {line.against: line for line in lines(store, asked)}
+    errors = {case.key: {"f": [case.rho, case.rho + 2]} for case in cases}
+    by_kind = {curve.against: curve for curve in curves(errors, cases)}
     assert by_kind["rho"].at == [0.2]
     assert by_kind["rho"].errors[0].mean == pytest.approx(0.2)
     assert by_kind["rho"].errors[0].error == pytest.approx(0.0)
-    assert by_kind["lr"].errors[0].mean == pytest.approx(1 + settings.small_rho)
+    assert by_kind["lr"].errors[0].mean == pytest.approx(1 + study.small_rho)
 
 
 def test_every_rule_has_a_style():
-    from steppe.sde.figures import STYLES
-
     assert set(STYLES) == set(RULES)

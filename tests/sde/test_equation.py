@@ -7,7 +7,7 @@ import torch
 
 import steppe
 from steppe import Micro, OnFull, Plain, Rule, Unnormalised
-from steppe.sde import Equation, Problem, RealPaths, Scheme, SDEError, logistic, quadratic, scheme_of
+from steppe.sde import Equation, FiniteSum, RealPaths, Scheme, SDEError, logistic, quadratic, scheme_of
 from steppe.sde.sampling import sampling
 from tests.test_theory import d, finite_sum, n, regularised_gradient
 
@@ -32,14 +32,14 @@ def all_batches(n: int, size: int, replacement: bool, ordered: bool) -> torch.Te
     return torch.tensor([order for s in sets for order in (permutations(s) if ordered else [s])])
 
 
-def real_updates(problem: Problem, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+def real_updates(problem: FiniteSum, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
     """What the library's optimizer does with every batch, shape (batches, d)."""
     index = all_batches(len(problem), scheme.size, scheme.replacement, scheme.m < scheme.size)
     here = x.expand(len(index), -1)
     return (here - RealPaths(problem, scheme, here).step(index)) / scheme.lr
 
 
-def logistic_problem() -> tuple[Problem, torch.Tensor]:
+def logistic_problem() -> tuple[FiniteSum, torch.Tensor]:
     torch.manual_seed(5)
     X, y = torch.randn(5, 2, dtype=torch.float64), torch.tensor([1.0, -1, 1, 1, -1], dtype=torch.float64)
     return logistic(X, y), torch.tensor([0.7, -1.2], dtype=torch.float64)
@@ -199,7 +199,7 @@ def test_what_cannot_be_enumerated_is_refused():
     [
         (lambda x, row: row @ x, torch.zeros(0, 2), "at least one example"),
         (lambda x, row: row @ x, "text", "nested tuple, list or dict of tensors"),
-        (lambda x, row: row * x, torch.ones(3, 2), "one number an example"),
+        (lambda x, row: row * x, torch.ones(3, 2), "one number per example"),
         (
             lambda x, row: torch.log(row @ x),
             torch.tensor([[1.0, 0.0], [-1.0, 0.0]]),
@@ -210,4 +210,4 @@ def test_what_cannot_be_enumerated_is_refused():
 )
 def test_a_bad_problem_is_named(loss, data, message):
     with pytest.raises(SDEError, match=message):
-        Problem(loss, data).check(torch.ones(2))
+        FiniteSum(loss, data).check(torch.ones(2))

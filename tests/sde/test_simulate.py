@@ -8,7 +8,8 @@ import torch
 from steppe import Micro, Plain, Rule, Unnormalised
 from steppe.sde import (
     Equation,
-    Problem,
+    FiniteSum,
+    GroupMean,
     Scheme,
     SDEError,
     compare,
@@ -20,8 +21,7 @@ from steppe.sde import (
     simulate,
     weak_error,
 )
-from steppe.sde.compare import Estimate
-from steppe.sde.study import Settings, built
+from steppe.sde.study import ErrorStudy
 from tests.test_theory import finite_sum
 
 from .test_equation import real_updates
@@ -89,7 +89,7 @@ def flow(equation: Equation, x: torch.Tensor, time: float) -> torch.Tensor:
 
 
 def weak_errors(rule, lrs, rho, corrected, paths=640):
-    problem, start = built(Settings())
+    problem, start = ErrorStudy().problem_and_start()
     runs = [Equation(problem, Scheme(rule, lr, rho, 2), corrected) for lr in lrs]
     return [estimate(weak_error(run, start, 1.0, paths)["f"]) for run in runs]
 
@@ -115,7 +115,7 @@ def test_the_corrected_weak_error_has_order_two_in_lr():
 @pytest.mark.parametrize("rule", [Rule(geometry=Unnormalised()), Micro(1, Rule())], ids=["USAM", "m-SAM"])
 def test_the_weak_error_has_order_two_in_rho(rule):
     """Beyond the error at rho 0, with the same batches and Brownian motion."""
-    problem, start = built(Settings(), "rho")
+    problem, start = ErrorStudy().problem_and_start("rho")
     groups = {
         rho: weak_error(Equation(problem, Scheme(rule, 0.05, rho, 2), True), start, 0.4, 320)["f"]
         for rho in (0.0, 0.05, 0.1)
@@ -127,7 +127,7 @@ def test_the_weak_error_has_order_two_in_rho(rule):
 
 
 def test_batches_that_follow_the_brownian_motion_are_as_good_as_independent_ones(monkeypatch):
-    problem, start = built(Settings())
+    problem, start = ErrorStudy().problem_and_start()
     equation = Equation(problem, Scheme(Micro(1, Rule()), 0.2, 0.1, 2))
     coupled = estimate(weak_error(equation, start, 0.4, 4000)["f"])
     draws = torch.Generator().manual_seed(1)
@@ -138,22 +138,22 @@ def test_batches_that_follow_the_brownian_motion_are_as_good_as_independent_ones
 
 
 def test_a_batch_with_replacement_is_compared_too():
-    problem, start = built(Settings())
+    problem, start = ErrorStudy().problem_and_start()
     scheme = Scheme(Micro(1, Rule(geometry=Unnormalised())), 0.25, 0.05, 2, replacement=True)
     plain, corrected = (weak_error(Equation(problem, scheme, c), start, 1.0, 2000)["f"] for c in (False, True))
     assert abs(estimate(corrected).mean) < 0.5 * abs(estimate(plain).mean)
 
 
 def test_a_slope_and_its_interval():
-    errors = [Estimate(3.0 * h**2, 0.03 * h**2) for h in (0.1, 0.2, 0.4)]
+    errors = [GroupMean(3.0 * h**2, 0.03 * h**2) for h in (0.1, 0.2, 0.4)]
     slope = fit((0.1, 0.2, 0.4), errors)
     half = 1.96 * 0.01 / (math.sqrt(2) * math.log(2))  # weights 1/0.01^2, spread 2 log(2)^2
     assert (slope.slope, slope.low, slope.high) == pytest.approx((2.0, 2 - half, 2 + half))
-    assert fit((0.1, 0.2, 0.4), [Estimate(1.0, 0.1), Estimate(0.1, 0.1), Estimate(0.1, 0.2)]) is None
+    assert fit((0.1, 0.2, 0.4), [GroupMean(1.0, 0.1), GroupMean(0.1, 0.1), GroupMean(0.1, 0.2)]) is None
 
 
 def test_full_batches_have_no_noise_and_sharp_orders():
-    problem, start = built(Settings())
+    problem, start = ErrorStudy().problem_and_start()
     errors = [
         estimate(weak_error(Equation(problem, Scheme(Plain(), lr, 0.0, 6), True), start, 0.4, 32)["f"])
         for lr in (0.05, 0.025)
@@ -163,7 +163,7 @@ def test_full_batches_have_no_noise_and_sharp_orders():
 
 
 def test_progress_is_reported_and_may_interrupt():
-    problem, start = built(Settings())
+    problem, start = ErrorStudy().problem_and_start()
     seen = []
 
     def stop(step, steps):
@@ -177,7 +177,7 @@ def test_progress_is_reported_and_may_interrupt():
 
 
 def test_what_is_not_finite_is_named():
-    problem = Problem(lambda x, row: (row @ x) ** 4, torch.ones(3, 1, dtype=torch.float64))
+    problem = FiniteSum(lambda x, row: (row @ x) ** 4, torch.ones(3, 1, dtype=torch.float64))
     equation, far = Equation(problem, Scheme(Plain(), 1.0, 0.0, 1)), torch.full((5, 1), 50.0, dtype=torch.float64)
     with pytest.raises(SDEError, match=r"the equation's paths after step \d+ of 1 are not finite in 5 of 5"):
         list(simulate(equation, far, 20.0, 20, generator()))

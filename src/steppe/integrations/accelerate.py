@@ -1,4 +1,4 @@
-"""accelerate: both passes in place of ``accelerator.backward(loss)``."""
+"""The passes of a sharpness-aware step in place of accelerate's ``accelerator.backward(loss)``."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ RUNS_ON = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_
 
 
 class Backward:
-    """The passes of a step over the micro-batches that ``accelerator.accumulate`` gathers.
+    """The passes of a step over the micro-batches of gradient accumulation.
 
     ``optimizer.step()`` without a closure cannot run a second pass. ``backward(batch)`` takes the place of forward,
-    loss and ``accelerator.backward(loss)``: it keeps the micro-batches, and at the last one runs all of them, as often
-    as the method needs. ``p.grad`` is then what the base optimizer will see, so that clipping, logging and ``step()``
-    stay where they are. A step costs the passes of the method and the memory of its micro-batches' inputs.
+    loss and ``accelerator.backward(loss)``: it keeps the micro-batches, and at the last one runs all of them, once for
+    each pass. ``p.grad`` is then the gradient for the base optimizer, so that clipping, logging and ``step()`` stay
+    where they are. A step costs the passes of the method and the memory of its micro-batches' inputs.
 
     Args:
-        accelerator: prepares and scales; gradients are synchronised in the last micro-batch of every pass.
-        model: as prepared.
-        optimizer: a steppe optimizer, as prepared.
+        accelerator: the accelerator; gradients are all-reduced in the last micro-batch of every pass.
+        model: the prepared model.
+        optimizer: a prepared steppe optimizer.
         loss: ``(model, batch) -> loss``, the mean over the micro-batch, 0-dim.
 
     Raises:
-        TypeError: ``optimizer`` is not prepared, or is not steppe's.
+        TypeError: ``optimizer`` is not prepared, or no steppe optimizer.
         NotImplementedError: the accelerator runs DeepSpeed, FSDP, Megatron or XLA.
 
     Example:
@@ -57,9 +57,11 @@ class Backward:
         self._kept: list[Any] = []
 
     def __call__(self, batch: Any) -> Tensor | None:
-        """``None`` while micro-batches are gathered; at the last, the loss at ``w`` as accelerate weighs it.
+        """Keep a micro-batch; at the last one of a step run all passes.
 
-        That is the sum over the micro-batches, divided by ``gradient_accumulation_steps``.
+        Returns:
+            ``None`` for earlier micro-batches. For the last, the loss at ``w``: the sum over the micro-batches, divided
+            by ``gradient_accumulation_steps``.
         """
         self._kept.append(batch)
         if not self.accelerator.sync_gradients:
@@ -77,11 +79,15 @@ class Backward:
 
 
 def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
-    """The steppe optimizer inside the prepared one, where this accelerator can run both passes."""
+    """Return the steppe optimizer inside the prepared one.
+
+    Raises:
+        TypeError, NotImplementedError: as :class:`Backward`.
+    """
     if accelerator.distributed_type not in RUNS_ON:
         raise NotImplementedError(
             "with accelerate, steppe runs on one device or under DDP; "
-            f"{accelerator.distributed_type.value} runs the backward pass or shards the weights by itself: "
+            f"{accelerator.distributed_type.value} runs the backward pass or shards the weights itself: "
             "write the loop in plain torch and call optimizer.step(closure)"
         )
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
@@ -96,7 +102,8 @@ def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
 def backward(
     accelerator: Accelerator, model: nn.Module, optimizer: SharpnessAware, passes: Sequence[Callable[[], Tensor]]
 ) -> Any:
-    """``optimizer.backward`` over micro-batches: ``passes`` each run forward and backward and return their share."""
+    """Call ``optimizer.backward`` over micro-batches; each of ``passes`` runs forward and backward on one, and returns
+    its share of the loss."""
 
     def closure() -> Tensor:
         losses = []

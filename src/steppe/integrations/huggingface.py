@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: both passes inside ``training_step``."""
+"""The passes of a sharpness-aware step inside the Hugging Face Trainer's ``training_step``."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ else:
     _Trainer = object  # a mixin: the user's class brings the Trainer
 
 
-class SharpnessAwareMixin(_Trainer):
-    """Makes any ``Trainer`` sharpness-aware: ``class MyTrainer(SharpnessAwareMixin, Trainer)``.
+class SharpnessAwareTrainerMixin(_Trainer):
+    """Mixin for any sharpness-aware ``Trainer``: ``class MyTrainer(SharpnessAwareTrainerMixin, Trainer)``.
 
-    The Trainer calls ``optimizer.step()`` without a closure. So its ``training_step`` keeps the micro-batches of an
-    update, and at the last one runs all of them, as often as the method needs, each by the Trainer's own
-    ``training_step``: ``compute_loss``, label smoothing, ``num_items_in_batch``, autocast and DDP are as ever. Then
-    ``p.grad`` is what the base optimizer will see: ``max_grad_norm`` clips that, once, and ``grad_norm`` is its norm.
-    The update's micro-batches are held in the collator's form, on the CPU as a rule.
+    The Trainer calls ``optimizer.step()`` without a closure. So the mixin's ``training_step`` keeps an update's
+    micro-batches. At the last one it runs all of them, once for each pass, by the Trainer's ``training_step``, so that
+    ``compute_loss``, label smoothing, ``num_items_in_batch``, autocast and DDP work unchanged. Then ``p.grad`` is the
+    gradient for the base optimizer: ``max_grad_norm`` clips it once, and ``grad_norm`` is its norm. The update's
+    micro-batches are held in the collator's form, usually on the CPU.
 
     Training logs gain the telemetry of the last step as ``sharpness_gap``, ``sharpness_eps_norm`` and so on.
 
     Args:
-        sharpness: makes the sharpness-aware optimizer of the Trainer's own. Not needed where ``optimizers=`` or
+        sharpness: returns the sharpness-aware optimizer around the Trainer's. Not needed if ``optimizers=`` or
             ``create_optimizer`` gives a steppe optimizer.
 
     Raises:
-        TypeError: the mixin comes after ``Trainer``; in ``train``, there is no steppe optimizer.
+        TypeError: the mixin comes after ``Trainer``; or, in ``train``, there is no steppe optimizer.
         NotImplementedError: in ``train``, under DeepSpeed, FSDP, Megatron or XLA.
 
     Example:
@@ -50,7 +50,7 @@ class SharpnessAwareMixin(_Trainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.create_optimizer is Trainer.create_optimizer:
-            raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before Trainer")
+            raise TypeError(f"class {cls.__name__}: SharpnessAwareTrainerMixin must come before Trainer")
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class SharpnessAwareMixin(_Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, made sharpness-aware by ``sharpness`` unless it is so already."""
-        self._kept = []  # of an update that an earlier training left unfinished
+        """Return the Trainer's optimizer, made sharpness-aware by ``sharpness`` unless it is already."""
+        self._kept = []  # an earlier training may have left an update unfinished
         optimizer = super().create_optimizer(*args, **kwargs)
         if not isinstance(getattr(optimizer, "optimizer", optimizer), SharpnessAware):
             if self._sharpness is None:
@@ -79,7 +79,7 @@ class SharpnessAwareMixin(_Trainer):
         """Keep the micro-batch; at the last of an update run all passes over all of them.
 
         Returns:
-            The update's loss at ``w`` at its last micro-batch, 0 before.
+            The update's loss at ``w`` for its last micro-batch, 0 for earlier ones.
         """
         optimizer = sharpness_aware(self.accelerator, self.optimizer)
         self._kept.append(partial(super().training_step, model, *args, **kwargs))
@@ -90,7 +90,7 @@ class SharpnessAwareMixin(_Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the telemetry of the last step to what training logs."""
+        """Add the telemetry of the last step to the training logs."""
         if "loss" in logs:
             telemetry = sharpness_aware(self.accelerator, self.optimizer).telemetry
             seen = {name: getattr(telemetry, name) for name in LOGGED}
@@ -98,5 +98,8 @@ class SharpnessAwareMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class SharpnessAwareTrainer(SharpnessAwareMixin, Trainer):
-    """``transformers.Trainer`` with ``sharpness=``: see :class:`SharpnessAwareMixin`."""
+class SharpnessAwareTrainer(SharpnessAwareTrainerMixin, Trainer):
+    """``transformers.Trainer`` with ``sharpness=``: see :class:`SharpnessAwareTrainerMixin`."""
+
+
+SharpnessAwareMixin = SharpnessAwareTrainerMixin  # the name in steppe 0.1

@@ -1,4 +1,4 @@
-"""Lightning: both passes inside ``optimizer_step``."""
+"""The passes of a sharpness-aware step inside Lightning's ``optimizer_step``."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ else:
 
 
 class SharpnessAwareMixin(_Module):
-    """Makes a ``LightningModule`` sharpness-aware: ``class Net(SharpnessAwareMixin, LightningModule)``.
+    """Mixin for a sharpness-aware ``LightningModule``: ``class Net(SharpnessAwareMixin, LightningModule)``.
 
-    ``configure_optimizers`` returns a steppe optimizer, and nothing else changes. Lightning would hand its closure to
-    ``step()``, but that closure knows the last of the accumulated micro-batches alone, clips inside of every pass, and
-    logs every pass. With the mixin
+    ``configure_optimizers`` returns a steppe optimizer, and nothing else changes. Lightning would pass its closure to
+    ``step()``, but under gradient accumulation that closure runs the last micro-batch alone; it also clips and logs in
+    every pass. With the mixin
 
-    * the first pass is Lightning's own, over all micro-batches; further passes run all of them again;
-    * ``on_before_optimizer_step`` and gradient clipping see what the base optimizer will see, once a step;
-    * further passes log nothing and leave torchmetrics as they were; the loss that Lightning reports is that at ``w``.
+    * the first pass is Lightning's own, over all micro-batches; later passes run all of them again;
+    * ``on_before_optimizer_step`` and gradient clipping get the gradient for the base optimizer, once a step;
+    * later passes log nothing and do not change torchmetrics; the loss that Lightning reports is that at ``w``.
 
     Hooks around ``backward`` run in every pass. The micro-batches' inputs are held until the step.
 
     Raises:
         TypeError: the mixin comes after ``LightningModule``.
-        NotImplementedError: the strategy is neither a single device nor DDP, or ``training_step`` takes an iterator.
+        NotImplementedError: the strategy is neither a single device nor DDP; ``training_step`` takes an iterator; or,
+            in automatic optimisation, the method has no pass over the batch at ``w`` (n-SAM).
 
     Example:
         >>> class Net(SharpnessAwareMixin, LightningModule):
@@ -49,7 +50,7 @@ class SharpnessAwareMixin(_Module):
         ...         return steppe.SAM(torch.optim.AdamW(self.parameters()), rho=0.05)
     """
 
-    further_pass = False  #: whether ``training_step`` is run again, away from ``w``
+    further_pass = False  #: True while ``training_step`` runs in a later pass
     _kept: _Kept | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,7 +59,7 @@ class SharpnessAwareMixin(_Module):
             raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before LightningModule")
 
     def configure_callbacks(self) -> Any:
-        """The module's own callbacks and the one that keeps the micro-batches."""
+        """Return the module's callbacks and the one that keeps the micro-batches."""
         self._kept = _Kept()
         own = super().configure_callbacks()
         return [*(own if isinstance(own, Sequence) else [own]), self._kept]
@@ -70,7 +71,7 @@ class SharpnessAwareMixin(_Module):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Automatic optimisation: all passes, Lightning's hooks and clipping, the move."""
+        """Run all passes, Lightning's hooks and clipping, and the base optimizer's step (automatic optimisation)."""
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not isinstance(inner, SharpnessAware) or optimizer_closure is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -91,12 +92,12 @@ class SharpnessAwareMixin(_Module):
         self._step(optimizer, inner, first, lambda: self._again(runs, inner))
 
     def sharpness_step(self, closure: Callable[[], Any], optimizer: LightningOptimizer | None = None) -> Any:
-        """Manual optimisation: a step of one of ``self.optimizers()``; returns the loss at ``w``.
+        """Take a step of one of ``self.optimizers()`` and return the loss at ``w`` (manual optimisation).
 
         Args:
-            closure: zeroes the gradients, calls ``self.manual_backward(loss)`` and returns the loss. On one device, a
-                :class:`~steppe.Batch` for methods that look inside the batch.
-            optimizer: which, where there are several.
+            closure: zeroes the gradients, calls ``self.manual_backward(loss)`` and returns the loss. On one device it
+                may be a :class:`~steppe.Batch`, for methods that look inside the batch.
+            optimizer: the optimizer to step, if there are several.
 
         Example:
             >>> def training_step(self, batch, batch_idx):
@@ -115,14 +116,12 @@ class SharpnessAwareMixin(_Module):
         return self._step(chosen, inner, closure, closure)
 
     def _step(self, optimizer: Any, inner: SharpnessAware, first: Callable[[], Any], again: Callable[[], Any]) -> Any:
-        """``first`` is the pass at ``w``, ``again`` every other."""
-        strategy = _known(self.trainer.strategy)
-        parameters = _parameters(inner)
-        at_w = [p._version for p in parameters]
+        """Take a step with ``first`` as its first pass and ``again`` as every later one; return the loss at ``w``."""
+        strategy, pending = _known(self.trainer.strategy), [first]
 
         def closure() -> Any:
-            if [p._version for p in parameters] == at_w:
-                return first()
+            if pending:
+                return pending.pop()()
             with self._without_traces():
                 return again()
 
@@ -134,6 +133,11 @@ class SharpnessAwareMixin(_Module):
             )
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler, rescale=True)
+        if first is not again and (loss is None or inner.full is not None):
+            raise NotImplementedError(
+                "in automatic optimisation the first pass over the batch must be at w, but this method has none there: "
+                "use manual optimisation, self.sharpness_step(closure)"
+            )
         hook = inner.register_step_pre_hook(_run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)
@@ -142,7 +146,7 @@ class SharpnessAwareMixin(_Module):
         return loss
 
     def _again(self, runs: list[_Run], optimizer: SharpnessAware) -> Tensor:
-        """Forward and backward of every micro-batch; processes talk in the last."""
+        """Run forward and backward of every micro-batch; gradients are all-reduced in the last."""
         strategy, losses = _known(self.trainer.strategy), []
         for run in runs:
             ddp = strategy if isinstance(strategy, DDPStrategy) and run is not runs[-1] else None
@@ -158,7 +162,7 @@ class SharpnessAwareMixin(_Module):
         return torch.stack(losses).sum()
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """As ever in the first pass; nothing in further ones."""
+        """Log in the first pass only."""
         if not self.further_pass:
             super().log(*args, **kwargs)
 
@@ -212,7 +216,7 @@ def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:
         return strategy
     raise NotImplementedError(
         f"with Lightning, steppe runs on one device or under DDP; {type(strategy).__name__} runs the backward pass or "
-        'shards the weights by itself: choose strategy="auto" or "ddp"'
+        'shards the weights itself: choose strategy="auto" or "ddp"'
     )
 
 
@@ -221,7 +225,7 @@ def _parameters(optimizer: SharpnessAware) -> list[Tensor]:
 
 
 def _run_closure_first(optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The passes are done: Lightning's closure has its hooks and clipping alone, and ``step()`` is to move."""
+    """Run Lightning's closure, now hooks and clipping alone, and call ``step()`` without it to move the weights."""
     if "closure" in kwargs:
         kwargs["closure"]()
     return (optimizer,), {}

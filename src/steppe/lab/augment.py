@@ -1,8 +1,8 @@
-"""Random changes of training images, on their device, a batch at a time.
+"""Augmentation of training images, on their device, a batch at a time.
 
-What is random is drawn apart from what is done with it: `draw` gives a few numbers an example from a seeded stream, and
-`apply` is a pure function of images and numbers. So a batch can be made again bit for bit, whatever came between, and
-several processes that share a batch make what one process would have made.
+:func:`draw` draws a few numbers for each example from a seeded generator, and :func:`apply` is a pure function of
+images and numbers. So a batch can be made again bit for bit, and several processes that share a batch make the same
+images as one process.
 """
 
 import math
@@ -16,7 +16,7 @@ _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
 def draw(name: str, count: int, shape: tuple[int, int], stream: torch.Generator) -> dict[str, Tensor]:
-    """Return the random numbers of `count` examples of (height, width), each of shape (count,).
+    """Return the random numbers of ``count`` examples of (height, width), each of shape (count,).
 
     crop: a corner within the padded image. flip: one bit. resized-crop: a box of 8 to 100 % of the area with a ratio of
     3/4 to 4/3 (the first of ten that fits, else the whole image), as Inception's authors and torchvision do.
@@ -33,7 +33,7 @@ def draw(name: str, count: int, shape: tuple[int, int], stream: torch.Generator)
 
 
 def apply(images: Tensor, change: dict[str, Tensor], side: int | None = None) -> Tensor:
-    """Return the images changed by what was drawn; `side` is what a resized crop comes out with."""
+    """Return the images changed by the drawn numbers; ``side`` is the side of resized crops."""
     change = {name: values.to(images.device) for name, values in change.items()}
     if "top" in change:
         images = crop(images, change["top"], change["left"])
@@ -46,7 +46,7 @@ def apply(images: Tensor, change: dict[str, Tensor], side: int | None = None) ->
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Return each image shifted: padded by black, cut back to its size at (top, left)."""
+    """Return each image padded by black and cropped to its size at (top, left)."""
     n, channels, height, width = images.shape
     padded = functional.pad(images, (PAD, PAD, PAD, PAD))
     rows = (top[:, None] + torch.arange(height, device=images.device))[:, None, :, None]

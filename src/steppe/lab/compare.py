@@ -1,4 +1,4 @@
-"""Run what a comparison still lacks: one-thread processes side by side, each recording the runs it finishes."""
+"""A comparison: the missing runs of a plan, trained by one-thread processes that record each run they finish."""
 
 import multiprocessing
 import os
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Protocol
 
 import torch
+from rich.console import Console
 
-from steppe.lab import record, weights
-from steppe.lab.directory import path_of
-from steppe.lab.place import CPU, Hardware
+from steppe.lab import files, record
+from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
-from steppe.lab.train import Run, train
+from steppe.lab.runs import Plan, Run, finished, keep_weights, open_for, path_of
+from steppe.lab.terminal import Display
+from steppe.lab.train import Session
 
 _EVERY = 0.1  # seconds between two progress messages of a run
 
@@ -36,22 +36,37 @@ class Failure:
     details: str
 
 
-class View(Protocol):
-    """What wants to know how the comparison goes."""
+def compare(
+    folder: Path, asked: Plan, workers: int | None = None, hardware: Hardware = CPU, console: Console | None = None
+) -> list[Failure]:
+    """Train and record the runs of a plan that a directory lacks; return those that failed.
 
-    def step(self, run: Run, step: int, steps: int) -> None:
-        """Take note that a run has come this far."""
+    Finished runs are kept whatever happens, also if this raises: ``KeyboardInterrupt`` on Ctrl-C, ``BrokenExecutor`` if
+    a process was lost.
 
-    def done(self, run: Run, result: Record | Failure) -> None:
-        """Take note that a run has ended."""
+    Args:
+        folder: the run directory, which is created or continued.
+        asked: methods times seeds.
+        workers: processes; ``None`` is one for each core.
+        hardware: what every process runs on.
+        console: shows the progress; ``None`` is the standard output.
 
-
-def compare(folder: Path, runs: list[Run], workers: int, view: View, hardware: Hardware = CPU) -> list[Failure]:
-    """Train and record `runs`, `workers` at a time; return those that failed.
-
-    Finished runs are kept whatever happens, also where this raises: `KeyboardInterrupt` on Ctrl-C, `BrokenExecutor`
-    where a process was lost.
+    Raises:
+        LabError: the directory holds something else, or another command works in it.
     """
+    console = console or Console()
+    with files.hold(folder):
+        known, _ = finished(folder, open_for(folder, asked))
+        runs = [run for run in asked.runs() if run not in known]
+        done = len(asked.runs()) - len(runs)
+        console.print(f"{len(runs)} runs to do, {done} already in {folder}", highlight=False, soft_wrap=True)
+        if not runs:
+            return []
+        with Display(console, "all runs", sum(run.epochs for run in runs)) as display:
+            return _train_all(folder, runs, workers or os.cpu_count() or 1, hardware, display)
+
+
+def _train_all(folder: Path, runs: list[Run], workers: int, hardware: Hardware, display: Display) -> list[Failure]:
     context = multiprocessing.get_context("spawn")
     messages: SimpleQueue[tuple[Run, int, int]] = context.SimpleQueue()
     stop = context.Event()
@@ -59,7 +74,7 @@ def compare(folder: Path, runs: list[Run], workers: int, view: View, hardware: H
         with _interrupts_ignored():  # inherited by the processes that the first submit starts
             futures = {pool.submit(_execute, folder, run, hardware): run for run in runs}
         try:
-            return _follow(futures, messages, view)
+            return _follow(futures, messages, display)
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -67,17 +82,27 @@ def compare(folder: Path, runs: list[Run], workers: int, view: View, hardware: H
 
 
 def _follow(
-    futures: dict["Future[Record | Failure]", Run], messages: "SimpleQueue[tuple[Run, int, int]]", view: View
+    futures: dict["Future[Record | Failure]", Run], messages: "SimpleQueue[tuple[Run, int, int]]", display: Display
 ) -> list[Failure]:
-    pending, failures = set(futures), []
+    pending, ended, failures = set(futures), 0, []
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         while not messages.empty():
-            view.step(*messages.get())
+            run, step, steps = messages.get()
+            epochs = run.epochs * step / steps
+            display.part(str(run), epochs, run.epochs, f"epoch {int(epochs)}/{run.epochs}")
         for future in done:
-            result = future.result()
-            view.done(futures[future], result)
-            failures += [result] if isinstance(result, Failure) else []
+            run, result, ended = futures[future], future.result(), ended + 1
+            count = f"{ended}/{len(futures)}"
+            display.part(str(run), run.epochs, run.epochs)
+            display.update(note=count)
+            if isinstance(result, Failure):
+                failures.append(result)
+                display.line(f"{run} failed: {result.reason}")
+            else:
+                collapsed = ", collapsed" if result.collapsed else ""
+                error = f"error {100 * result.test_error:.1f} %, {result.seconds:.1f} s{collapsed}"
+                display.line(f"{count} {run}: {error}", always=False)
     return failures
 
 
@@ -94,21 +119,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 class _Interrupted(Exception):  # noqa: N818 - it is no error
-    """The comparison is being interrupted."""
-
-
-class _Reporter:
-    """Sends a run's progress now and then, and stops it when the comparison stops."""
-
-    def __init__(self, messages: "SimpleQueue[tuple[Run, int, int]]", stop: Event, run: Run) -> None:
-        self.messages, self.stop, self.run, self.last = messages, stop, run, 0.0
-
-    def __call__(self, step: int, steps: int) -> None:
-        if self.stop.is_set():
-            raise _Interrupted
-        if time.monotonic() - self.last > _EVERY or step == steps:
-            self.messages.put((self.run, step, steps))
-            self.last = time.monotonic()
+    """Raised in a run to stop it, when the comparison is interrupted."""
 
 
 _channel: "tuple[SimpleQueue[tuple[Run, int, int]], Event]"
@@ -122,7 +133,7 @@ def _enter(messages: "SimpleQueue[tuple[Run, int, int]]", stop: Event) -> None:
 
 
 def leave_with_parent() -> None:
-    """End this process when the one that started it is gone, even by `kill -9`."""
+    """End this process when its parent ends, also by ``kill -9``."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -130,11 +141,18 @@ def leave_with_parent() -> None:
 
 
 def _execute(folder: Path, run: Run, hardware: Hardware) -> Record | Failure:
-    reporter = _Reporter(*_channel, run)
+    messages, stop = _channel
+    told = time.monotonic()
     try:
-        reporter(0, 1)
-        result = train(run, reporter, keep=partial(weights.keep, folder, run), hardware=hardware)
-        record.save(path_of(folder, run), result)
-        return result
+        session = Session(run, hardware.open())
+        for _ in session.fit():
+            if stop.is_set():
+                raise _Interrupted
+            if time.monotonic() - told > _EVERY or session.step == session.steps:
+                messages.put((run, session.step, session.steps))
+                told = time.monotonic()
+        keep_weights(folder, run, session.model.state_dict())
+        record.save(path_of(folder, run), found := session.record())
+        return found
     except Exception as error:  # returned as text: not every exception survives pickling
         return Failure(run, f"{type(error).__name__}: {error}", traceback.format_exc())

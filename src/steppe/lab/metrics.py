@@ -1,30 +1,108 @@
-"""A run's numbers while it goes on: JSON lines, and TensorBoard events where they are wanted."""
+"""The numbers of a run in training: passes, telemetry and learning curves, and the file that they are appended to."""
 
 import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steppe.lab.record import finite, write_text
+import torch
+from torch import Tensor, nn
+
+from steppe.lab.files import finite, write
+from steppe.lab.hardware import ALONE, Process
+from steppe.lab.record import CURVES
 from steppe.lab.settings import LabError
+from steppe.lab.tasks import Task
+
+_TELEMETRY = ("gap", "g_norm", "eps_norm", "cosine")
+_CHUNK = 1000  # examples in a forward pass of an evaluation
+SEEN = 10_000  # training examples that an evaluation looks at, at most
+
+
+@dataclass
+class Meter:
+    """Passes, telemetry and learning curves of a run; a checkpoint holds its fields."""
+
+    seconds: float = 0.0
+    forwards: float = 0.0
+    backwards: float = 0.0
+    skipped: int = 0
+    sums: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _TELEMETRY})
+    curves: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVES})
+
+    def count(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add one step's passes and telemetry, on its device; a plain optimizer makes one pass of each kind."""
+        telemetry = getattr(optimizer, "telemetry", None)
+        self.forwards += 1 if telemetry is None else float(telemetry.forwards)
+        self.backwards += 1 if telemetry is None else float(telemetry.backwards)
+        self.skipped += 0 if telemetry is None else int(telemetry.was_skipped)
+        for name, values in self.sums.items():
+            value = getattr(telemetry, name, None)
+            if value is not None:
+                values.append(value)
+
+    def evaluate(self, epoch: int, model: nn.Module, task: Task, process: Process = ALONE) -> None:
+        """Add a point to every curve.
+
+        Telemetry is the mean over the steps since the last point; training loss and error are those of the first
+        10,000 training examples.
+        """
+        seen = min(len(task.labels), SEEN)
+        train_loss, train_error = evaluate(model, task.inputs, task.labels[:seen], process)
+        _, test_error = evaluate(model, task.test_inputs, task.test_labels, process)
+        point = {"epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_error": test_error}
+        for name, values in self.sums.items():
+            numbers = [float(value) for value in values]
+            point[name] = math.fsum(numbers) / len(numbers) if numbers else math.nan
+            values.clear()
+        for name, value in point.items():
+            self.curves[name].append(finite(value))
+
+    def latest(self) -> dict[str, float | None]:
+        """Return the last point of every curve."""
+        return {name: values[-1] for name, values in self.curves.items() if values}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, inputs: Any, labels: Tensor, process: Process = ALONE) -> tuple[float, float]:
+    """Return the mean loss and the share of wrong answers on the first ``len(labels)`` examples.
+
+    The processes share the examples. Each makes the same number of forward passes, which sharded parameters need.
+    """
+    model.eval()
+    share = math.ceil(len(labels) / process.world)
+    sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+    for rows in torch.arange(share).split(_CHUNK):
+        mine = rows + process.rank * share
+        counted = (mine < len(labels)).to(process.device)
+        mine = mine.clamp(max=len(labels) - 1)
+        with process.autocast():
+            logits = model(inputs[mine]).float()
+        losses = nn.functional.cross_entropy(logits, labels[mine], reduction="none")
+        wrong = logits.argmax(1) != labels[mine]
+        sums += torch.stack([losses[counted].double().sum(), wrong[counted].double().sum()])
+    model.train()
+    loss, error = (process.total(sums) / len(labels)).tolist()
+    return loss, error
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`: one object a line, each with the step it was made after.
+    """A file of JSON lines, each with the step after which it was made, and TensorBoard events if wanted.
 
     Args:
-        folder: the run directory.
+        path: the file, which is appended to.
         step: lines of later steps are dropped; they are made again when a run goes on from its checkpoint.
-        tensorboard: write events to `folder/tensorboard` as well.
+        events: folder of TensorBoard events; ``None`` for none.
 
     Raises:
-        LabError: TensorBoard is wanted and not installed.
+        LabError: events are wanted and TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
-        self.path = folder / "metrics.jsonl"
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= step))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.events: Any = _events(folder / "tensorboard", step) if tensorboard else None
+    def __init__(self, path: Path, step: int, events: Path | None = None) -> None:
+        write(path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
+        self.file = path.open("a", encoding="utf-8")
+        self.events: Any = None if events is None else _writer(events, step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
@@ -36,16 +114,16 @@ class Metrics:
                 self.events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Close the file and flush the events."""
         self.file.close()
         if self.events:
             self.events.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a file; a last one that a killed process left half written is no line."""
+    """Return the whole lines of a file, without one that a killed process left half written."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -54,7 +132,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _events(folder: Path, step: int) -> Any:
+def _writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

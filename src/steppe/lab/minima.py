@@ -1,9 +1,9 @@
-"""What a comparison's runs ended in: one record of its minimum a run, and the table of them (WSAM's Table 9)."""
+"""The minima that runs ended in, measured at their final weights and recorded beside them (WSAM's Table 9)."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from steppe import measure
-from steppe.lab import record, tasks, weights
-from steppe.lab.directory import path_of
+from steppe.lab import files, models, tasks
 from steppe.lab.environment import environment
-from steppe.lab.meter import SEEN
-from steppe.lab.record import Record, finite
+from steppe.lab.files import finite
+from steppe.lab.metrics import SEEN, evaluate
+from steppe.lab.record import Record
+from steppe.lab.runs import Run, path_of
 from steppe.lab.settings import LabError
-from steppe.lab.train import Run
 from steppe.measure import Minimum
 
 BATCH = 500  # examples in one pass
 PROBES = 2  # of the spectral density
+RTOL = 1e-3  # of the training loss: another machine may sum in another order
 STEPS = tuple(round(i / 20 - 1, 2) for i in range(41))  # of the slice, in units of the filter-normalised direction
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The minimum of one run, on its training set with the labels that it was trained on."""
+    """The minimum of one run, on its training examples with the labels that it was trained on."""
 
     method: str
     seed: int
     settings: dict[str, Any]
     minimum: Minimum
-    slice: dict[str, list[float | None]]  # the loss along a random filter-normalised direction, the same for each seed
+    slice: dict[str, list[float | None]]  # loss along a random filter-normalised direction, the same for each seed
     spectrum: dict[str, list[float]]  # the Hessian's: eigenvalue estimates and their shares, which add up to 1
     seconds: float
     environment: dict[str, str]
@@ -41,7 +42,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The training examples whose loss a run records, batch by batch."""
+    """The training examples whose loss a run records, in batches."""
 
     task: tasks.Task
 
@@ -50,22 +51,37 @@ class _Seen:
             yield self.task.inputs[rows], self.task.labels[rows]
 
 
-def path(folder: Path, run: Run) -> Path:
-    """Return where a run's minimum is recorded."""
-    return folder / "minima" / path_of(folder, run).name
+def trained(folder: Path, run: Run, ended: Record, task: tasks.Task) -> nn.Module:
+    """Return a finished run's model.
+
+    Raises:
+        LabError: its weights are missing, or their training loss is not the recorded one.
+    """
+    path = path_of(folder, run, "weights")
+    if not path.exists():
+        raise LabError(
+            f"{path} is missing: the run was made before weights were kept. "
+            f"Delete {path_of(folder, run)} and run the same command again"
+        )
+    model = models.build(run.settings.model, task.inputs[0], task.classes)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    loss, _ = evaluate(model, task.inputs, task.labels[:SEEN])
+    if ended.train_loss is None or abs(loss - ended.train_loss) > RTOL * max(abs(ended.train_loss), RTOL):
+        raise LabError(f"{path} does not belong to its record: training loss {loss:.6g}, recorded {ended.train_loss}")
+    return model
 
 
 def measured(folder: Path, run: Run, ended: Record) -> Measured:
     """Measure a finished run at its final weights, and record it."""
     started = time.perf_counter()
     task = tasks.load(run.settings, run.seed)
-    model = weights.load(folder, run, ended, task)
+    model = trained(folder, run, ended, task)
     criterion, data = nn.CrossEntropyLoss(reduction="none"), _Seen(task)
     found = measure.minimum(model, criterion, data, seed=run.seed)
     problem = measure.Problem(model, criterion, data)
     line = measure.line(problem, measure.filter_normalised(problem, seed=run.seed), STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", measure.NotConverged)  # of the ends, which the top eigenvalue tells
+        warnings.simplefilter("ignore", measure.NotConverged)  # of the ends, for which the top eigenvalue is measured
         density = measure.spectral_density(measure.Hessian(problem), PROBES, seed=run.seed)
     result = Measured(
         method=str(run.method),
@@ -80,21 +96,22 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
         seconds=time.perf_counter() - started,
         environment=environment(),
     )
-    record.write_json(path(folder, run), asdict(result))
+    files.write_json(path_of(folder, run, "minima"), asdict(result))
     return result
 
 
 def read(folder: Path, run: Run) -> Measured | None:
-    """Return a run's recorded minimum, or `None` where there is none; a `LabError` where it is damaged."""
-    file = path(folder, run)
+    """Return a run's recorded minimum, ``None`` if it has not been measured.
+
+    Raises:
+        LabError: the file is damaged, or belongs to another run.
+    """
+    file = path_of(folder, run, "minima")
     if not file.exists():
         return None
     try:
-        data = record.read_json(file)
-        for kind, values in ((Measured, data), (Minimum, data.get("minimum", {}))):
-            if set(values) != (expected := {field.name for field in fields(kind)}):
-                raise ValueError(f"fields {sorted(set(values) ^ expected)} are missing or unknown")
-        found = Measured(**data | {"minimum": Minimum(**data["minimum"])})
+        data = files.read_json(file)
+        found = Measured(**data | {"minimum": Minimum(**data.get("minimum", {}))})
     except (ValueError, TypeError) as error:
         raise LabError(f"{file} is damaged: {error}. Delete it and measure again") from error
     if (found.method, found.seed, found.settings) != (str(run.method), run.seed, run.settings.to_dict()):
@@ -102,21 +119,15 @@ def read(folder: Path, run: Run) -> Measured | None:
     return found
 
 
-def measure_all(
-    folder: Path, records: dict[Run, Record], done: Callable[[Run, Measured | Exception], None]
-) -> list[tuple[Run, Exception]]:
-    """Measure every finished run that has no record of its minimum yet; `done` hears of each; return what failed.
+def measure_all(folder: Path, records: dict[Run, Record]) -> Iterator[tuple[Run, Measured | Exception]]:
+    """Yield the minimum of every finished run, measured unless it is recorded; or why a run cannot be measured.
 
-    A run that cannot be measured (collapsed to a loss that is not finite, no weights) does not stop the others. What
-    is measured stays measured, also where this is interrupted.
+    A run that cannot be measured (a loss that is not finite, no weights) does not stop the others. Every minimum is
+    recorded before it is yielded.
     """
     torch.set_num_threads(1)  # one thread adds in one order
-    failures: list[tuple[Run, Exception]] = []
     for run, ended in records.items():
         try:
-            result: Measured | Exception = read(folder, run) or measured(folder, run, ended)
+            yield run, read(folder, run) or measured(folder, run, ended)
         except (LabError, ValueError, FloatingPointError) as error:
-            failures.append((run, error))
-            result = error
-        done(run, result)
-    return failures
+            yield run, error

@@ -1,21 +1,23 @@
-"""What a command does when it is told no more than the data."""
+"""The defaults of the commands for each data source: settings, methods and seeds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from steppe.lab import tasks
+from steppe.lab import models, spec, tasks
+from steppe.lab.runs import Plan
 from steppe.lab.settings import LabError, Settings
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings, and what `steppe compare` compares under them."""
+    """Settings, and the methods and seeds that ``steppe compare`` compares under them."""
 
     settings: Settings
     methods: tuple[str, ...]
     seeds: int
-    whole: bool = False  # train on all the examples that the data offer, however many
+    whole: bool = False  # train on all examples that the data have
 
 
 _DIGITS = Settings()
@@ -63,7 +65,7 @@ PRESETS: dict[tuple[str, bool], Preset] = {
 
 
 def preset(data: str, quick: bool = False) -> Preset:
-    """Return the defaults for a data source, the tiny ones when `quick`.
+    """Return the defaults for a data source, the tiny ones if ``quick``.
 
     Raises:
         LabError: the source is unknown, or has no tiny version.
@@ -79,13 +81,38 @@ def preset(data: str, quick: bool = False) -> Preset:
 
 
 def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
-    """Return a preset's settings with what was given in their place; what is None was not given.
+    """Return a preset's settings, replaced by those values of ``given`` that are not ``None``.
 
     Raises:
-        LabError: a value no run could use, or data that cannot be read.
+        LabError: a value that no run can use, or data that cannot be read.
     """
     changes = {key: value for key, value in given.items() if value is not None}
+    if "data_dir" in changes:
+        changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if chosen.whole and "train_size" not in changes:
-        at_hand = {key: changes[key] for key in ("data_dir", "image_size") if key in changes}
-        changes["train_size"] = tasks.offered(replace(chosen.settings, **at_hand))
+        read = {key: changes[key] for key in ("data_dir", "image_size") if key in changes}
+        changes["train_size"] = tasks.offered(replace(chosen.settings, **read))
     return replace(chosen.settings, **changes)
+
+
+def planned(
+    data: str,
+    given: Mapping[str, Any],
+    methods: list[str] | None = None,
+    baseline: str | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
+    first: int = 0,
+) -> Plan:
+    """Return a checked plan: a source's defaults, replaced by everything that is not ``None``.
+
+    Raises:
+        LabError: any of it cannot be trained; nothing has been written.
+    """
+    default = preset(data, quick)
+    settings = settings_for(default, given)
+    chosen = tuple(spec.parse_all(methods or list(default.methods), settings))
+    models.check(settings.model)
+    tasks.check(settings)
+    reference = None if baseline is None else spec.parse(baseline)
+    return Plan(settings, chosen, seeds or default.seeds, reference, first)

@@ -1,19 +1,21 @@
-"""One finished run as one JSON file, written whole or not at all, and believed only after it has been checked."""
+"""The record of a finished run: what the run was, what it cost, and how it learned."""
 
-import json
-import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-FORMAT = 1
+from steppe.lab.files import read_json, write_json
+
 CURVES = ("epoch", "train_loss", "train_error", "test_error", "gap", "g_norm", "eps_norm", "cosine")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Everything a run leaves behind; rates are shares in [0, 1], passes are in whole batches."""
+    """One finished run; rates are shares in [0, 1], passes are over whole batches.
+
+    Raises:
+        ValueError: a value has the wrong type, or values contradict each other.
+    """
 
     method: str  # the canonical spec
     rule: str  # repr of the exact rule
@@ -22,7 +24,7 @@ class Record:
     seed: int
     settings: dict[str, Any]
     epochs: int
-    curves: dict[str, list[float | None]]  # one entry per evaluation; None where a value is missing or not finite
+    curves: dict[str, list[float | None]]  # one entry per evaluation; None if a value is missing or not finite
     test_error: float
     train_error: float
     train_loss: float | None
@@ -30,87 +32,45 @@ class Record:
     steps: int
     forwards: float
     backwards: float
-    skipped: int  # steps the optimizer left out because a gradient was not finite
-    seconds: float  # training alone, evaluations excluded
+    skipped: int  # steps that the optimizer left out because a gradient was not finite
+    seconds: float  # of training alone, without evaluations
     collapsed: bool
     environment: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if wrong := [field.name for field in fields(self) if not _fits(getattr(self, field.name), field.type)]:
+            raise ValueError(f"{', '.join(wrong)}: values of another type")
+        if self.steps < 1 or self.epochs < 1:
+            raise ValueError("steps and epochs must be positive")
+        if set(self.curves) != set(CURVES):
+            raise ValueError(f"curves must be {', '.join(CURVES)}")
+        if len({len(values) for values in self.curves.values()}) != 1 or self.curves["epoch"][-1:] != [self.epochs]:
+            raise ValueError("curves must have equal lengths and end at the last epoch")
+
     @property
     def passes(self) -> float:
-        """Return the gradient passes over the training set that the run has cost."""
+        """Return the number of gradient passes over the training set that the run has cost."""
         return self.backwards / (self.steps / self.epochs)
 
 
-def finite(value: float | None) -> float | None:
-    """Return the value, or None where it is not a finite number (JSON has no NaN)."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write through a temporary file beside the target, so that the target is always whole: the old or the new."""
-    write_text(path, json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def clean(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed."""
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob("runs/.*.tmp")]:
-        leftover.unlink(missing_ok=True)
+def _fits(value: object, kind: Any) -> bool:
+    kind = dict if get_origin(kind) is dict else kind
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
 
 
 def save(path: Path, record: Record) -> None:
-    """Record a finished run."""
+    """Write the record of a finished run."""
     write_json(path, asdict(record))
 
 
 def read(path: Path) -> Record:
-    """Return the record in a file; a `ValueError` says why a file is no record."""
-    data = read_json(path)
-    expected = {field.name: field.type for field in fields(Record)}
-    if set(data) != set(expected):
-        raise ValueError(f"fields {sorted(set(data) ^ set(expected))} are missing or unknown")
-    record = Record(**data)
-    _check(record)
-    return record
+    """Return the record in a file.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file that `write_json` wrote, less its format number."""
+    Raises:
+        ValueError: the file is damaged, or is no record.
+        LabError: a newer steppe wrote it.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not a whole JSON file: {error}") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise ValueError(f"not a file of format {FORMAT}")
-    return data
-
-
-def _check(record: Record) -> None:
-    """Refuse a record whose values contradict each other or have the wrong kind."""
-    numbers = (record.test_error, record.train_error, record.forwards, record.backwards, record.seconds)
-    counts = (record.seed, record.epochs, record.steps, record.skipped, record.classes)
-    texts = (record.method, record.rule, record.base)
-    if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in numbers):
-        raise ValueError("errors, passes and seconds must be finite numbers")
-    if not all(isinstance(value, int) and value >= 0 for value in counts) or not record.steps:
-        raise ValueError("seed, epochs, steps, skipped and classes must be counts")
-    if not all(isinstance(value, str) for value in texts) or not isinstance(record.settings, dict):
-        raise ValueError("method, rule and base must be texts and settings an object")
-    curves = record.curves
-    if not isinstance(curves, dict) or set(curves) != set(CURVES):
-        raise ValueError(f"curves must be {', '.join(CURVES)}")
-    if len({len(values) for values in curves.values()}) != 1 or curves["epoch"][-1:] != [record.epochs]:
-        raise ValueError("curves must have equal lengths and end at the last epoch")
+        return Record(**read_json(path))
+    except TypeError as error:
+        raise ValueError(str(error).replace("Record.__init__() ", "")) from error

@@ -1,11 +1,11 @@
-"""The one-line grammar of methods: `SAM(rho=0.2, m=16)`, `SGD(epochs=2x)`.
+"""The one-line grammar of methods: ``SAM(rho=0.2, m=16)``, ``SGD(epochs=2x)``.
 
     spec  = NAME [ "(" key "=" value { "," key "=" value } ")" ]
-    key   = a hyper-parameter of the class `steppe.NAME`, or epochs
+    key   = a hyper-parameter of the class ``steppe.NAME``, or epochs
     value = a Python literal; epochs also takes a multiple of the common number, as in 2x
 
-`SGD` and `AdamW` are those optimizers alone; every other method is built around the one that the settings name. Values
-are read by `ast.literal_eval`; nothing is evaluated.
+``SGD`` and ``AdamW`` are those optimizers alone; every other method wraps the one that the settings name. Values are
+read by ``ast.literal_eval``; no code is run.
 """
 
 import ast
@@ -41,24 +41,24 @@ class Method:
 
     @property
     def slug(self) -> str:
-        """Return a file name's worth of the spec."""
+        """Return the spec in letters that a file name may have."""
         text = re.sub(r"(?<=\w)=(?=[\w.])", "", str(self).lower())
         return re.sub(r"[^a-z0-9.]+", "-", text.replace("-", "neg")).strip("-")
 
     def epochs_of(self, common: int) -> int:
-        """Return the epochs this method trains for, where the comparison's common number is `common`."""
+        """Return the epochs of this method in a comparison whose common number is ``common``."""
         if isinstance(self.epochs, str):
             return max(1, round(float(self.epochs[:-1]) * common))
         return common if self.epochs is None else self.epochs
 
 
 def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """Return every method by name: the base alone, the methods of steppe, then what the laboratory composes of them."""
+    """Return every method by name: plain optimizers, the methods of steppe, and compositions of the laboratory."""
     return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **COMPOSED}
 
 
 def options_of(name: str) -> list[str]:
-    """Return the keys a method's spec may set."""
+    """Return the keys that a method's spec may set."""
     if name in _PLAIN:
         return ["epochs"]
     parameters = inspect.signature(choices()[name]).parameters.values()
@@ -67,7 +67,7 @@ def options_of(name: str) -> list[str]:
 
 
 def parse(text: str) -> Method:
-    """Read one spec; a `LabError` lists the choices where it names an unknown one."""
+    """Return the method of one spec; raise a ``LabError`` that lists the choices if a name is unknown."""
     name, given = _split(text)
     if name not in choices():
         raise LabError(f"unknown method {name!r} in {text!r}; choose from {', '.join(choices())}")
@@ -121,7 +121,7 @@ def _epochs(value: object, text: str) -> int | str | None:
 
 
 def parse_all(texts: list[str], settings: Settings) -> list[Method]:
-    """Read specs and construct each method once on a toy model, so that bad values are refused before anything runs."""
+    """Return the methods of specs; each is constructed once on a toy model, which refuses bad values."""
     methods = list(dict.fromkeys(parse(text) for text in texts))
     for method in methods:
         try:
@@ -134,7 +134,7 @@ def parse_all(texts: list[str], settings: Settings) -> list[Method]:
 def build(
     method: Method, model: nn.Module, settings: Settings, full: Callable[[], torch.Tensor]
 ) -> torch.optim.Optimizer:
-    """Construct the method around its own base; `full` is the closure over all training data that NSAM looks with."""
+    """Return the method's optimizer; ``full`` is the closure over all training examples that n-SAM takes."""
     if method.name in _PLAIN:
         return _plain(method.name, model, settings)
     base = _plain({"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer], model, settings)

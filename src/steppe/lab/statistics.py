@@ -1,4 +1,4 @@
-"""Paired comparisons over seeds, and the price of making several of them."""
+"""Paired comparisons over seeds, and their correction for multiple comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare two samples whose i-th entries belong together; without spread there is no test, and p is NaN."""
+    """Return the comparison of two samples paired by index; p is NaN if the differences have no spread."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     n, difference, sd = len(differences), mean(differences), spread(differences)
     if n < 2:
@@ -48,7 +48,7 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjustment; a NaN stays NaN and does not count as a comparison."""
+    """Return the p-values after Holm's step-down adjustment; a NaN stays NaN and does not count as a comparison."""
     order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     adjusted, running = list(ps), 0.0
     for rank, i in enumerate(order):

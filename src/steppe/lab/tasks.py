@@ -1,4 +1,4 @@
-"""Data to tensors: what one seed's run trains and tests on."""
+"""The task of a seed: its split, label noise and standardised examples."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from steppe.lab import data
 from steppe.lab.data.pool import Pool, Texts
-from steppe.lab.examples import Examples, Files, Images, Tokens, take
+from steppe.lab.inputs import Examples, Files, Images, Tokens, take
 from steppe.lab.settings import LabError, Settings
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains and tests on; training labels already noisy, test labels clean."""
+    """Training and test examples of a run; training labels are noisy, test labels clean."""
 
     inputs: Examples
     labels: Tensor
@@ -24,19 +24,19 @@ class Task:
     classes: int
 
     def to(self, device: torch.device) -> "Task":
-        """Return the task on a device; images in files stay there until they are decoded."""
+        """Return the task on a device; image files are decoded to it."""
         moved = (part.to(device) for part in (self.inputs, self.labels, self.test_inputs, self.test_labels))
         return Task(*moved, self.classes)  # type: ignore[call-arg, arg-type]
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
-    """Return the random numbers that `seed` holds for one purpose, the same whatever else has drawn any."""
+    """Return the random generator of a seed for one purpose; it does not depend on other draws."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def load(settings: Settings, seed: int) -> Task:
-    """Return the task of one seed: its split and its label noise depend on the seed alone, never on the method."""
+    """Return the task of one seed; its split and its label noise depend on the seed alone, not on the method."""
     check(settings)
     pool, size = data.read(settings), settings.train_size
     common = settings.test_seed if pool.test_labels is None else None  # of the split, for all seeds
@@ -56,10 +56,10 @@ def load(settings: Settings, seed: int) -> Task:
 
 
 def held_out(task: Task, fitted: int) -> Task:
-    """Train on the first `fitted` training examples and put the others in the test set's place.
+    """Return a task that trains on the first ``fitted`` training examples and tests on the others.
 
-    Training examples come in the seed's random order. Those held out keep their noisy labels, because a search that
-    may not see the test set has no clean ones either; the test set itself is left out.
+    Training examples are in the seed's random order. Those held out keep their noisy labels, because a search that must
+    not see the test set has no clean ones. The test set is left out.
     """
     kept, held = slice(fitted), slice(fitted, None)
     parts = take(task.inputs, held), task.labels[held]
@@ -67,20 +67,20 @@ def held_out(task: Task, fitted: int) -> Task:
 
 
 def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
-    """Redraw each label with probability `share`, uniformly from all classes (symmetric noise)."""
+    """Return labels, each redrawn with probability ``share`` uniformly from all classes (symmetric noise)."""
     draw = stream(seed, "noise")
     chosen = torch.rand(len(labels), generator=draw) < share
     return torch.where(chosen, torch.randint(classes, (len(labels),), generator=draw), labels)
 
 
 def offered(settings: Settings) -> int:
-    """Return how many training examples the data have; one at least is left to test on."""
+    """Return how many training examples the data have; at least one is left for the test."""
     pool = data.read(settings)
     return len(pool.labels) - (pool.test_labels is None)
 
 
 def check(settings: Settings) -> None:
-    """Raise a `LabError` where the data cannot be read or are not what is asked for."""
+    """Raise a ``LabError`` if the data cannot be read, are too few, or have no images to augment."""
     found = offered(settings)
     if settings.train_size > found:
         raise LabError(f"train-size {settings.train_size} exceeds the {found} examples that {settings.data} offers")
@@ -100,18 +100,18 @@ def _prepared(pool: Pool, train: Any, test: Any, settings: Settings) -> tuple[Ex
     if isinstance(train, Tensor) and train.is_floating_point():
         return _standardised(train, test) if pool.scale else (train, test)
     mean, spread = _constants(pool, train, settings)
-    side = settings.image_size or (data.files.SIDE if isinstance(train, Files) else None)
+    side = settings.image_size or (data.images.SIDE if isinstance(train, Files) else None)
     return Images(train, mean, spread, side), Images(test, mean, spread, side)
 
 
 def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale both by the training inputs' one mean and spread."""
+    """Return both, standardised by the mean and standard deviation of all training inputs."""
     spread, mean = torch.std_mean(train)
     return (train - mean) / spread, (test - mean) / spread
 
 
 def _constants(pool: Pool, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the bytes: those that a pretrained model expects, the set's own, or measured."""
+    """Return mean and spread of the bytes: those of a pretrained model, those of the data set, or measured ones."""
     from steppe.lab.models.pretrained import constants_of
 
     known = constants_of(settings.model) or pool.constants

@@ -1,9 +1,9 @@
-"""One run: the task of a seed, a model, an optimizer, one readable loop, a record."""
+"""The training of one run: the task of a seed, a model, an optimizer, one loop, a record."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -15,87 +15,39 @@ from torch import Tensor, nn
 import steppe
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.environment import environment
-from steppe.lab.examples import ahead, finish, raw
-from steppe.lab.meter import Meter, evaluate
-from steppe.lab.place import ALONE, CPU, Hardware, Place
+from steppe.lab.hardware import ALONE, CPU, Hardware, Process
+from steppe.lab.inputs import ahead, finish, raw
+from steppe.lab.metrics import Meter
 from steppe.lab.record import Record
+from steppe.lab.runs import Run
 from steppe.lab.settings import LabError, Settings
 
 _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in two of 60)
-COLLAPSE = 0.95  # of log(#classes), the loss of a model that knows nothing
-
-__all__ = ["Run", "Session", "collapsed", "evaluate", "fit", "initial_model", "orders", "train"]
+COLLAPSE = 0.95  # of log(#classes), the loss of random guesses
 
 
-@dataclass(frozen=True)
-class Run:
-    """One method under one seed."""
-
-    method: spec.Method
-    seed: int
-    settings: Settings
-
-    @property
-    def epochs(self) -> int:
-        """Return how long this run trains."""
-        return self.method.epochs_of(self.settings.epochs)
-
-
-def train(
-    run: Run,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
-    hardware: Hardware = CPU,
-    keep: Callable[[nn.Module], None] = lambda model: None,
-) -> Record:
-    """Train one run from scratch.
-
-    `progress(step, steps)` is called after every step and may raise to stop it; `keep(model)` gets the final weights.
-    """
+def train(run: Run, hardware: Hardware = CPU) -> Record:
+    """Train one run from its first step, without a directory; return its record."""
     session = Session(run, hardware.open())
-    fit(session, progress)
-    keep(session.model)
+    for _ in session.fit():
+        pass
     return session.record()
 
 
-def fit(
-    session: "Session",
-    progress: Callable[[int, int], None] = lambda step, steps: None,
-    evaluated: Callable[[int, float], None] = lambda epoch, error: None,
-    keep: Callable[["Session"], None] = lambda session: None,
-) -> None:
-    """Train a session from where it stands to its end.
-
-    Args:
-        session: what is trained.
-        progress: called with (step, steps) after every step.
-        evaluated: called with (epoch, test error) after every evaluation.
-        keep: called after every step that is complete, its evaluation included; a checkpoint may be written here.
-    """
-    run = session.run
-    per_epoch = run.settings.steps_per_epoch
-    for rows, examples in session.batches():
-        session.advance(rows, examples)
-        progress(session.step, session.steps)
-        epoch, inside = divmod(session.step, per_epoch)
-        if not inside and (epoch % max(1, run.settings.epochs // _POINTS) == 0 or epoch == run.epochs):
-            evaluated(epoch, session.evaluate(epoch))
-        keep(session)
-
-
 class Session:
-    """A run on its way, and all that a checkpoint holds of it."""
+    """A run in training: its task, model, optimizer, schedule and numbers, and their state for checkpoints."""
 
-    def __init__(self, run: Run, place: Place = ALONE) -> None:
-        if run.settings.batch_size % place.world:
-            raise LabError(f"batch size {run.settings.batch_size} is no multiple of the {place.world} processes")
-        self.run, self.place = run, place
-        self.task = tasks.load(run.settings, run.seed).to(place.device)
-        self.model = place.setup(initial_model(run, self.task))
-        self.loss = Loss(run.settings.label_smoothing, place)
-        self.scaler = place.scaler()
+    def __init__(self, run: Run, process: Process = ALONE) -> None:
+        if run.settings.batch_size % process.world:
+            raise LabError(f"batch size {run.settings.batch_size} is no multiple of the {process.world} processes")
+        self.run, self.process = run, process
+        self.task = tasks.load(run.settings, run.seed).to(process.device)
+        self.model = process.setup(initial_model(run, self.task))
+        self.loss = Loss(run.settings.label_smoothing, process)
+        self.scaler = process.scaler()
         optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
         if self.scaler is not None and not isinstance(optimizer, steppe.SharpnessAware):
-            optimizer = steppe.SharpnessAware(optimizer, steppe.Plain(), rho=0.0)  # it unscales
+            optimizer = steppe.SharpnessAware(optimizer, steppe.Plain(), rho=0.0)  # unscales the gradients
         self.optimizer = optimizer
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
@@ -103,22 +55,37 @@ class Session:
         self.meter, self.step = Meter(), 0
         self._loss: Any = math.nan
 
+    def fit(self) -> Iterator[bool]:
+        """Train to the end; yield after every step whether the model was evaluated after it.
+
+        Between two steps the caller may write a checkpoint, or stop.
+        """
+        settings = self.run.settings
+        every = max(1, settings.epochs // _POINTS)
+        for rows, examples in self.batches():
+            self.advance(rows, examples)
+            epoch, inside = divmod(self.step, settings.steps_per_epoch)
+            evaluated = not inside and (epoch % every == 0 or epoch == self.run.epochs)
+            if evaluated:
+                self.evaluate(epoch)
+            yield evaluated
+
     def _factor(self, step: int) -> float:
-        """Share of the learning rate: a linear rise times a cosine to 0."""
+        """Return the factor of the learning rate: a linear rise times a cosine to 0."""
         rise = min(1.0, (step + 1) / (run.warmup + 1)) if (run := self.run.settings).warmup else 1.0
         return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def batches(self) -> Iterator[tuple[Tensor, Any]]:
-        """Yield what is left: the row numbers of every batch, and this process's raw examples of them."""
+        """Yield the remaining batches: the row numbers of each, and this process's raw examples of them."""
         left = islice(chain.from_iterable(orders(self.run, self.task)), self.step, None)
-        return ahead(lambda rows: raw(self.task.inputs, self.place.share(rows)), left, self.task.inputs)
+        return ahead(lambda rows: raw(self.task.inputs, self.process.share(rows)), left, self.task.inputs)
 
     def advance(self, rows: Tensor, examples: Any) -> None:
-        """Take one optimizer step on a batch; `examples` are this process's, raw."""
+        """Take one optimizer step on a batch; ``examples`` are the raw ones of this process."""
         started = time.perf_counter()
         if self.augment != "none":
             examples = self._augmented(len(rows), examples)
-        labels = self.task.labels[self.place.share(rows).to(self.place.device)]
+        labels = self.task.labels[self.process.share(rows).to(self.process.device)]
         inputs = finish(self.task.inputs, examples)
         batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels), scaler=self.scaler)
         self._loss = self.optimizer.step(batch)
@@ -130,31 +97,31 @@ class Session:
         self.meter.seconds += time.perf_counter() - started
 
     def _augmented(self, count: int, images: Tensor) -> Tensor:
-        """Return images changed by numbers that seed and step alone decide, the same on one process and on many."""
+        """Return augmented images; the random numbers depend on seed and step alone, not on the number of processes."""
         stream = tasks.stream(self.run.seed, f"augment/{self.step}")
         change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
-        mine = {key: self.place.share(values) for key, values in change.items()}
+        mine = {key: self.process.share(values) for key, values in change.items()}
         return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
 
-    def evaluate(self, epoch: int) -> float:
-        """Add a point to the curves and return the test error."""
+    def evaluate(self, epoch: int) -> None:
+        """Add a point to the curves; its time does not count as training."""
         started = time.perf_counter()
-        self.place.synchronise()
+        self.process.synchronise()
         self.meter.seconds += time.perf_counter() - started
-        return self.meter.evaluate(epoch, self.model, self.task, self.place)
+        self.meter.evaluate(epoch, self.model, self.task, self.process)
 
     def last_loss(self) -> float:
-        """Return the loss of the last batch (of this process's part); waits for the device."""
+        """Return the loss of this process's part of the last batch; waits for the device."""
         return float(self._loss)
 
     def full(self) -> Tensor:
-        """Zero, forward and backward over all training data; n-SAM looks with it."""
+        """Compute the gradient on all training examples and return their loss: the closure of n-SAM."""
         self.model.zero_grad(set_to_none=True)
-        count, total = len(self.task.labels), torch.zeros((), device=self.place.device)
+        count, total = len(self.task.labels), torch.zeros((), device=self.process.device)
         for rows in torch.arange(count).split(1000):
-            mine = self.place.share(rows)
+            mine = self.process.share(rows)
             losses = self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine]))
-            loss = losses.sum() * self.place.world / count  # DDP takes the mean over processes
+            loss = losses.sum() * self.process.world / count  # DDP takes the mean over processes
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         return total
@@ -162,7 +129,7 @@ class Session:
     # ---- to a checkpoint and back
 
     def state(self) -> dict[str, Any]:
-        """Return all that later steps depend on, not copied; every process must call this."""
+        """Return everything that later steps depend on, without copies. Every process must call it."""
         return {
             "step": self.step,
             "model": checkpoint.whole(dict(self.model.state_dict())),
@@ -170,11 +137,11 @@ class Session:
             "schedule": self.schedule.state_dict(),
             "meter": asdict(self.meter),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "random": self.place.gather(checkpoint.random_state()),
+            "random": self.process.gather(checkpoint.random_state()),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state as if there had been no interruption."""
+        """Set everything to a state that :meth:`state` returned."""
         own = self.model.state_dict()
         self.model.load_state_dict({key: checkpoint.sharded(value, own[key]) for key, value in state["model"].items()})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -186,11 +153,11 @@ class Session:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.meter, self.step = Meter(**state["meter"]), state["step"]
-        if len(state["random"]) == self.place.world:
-            checkpoint.set_random_state(state["random"][self.place.rank])
+        if len(state["random"]) == self.process.world:
+            checkpoint.set_random_state(state["random"][self.process.rank])
 
     def record(self) -> Record:
-        """Assemble the record of a session that came to its end."""
+        """Return the record of a session that has reached its end."""
         run, meter = self.run, self.meter
         last = {name: values[-1] for name, values in meter.curves.items()}
         return Record(
@@ -212,26 +179,27 @@ class Session:
             skipped=meter.skipped,
             seconds=meter.seconds,
             collapsed=collapsed(last["train_loss"], self.task.classes),
-            environment=environment() | self.place.describe(),
+            environment=environment() | self.process.describe(),
         )
 
 
 class Loss:
-    """Cross-entropy of every example, computed in the place's precision."""
+    """The cross-entropy of every example; the model runs in the precision of the hardware."""
 
-    def __init__(self, smoothing: float, place: Place) -> None:
-        self.criterion, self.place = nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing), place
+    def __init__(self, smoothing: float, process: Process) -> None:
+        self.criterion, self.process = nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing), process
 
     def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        """Return the losses of a batch ``(inputs, labels)``."""
         inputs, labels = data
-        with self.place.autocast():
+        with self.process.autocast():
             logits = model(inputs)
         losses: Tensor = self.criterion(logits.float(), labels)
         return losses
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
-    """Return the seed's model, and leave the global random state to the seed's optimizer."""
+    """Return the seed's model, and seed the global random generator for the optimizer."""
     torch.manual_seed(tasks.stream(run.seed, "init").initial_seed())
     model = models.build(run.settings.model, task.inputs[0], task.classes)
     if run.settings.start is not None:
@@ -240,9 +208,9 @@ def initial_model(run: Run, task: tasks.Task) -> nn.Module:
     return model
 
 
-@lru_cache(maxsize=1)  # a comparison runs all methods of a seed in a row
+@lru_cache(maxsize=1)  # a comparison runs all methods of one seed before the next seed
 def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
-    """Return the weights that `settings.start` names: of a file, or of a method trained first on the same task."""
+    """Return the weights that ``settings.start`` names: of a file, or of a method trained first on the same task."""
     text = settings.start or ""
     if text.endswith(".pt"):
         if not Path(text).is_file():
@@ -251,12 +219,13 @@ def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
         return weights
     before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
     session = Session(before)
-    fit(session)
+    for _ in session.fit():
+        pass
     return session.model.state_dict()
 
 
 def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
-    """Yield each epoch's batches of row numbers, without the short last one; the order depends on the seed alone."""
+    """Yield the row numbers of each epoch's full batches; the order depends on the seed alone."""
     draw = tasks.stream(run.seed, "order")
     for _ in range(run.epochs):
         permutation = torch.randperm(len(task.labels), generator=draw)
@@ -264,12 +233,12 @@ def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
 
 
 def collapsed(train_loss: float | None, classes: int) -> bool:
-    """Tell whether a run ended where it knows nothing: loss near log(#classes), or not finite."""
+    """Return whether a run ended with a loss near log(#classes), as at random guesses, or with none that is finite."""
     return train_loss is None or not train_loss < COLLAPSE * math.log(classes)
 
 
 def _base(run: Run, optimizer: torch.optim.Optimizer) -> str:
-    """Say what the base optimizer was."""
+    """Return a description of the base optimizer."""
     base, group = getattr(optimizer, "base", optimizer), optimizer.param_groups[0]
     options = ", ".join(f"{key}={group[key]!r}" for key in ("momentum", "betas", "weight_decay") if key in group)
     warmup = f"linear warm-up of {run.settings.warmup} steps, " if run.settings.warmup else ""

@@ -1,15 +1,14 @@
 """Curvature, sharpness, gradient noise and landscape of a model's loss on data."""
 
 from steppe.measure.ball import AverageCase, Sharpness, WorstCase, published
-from steppe.measure.density import Density, spectral_density
 from steppe.measure.landscape import Line, Plane, filter_normalised, line, plane, towards
 from steppe.measure.minimum import Minimum, minimum
-from steppe.measure.noise import GradientNoise, alignment, gradient_noise
+from steppe.measure.noise import GradientNoise, gradient_noise
 from steppe.measure.operator import EmpiricalFisher, GaussNewton, GradientCovariance, Hessian, Operator
 from steppe.measure.problem import Problem
 from steppe.measure.product import CentralDifference, DoubleBackward
-from steppe.measure.spectrum import Eigenpairs, NotConverged, eigenpairs, power_iteration
-from steppe.measure.trace import Estimate, hutch_pp, hutchinson
+from steppe.measure.spectrum import Density, Eigenpairs, NotConverged, eigenpairs, power_iteration, spectral_density
+from steppe.measure.trace import Estimate, alignment, hutch_pp, hutchinson
 
 __all__ = [
     "AverageCase",

@@ -3,81 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from steppe.engine.oracle import Oracle
-from steppe.engine.vector import Vector
+from steppe.engine.vector import TINY, Vector, wide
+from steppe.measure.krylov import gaussian, uniform
 from steppe.measure.problem import Problem
-from steppe.measure.vectors import gaussian, uniform
-from steppe.pieces.geometry import Adaptive, Euclidean, Everything
 
-MOMENTUM = 0.75  # Auto-PGD's (arXiv 2003.01690), as its checkpoints are
-ENOUGH = 0.75  # the share of steps that must have risen for the step size to stay
+MOMENTUM = 0.75  # of Auto-PGD (arXiv 2003.01690)
+ENOUGH = 0.75  # the step size stays if this share of the steps has risen
 
 
 @dataclass(frozen=True)
 class Ball:
     """``norm(T^-1 eps)_p <= rho``, ``p`` 2 or infinity, ``T = diag(abs(w))`` where adaptive, else the identity.
 
-    Inside it is a ball of ``u = T^-1 eps``, where the steepest unit step is ``T g / norm(T g)``, or ``sign(T g)``.
+    In the coordinates ``u = T^-1 eps`` it is a plain ball. Its steepest unit step is ``T g / norm(T g)`` for ``p = 2``
+    and ``sign(T g)`` for infinity.
     """
 
     norm: str
     adaptive: bool
 
-    def scale(self, f: Oracle) -> Callable[[Vector], Vector]:
-        """``T``, at the weights where ``f`` stands."""
-        return Adaptive(eta=0.0, on=Everything()).operator(f) if self.adaptive else lambda v: v
+    def scale(self, parameters: Sequence[Tensor]) -> Callable[[Vector], Vector]:
+        """Return ``T`` at the parameters' present values."""
+        T = Vector([wide(p.detach()).abs() for p in parameters])
+        return lambda v: v * T if self.adaptive else v
 
-    def steepest(self, f: Oracle, Tg: Vector) -> Vector:
-        """The unit step along which a linear function with gradient ``T g`` rises most."""
-        return Euclidean()(f, Tg) if self.norm == "l2" else Tg.map(torch.sign)
+    def steepest(self, Tg: Vector) -> Vector:
+        """Return the unit step along which a linear function with gradient ``T g`` rises most."""
+        return 1 / (Tg.norm() + TINY) * Tg if self.norm == "l2" else Tg.map(torch.sign)
 
     def project(self, u: Vector, rho: float) -> Vector:
-        """The nearest point of the ball."""
+        """Return the nearest point of the ball."""
         if self.norm == "l2":
             return u * min(1.0, rho / max(float(u.norm()), 1e-30))
         return u.map(lambda t: t.clamp(-rho, rho))
 
-    def draw(self, f: Oracle, generator: torch.Generator) -> Vector:
-        """The published average case: ``N(0, I)``, or uniform in the cube of half width 1."""
-        return (gaussian if self.norm == "l2" else uniform)(f.passes.parameters.tensors, generator)
+    def draw(self, like: Sequence[Tensor], generator: torch.Generator) -> Vector:
+        """Return a draw of the published average case: ``N(0, I)``, or uniform in the cube of half width 1."""
+        return (gaussian if self.norm == "l2" else uniform)(like, generator)
 
 
 class Surface:
-    """The loss around ``w`` in the coordinates of a ball."""
+    """The loss around ``w`` in the coordinates ``u`` of a ball."""
 
     def __init__(self, problem: Problem, ball: Ball) -> None:
-        self.f, self.ball, self.problem = problem.oracle(), ball, problem
-        self.T = ball.scale(self.f)
+        self.problem, self.ball = problem, ball
+        self.f, self.T = problem.oracle(self._backward), ball.scale(problem.parameters)
         self.passes = 0
 
     def loss(self, u: Vector | None) -> float:
-        """``L(w + T u)``, a forward pass."""
+        """Return ``L(w + T u)`` by a forward pass; ``None`` is ``u = 0``."""
         self.passes += 1
         with self._at(u):
-            return self._finite(self.problem.mean_loss(self.f), u)
+            return self._finite(self.problem.mean_loss(), u)
 
     def climb(self, u: Vector | None) -> tuple[float, Vector]:
-        """``L(w + T u)`` and its gradient in ``u``, ``T g``: a forward and a backward pass."""
+        """Return ``L(w + T u)`` and its gradient in ``u``, ``T g``, by a forward and a backward pass."""
         self.passes += 1
         with self._at(u):
             g = self.f.grad()
-        loss = self.f.passes.log.numbers["loss_adv"]
-        return self._finite(float(loss), u), self.T(g)
+        return self._finite(float(self._loss), u), self.T(g)
 
-    @contextmanager
-    def _at(self, u: Vector | None) -> Iterator[None]:
-        if u is None:
-            with self.f.passes.moved():
-                yield
-        else:
-            with self.f.at(self.T(u)):
-                yield
+    def _backward(self) -> Tensor:
+        self._loss = self.problem.backward()
+        return self._loss
+
+    def _at(self, u: Vector | None) -> AbstractContextManager[None]:
+        return nullcontext() if u is None else self.f.at(self.T(u))
 
     def _finite(self, loss: float, u: Vector | None) -> float:
         if not math.isfinite(loss):
@@ -87,11 +85,11 @@ class Surface:
 
 
 def auto_pgd(surface: Surface, start: Vector | None, rho: float, steps: int) -> Iterator[float]:
-    """Auto-PGD (Croce and Hein 2020, arXiv 2003.01690, algorithm 1): yield the loss at every point it stands on.
+    """Auto-PGD (Croce and Hein 2020, arXiv 2003.01690, algorithm 1): yield the loss at every point visited.
 
     ``z = P(u_k + a s_k)``, ``u_{k+1} = P(u_k + 0.75 (z - u_k) + 0.25 (u_k - u_{k-1}))``, ``s`` the steepest unit step,
-    ``a`` first 2 rho. At checkpoints that move closer, ``a`` is halved and the ascent goes on from the best point if
-    fewer than 3/4 of the steps since the last one rose, or if neither ``a`` nor the best loss has changed since.
+    ``a`` at first 2 rho. At checkpoints of shrinking distance, ``a`` is halved and the ascent continues from the best
+    point if fewer than 3/4 of the steps since the last one rose, or if neither ``a`` nor the best loss has changed.
     """
     ball, step, marks = surface.ball, 2 * rho, checkpoints(steps)
     u, before = start, None
@@ -101,7 +99,7 @@ def auto_pgd(surface: Surface, start: Vector | None, rho: float, steps: int) -> 
     rises, last, halved, best_then = 0, 0, True, loss
     for k in range(1, steps + 1):
         here = 0.0 * g if u is None else u
-        z = ball.project(here + step * ball.steepest(surface.f, g), rho)
+        z = ball.project(here + step * ball.steepest(g), rho)
         onward = (
             z if before is None else ball.project(here + MOMENTUM * (z - here) + (1 - MOMENTUM) * (here - before), rho)
         )
@@ -119,7 +117,7 @@ def auto_pgd(surface: Surface, start: Vector | None, rho: float, steps: int) -> 
 
 
 def checkpoints(steps: int) -> set[int]:
-    """``ceil(p_j steps)``, ``p_0 = 0``, ``p_1 = 0.22``, then intervals that shrink by 0.03 down to 0.06."""
+    """Return all ``ceil(p_j steps)``: ``p_0 = 0``, ``p_1 = 0.22``, then intervals that shrink by 0.03 down to 0.06."""
     p, marks = [0.0, 0.22], set()
     while p[-1] <= 1:
         marks.add(math.ceil(p[-1] * steps - 1e-9))  # 0.57 * 100 is above 57

@@ -1,4 +1,4 @@
-"""How far the loss rises in a ball around the weights: worst case, average case, m-sharpness."""
+"""The rise of the loss in a ball around the weights: worst case, average case, m-sharpness."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sharpness:
     """A rise of the loss, averaged over disjoint subsets of the examples.
 
     Attributes:
-        value: the mean over the subsets, each counting by its size.
+        value: the mean over the subsets, weighted by their sizes.
         error: the standard error over subsets (and draws), infinite for a single one.
-        rises: of every subset (and draw), in order.
-        passes: passes over a subset that it took.
+        rises: the rise of every subset (and draw), in order.
+        passes: passes over a subset that were used.
     """
 
     value: float
@@ -39,22 +39,23 @@ class WorstCase:
     """``mean over subsets S of size m of max_{norm(T^-1 eps)_p <= rho} L_S(w + eps) - L_S(w)``: m-sharpness.
 
     Foret et al. 2021 (section 4) for subsets; ``T = diag(abs(w))`` on all parameters where ``adaptive``, else the
-    identity (Andriushchenko et al. 2023, arXiv 2302.07011, equation 1). The maximum is sought by Auto-PGD and is the
-    best over all its points, ``w`` among them: never negative, and a *lower* bound. With one step it is SAM's own
-    ``eps``. At a critical point, to second order, it is ``rho^2 / 2 lambda_max(T H T)`` for l2.
+    identity (Andriushchenko et al. 2023, arXiv 2302.07011, equation 1). Auto-PGD searches for the maximum; the result
+    is the best of all its points, ``w`` included, so it is never negative and a *lower* bound. With one step the
+    perturbation is SAM's. At a critical point, to second order, the rise is ``rho^2 / 2 lambda_max(T H T)`` for l2.
 
     Args:
         rho: the radius.
         norm: ``"l2"`` or ``"linf"``.
-        adaptive: whether every weight's size scales its part of the ball.
+        adaptive: whether every coordinate of the ball is scaled by its weight's size.
         m: examples that share one perturbation; ``None`` is all of them.
-        steps: of the ascent.
-        starts: the first is ``w``, or a random point where the gradient is 0; the others are random points.
-        seed: of the random points.
+        steps: steps of the ascent.
+        starts: number of ascents. The first starts at ``w``, or at a random point where the gradient is 0; the others
+            start at random points.
+        seed: seed of the random points.
 
     Raises:
         ValueError: an argument is out of its range.
-        FloatingPointError: in a measurement, where the loss is not finite inside the ball.
+        FloatingPointError: in a measurement, if the loss is not finite inside the ball.
 
     Example:
         >>> WorstCase(rho=0.05, m=128)(Problem(model, criterion, (inputs, targets))).value
@@ -74,7 +75,7 @@ class WorstCase:
         checks.positive_integer("starts", self.starts)
 
     def __call__(self, problem: Problem) -> Sharpness:
-        """Measure."""
+        """Return the sharpness of ``problem``."""
         generator = torch.Generator().manual_seed(self.seed)
         return _over_subsets(problem, self.m, Ball(self.norm, self.adaptive), lambda s: self._rise(s, generator))
 
@@ -87,7 +88,7 @@ class WorstCase:
         return [best - here]
 
     def _random(self, surface: Surface, generator: torch.Generator) -> Vector:
-        z = surface.ball.draw(surface.f, generator)
+        z = surface.ball.draw(surface.problem.parameters, generator)
         return surface.ball.project(z * (self.rho / float(z.norm())) if self.norm == "l2" else self.rho * z, self.rho)
 
 
@@ -103,8 +104,8 @@ class AverageCase:
         norm: ``"l2"`` for Gaussian draws, ``"linf"`` for uniform ones.
         adaptive: as in :class:`WorstCase`.
         m: examples that share their draws; ``None`` is all of them.
-        draws: for each subset.
-        seed: of the draws.
+        draws: number of draws for each subset.
+        seed: seed of the draws.
     """
 
     rho: float
@@ -119,13 +120,13 @@ class AverageCase:
         checks.positive_integer("draws", self.draws)
 
     def __call__(self, problem: Problem) -> Sharpness:
-        """Measure."""
+        """Return the sharpness of ``problem``."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def rises(surface: Surface) -> list[float]:
-            here, draw = surface.loss(None), surface.ball.draw
-            there = [surface.loss(self.rho * draw(surface.f, generator)) for _ in range(self.draws)]
-            return [loss - here for loss in there]
+            here, like = surface.loss(None), surface.problem.parameters
+            draws = (self.rho * surface.ball.draw(like, generator) for _ in range(self.draws))
+            return [surface.loss(eps) - here for eps in draws]
 
         return _over_subsets(problem, self.m, Ball(self.norm, self.adaptive), rises)
 
@@ -134,13 +135,14 @@ PUBLISHED_EXAMPLES = 1024
 
 
 def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
-    """The protocol of Andriushchenko et al. 2023 (arXiv 2302.07011; tml-epfl/sharpness-vs-generalization).
+    """Return the sharpness by the protocol of Andriushchenko et al. 2023 (arXiv 2302.07011).
 
     The first 1,024 training examples in subsets of ``m = 128``, normalisation in evaluation mode, 20 steps of Auto-PGD
-    from ``w`` with a first step of 2 rho, or 20 draws: these are the measures' defaults, and this function sees to
-    examples and mode. Two things differ: the authors' adaptive l2 step goes along ``abs(w) * g / norm(g)`` where ours
-    is the steepest, and their option to normalise logits is left to the model. Their radii for ResNets are 0.05 to 0.4
-    (average, l2), 0.1 to 0.8 (average, linf), 0.25 to 2 (worst, l2) and 5e-4 to 8e-3 (worst, linf).
+    from ``w`` with a first step of 2 rho, or 20 draws. The measures' defaults are these; this function sets examples
+    and mode. Two things differ from the authors' code (tml-epfl/sharpness-vs-generalization): their adaptive l2 step
+    goes along ``abs(w) * g / norm(g)`` where ours is the steepest, and their option to normalise logits is left to the
+    model. Their radii for ResNets are 0.05 to 0.4 (average, l2), 0.1 to 0.8 (average, linf), 0.25 to 2 (worst, l2) and
+    5e-4 to 8e-3 (worst, linf).
 
     Example:
         >>> published(problem, WorstCase(rho=0.5, adaptive=True)).value

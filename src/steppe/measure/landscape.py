@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from steppe.engine.vector import TINY, Vector, wide
+from steppe.measure.krylov import gaussian
 from steppe.measure.problem import Problem
-from steppe.measure.vectors import gaussian
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Plane:
 
 
 def filter_normalised(problem: Problem, seed: int = 0) -> Vector:
-    """A Gaussian direction in which every filter has the norm of the model's: ``d_i <- d_i norm(w_i) / norm(d_i)``.
+    """Return a Gaussian direction whose filters have the norms of the model's: ``d_i <- d_i norm(w_i) / norm(d_i)``.
 
-    Li et al. 2018 (arXiv 1712.09913, section 4). A filter is a row of the first dimension of a parameter of two or more
-    dimensions; biases and normalisation parameters stay where they are.
+    Li et al. 2018 (arXiv 1712.09913, section 4). A filter is a row of the first dimension of a parameter with two or
+    more dimensions. Biases and normalisation parameters do not move.
     """
     d = gaussian(problem.parameters, torch.Generator().manual_seed(seed))
     rows = zip(d.tensors, problem.parameters, strict=True)
@@ -50,10 +50,9 @@ def _scaled(d: Tensor, w: Tensor) -> Tensor:
 
 
 def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector:
-    """``w' - w``: along it ``t = 0`` is the model and ``t = 1`` another one, a module or its ``state_dict``.
+    """Return ``w' - w``: along it ``t = 0`` is the model and ``t = 1`` another one, a module or its ``state_dict``.
 
-    Buffers stay the model's own; running statistics of normalisation are not right in between (``mode="train"`` uses
-    those of the batch).
+    Buffers stay the model's. Running statistics are wrong in between; ``mode="train"`` uses those of the batch.
 
     Raises:
         ValueError: the other model lacks a parameter, or has another shape.
@@ -68,7 +67,7 @@ def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector
 
 
 def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
-    """The mean loss at ``w + t_i d``; where it is not finite, so is the entry.
+    """Return the mean loss at every ``w + t_i d``; an entry may be infinite or NaN.
 
     Example:
         >>> line(problem, filter_normalised(problem), torch.linspace(-1, 1, 41).tolist())
@@ -78,7 +77,7 @@ def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
 
 
 def plane(problem: Problem, a: Vector, b: Vector, x: Sequence[float], y: Sequence[float]) -> Plane:
-    """The mean loss at ``w + x_i a + y_j b``.
+    """Return the mean loss at every ``w + x_i a + y_j b``.
 
     Example:
         >>> top = eigenpairs(Hessian(problem), k=2)
@@ -95,5 +94,5 @@ def _losses(problem: Problem, where: Iterable[Vector]) -> list[float]:
         f = problem.oracle()
         for eps in where:
             with f.at(eps):
-                losses.append(problem.mean_loss(f))
+                losses.append(problem.mean_loss())
     return losses

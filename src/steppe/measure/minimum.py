@@ -1,4 +1,4 @@
-"""One minimum as one row of a table."""
+"""The measurements of one minimum as one row of a table."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from steppe.measure.trace import hutch_pp
 
 @dataclass(frozen=True)
 class Minimum:
-    """What a table of minima says of one: plain numbers, which JSON takes.
+    """A row of a table of minima: plain numbers, fit for JSON.
 
-    Weight decay is not part of the loss; the model is in evaluation mode.
+    The loss has no weight decay; the model is in evaluation mode.
 
     Attributes:
-        n: examples.
+        n: number of examples.
         loss: mean loss.
-        error: share of wrong answers, ``None`` where the loss is no criterion on class labels.
-        g_norm: norm of the mean loss's gradient: 0 at a minimum.
+        error: share of wrong answers; ``None`` if the loss is no criterion on class labels.
+        g_norm: norm of the mean loss's gradient, 0 at a minimum.
         top: largest eigenvalue of the Hessian.
         top_residual: ``norm(H v - top v)``.
-        trace: of the Hessian.
+        trace: trace of the Hessian.
         trace_error: its standard error.
-        trace_V: of the gradient covariance (population).
+        trace_V: trace of the gradient covariance (population).
         sharpness: mean rise of the loss in a ball.
         sharpness_error: its standard error over the subsets.
-        measure: which sharpness.
-        converged: whether eigenvalue and trace met their tolerance.
-        products: Hessian-vector products that it took.
+        measure: the measure of sharpness, as an expression.
+        converged: whether eigenvalue and trace met their tolerances.
+        products: Hessian-vector products that were used.
     """
 
     n: int
@@ -66,16 +66,16 @@ def minimum(
     tol: float = 0.05,
     seed: int = 0,
 ) -> Minimum:
-    """Loss, error, top Hessian eigenvalue, Hessian trace, tr V and m-sharpness of a trained model on data.
+    """Return loss, error, top Hessian eigenvalue, Hessian trace, tr V and m-sharpness of a trained model on data.
 
     Args:
         model: the module.
         loss: as in :class:`Problem`; a criterion module on class labels gives the error too.
         data: as in :class:`Problem`.
-        sharpness: which; the default is m-sharpness with ``m = 128`` and rho 0.05.
-        batch_size: examples in one pass at most.
-        tol: relative standard error of the trace; the eigenvalue's residual is held below 1e-3 of it.
-        seed: of all probes.
+        sharpness: the measure of sharpness; the default is m-sharpness with ``m = 128`` and rho 0.05.
+        batch_size: maximum number of examples in one pass.
+        tol: relative standard error of the trace. The eigenvalue's relative residual is at most 1e-3.
+        seed: seed of all probes.
 
     Raises:
         ValueError: see :class:`Problem` and :func:`gradient_noise`.

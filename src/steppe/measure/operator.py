@@ -1,10 +1,10 @@
-"""Curvature matrices of size ``(d, d)`` that are never formed: each is known by its products with vectors."""
+"""Curvature matrices of size ``(d, d)``, never formed: only their products with vectors are computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,7 @@ from steppe.measure.problem import Problem
 from steppe.measure.product import CentralDifference, DoubleBackward
 
 Product = DoubleBackward | CentralDifference
-Term = Callable[[Batch], Vector]  # a batch's part of a product: the sum over its examples
-
-
-class Symmetric(Protocol):
-    """A symmetric matrix as estimators see it."""
-
-    @property
-    def like(self) -> Sequence[Tensor]:
-        """Tensors with the shapes of a vector's entries."""
-
-    def __matmul__(self, v: Vector, /) -> Vector:
-        """The product with ``v``."""
+Term = Callable[[Batch], Vector]  # a batch's part of the product with one vector: the sum over its examples
 
 
 class Operator:
@@ -34,8 +23,8 @@ class Operator:
 
     Args:
         problem: model, loss and data.
-        term: ``(problem, product, v)`` to the function that says what a batch adds.
-        product: :class:`DoubleBackward`, or :class:`CentralDifference` where that does not work.
+        term: ``(problem, product, v)`` to the function that returns a batch's part of the sum.
+        product: :class:`DoubleBackward`, or :class:`CentralDifference` for models that it does not support.
 
     Raises:
         TypeError: the model is compiled or sharded, and ``product`` is not :class:`CentralDifference`.
@@ -55,12 +44,12 @@ class Operator:
 
     @cached_property
     def like(self) -> Sequence[Tensor]:
-        """The parameters, for their shapes, types and devices."""
+        """Return the parameters, for their shapes, types and devices."""
         return [p.detach() for p in self.problem.w]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(d, d)``, ``d`` the number of weights."""
+        """Return ``(d, d)``, ``d`` the number of weights."""
         d = sum(p.numel() for p in self.like)
         return d, d
 
@@ -69,7 +58,7 @@ class Operator:
     @overload
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
     def __matmul__(self, v: Vector | Tensor, /) -> Vector | Tensor:
-        """The product with ``v``: a vector with one entry a parameter, or a tensor of shape ``(d,)``.
+        """Return the product with ``v``: a vector with one entry per parameter, or a tensor of shape ``(d,)``.
 
         Raises:
             ValueError: ``v`` has another shape.
@@ -81,7 +70,7 @@ class Operator:
         if [t.shape if t is not None else p.shape for t, p in zip(v.tensors, self.like, strict=False)] != [
             p.shape for p in self.like
         ]:
-            raise ValueError("v must have one entry a parameter, of the parameter's shape, or None")
+            raise ValueError("v must have one entry per parameter, of the parameter's shape, or None")
         total = Vector([None] * len(self.like))
         term = self.term(self.problem, self.product, v)
         with self.problem.untouched():
@@ -117,7 +106,7 @@ class GaussNewton(Operator):
     semidefinite for a convex criterion, and the Fisher matrix for cross entropy and squared error.
 
     Raises:
-        TypeError: the problem's loss is no criterion module, so that outputs and loss cannot be told apart.
+        TypeError: the problem's loss is no criterion module, so that outputs and loss are not separate.
     """
 
     def __init__(self, problem: Problem, product: Product | None = None) -> None:
@@ -127,9 +116,9 @@ class GaussNewton(Operator):
 
 
 class EmpiricalFisher(Operator):
-    """``F = 1/n sum_i g_i g_i^T``, ``g_i = grad f_i``: uncentred second moments of the examples' gradients.
+    """``F = 1/n sum_i g_i g_i^T``, ``g_i = grad f_i``: uncentred second moments of the per-example gradients.
 
-    No gradient of an example is formed: ``F v = 1/n J^T J v`` with the Jacobian of the ``n`` losses.
+    No per-example gradient is formed: ``F v = 1/n J^T J v`` with the Jacobian of the ``n`` losses.
     """
 
     def __init__(self, problem: Problem, product: Product | None = None) -> None:

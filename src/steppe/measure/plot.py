@@ -1,4 +1,4 @@
-"""Lines and planes as pictures. Needs the extra `pip install "steppe[measure]"`."""
+"""Pictures of lines and planes. Needs the extra ``pip install "steppe[measure]"``."""
 
 from __future__ import annotations
 
@@ -49,37 +49,24 @@ def _contours(figure: Figure, plane: Plane, x: str, y: str) -> None:
     bar.set_ticks(ticks.tolist(), labels=[f"{t:.3g}" for t in ticks])
 
 
-def traces(what: Named | Plane, x: str = "t", y: str = "loss") -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Data and layout for plotly, as plain data: what the laboratory's report embeds."""
-    layout: dict[str, Any] = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
-    if isinstance(what, Plane):
-        loss = [[value if math.isfinite(value) else None for value in row] for row in what.loss]
-        text = {"x": x, "y": y}
-        hover = "%{x:.3g}, %{y:.3g}<br>loss %{z:.4g}<extra></extra>"
-        scene = {f"{axis}axis": {"title": {"text": name}} for axis, name in text.items()}
-        surface = {
-            "type": "surface",
-            "x": what.x,
-            "y": what.y,
-            "z": loss,
-            "hovertemplate": hover,
-            "colorscale": "Viridis",
-        }
-        return [surface], {"scene": scene | {"zaxis": {"title": {"text": "loss"}}}}
-    data = [
-        {"type": "scatter", "mode": "lines", "name": name, "x": each.t, "y": [_finite(v) for v in each.loss]}
-        for name, each in what.items()
-    ]
-    return data, layout
-
-
 def html(what: Named | Plane, path: Path | str, x: str = "t", y: str = "loss") -> None:
-    """Write an interactive page that holds all it needs: lines, or a plane as a surface that can be turned."""
+    """Write an interactive, self-contained page: lines, or a plane as a surface that can be turned."""
     from plotly.graph_objects import Figure
 
-    data, layout = traces(what, x, y)
-    Figure(data, layout).write_html(path, include_plotlyjs=True)
+    Figure(*traces(what, x, y)).write_html(path, include_plotlyjs=True)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def traces(what: Named | Plane, x: str = "t", y: str = "loss") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return data and layout for plotly, as plain data fit for JSON; losses that are not finite become ``None``."""
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    if isinstance(what, Plane):
+        hover = "%{x:.3g}, %{y:.3g}<br>loss %{z:.4g}<extra></extra>"
+        data = {"x": what.x, "y": what.y, "z": [_finite(row) for row in what.loss]}
+        surface = {"type": "surface", **data, "hovertemplate": hover, "colorscale": "Viridis"}
+        return [surface], {"scene": axes | {"zaxis": {"title": {"text": "loss"}}}}
+    style = {"type": "scatter", "mode": "lines"}
+    return [{**style, "name": name, "x": each.t, "y": _finite(each.loss)} for name, each in what.items()], axes
+
+
+def _finite(losses: tuple[float, ...]) -> list[float | None]:
+    return [loss if math.isfinite(loss) else None for loss in losses]

@@ -1,10 +1,10 @@
-"""What is measured: a model's mean loss on data, as a function of the weights, left as it was found."""
+"""A model's mean loss on data as a function of the weights; measuring changes nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Literal, Self
 
@@ -15,7 +15,7 @@ from steppe.batch import Batch, Data, Loss, mapped
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Closure, reshard
+from steppe.engine.passes import reshard
 from steppe.engine.replay import RandomState, frozen_statistics
 from steppe.engine.vector import LOW, wide
 from steppe.measure.standin import StandIns
@@ -25,29 +25,29 @@ RTOL = 1e-4  # two passes over the same examples agree this well, or the loss is
 
 
 class Problem:
-    """``L(w) = 1/n sum_i f_i(w)`` over all examples of ``data``; batches of different sizes count by their examples.
+    """``L(w) = 1/n sum_i f_i(w)`` over all examples of ``data``; every example counts equally, in batches of any size.
 
-    Every pass draws the same random numbers (dropout masks, a shuffled loader), so ``L`` is one function for as long as
-    the problem lives. Whatever is measured, weights, gradients, buffers, the modes of all modules and torch's random
-    state are afterwards what they were, also where a pass raises.
+    Every pass draws the same random numbers (dropout masks, a shuffled loader), so ``L`` is one function throughout.
+    After a measurement weights, gradients, buffers, the modes of all modules and torch's random state are what they
+    were before, also where a pass raises.
 
-    Parameters in bfloat16 or float16 stand in as float32 copies, with buffers and data, so that curvature products are
-    float32's at the weights that the model has.
+    Parameters in bfloat16 or float16 are replaced by float32 copies, as are buffers and data, so that curvature
+    products are float32's at the weights that the model has.
 
     Args:
         model: the module.
         loss: a criterion module with ``reduction="none"``, such as ``nn.CrossEntropyLoss(reduction="none")``, for data
-            of ``(inputs, targets)``; or a function ``(model, data) -> losses``, one loss an example, shape ``(n,)``.
+            of ``(inputs, targets)``; or a function ``(model, data) -> losses``, one loss per example, shape ``(n,)``.
         data: one batch (a tensor, or a tuple or mapping of tensors), or an iterable of batches that can be iterated
             again and again: a ``DataLoader``, a list. Batches are moved to the parameters' device.
         params: the parameters to differentiate by; ``None`` is every one that requires a gradient.
-        mode: ``"eval"`` measures in evaluation mode, ``"train"`` in training mode, ``"keep"`` as the modules stand.
-        batch_size: examples in one pass through the model at most; ``None`` takes batches as they come.
+        mode: ``"eval"`` measures in evaluation mode, ``"train"`` in training mode, ``"keep"`` in each module's mode.
+        batch_size: maximum number of examples in one pass through the model; ``None`` takes batches as they come.
 
     Raises:
         TypeError: ``loss`` is no function, or ``data`` can be iterated once only.
-        ValueError: there is nothing to differentiate by, no example, a loss that is not one number an example, a loss
-            that is not finite, or losses that differ when they are computed twice.
+        ValueError: there is no parameter to differentiate by or no example; a loss is not one number per example or
+            not finite; or the losses differ when they are computed twice.
 
     Example:
         >>> problem = Problem(model, nn.CrossEntropyLoss(reduction="none"), loader)
@@ -78,8 +78,8 @@ class Problem:
             raise ValueError("params must be at least one parameter, all of which require a gradient")
         devices = {p.device for p in self.parameters}
         self._device = devices.pop() if len(devices) == 1 else None
-        self.point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
-        self._start = RandomState.now(self.point.devices)
+        self._point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
+        self._start = self.random_state()
         self._wide = StandIns(self.parameters) if any(p.dtype in LOW for p in self.parameters) else None
         self.n = self._checked()
 
@@ -87,19 +87,23 @@ class Problem:
 
     @property
     def w(self) -> Sequence[Tensor]:
-        """What curvature products differentiate by: the parameters, or their float32 stand-ins."""
+        """Return the tensors that curvature products differentiate by: the parameters, or their float32 copies."""
         return self.parameters if self._wide is None else self._wide.leaves
+
+    def random_state(self) -> RandomState:
+        """Return the state of the generators that a pass may use."""
+        return RandomState.now(self._point.devices)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Around one pass over the data: the same random numbers each time, and nothing changed afterwards."""
-        before = RandomState.now(self.point.devices)
+        """Set the mode inside, and put back everything that passes change on leaving."""
+        before = self.random_state()
         modes = [(module, module.training) for module in self.model.modules()]
         gradients = [(p, p.grad) for p in self.model.parameters()]
         try:
             if self.mode != "keep":
                 self.model.train(self.mode == "train")
-            with frozen_statistics(self.model.modules()), torch.enable_grad():
+            with self.frozen(), torch.enable_grad():
                 yield
         finally:
             self.reshard()
@@ -109,12 +113,16 @@ class Problem:
                 p.grad = g
             before.restore()
 
+    def frozen(self) -> AbstractContextManager[object]:
+        """Return a context that puts running statistics back, so that every pass starts from the same ones."""
+        return frozen_statistics(self.model.modules())
+
     def reshard(self) -> None:
-        """After a forward without a backward FSDP2 keeps whole weights, which would not follow the next move."""
+        """Drop the whole weights that FSDP2 keeps after a forward without a backward: they would miss the next move."""
         reshard(self.model.modules())
 
     def batches(self) -> Iterator[Batch]:
-        """Stream the data; inside :meth:`untouched`."""
+        """Stream the data, from the same random state each time; to be used inside :meth:`untouched`."""
         self._start.restore()
         if self._wide is not None:
             self._wide.refresh()
@@ -124,7 +132,7 @@ class Problem:
             yield from [batch] if self.batch_size is None else batch.split(self.batch_size)
 
     def losses(self) -> Tensor:
-        """Every example's loss at ``w``, shape ``(n,)``, detached, in the order of the data."""
+        """Return every example's loss at ``w``, shape ``(n,)``, detached, in the order of the data."""
         with self.untouched(), torch.no_grad():
             parts = [batch.losses().detach() for batch in self.batches()]
         if not parts:
@@ -132,7 +140,7 @@ class Problem:
         return torch.cat(parts)
 
     def outputs(self, batch: Batch) -> Tensor:
-        """The model's outputs for the inputs of a batch of ``(inputs, targets)``."""
+        """Return the model's outputs for the inputs of a batch of ``(inputs, targets)``."""
 
         def f(model: nn.Module, data: Data) -> Tensor:
             return model(data[0])  # type: ignore[no-any-return]
@@ -140,12 +148,15 @@ class Problem:
         return (f if self._wide is None else self._wide.around(f))(self.model, batch.data)
 
     def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
-        """Every example's loss from the model's outputs, shape ``(n,)``, where the loss is a criterion module."""
+        """Return every example's loss from the model's outputs, shape ``(n,)``; the loss must be a criterion module."""
         losses: Tensor = self.loss(outputs, batch.data[1])  # type: ignore[arg-type] # a criterion here
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
-    def oracle(self, closure: Closure | None = None) -> Oracle:
-        """The mean loss, or another closure, as the optimizers see it; to be used inside :meth:`untouched`.
+    def oracle(self, closure: Callable[[], Tensor] | None = None) -> Oracle:
+        """Return the mean loss as optimizers see it, to be used inside :meth:`untouched`.
+
+        Args:
+            closure: another forward and backward pass that returns its loss.
 
         Raises:
             TypeError: parameters are in low precision, which rounds small moves away.
@@ -155,24 +166,41 @@ class Problem:
                 "this moves the weights, and parameters in low precision round small moves away: "
                 "measure a float32 copy, copy.deepcopy(model).float()"
             )
-        return Oracle(closure or self._closure, self.point, modules=self.model.modules)
 
-    def mean_loss(self, f: Oracle) -> float:
-        """The mean loss where ``f`` stands, a forward pass; inside :meth:`untouched` and ``f.at`` or ``f.away``."""
-        with f.passes.one(), torch.no_grad():
+        def whole_pass() -> Tensor:
+            with self.frozen():
+                self.model.zero_grad(set_to_none=True)
+                return (closure or self.backward)()
+
+        return Oracle(whole_pass, self._point, modules=self.model.modules)
+
+    def backward(self) -> Tensor:
+        """Run forward and backward over all batches at the weights that the model has now; return the mean loss."""
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.batches():
+            losses = batch.losses()
+            (losses.sum() / self.n).backward()
+            total += losses.detach().sum().to(total)
+        return total / self.n
+
+    def mean_loss(self) -> float:
+        """Return the mean loss at the weights that the model has now, a forward pass; inside :meth:`untouched`."""
+        with self.frozen(), torch.no_grad():
             total = math.fsum(float(batch.losses().double().sum()) for batch in self.batches())
         self.reshard()
         return total / self.n
 
+    # ---- parts
+
     def split(self, m: int) -> Iterator[Self]:
-        """Problems of ``m`` examples in order, batch by batch; the last of a batch has what remains."""
+        """Yield problems of ``m`` examples in order, batch by batch; the last of a batch has the remainder."""
         checks.positive_integer("m", m)
         for batch in self._kept():
             for part in batch.split(m):
                 yield self._on([part])
 
     def first(self, count: int) -> Self:
-        """The problem of the first ``count`` examples, or of all there are."""
+        """Return the problem of the first ``count`` examples, or of all where there are fewer."""
         checks.positive_integer("count", count)
         chosen, left = [], count
         for batch in self._kept():
@@ -183,7 +211,7 @@ class Problem:
         return self._on(chosen)
 
     def in_mode(self, mode: Mode) -> Self:
-        """The same problem in another mode."""
+        """Return the same problem in another mode."""
         other = copy(self)
         other.mode = mode
         return other
@@ -197,16 +225,6 @@ class Problem:
         part.data, part.n = [batch.data for batch in batches], sum(map(len, batches))
         return part
 
-    def _closure(self) -> Tensor:
-        """Zero, forward and backward over all batches; the mean loss."""
-        self.model.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in self.batches():
-            losses = batch.losses()
-            (losses.sum() / self.n).backward()
-            total += losses.detach().sum().to(total)
-        return total / self.n
-
     def _batch(self, data: Data) -> Batch:
         if self._device is not None:
             data = mapped(lambda t: t.to(self._device), data)
@@ -215,7 +233,7 @@ class Problem:
         if isinstance(self.loss, nn.Module):
             if not isinstance(data, tuple | list) or len(data) != 2:
                 raise ValueError(
-                    "data must be (inputs, targets) where loss is a criterion module; else pass a function"
+                    "data must be (inputs, targets) where loss is a criterion module; else pass a function as loss"
                 )
             batch = Batch.supervised(self.model, self.loss, data[0], data[1])
         else:
@@ -225,13 +243,13 @@ class Problem:
         return batch
 
     def _checked(self) -> int:
-        """Look at every example twice; the number of examples."""
+        """Compute every loss twice, refuse what is no function of the weights, and return the number of examples."""
         first, second = self.losses(), self.losses()
         if bad := int((~first.isfinite()).sum()):
             raise ValueError(f"loss must be finite at w, got {bad} of {len(first)} losses that are not")
         if first.shape != second.shape or not torch.allclose(first.sort()[0], second.sort()[0], RTOL, RTOL):
             raise ValueError(
-                "loss must be the same each time it is computed, but two passes over the data differ: "
-                "does the data change (augmentation, a loader of its own random state), or the model?"
+                "loss must be the same each time it is computed, but two passes over the data differ: does the data "
+                "change (augmentation, a loader with its own generator), or does the model?"
             )
         return len(first)

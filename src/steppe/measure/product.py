@@ -1,4 +1,4 @@
-"""Two ways to differentiate along a direction: backward twice, or central differences."""
+"""Two ways to differentiate along a direction: two backward passes, or central differences."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Curvature = Callable[[Tensor, Tensor], Tensor]  # (f, J v) -> B(f) J v
 class DoubleBackward:
     """Products to rounding: ``H v = d/dw <grad f, v>`` and ``J v = d/du <J^T u, v>``, a second backward each.
 
-    Attention runs its math kernel, the one that can be differentiated twice. Under DDP products are the rank's own.
+    Attention runs its math kernel, the only one that can be differentiated twice. Under DDP each rank gets the product
+    on its own data.
     """
 
     def gradient(self, problem: Problem) -> Vector:
-        """``g``, of the mean loss."""
+        """Return ``g``, the gradient of the mean loss."""
         g, w = Vector([None] * len(problem.w)), problem.w
         with problem.untouched():
             for batch in problem.batches():
@@ -34,14 +35,14 @@ class DoubleBackward:
         return g / problem.n
 
     def hessian(self, problem: Problem, f: Callable[[], Tensor], v: Vector) -> Vector:
-        """``(d^2 f / dw^2) v`` of a scalar ``f``."""
+        """Return ``(d^2 f / dw^2) v`` of a scalar ``f``."""
         w = problem.w
         with sdpa_kernel(SDPBackend.MATH):
             g = torch.autograd.grad(f(), w, create_graph=True, allow_unused=True)
             return Vector(_pull(g, w, v))
 
     def gauss_newton(self, problem: Problem, f: Callable[[], Tensor], B: Curvature, v: Vector) -> Vector:
-        """``J^T B(f) J v`` of ``f`` of any shape."""
+        """Return ``J^T B(f) J v`` of ``f`` of any shape."""
         w = problem.w
         with sdpa_kernel(SDPBackend.MATH):
             z = f()
@@ -54,7 +55,7 @@ class DoubleBackward:
 
 
 def _pull(g: Sequence[Tensor | None], inputs: Sequence[Tensor], v: Vector) -> Sequence[Tensor | None]:
-    """``d <g, v> / d inputs``; entries of ``g`` that are constant or take no part count as zero."""
+    """Return ``d <g, v> / d inputs``; entries of ``g`` that are constant or ``None`` count as zero."""
     pairs = [(a, b) for a, b in zip(g, v.materialised(), strict=True) if a is not None and b is not None]
     pairs = [(a, b) for a, b in pairs if a.requires_grad]
     if not pairs:
@@ -67,11 +68,11 @@ def _pull(g: Sequence[Tensor | None], inputs: Sequence[Tensor], v: Vector) -> Se
 class CentralDifference:
     """``H v = (grad f(w + h v) - grad f(w - h v)) / 2 h``: for models that cannot be differentiated twice.
 
-    Compiled and sharded (FSDP2) models are such. The gradients come from ordinary backwards, so under data parallelism
-    they are averages over the ranks. The error grows with ``h^2`` where the loss bends (fourth derivatives) and with
-    ``1 / h`` by rounding. For smooth networks (GELU, tanh) it is about 1e-4 at the top eigenvector and 1e-3 in a random
-    direction in float32. Not for ReLU in float32: each unit that changes sign on the way adds a jump of the gradient
-    over ``2 h``, and errors of 10 to 400 % are usual; in float64 the way is too short for that.
+    These are compiled and sharded (FSDP2) models. The gradients come from ordinary backward passes, so under data
+    parallelism they are averages over the ranks. The error grows with ``h^2`` by fourth derivatives of the loss and
+    with ``1 / h`` by rounding. For smooth networks (GELU, tanh) it is about 1e-4 at the top eigenvector and 1e-3 in a
+    random direction in float32. Not for ReLU in float32: each unit that changes sign between the two points adds a jump
+    of the gradient over ``2 h``, and errors of 10 to 400 % are usual; in float64 the points are too close for that.
 
     Args:
         length: ``h norm(v)`` as a share of ``norm(w)``; ``None`` is 1e-4 in float32 and 1e-6 in float64.
@@ -88,14 +89,12 @@ class CentralDifference:
             checks.number("length", self.length, "a finite number > 0", low=1e-30)
 
     def gradient(self, problem: Problem) -> Vector:
-        """``g``, of the mean loss."""
+        """Return ``g``, the gradient of the mean loss."""
         with problem.untouched():
-            oracle = problem.oracle()
-            with oracle.passes.moved():
-                return oracle.grad()
+            return problem.oracle().grad()
 
     def hessian(self, problem: Problem, f: Callable[[], Tensor], v: Vector) -> Vector:
-        """``(d^2 f / dw^2) v`` of a scalar ``f``."""
+        """Return ``(d^2 f / dw^2) v`` of a scalar ``f``."""
         oracle, h = _oracle(problem, f), self.h(problem, v)
         with oracle.at(h * v):
             ahead = oracle.grad()
@@ -104,23 +103,26 @@ class CentralDifference:
         return (ahead - behind) / (2 * h)
 
     def gauss_newton(self, problem: Problem, f: Callable[[], Tensor], B: Curvature, v: Vector) -> Vector:
-        """``J^T B(f) J v`` of ``f`` of any shape."""
-        seen: list[Tensor] = []
+        """Return ``J^T B(f) J v`` of ``f`` of any shape."""
+        random, z = problem.random_state(), list[Tensor]()
+
+        def replayed() -> Tensor:
+            random.restore()  # the same dropout masks in all three passes
+            return f()
 
         def against() -> Tensor:
-            z = f()
-            return (z * B(z.detach(), (seen[0] - seen[1]) / (2 * h))).sum()
+            here = replayed()
+            return (here * B(here.detach(), (z[0] - z[1]) / (2 * h))).sum()
 
-        oracle, h = _oracle(problem, against), self.h(problem, v)  # one oracle: the same dropout in all three passes
+        oracle, h = _oracle(problem, against), self.h(problem, v)
         for eps in (h * v, -h * v):
-            with oracle.at(eps), oracle.passes.one(), torch.no_grad():
-                seen.append(f())
+            with oracle.at(eps), problem.frozen(), torch.no_grad():
+                z.append(replayed())
             problem.reshard()
-        with oracle.passes.moved():
-            return oracle.grad()
+        return oracle.grad()
 
     def h(self, problem: Problem, v: Vector) -> float:
-        """The step, so that ``norm(h v)`` is the wanted length (where ``w`` is 0, as if its norm were 1)."""
+        """Return the step at which ``norm(h v)`` is the chosen length; where ``w`` is 0, its norm counts as 1."""
         w = Vector([p.detach() for p in problem.parameters]).norm()
         length = self.length or LENGTHS[w.dtype]
         return length * (float(w) or 1.0) / (float(v.norm()) + TINY)
@@ -128,7 +130,6 @@ class CentralDifference:
 
 def _oracle(problem: Problem, f: Callable[[], Tensor]) -> Oracle:
     def closure() -> Tensor:
-        problem.model.zero_grad(set_to_none=True)
         value = f()
         value.backward()
         return value

@@ -1,7 +1,8 @@
-"""Eigenvalues and eigenvectors of a matrix known by its products."""
+"""Eigenvalues, eigenvectors and spectral density of a matrix that is known by its products."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from itertools import islice
@@ -12,28 +13,32 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.vector import Vector
-from steppe.measure.krylov import lanczos
-from steppe.measure.operator import Symmetric
-from steppe.measure.vectors import gaussian, unit
+from steppe.measure.krylov import Symmetric, gaussian, lanczos, unit
 
-ROUNDING = 1e-6  # of the largest absolute eigenvalue: a residual that small is as good as 0
+ROUNDING = 1e-6  # relative to the largest absolute eigenvalue: smaller residuals count as 0
 Which = Literal["largest", "smallest", "magnitude"]
 
 
 class NotConverged(UserWarning):
-    """An estimate missed its tolerance; its result says so too."""
+    """Warning that an estimate missed its tolerance; the result's ``converged`` says so too."""
+
+
+def warn_unless(converged: bool, estimate: str, level: int = 3) -> None:
+    """Warn that ``estimate`` has not converged, at the caller of the function that calls this one."""
+    if not converged:
+        warnings.warn(f"not converged: {estimate}", NotConverged, stacklevel=level)
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues, the wanted end first.
+    """Eigenvalues and eigenvectors, from the requested end of the spectrum inwards.
 
     Attributes:
         values: ``lambda``, in units of loss per squared weight for a Hessian.
-        vectors: one unit vector each.
+        vectors: one unit vector for each.
         residuals: ``norm(A v - lambda v)``: an eigenvalue lies within this distance of ``lambda``.
-        converged: whether all met the tolerance.
-        products: products with the matrix that it took.
+        converged: whether all residuals met the tolerance.
+        products: products with the matrix that were used.
     """
 
     values: tuple[float, ...]
@@ -44,22 +49,23 @@ class Eigenpairs:
 
     @property
     def value(self) -> float:
-        """The first eigenvalue."""
+        """Return the first eigenvalue."""
         return self.values[0]
 
 
 def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int = 0) -> Eigenpairs:
-    """The eigenvalue that is largest in *absolute value*: ``v <- A v / norm(A v)``, ``lambda = <v, A v>``.
+    """Return the eigenvalue that is largest in *absolute value*: ``v <- A v / norm(A v)``, ``lambda = <v, A v>``.
 
-    What WSAM's Table 9 names (arXiv 2305.15817; its settings are not known to us), with PyHessian's rule: stop when
-    ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7; :func:`eigenpairs` tells the
-    ends of the spectrum apart and needs fewer products.
+    WSAM's Table 9 names this method (arXiv 2305.15817; its settings are not known to us). The stopping rule is
+    PyHessian's: ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7.
+    :func:`eigenpairs` distinguishes the ends of the spectrum and needs fewer products.
 
     Args:
         A: an operator.
         tol: relative change of ``lambda`` in one iteration.
-        most: iterations at most; beyond, the result is not converged and a :class:`NotConverged` warning says so.
-        seed: of the Gaussian start.
+        most: maximum number of iterations; after these the result is not converged, with a :class:`NotConverged`
+            warning.
+        seed: seed of the Gaussian start.
     """
     checks.number("tol", tol, "a number > 0", low=1e-30)
     checks.positive_integer("most", most)
@@ -73,7 +79,7 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
         if converged or products == most:
             break
         v, before = unit(Av), value
-    _tell(converged, f"power iteration: lambda = {value:.4g}, residual {residual:.2g} after {products} products")
+    warn_unless(converged, f"power iteration: lambda = {value:.4g}, residual {residual:.2g} after {products} products")
     return Eigenpairs((value,), (v,), (residual,), converged, products)
 
 
@@ -86,20 +92,20 @@ def eigenpairs(
     seed: int = 0,
     start: Vector | None = None,
 ) -> Eigenpairs:
-    """``k`` eigenvalues at one end of the spectrum, by Lanczos with full reorthogonalisation.
+    """Return ``k`` eigenvalues at one end of the spectrum, by Lanczos with full reorthogonalisation.
 
-    It holds one vector a product. An exactly repeated eigenvalue is found once as long as the Krylov space does not
-    close, as by every method that starts from one vector.
+    It holds one vector for each product. An exactly repeated eigenvalue is found once until the Krylov space closes,
+    as by every method that starts from one vector.
 
     Args:
         A: an operator.
-        k: how many.
+        k: how many eigenvalues.
         which: ``"largest"`` (algebraically), ``"smallest"`` (most negative), or ``"magnitude"``.
-        tol: each residual relative to its own eigenvalue; the error of an eigenvalue is of the order of its residual
-            squared over the gap to the next. An end of the spectrum near 0 takes many products.
-        most: products at most; beyond, the result is not converged and a :class:`NotConverged` warning says so.
-        seed: of the Gaussian start.
-        start: where to start instead, such as the eigenvector on a part of the data.
+        tol: tolerance of each residual, relative to its eigenvalue. The error of an eigenvalue is of the order of its
+            squared residual over the gap to the next. An end of the spectrum near 0 takes many products.
+        most: maximum number of products; after these the result is not converged, with a :class:`NotConverged` warning.
+        seed: seed of the Gaussian start.
+        start: a start instead, such as the eigenvector on a part of the data.
 
     Raises:
         ValueError: ``k`` exceeds the dimension or ``most``, or an argument is out of its range.
@@ -118,22 +124,89 @@ def eigenpairs(
     generator = torch.Generator().manual_seed(seed)
     for space in islice(lanczos(A, gaussian(A.like, generator) if start is None else start, generator), most):
         values, S, residuals = space.ritz()
-        chosen = _end(values, which)[:k]
+        chosen = _order(values, which)[:k]
         enough = tol * values[chosen].abs() + ROUNDING * values.abs().max()
         converged = len(chosen) == k and bool((residuals[chosen] <= enough).all())
         if converged:
             break
     found = tuple(values[chosen].tolist())
     errors, products = tuple(residuals[chosen].tolist()), len(space.alpha)
-    _tell(converged, f"Lanczos: {which} {found}, residuals {errors} after {products} products")
+    warn_unless(converged, f"Lanczos: {which} {found}, residuals {errors} after {products} products")
     return Eigenpairs(found, tuple(unit(space.vector(S[:, i])) for i in chosen), errors, converged, products)
 
 
-def _end(values: Tensor, which: Which) -> list[int]:
+def _order(values: Tensor, which: Which) -> list[int]:
     key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
     return key.argsort().tolist()
 
 
-def _tell(converged: bool, what: str) -> None:
-    if not converged:
-        warnings.warn(f"not converged: {what}", NotConverged, stacklevel=3)
+@dataclass(frozen=True)
+class Density:
+    """A probability density over eigenvalues, as one quadrature rule for each probe.
+
+    Attributes:
+        nodes: one tensor of eigenvalue estimates for each probe.
+        weights: the nodes' shares; those of one probe sum to 1.
+        residual: the largest residual of the extreme nodes, relative to the largest absolute node.
+        converged: whether the residual met the tolerance, so that the outermost nodes are the ends of the spectrum.
+        products: products with the matrix that were used.
+    """
+
+    nodes: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    residual: float
+    converged: bool
+    products: int
+
+    def moment(self, power: int) -> tuple[float, float]:
+        """Return ``tr(A^power) / d`` and its standard error over the probes.
+
+        Its expectation is exact for ``power`` below twice the number of steps.
+        """
+        mean, error = _over_probes([w @ x**power for x, w in zip(self.nodes, self.weights, strict=True)])
+        return float(mean), float(error)
+
+    def on(self, grid: Tensor, width: float) -> tuple[Tensor, Tensor]:
+        """Return the density on ``grid``, smoothed by a Gaussian of this standard deviation, and its standard error."""
+        checks.number("width", width, "a number > 0", low=1e-30)
+        normal = torch.distributions.Normal(0.0, width)
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return _over_probes([(normal.log_prob(grid.double()[:, None] - x).exp() * w).sum(1) for x, w in pairs])
+
+
+def _over_probes(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error, infinite for one probe."""
+    each, n = torch.stack(values), len(values)
+    return each.mean(0), each.std(0) / math.sqrt(n) if n > 1 else torch.full_like(each[0], math.inf)
+
+
+def spectral_density(A: Symmetric, probes: int = 8, steps: int = 40, tol: float = 1e-2, seed: int = 0) -> Density:
+    """Return the spectral density by stochastic Lanczos quadrature (Ghorbani et al. 2019, arXiv 1901.10159).
+
+    ``steps`` Lanczos steps from each of ``probes`` Gaussian vectors, with full reorthogonalisation. The nodes are the
+    eigenvalues of ``T``, their weights the squared first entries of its eigenvectors. The bulk is resolved to about
+    the spectrum's width over ``steps``.
+
+    Args:
+        A: an operator.
+        probes: random starts; the standard error falls with their square root.
+        steps: maximum number of products for each probe.
+        tol: relative residual at which the ends count as found; above it there is a :class:`NotConverged` warning.
+        seed: seed of the probes.
+    """
+    checks.positive_integer("probes", probes)
+    checks.positive_integer("steps", steps)
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    generator = torch.Generator().manual_seed(seed)
+    nodes, weights, residual, products = [], [], 0.0, 0
+    for _ in range(probes):
+        for space in islice(lanczos(A, gaussian(A.like, generator), generator), steps):
+            if space.beta[-1] == 0:
+                break  # the quadrature is exact
+        values, S, residuals = space.ritz()
+        nodes.append(values)
+        weights.append(S[0].square())
+        residual = max(residual, float(residuals[[0, -1]].max() / values.abs().max()))
+        products += len(space.alpha)
+    warn_unless(residual <= tol, f"ends of the spectral density, residual {residual:.2g}")
+    return Density(tuple(nodes), tuple(weights), residual, residual <= tol, products)

@@ -1,21 +1,19 @@
-"""The trace of a matrix known by its products."""
+"""Traces and the alignment of matrices that are known by their products."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from steppe.engine import checks
-from steppe.engine.vector import Vector
-from steppe.measure.operator import Symmetric
-from steppe.measure.spectrum import NotConverged
-from steppe.measure.vectors import orthogonal, orthonormal, rademacher
+from steppe.measure.krylov import Symmetric, orthogonal, orthonormal, rademacher
+from steppe.measure.spectrum import warn_unless
 
-LEAST = 8  # probes before a standard error is believed
+LEAST = 8  # probes before a standard error is trusted
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Estimate:
         value: the mean.
         error: its standard error.
         converged: whether the error met the tolerance.
-        products: products with the matrix (or, of a pair of matrices, with each) that it took.
+        products: products that were used; for a pair of matrices, with each.
     """
 
     value: float
@@ -36,34 +34,42 @@ class Estimate:
 
 
 def hutchinson(A: Symmetric, tol: float = 0.05, most: int = 200, seed: int = 0) -> Estimate:
-    """``tr A ~ mean of z^T A z`` over Rademacher ``z``; the variance of one is ``2 (norm(A)_F^2 - sum_i A_ii^2)``.
+    """Return ``tr A``, the mean of ``z^T A z`` over Rademacher ``z``.
+
+    The variance of one draw is ``2 (norm(A)_F^2 - sum_i A_ii^2)``.
 
     Args:
         A: an operator.
-        tol: the standard error to reach, relative to the value; at least 8 probes are drawn.
-        most: products at most; beyond, the result is not converged and a :class:`NotConverged` warning says so.
-        seed: of the probes.
+        tol: standard error to reach, relative to the value; at least 8 probes are drawn.
+        most: maximum number of products; after these the result is not converged, with a
+            :class:`~steppe.measure.NotConverged` warning.
+        seed: seed of the probes.
 
     Example:
         >>> trace = hutchinson(Hessian(problem), tol=0.02, most=1000)
         >>> print(f"{trace.value:.1f} +- {trace.error:.1f}, converged: {trace.converged}")
     """
-    probes = _Probes(A, seed)
-    return _mean(lambda: (z := probes.draw()).dot(A @ z), 0.0, 0, tol, most)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Tensor:
+        z = rademacher(A.like, generator)
+        return z.dot(A @ z)
+
+    return _mean(draw, 0.0, 0, tol, most)
 
 
 def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, seed: int = 0) -> Estimate:
-    """``tr(Q^T A Q)`` exactly, plus Hutchinson's estimate on the complement of ``Q``, an orthonormal basis of ``A S``.
+    """Return ``tr A`` as ``tr(Q^T A Q)`` plus Hutchinson's estimate on the complement of ``Q``, a basis of ``A S``.
 
     Hutch++ (Meyer et al. 2021, arXiv 2010.09649) with a sketch ``S`` of ``rank`` Rademacher vectors. Where a few
-    eigenvalues dominate, as in a Hessian at a minimum, what is left to estimate has little variance.
+    eigenvalues dominate, as in a Hessian at a minimum, the estimated remainder has little variance.
 
     Args:
         A: an operator.
-        rank: vectors in the sketch; it costs two products each.
+        rank: vectors in the sketch, two products each.
         tol: as in :func:`hutchinson`, which this is with rank 0.
-        most: products at most, those of the sketch included.
-        seed: of sketch and probes.
+        most: maximum number of products, those of the sketch included.
+        seed: seed of sketch and probes.
 
     Raises:
         ValueError: ``rank`` leaves fewer than 8 of ``most`` products, or an argument is out of its range.
@@ -71,45 +77,83 @@ def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, s
     checks.positive_integer("rank", rank)
     if most < 2 * rank + LEAST:
         raise ValueError(f"most must be at least 2 rank + {LEAST} = {2 * rank + LEAST}, got {most}")
-    probes = _Probes(A, seed)
-    Q = orthonormal([A @ probes.draw() for _ in range(rank)])
-    known = math.fsum(float(q.dot(A @ q)) for q in Q)
+    generator = torch.Generator().manual_seed(seed)
+    Q = orthonormal([A @ rademacher(A.like, generator) for _ in range(rank)])
+    exact = math.fsum(float(q.dot(A @ q)) for q in Q)
 
-    def rest() -> torch.Tensor:
-        z = orthogonal(probes.draw(), Q)
+    def draw() -> Tensor:
+        z = orthogonal(rademacher(A.like, generator), Q)
         return z.dot(A @ z)
 
-    return _mean(rest, known, rank + len(Q), tol, most)
+    return _mean(draw, exact, rank + len(Q), tol, most)
 
 
-class _Probes:
-    def __init__(self, A: Symmetric, seed: int) -> None:
-        self.like, self.generator = A.like, torch.Generator().manual_seed(seed)
-
-    def draw(self) -> Vector:
-        return rademacher(self.like, self.generator)
-
-
-def _mean(draw: Callable[[], torch.Tensor], known: float, spent: int, tol: float, most: int) -> Estimate:
-    checks.number("tol", tol, "a number > 0", low=1e-30)
-    checks.number("most", most, f"at least {LEAST}", low=LEAST)
+def _mean(draw: Callable[[], Tensor], exact: float, spent: int, tol: float, most: int) -> Estimate:
+    _check(tol, most)
     values: list[float] = []
     while spent + len(values) < most:
         values.append(float(draw()))
         if not math.isfinite(values[-1]):
             raise FloatingPointError("a product with the matrix is not finite")
         value, error = mean_and_error(values)
-        if converged := len(values) >= LEAST and error <= tol * abs(known + value):
+        if converged := len(values) >= LEAST and error <= tol * abs(exact + value):
             break
-    found = Estimate(known + value, error, converged, spent + len(values))
-    if not converged:
-        warnings.warn(f"not converged: trace {found}", NotConverged, stacklevel=3)
+    found = Estimate(exact + value, error, converged, spent + len(values))
+    warn_unless(converged, f"trace {found}", level=4)
     return found
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, infinite for one value."""
+    """Return the mean and its standard error, infinite for one value."""
     n = len(values)
     mean = math.fsum(values) / n
     variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1) if n > 1 else math.inf
     return mean, math.sqrt(variance / n)
+
+
+def alignment(A: Symmetric, B: Symmetric, tol: float = 0.02, most: int = 200, seed: int = 0) -> Estimate:
+    """Return ``tr(A B) / (norm(A)_F norm(B)_F)``, the cosine of two matrices: 1 where ``A = c B``, ``c > 0``.
+
+    ``mean <A z, B z>`` over Rademacher ``z`` over the root of ``mean norm(A z)^2 mean norm(B z)^2``, with the
+    jackknife's standard error. For the gradient covariance and the Hessian it tells how far noise points along
+    curvature.
+
+    Args:
+        A: an operator.
+        B: another one on the same weights.
+        tol: standard error to reach; at least 8 probes are drawn.
+        most: maximum number of products with each matrix; after these the result is not converged, with a
+            :class:`~steppe.measure.NotConverged` warning.
+        seed: seed of the probes.
+
+    Example:
+        >>> alignment(GradientCovariance(problem), Hessian(problem)).value
+    """
+    _check(tol, most)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[float]] = []
+    while len(rows) < most:
+        z = rademacher(A.like, generator)
+        a, b = A @ z, B @ z
+        rows.append([float(a.dot(b)), float(a.dot(a)), float(b.dot(b))])
+        if len(rows) >= LEAST and (found := _cosine(torch.tensor(rows, dtype=torch.float64)))[1] <= tol:
+            break
+    value, error = found
+    warn_unless(error <= tol, f"alignment {value:.3g} +- {error:.2g}")
+    return Estimate(value, error, error <= tol, len(rows))
+
+
+def _cosine(rows: Tensor) -> tuple[float, float]:
+    """Return the cosine and its jackknife standard error."""
+
+    def of(sums: Tensor) -> Tensor:
+        return sums[..., 0] / (sums[..., 1] * sums[..., 2]).sqrt()
+
+    n, sums = len(rows), rows.sum(0)
+    left_out = of(sums - rows)
+    return float(of(sums)), float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
+
+
+def _check(tol: float, most: int) -> None:
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.number("most", most, f"at least {LEAST}", low=LEAST)

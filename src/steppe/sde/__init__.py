@@ -1,20 +1,19 @@
 """Stochastic differential equations of SGD, USAM and SAM, and the regularisers in their drifts.
 
-``docs/theory.md`` states the framework. The core never imports this package.
+``docs/theory.md`` states the framework.
 """
 
-from steppe.sde.compare import Estimate, Slope, estimate, fit, weak_error
+from steppe.sde.compare import GroupMean, Slope, estimate, fit, weak_error
 from steppe.sde.equation import Equation
-from steppe.sde.problem import Problem, SDEError, logistic, problem_of, quadratic
-from steppe.sde.real import RealPaths, draw
+from steppe.sde.finite_sum import FiniteSum, SDEError, logistic, problem_of, quadratic
+from steppe.sde.paths import RealPaths, draw, simulate
 from steppe.sde.regularisers import Regularisers, Term, regularisers
 from steppe.sde.scheme import Scheme, scheme_of
-from steppe.sde.simulate import simulate
 
 __all__ = [
     "Equation",
-    "Estimate",
-    "Problem",
+    "FiniteSum",
+    "GroupMean",
     "RealPaths",
     "Regularisers",
     "SDEError",

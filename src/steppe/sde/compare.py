@@ -1,4 +1,4 @@
-"""The weak error: real optimizers against their equations, and its order in lr and rho."""
+"""The weak error between real optimizers and their equations, and its order in lr and rho."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from steppe.sde.equation import Equation
-from steppe.sde.problem import Problem, SDEError
-from steppe.sde.real import RealPaths, draw, largest
-from steppe.sde.simulate import Progress, mover, require_finite
+from steppe.sde.finite_sum import FiniteSum, SDEError
+from steppe.sde.paths import RealPaths, draw, largest, mover, require_finite
 
-LEVELS = ((1, 1 / 3), (2, -2.0), (4, 8 / 3))  # steps of the equation in one of the optimizer, weights
-GROUPS = 16  # of paths, for the standard error
+LEVELS = ((1, 1 / 3), (2, -2.0), (4, 8 / 3))  # the equation's steps to one of the optimizer, and their weights
+GROUPS = 16  # groups of paths, for the standard error
 RESOLVED = 2.0  # standard errors that an error must exceed to enter a fit
 
-Errors = dict[str, list[float]]  # of each test function, one number a group
+Errors = dict[str, list[float]]  # by test function, one number for each group
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
-def functions(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The test functions: ``(x of shape (paths, d)) -> (paths,)``."""
+def functions(problem: FiniteSum) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the test functions: ``(x of shape (paths, d)) -> (paths,)``."""
     return {"f": vmap(lambda x: problem.losses(x).mean()), "|x|^2": lambda x: x.square().sum(1)}
 
 
 def whole_steps(time: float, lr: float) -> int:
-    """``time / lr``, refused where it is no positive integer."""
+    """Return ``time / lr``; raise :class:`SDEError` if it is no positive integer."""
     steps = round(time / lr)
     if steps < 1 or abs(steps * lr - time) > 1e-9 * time:
         raise SDEError(f"time must be a positive multiple of lr, got {time:g} and {lr:g}")
@@ -44,24 +43,24 @@ def weak_error(
     seed: int = 0,
     progress: Progress = lambda step, steps: None,
 ) -> Errors:
-    """``E phi(x_k) - E phi(X(time))``, ``k = time / lr``: independent estimates, one for each of 16 groups of paths.
+    """Return estimates of ``E phi(x_k) - E phi(X(time))``, ``k = time / lr``, from each of 16 groups of paths.
 
-    The error of Euler-Maruyama is removed to third order: paths of the equation with 1, 2 and 4 steps to one of the
-    optimizer's, along one Brownian motion, weighted 1/3, -2 and 8/3 (Talay and Tubaro 1990). Without replacement the
-    optimizer's batch holds the examples along which the Brownian motion has moved most: every batch is equally likely,
-    as it must be, and the paths stay closer, so that fewer are needed. Equal seeds use the same batches and Brownian
-    motion for every radius, so that differences between radii are sharp.
+    Extrapolation removes the error of Euler-Maruyama to third order: paths of the equation with 1, 2 and 4 steps to one
+    of the optimizer's, along one Brownian motion, weighted 1/3, -2 and 8/3 (Talay and Tubaro 1990). Without replacement
+    the optimizer's batch holds the examples along which the Brownian motion has moved most. Every batch is still
+    equally likely, and the paths stay closer, so that fewer are needed. Equal seeds use the same batches and Brownian
+    motion for every radius, so that differences between radii have little noise.
 
     Args:
-        equation: of the scheme that is compared.
-        start: where every path begins, shape ``(d,)``.
+        equation: the equation of the scheme that is compared.
+        start: start of every path, shape ``(d,)``.
         time: a multiple of ``lr``.
-        paths: at least 32.
-        seed: of batches and Brownian motion.
+        paths: number of paths, at least 32.
+        seed: seed of batches and Brownian motion.
         progress: called after every step of the optimizer, ``(done, of)``.
 
     Raises:
-        SDEError: ``time`` is no multiple of ``lr``, there are too few paths, or one ceases to be finite.
+        SDEError: ``time`` is no multiple of ``lr``, there are too few paths, or one is no longer finite.
     """
     scheme, problem = equation.scheme, equation.problem
     steps = whole_steps(time, scheme.lr)
@@ -92,21 +91,22 @@ def weak_error(
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over groups and its standard error."""
+class GroupMean:
+    """The mean of independent groups and its standard error."""
 
     mean: float
     error: float
 
     @property
     def resolved(self) -> bool:
-        """Whether it is told from zero."""
+        """Return True if the mean differs from zero by more than two standard errors."""
         return abs(self.mean) > RESOLVED * self.error
 
 
-def estimate(groups: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent groups."""
-    return Estimate(float(np.mean(groups)), float(np.std(groups, ddof=1)) / math.sqrt(len(groups)))
+def estimate(groups: Sequence[float]) -> GroupMean:
+    """Return mean and standard error of independent groups."""
+    values = torch.tensor(groups, dtype=torch.float64)
+    return GroupMean(float(values.mean()), float(values.std()) / math.sqrt(len(groups)))
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,21 @@ class Slope:
     points: int
 
 
-def fit(h: Sequence[float], errors: Sequence[Estimate]) -> Slope | None:
-    """Weighted least squares of ``log abs(error)`` on ``log h``; ``None`` where fewer than two errors are resolved.
+def fit(h: Sequence[float], errors: Sequence[GroupMean]) -> Slope | None:
+    """Return the weighted least squares fit of ``log abs(error)`` on ``log h``; ``None`` below two resolved errors.
 
     The interval carries the Monte Carlo error alone (delta method: ``log abs(error)`` has standard error ``error /
-    abs(mean)``), not that higher orders bend the line.
+    abs(mean)``). It does not carry the curvature of the line by higher orders.
     """
     kept = [
-        (math.log(a), math.log(abs(e.mean)), 1 / max(e.error / abs(e.mean), 1e-12))  # without noise the error is 0
+        (math.log(a), math.log(abs(e.mean)), max(e.error / abs(e.mean), 1e-12) ** -2)  # the error is 0 without noise
         for a, e in zip(h, errors, strict=True)
         if e.resolved
     ]
     if len(kept) < 2:
         return None
-    a, y, root_weight = np.array(kept).T
-    w = root_weight**2
-    centred = a - np.average(a, weights=w)
+    a, y, w = torch.tensor(kept, dtype=torch.float64).T
+    centred = a - (w * a).sum() / w.sum()
     spread = float((w * centred**2).sum())
     slope = float((w * centred * y).sum()) / spread
     half = 1.96 / math.sqrt(spread)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from steppe.engine.vector import TINY
-from steppe.sde.problem import Problem
+from steppe.sde.finite_sum import FiniteSum
 from steppe.sde.sampling import Sampling, sampling
 from steppe.sde.scheme import Scheme
 
@@ -25,8 +25,8 @@ class Equation:
 
         b = -E u,    sigma sigma^T = lr Cov u,    corrected: b - (lr / 2) b' b.
 
-    The drift ``-E u`` is minus the gradient of a regularised loss, with ``V`` the covariance of one example's gradient
-    and ``c = 1`` with replacement, ``(n - m) / (n - 1)`` without (arXiv 2509.18001; the factor is derived):
+    The drift ``-E u`` is minus the gradient of a regularised loss, with ``V`` the covariance of the per-example
+    gradients and ``c = 1`` with replacement, ``(n - m) / (n - 1)`` without (arXiv 2509.18001; the factor is derived):
 
     | form | of | theorem |
     | --- | --- | --- |
@@ -41,9 +41,9 @@ class Equation:
     others derived).
 
     Args:
-        problem: the finite sum, small enough for its Hessians and for all micro-batches.
-        scheme: what is approximated.
-        corrected: with the term of order ``lr`` in the drift, for SGD ``-lr/4 grad norm(grad f)^2``.
+        problem: a finite sum that is small enough for its Hessians and for all micro-batches.
+        scheme: the optimizer that is approximated.
+        corrected: whether the drift has its term of order ``lr``, for SGD ``-lr/4 grad norm(grad f)^2``.
 
     Raises:
         SDEError: the micro-batches are too many, or the batch is larger than the data.
@@ -53,20 +53,20 @@ class Equation:
         >>> b, sigma = equation.drift(x), equation.diffusion(x)
     """
 
-    problem: Problem
+    problem: FiniteSum
     scheme: Scheme
     corrected: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.sampling  # refuse what cannot be enumerated now
+        _ = self.sampling  # raises now if the micro-batches cannot be enumerated
 
     @cached_property
     def sampling(self) -> Sampling:
-        """The micro-batches."""
+        """Return the micro-batches with their probabilities."""
         return sampling(len(self.problem), self.scheme)
 
     def updates(self, x: Tensor) -> Tensor:
-        """Every micro-batch's update to first order in rho, ``g_k + rho H_k v_k``, shape ``(U, d)``."""
+        """Return every micro-batch's update to first order in rho, ``g_k + rho H_k v_k``, shape ``(U, d)``."""
         parts = self.sampling.parts.to(x)
         g_i = self.problem.gradients(x)
         g_k = parts @ g_i
@@ -79,15 +79,15 @@ class Equation:
         return g_k + self.scheme.rho * torch.einsum("ude,ue->ud", H_k, v)
 
     def drift(self, x: Tensor) -> Tensor:
-        """``b(x)``, shape ``(d,)``, at ``x`` of shape ``(d,)``."""
+        """Return ``b(x)``, shape ``(d,)``, at ``x`` of shape ``(d,)``."""
         return self.coefficients(x)[0]
 
     def diffusion(self, x: Tensor) -> Tensor:
-        """``sigma(x)``, shape ``(d, r)``: its columns are the noise of ``r`` independent Brownian motions."""
+        """Return ``sigma(x)``, shape ``(d, r)``, one column for each of ``r`` independent Brownian motions."""
         return self.coefficients(x)[1]
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift and diffusion at once: they share the updates."""
+        """Return drift and diffusion, which share the updates."""
         u = self.updates(x)
         b, sigma = self._mean(u), -(self.scheme.lr**0.5) * u.mT @ self.sampling.factor.to(x)
         if self.corrected:
@@ -97,5 +97,5 @@ class Equation:
         return b, sigma
 
     def _mean(self, u: Tensor) -> Tensor:
-        """``-E u``."""
+        """Return ``-E u``."""
         return -(self.sampling.mean.to(u) @ u)

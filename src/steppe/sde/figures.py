@@ -1,13 +1,15 @@
-"""The picture of a study; a pure function of its record."""
+"""The figure of a study of weak errors. Needs matplotlib."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from steppe.sde.study import ErrorCurve
 
-from steppe.sde.study import Line
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLES = {
     "SGD": ("#000000", "x"),
@@ -25,38 +27,44 @@ TITLES = {
 }
 
 
-def orders(lines: Sequence[Line], file: Path) -> None:
-    """Weak error against lr and rho, logarithmic, with the claimed order as a dashed line; hollow: not told from 0."""
-    functions = list(dict.fromkeys(line.function for line in lines))
+def orders(curves: Sequence[ErrorCurve]) -> Figure:
+    """Return the figure of weak errors against lr and rho, logarithmic.
+
+    A dashed line has the claimed order. Hollow marks do not differ significantly from 0.
+    """
+    from matplotlib.figure import Figure
+
+    functions = list(dict.fromkeys(curve.function for curve in curves))
     figure = Figure(figsize=(13, 3.6 * len(functions)), layout="constrained", dpi=110)
     axes = figure.subplots(len(functions), 3, squeeze=False)
     for row, function in zip(axes, functions, strict=True):
         for axis, (against, title) in zip(row, TITLES.items(), strict=True):
-            shown = [line for line in lines if (line.function, line.against) == (function, against) and line.at]
+            shown = [curve for curve in curves if (curve.function, curve.against) == (function, against) and curve.at]
             _panel(axis, shown, 1 if against == "lr" else 2)
             axis.set(title=title, xlabel=against.split(",")[0], ylabel=f"weak error of {function}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.savefig(file)
+    return figure
 
 
-def _panel(axis: Axes, lines: Sequence[Line], order: int) -> None:
+def _panel(axis: Axes, curves: Sequence[ErrorCurve], order: int) -> None:
     axis.set(xscale="log", yscale="log")
-    for line in lines:
-        color, mark = STYLES[line.rule]
-        sizes, bars = [abs(e.mean) for e in line.errors], [1.96 * e.error for e in line.errors]
-        axis.errorbar(line.at, sizes, bars, color=color, linewidth=1, capsize=2, alpha=0.6)
-        axis.plot([], [], f"-{mark}", color=color, label=line.rule)
-        for h, size, e in zip(line.at, sizes, line.errors, strict=True):
+    for curve in curves:
+        color, mark = STYLES[curve.rule]
+        sizes, bars = [abs(e.mean) for e in curve.errors], [1.96 * e.error for e in curve.errors]
+        axis.errorbar(curve.at, sizes, bars, color=color, linewidth=1, capsize=2, alpha=0.6)
+        axis.plot([], [], f"-{mark}", color=color, label=curve.rule)
+        for h, size, e in zip(curve.at, sizes, curve.errors, strict=True):
             axis.plot(h, size, mark, color=color, markersize=6, markerfacecolor=color if e.resolved else "white")
-    resolved = [(h, abs(e.mean)) for line in lines for h, e in zip(line.at, line.errors, strict=True) if e.resolved]
+    resolved = [(h, abs(e.mean)) for curve in curves for h, e in zip(curve.at, curve.errors, strict=True) if e.resolved]
     if not resolved:
         return
-    grid = np.array(sorted({h for line in lines for h in line.at}))
-    top = max(h_ for h_, _ in resolved)
-    anchor = max(size for h_, size in resolved if h_ == top)
-    axis.plot(grid, 1.6 * anchor * (grid / top) ** order, "--", color="grey", linewidth=1, label="claimed order")
+    grid = sorted({h for curve in curves for h in curve.at})
+    top = max(h for h, _ in resolved)
+    anchor = max(size for h, size in resolved if h == top)
+    claimed = [1.6 * anchor * (h / top) ** order for h in grid]
+    axis.plot(grid, claimed, "--", color="grey", linewidth=1, label="claimed order")
     axis.set_ylim(min(size for _, size in resolved) / 5, 5 * anchor)
-    axis.set_xticks(grid, [f"{v:g}" for v in grid])
+    axis.set_xticks(grid, [f"{h:g}" for h in grid])
     axis.minorticks_off()

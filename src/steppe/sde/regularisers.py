@@ -1,4 +1,4 @@
-"""The implicit regularisers as numbers and gradients, on any model."""
+"""Values and gradients of the implicit regularisers, on any model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from steppe.engine import checks
-from steppe.sde.problem import Problem, SDEError
+from steppe.sde.finite_sum import FiniteSum, SDEError
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Term:
 
     Attributes:
         value: shape ``()``.
-        gradient: shape ``(d,)``, by autograd through the gradients of the examples.
+        gradient: shape ``(d,)``, by autograd through the per-example gradients.
     """
 
     value: Tensor
@@ -31,7 +31,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Regularisers:
-    """What the drifts descend, term by term (arXiv 2509.18001).
+    """The terms of the losses that the drifts descend (arXiv 2509.18001).
 
     Attributes:
         loss: ``f``, what SGD descends.
@@ -50,7 +50,7 @@ class Regularisers:
 
 
 def regularisers(
-    problem: Problem,
+    problem: FiniteSum,
     x: Tensor,
     rho: float,
     m: int,
@@ -58,20 +58,20 @@ def regularisers(
     repeats: int = 8,
     generator: torch.Generator | None = None,
 ) -> Regularisers:
-    """Every term at ``x`` with its gradient.
+    """Return every term at ``x`` with its gradient.
 
-    All are exact but ``norm``, an average over random micro-batches: ``repeats`` permutations cut into parts of ``m``,
-    so that every example counts equally (with replacement, as many independent draws). With ``m`` 1 or ``n`` and
-    without replacement it is exact too. All examples' gradients are held at once: ``n d`` numbers, and their graph.
+    All are exact except ``norm``, an average over random micro-batches: ``repeats`` permutations cut into parts of
+    ``m``, so that every example counts equally (with replacement, as many independent draws). With ``m`` 1 or ``n`` and
+    without replacement it is exact too. All per-example gradients are held at once: ``n d`` numbers and their graph.
 
     Args:
-        problem: the finite sum; of a model and its data by :func:`~steppe.sde.problem_of`.
-        x: where, shape ``(d,)``.
+        problem: the finite sum; :func:`~steppe.sde.problem_of` makes one of a model and its data.
+        x: the point, shape ``(d,)``.
         rho: the radius.
-        m: examples that share a perturbation.
+        m: number of examples that share a perturbation.
         replacement: whether micro-batches are drawn with replacement.
-        repeats: of the random partition.
-        generator: of the partitions.
+        repeats: number of random partitions.
+        generator: source of the partitions.
 
     Raises:
         SDEError: ``m`` is larger than the data without replacement; a loss or gradient is not finite.
@@ -91,30 +91,22 @@ def regularisers(
     index = _micro_batches(n, m, replacement, repeats, generator)
     c = 1.0 if replacement else (n - m) / max(1, n - 1)
 
-    def square_norm(x: Tensor) -> Tensor:
-        return problem.gradients(x).mean(0).square().sum() * (rho / 2)
+    def term(of: Callable[[Tensor], Tensor]) -> Term:
+        gradient, value = grad_and_value(lambda x: of(problem.gradients(x)))(x)
+        return Term(value, gradient)
 
-    def variance(x: Tensor) -> Tensor:
-        g_i = problem.gradients(x)
-        return (g_i - g_i.mean(0)).square().sum(1).mean() * (rho * c / (2 * m))
-
-    def norm(x: Tensor) -> Tensor:
-        return problem.gradients(x)[index].mean(1).square().sum(1).sqrt().mean() * rho
-
-    def full_norm(x: Tensor) -> Tensor:
-        return problem.gradients(x).mean(0).square().sum().sqrt() * rho
-
-    functions = (lambda x: problem.losses(x).mean(), square_norm, variance, full_norm, norm)
-    return Regularisers(*(_term(function, x) for function in functions))
-
-
-def _term(function: Callable[[Tensor], Tensor], x: Tensor) -> Term:
-    gradient, value = grad_and_value(function)(x)
-    return Term(value, gradient)
+    gradient, loss = grad_and_value(lambda x: problem.losses(x).mean())(x)
+    return Regularisers(
+        loss=Term(loss, gradient),
+        gradient=term(lambda g_i: rho / 2 * g_i.mean(0).square().sum()),
+        variance=term(lambda g_i: rho * c / (2 * m) * (g_i - g_i.mean(0)).square().sum(1).mean()),
+        full_norm=term(lambda g_i: rho * g_i.mean(0).square().sum().sqrt()),
+        norm=term(lambda g_i: rho * g_i[index].mean(1).square().sum(1).sqrt().mean()),
+    )
 
 
 def _micro_batches(n: int, m: int, replacement: bool, repeats: int, generator: torch.Generator | None) -> Tensor:
-    """Indices of shape ``(count, m)``."""
+    """Return indices of shape ``(count, m)``."""
     if replacement:
         return torch.randint(n, (repeats * max(1, n // m), m), generator=generator)
     if m in (1, n):

@@ -1,4 +1,4 @@
-"""The micro-batches of a random batch: all of them, their probabilities, and how batches mix them."""
+"""All micro-batches of a random batch, their probabilities, and the covariance of a batch's weights on them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from itertools import combinations, combinations_with_replacement
 import torch
 from torch import Tensor
 
-from steppe.sde.problem import SDEError
+from steppe.sde.finite_sum import SDEError
 from steppe.sde.scheme import Scheme
 
-LIMIT = 2000  # micro-batches that are enumerated at most
+LIMIT = 2000  # maximum number of micro-batches
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Every micro-batch of ``m`` out of ``n`` examples.
 
-    A batch of ``K = size / m`` micro-batches mixes them with random weights ``B``, ``1 / K`` for each it holds (a
-    micro-batch drawn twice counts twice). If ``p`` has a row for each micro-batch, a batch's mean is ``B p``.
+    A batch of ``K = size / m`` micro-batches is a random vector of weights ``B``: ``1 / K`` for each micro-batch that
+    it holds (one that is drawn twice counts twice). If ``p`` has a row for each micro-batch, a batch's mean is ``B p``.
 
     Attributes:
         parts: shape ``(U, n)``, row ``u`` averages the examples of micro-batch ``u``.
         mean: ``E B``, its probabilities, shape ``(U,)``.
-        factor: shape ``(U, r)``, ``factor factor^T = Cov B``. Its first ``n`` columns follow the examples: they carry
-            what is common to all micro-batches with example ``i``, the others the rest.
+        factor: shape ``(U, r)``, ``factor factor^T = Cov B``. Its first ``n`` columns belong to the examples and carry
+            the part common to all micro-batches with example ``i``. The other columns carry the remainder.
     """
 
     parts: Tensor
@@ -35,7 +35,7 @@ class Sampling:
 
 
 def sampling(n: int, scheme: Scheme) -> Sampling:
-    """Enumerate the micro-batches of a scheme's batches.
+    """Return the micro-batches of a scheme's batches, enumerated.
 
     Without replacement every set of ``m`` is equally likely, two micro-batches of one batch are disjoint, and so
     ``E B_u B_v = 1 / (K U)`` for ``u = v``, ``(K - 1) / (K U C(n - m, m))`` for disjoint ``u`` and ``v``, else 0. With
@@ -68,7 +68,7 @@ def sampling(n: int, scheme: Scheme) -> Sampling:
 
 
 def _factor(covariance: Tensor, parts: Tensor) -> Tensor:
-    """``[F, R]`` with ``F F^T`` the part of the covariance that the examples' weights ``parts^T B`` explain.
+    """Return ``[F, R]``, ``F F^T`` the part of the covariance that the examples' weights ``parts^T B`` explain.
 
     Examples are exchangeable, so ``Cov(parts^T B) = s (I - 1 1^T / n)`` and ``F = Cov(B, parts^T B) / sqrt(s)``.
     """

@@ -1,4 +1,4 @@
-"""What an equation stands for: a rule, its step size, its radius, its batches."""
+"""The optimizer that an equation approximates: a rule, its step size, its radius, its batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from steppe.pieces.geometry import Euclidean, Unnormalised
 from steppe.pieces.sample import Mean, OnFull
 from steppe.pieces.select import All
 from steppe.rule import Micro, Plain, Rule
-from steppe.sde.problem import SDEError
+from steppe.sde.finite_sum import SDEError
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """``x <- x - lr u``, ``u`` by a rule on a random batch: SGD, USAM or SAM in n-, mini-batch or m-form.
+    """``x <- x - lr u``, ``u`` a rule's update on a random batch: SGD, USAM or SAM in n-, mini-batch or m-form.
 
     Args:
-        rule: ``Plain()`` (SGD), ``Rule(geometry=Unnormalised())`` (USAM), ``Rule()`` (SAM), with ``Micro(m, ...)``
-            around it the m-form, with ``sample=OnFull()`` in it the n-form.
+        rule: ``Plain()`` (SGD), ``Rule(geometry=Unnormalised())`` (USAM) or ``Rule()`` (SAM). ``Micro(m, ...)`` around
+            it is the m-form, ``sample=OnFull()`` in it the n-form.
         lr: the learning rate, eta in the papers.
         rho: the radius.
-        size: examples in a batch.
+        size: number of examples in a batch.
         replacement: whether a batch may hold an example twice. Training by epochs does not.
 
     Raises:
@@ -53,32 +53,32 @@ class Scheme:
 
     @property
     def m(self) -> int:
-        """Examples that share a perturbation: the micro-batch, or the whole batch."""
+        """Return the number of examples that share a perturbation: those of a micro-batch, or of the batch."""
         return min(self.rule.m, self.size) if isinstance(self.rule, Micro) else self.size
 
     @property
     def inner(self) -> AnyRule:
-        """The rule of a micro-batch."""
+        """Return the rule of a micro-batch."""
         return self.rule.rule if isinstance(self.rule, Micro) else self.rule
 
     @property
     def perturbed(self) -> bool:
-        """Whether there is a perturbation at all."""
+        """Return True if there is a perturbation."""
         return isinstance(self.inner, Rule) and self.rho > 0
 
     @property
     def normalised(self) -> bool:
-        """Whether it has length ``rho`` (SAM) rather than ``rho`` times the gradient's (USAM)."""
+        """Return True if the perturbation has length ``rho`` (SAM), not ``rho`` times the gradient's norm (USAM)."""
         return isinstance(self.inner, Rule) and isinstance(self.inner.geometry, Euclidean)
 
     @property
     def full(self) -> bool:
-        """Whether it follows the full gradient (the n-form)."""
+        """Return True if the perturbation follows the full gradient (n-form)."""
         return isinstance(self.inner, Rule) and isinstance(self.inner.sample, OnFull)
 
 
 def scheme_of(optimizer: torch.optim.Optimizer, size: int, replacement: bool = False) -> Scheme:
-    """The scheme that an optimizer follows on batches of ``size``.
+    """Return the scheme of an optimizer on batches of ``size``.
 
     Raises:
         SDEError: its base is not plain SGD, it has several groups, or its rule has no equation here.

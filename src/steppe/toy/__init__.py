@@ -1,11 +1,11 @@
-"""Optimizers on functions of two variables: WSAM's Figure 2, and any function of the reader's own.
+"""Optimizers on functions of two variables: WSAM's Figure 2, and any other function.
 
-Trajectories come from the library's own optimizers on a model of two parameters. Needs the extra
-`pip install "steppe[lab]"`; the core never imports this package.
+Trajectories come from the library's optimizers. Stationary points need SciPy, figures
+matplotlib; ``pip install "steppe[lab]"`` has both.
 """
 
-from steppe.toy.landscape import FIGURE_2, Landscape, ToyError, imported, kl_wells
-from steppe.toy.stationary import Place, Stationary, place, stationary_points
+from steppe.toy.landscape import FIGURE_2, Landscape, ToyError, kl_wells
+from steppe.toy.stationary import Stationary, place, stationary_points
 from steppe.toy.trajectory import SGDM, Method, methods, trajectory
 
 __all__ = [
@@ -13,10 +13,8 @@ __all__ = [
     "SGDM",
     "Landscape",
     "Method",
-    "Place",
     "Stationary",
     "ToyError",
-    "imported",
     "kl_wells",
     "methods",
     "place",

@@ -1,30 +1,37 @@
-"""The pictures of the toy; pure functions of what was computed."""
+"""Figures of trajectories on a landscape. Needs matplotlib."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from steppe.engine.vector import TINY
 from steppe.toy.landscape import Landscape
 from steppe.toy.stationary import Stationary
 
-CELLS = 100  # of the contour on each axis
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELLS = 100  # of the contours, along each axis
 MARKS = {"minimum": "*", "saddle": "X", "maximum": "^"}
-COLORS = ("#444444", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # told apart by all eyes
+COLORS = (
+    "#444444",
+    "#0072b2",
+    "#e69f00",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+)  # distinct to colour-blind readers
 
 
-def trajectories(
-    landscape: Landscape, paths: Mapping[str, Tensor], points: Sequence[Stationary], title: str, file: Path
-) -> None:
-    """Contours, every path from the common start, minima and saddles; decoupled WSAM dashed, a part enlarged."""
-    figure = Figure(figsize=(9, 5.6), layout="constrained", dpi=130)
-    axis = figure.subplots()
+def trajectories(landscape: Landscape, paths: Mapping[str, Tensor], points: Sequence[Stationary], title: str) -> Figure:
+    """Return the contours with every path and the stationary points; decoupled WSAM is dashed."""
+    figure, axis = _figure(9, 5.6)
     _contours(figure, axis, landscape)
     _draw(axis, paths)
     axis.plot(*landscape.start, "s", color="black", markersize=7, label="start", zorder=5)
@@ -40,11 +47,11 @@ def trajectories(
     if landscape.zoom is not None:
         _inset(axis, landscape, paths)
     figure.legend(loc="outside right upper", fontsize=9)
-    figure.savefig(file)
+    return figure
 
 
-def update(landscape: Landscape, gammas: Sequence[float], file: Path) -> None:
-    """WSAM's Figure 1: at the start, the update as a function of gamma.
+def update(landscape: Landscape, gammas: Sequence[float]) -> Figure:
+    """Return WSAM's Figure 1: the update at the start as a function of gamma.
 
     Every update ``-(g + gamma / (1 - gamma) (g_adv - g))`` ends on the line through ``-g`` (gamma 0) and ``-g_adv``
     (gamma 1/2, SAM); above 1/2 it lies beyond SAM's.
@@ -52,8 +59,7 @@ def update(landscape: Landscape, gammas: Sequence[float], file: Path) -> None:
     point = torch.tensor(landscape.start, dtype=torch.float64)
     g = landscape.gradient(point)
     g_adv = landscape.gradient(point + landscape.rho * g / (g.norm() + TINY))
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained", dpi=130)
-    axis = figure.subplots()
+    figure, axis = _figure(5.6, 4.8)
     ends = {gamma: -(g + gamma / (1 - gamma) * (g_adv - g)) for gamma in (0.0, 0.5, *gammas)}
     xs, ys = torch.stack(list(ends.values())).T.numpy()
     axis.plot(xs, ys, color="grey", linewidth=1, linestyle=":", zorder=1)
@@ -63,17 +69,12 @@ def update(landscape: Landscape, gammas: Sequence[float], file: Path) -> None:
         arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
         tip = float(end[0]), float(end[1])
         axis.annotate("", tip, (0, 0), arrowprops=arrow)
-        text, side = f"gamma {special.get(gamma, f'{gamma:g}')}", -1 if tip[0] < 0 else 1
-        axis.annotate(
-            text,
-            tip,
-            (8 * side, 0),
-            textcoords="offset points",
-            fontsize=9,
-            color=color,
-            ha="right" if side < 0 else "left",
-            va="center",
+        text, (offset, align) = (
+            f"gamma {special.get(gamma, f'{gamma:g}')}",
+            (-8, "right") if tip[0] < 0 else (8, "left"),
         )
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": align, "va": "center"}
+        axis.annotate(text, tip, (offset, 0), fontsize=9, color=color, **place)
     axis.plot(0, 0, "s", color="black", markersize=6, label="w")
     axis.margins(x=0.35, y=0.1)
     x, y = landscape.start
@@ -81,15 +82,12 @@ def update(landscape: Landscape, gammas: Sequence[float], file: Path) -> None:
     axis.set_aspect("equal", adjustable="datalim")
     axis.set_title(f"WSAM's update by gamma\nat w = ({x:.3g}, {y:.3g}), rho {landscape.rho:g}", fontsize=11)
     axis.legend(loc="lower right")
-    figure.savefig(file)
+    return figure
 
 
-def sweep(
-    landscape: Landscape, ends: Mapping[str, Mapping[float, Tensor]], points: Sequence[Stationary], file: Path
-) -> None:
-    """The first variable at the end of training against gamma, for each form of WSAM; stationary points as lines."""
-    figure = Figure(figsize=(7.5, 4), layout="constrained", dpi=130)
-    axis = figure.subplots()
+def sweep(landscape: Landscape, ends: Mapping[str, Mapping[float, Tensor]], points: Sequence[Stationary]) -> Figure:
+    """Return the first variable after the last step against gamma, by form of WSAM; stationary points are lines."""
+    figure, axis = _figure(7.5, 4)
     for s in points:
         axis.axhline(s.point[0], color="grey", linewidth=1, linestyle=":" if s.kind == "saddle" else "-", zorder=1)
         axis.annotate(s.name, (1, s.point[0]), (4, -3), xycoords=("axes fraction", "data"), textcoords="offset points")
@@ -99,7 +97,14 @@ def sweep(
         axis.plot(list(by_gamma), values, mark, color=color, markersize=5, markerfacecolor=filled, label=name)
     axis.set(xlabel="gamma", ylabel=f"{landscape.axes[0]} after {landscape.steps} steps")
     axis.legend(fontsize=9)
-    figure.savefig(file)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
+    return figure, figure.subplots()
 
 
 def _draw(axis: Axes, paths: Mapping[str, Tensor]) -> None:
@@ -111,7 +116,7 @@ def _draw(axis: Axes, paths: Mapping[str, Tensor]) -> None:
 
 
 def _inset(axis: Axes, landscape: Landscape, paths: Mapping[str, Tensor]) -> None:
-    """The part of the window where paths lie close together, larger."""
+    """Enlarge the part of the window where the paths lie close together."""
     assert landscape.zoom is not None
     xlim, ylim = landscape.zoom
     inset = axis.inset_axes((0.45, 0.02, 0.53, 0.4), xlim=xlim, ylim=ylim, xticks=[], yticks=[])
@@ -122,6 +127,9 @@ def _inset(axis: Axes, landscape: Landscape, paths: Mapping[str, Tensor]) -> Non
 
 
 def _contours(figure: Figure, axis: Axes, landscape: Landscape) -> None:
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+
     x, y = np.linspace(*landscape.x, CELLS), np.linspace(*landscape.y, CELLS)
     rows = [[landscape.value(torch.tensor([a, b], dtype=torch.float64)) for a in x] for b in y]
     values = np.ma.masked_invalid(np.array(rows))

@@ -1,8 +1,6 @@
-"""Functions of two variables, and where and how an optimizer is to walk on them."""
+"""Functions of two variables, with the start and the numbers of an optimizer."""
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,24 +11,24 @@ Function = Callable[[Tensor], Tensor]  # (2,) -> ()
 
 
 class ToyError(ValueError):
-    """A mistake in what was asked for; the message names it."""
+    """An error for a wrong argument or function; the message names it."""
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """A function of two variables, a start, an optimizer's numbers, and the window that is drawn.
+    """A function of two variables, a start, an optimizer's numbers, and the window of the figures.
 
     Args:
         loss: ``(point) -> value``, from a tensor of shape ``(2,)`` to one of shape ``()``, differentiable twice.
-        start: where every trajectory begins.
+        start: start of every trajectory.
         lr: learning rate of SGD with ``momentum``.
         rho: radius of the perturbation.
-        steps: how many.
-        x: first and last value of the first variable that is drawn.
-        y: the same for the second.
+        steps: number of steps.
+        x: range of the first variable in the window.
+        y: range of the second.
         momentum: torch's, without dampening.
         axes: names of the variables.
-        zoom: a part of the window, ranges of both variables, that the picture shows larger too.
+        zoom: ranges of both variables of a part of the window that the figure enlarges in an inset.
 
     Raises:
         ToyError: a number is out of its range, or the function is not a finite, differentiable scalar at the start.
@@ -63,21 +61,21 @@ class Landscape:
 
     @property
     def diagonal(self) -> float:
-        """The length of the window's diagonal."""
+        """Return the length of the window's diagonal."""
         return math.hypot(self.x[1] - self.x[0], self.y[1] - self.y[0])
 
     def value(self, point: Tensor) -> float:
-        """The loss at ``point``, shape ``(2,)``; not a number where it is not defined."""
+        """Return the loss at ``point``, shape ``(2,)``; NaN where it is not defined."""
         return float(self.loss(point))
 
     def gradient(self, point: Tensor) -> Tensor:
-        """The gradient at ``point``, shape ``(2,)``."""
+        """Return the gradient at ``point``, shape ``(2,)``."""
         point = point.detach().requires_grad_()
         (g,) = torch.autograd.grad(self.loss(point), point)
         return g
 
     def hessian(self, point: Tensor) -> Tensor:
-        """The Hessian at ``point``, shape ``(2, 2)``."""
+        """Return the Hessian at ``point``, shape ``(2, 2)``."""
         h: Tensor = torch.autograd.functional.hessian(self.loss, point.detach())
         return h
 
@@ -99,7 +97,7 @@ class Landscape:
 
 
 def kl_wells(point: Tensor) -> Tensor:
-    """The two basins of WSAM's Figure 2 (arXiv 2305.15817): a mixture of Kullback-Leibler wells.
+    """Return the loss of WSAM's Figure 2 (arXiv 2305.15817), two basins: a mixture of Kullback-Leibler wells.
 
     ``L(mu, sigma) = -log(0.7 exp(-K_1 / 1.8^2) + 0.3 exp(-K_2 / 1.2^2))`` with
     ``K_i = KL(N(mu, sigma^2), N(mu_i, sigma_i^2)) = log(sigma_i / sigma) + (sigma^2 + (mu - mu_i)^2) / (2 sigma_i^2)
@@ -132,28 +130,3 @@ FIGURE_2 = Landscape(
     axes=("mu", "sigma"),
     zoom=((-19.0, -4.5), (9.5, 18.0)),
 )
-
-
-def imported(name: str) -> Function:
-    """The function called ``module:function``; modules are also looked for in the current directory.
-
-    Raises:
-        ToyError: the name has another form, or names no module, nothing in it, or nothing that can be called.
-    """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ToyError(f"the function must be named as module:function, got {name!r}")
-    before = list(sys.path)
-    sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ToyError(f"module {module!r} has no {attribute!r}") from None
-    except Exception as error:  # the reader's module may raise anything
-        raise ToyError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path[:] = before
-    if not callable(found):
-        raise ToyError(f"{name} is no function but {found!r}")
-    function: Function = found
-    return function

@@ -1,18 +1,22 @@
-"""Minima, saddles and maxima of a landscape, and which of them a trajectory has come to."""
+"""Minima, saddles and maxima of a landscape, and the one that a trajectory has reached."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from scipy.integrate import solve_ivp
-from scipy.optimize import root
 from torch import Tensor
 
 from steppe.toy.landscape import Landscape
 
+if TYPE_CHECKING:
+    import numpy as np
+
 GRID = 9  # starts of the search on each axis
-SAME = 1e-4  # of the window's diagonal: roots closer than that are one
+SAME = 1e-4  # roots closer than this share of the window's diagonal are one
 
 
 @dataclass(frozen=True)
@@ -26,53 +30,45 @@ class Stationary:
     eigenvalues: tuple[float, float]  # of the Hessian, ascending
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a trajectory ended: at a stationary point (within rho), or in the basin of a minimum, or in none."""
-
-    where: Stationary | None
-    there: bool  # within rho of it
-
-    def __str__(self) -> str:
-        if self.where is None:
-            return "no minimum in the window"
-        return self.where.name if self.there else f"basin of the {self.where.name}"
-
-
 def stationary_points(landscape: Landscape) -> list[Stationary]:
-    """The stationary points in the window: roots of the gradient from a grid of starts; minima first, by their loss.
+    """Return the stationary points in the window, minima first, by their loss. Needs SciPy.
 
-    Two minima are called sharp and flat by their largest eigenvalue; other numbers of them are counted.
+    They are roots of the gradient, searched from a grid of starts. Two minima are named sharp and flat by their largest
+    eigenvalue; more are numbered.
     """
     found: list[Stationary] = []
-    for x in np.linspace(*landscape.x, GRID + 2)[1:-1]:
-        for y in np.linspace(*landscape.y, GRID + 2)[1:-1]:
-            point = _solve(landscape, x, y)
+    for x in torch.linspace(*landscape.x, GRID + 2, dtype=torch.float64)[1:-1]:
+        for y in torch.linspace(*landscape.y, GRID + 2, dtype=torch.float64)[1:-1]:
+            point = _solve(landscape, torch.stack([x, y]))
             if point is not None and all(_distance(point, s.point) > SAME * landscape.diagonal for s in found):
                 found.append(_classified(landscape, point))
     return _named(found)
 
 
-def place(landscape: Landscape, end: Tensor, points: Sequence[Stationary]) -> Place:
-    """Where ``end`` is: at the nearest stationary point if that is within rho, else in the basin that the flow
-    ``dx/dt = -grad L`` from there leads to. (A normalised perturbation keeps moving about a minimum by some rho.)"""
+def place(landscape: Landscape, end: Tensor, points: Sequence[Stationary]) -> str:
+    """Return the place of ``end`` in words: a stationary point, the basin of a minimum, or no minimum. Needs SciPy.
+
+    ``end`` is at the nearest stationary point if that is within rho, because a normalised perturbation keeps moving
+    around a minimum by about rho. Else it is in the basin of the minimum to which the flow ``dx/dt = -grad L`` leads.
+    """
     near = min(points, key=lambda s: _distance(end, s.point), default=None)
     if near is not None and _distance(end, near.point) <= landscape.rho:
-        return Place(near, there=True)
+        return near.name
     minima = [s for s in points if s.kind == "minimum"]
     bottom = _flow(landscape, end)
     reached = [s for s in minima if bottom is not None and _distance(bottom, s.point) < 1e-2 * landscape.diagonal]
-    return Place(reached[0] if reached else None, there=False)
+    return f"basin of the {reached[0].name}" if reached else "no minimum in the window"
 
 
 def eigenvalues(landscape: Landscape, point: Tensor) -> tuple[float, float]:
-    """The Hessian's eigenvalues at ``point``, ascending."""
+    """Return the Hessian's eigenvalues at ``point``, ascending."""
     low, high = torch.linalg.eigvalsh(landscape.hessian(point)).tolist()
     return low, high
 
 
-def _solve(landscape: Landscape, x: float, y: float) -> Tensor | None:
-    """The root of the gradient that the search from ``(x, y)`` finds in the window, if any."""
+def _solve(landscape: Landscape, start: Tensor) -> Tensor | None:
+    """Return the root of the gradient found from ``start``, if it is in the window."""
+    from scipy.optimize import root
 
     def gradient(at: np.ndarray) -> np.ndarray:
         return landscape.gradient(torch.tensor(at)).nan_to_num(1e6).numpy()
@@ -80,10 +76,11 @@ def _solve(landscape: Landscape, x: float, y: float) -> Tensor | None:
     def hessian(at: np.ndarray) -> np.ndarray:
         return landscape.hessian(torch.tensor(at)).nan_to_num(0.0).numpy()
 
-    result = root(gradient, np.array([x, y]), jac=hessian, options={"xtol": 1e-12})
+    result = root(gradient, start.numpy(), jac=hessian, options={"xtol": 1e-12})
     inside = all(low <= v <= high for v, (low, high) in zip(result.x, (landscape.x, landscape.y), strict=True))
-    scale = np.abs(gradient(np.array(landscape.start))).max() + np.abs(hessian(result.x)).max()
-    return torch.tensor(result.x) if inside and np.abs(result.fun).max() < 1e-9 * scale else None
+    at_start = landscape.gradient(torch.tensor(landscape.start, dtype=torch.float64))
+    scale = float(at_start.nan_to_num(1e6).abs().max()) + abs(hessian(result.x)).max()
+    return torch.tensor(result.x) if inside and abs(result.fun).max() < 1e-9 * scale else None
 
 
 def _classified(landscape: Landscape, point: Tensor) -> Stationary:
@@ -109,7 +106,9 @@ def _named(found: list[Stationary]) -> list[Stationary]:
 
 
 def _flow(landscape: Landscape, start: Tensor) -> Tensor | None:
-    """Where steepest descent in continuous time comes to rest; ``None`` where it does not."""
+    """Return the end of steepest descent in continuous time; ``None`` if the integration fails."""
+    from scipy.integrate import solve_ivp
+
     scale = float(landscape.gradient(start).norm())
     if scale == 0:
         return start
@@ -122,4 +121,4 @@ def _flow(landscape: Landscape, start: Tensor) -> Tensor | None:
 
 
 def _distance(a: Tensor | tuple[float, float], b: tuple[float, float]) -> float:
-    return float(np.hypot(float(a[0]) - b[0], float(a[1]) - b[1]))
+    return math.hypot(float(a[0]) - b[0], float(a[1]) - b[1])

@@ -1,4 +1,4 @@
-"""Where data come from: every source by name, the folder it lies in, and what to do where there is none."""
+"""Data by name: how each source is read, in which folder it is looked for, and what to do where it is missing."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from steppe.lab.data import cifar, files, hub, idx, own, texts
+from steppe.lab.data import cifar, hub, idx, images, own, texts
 from steppe.lab.data.pool import Constants, Pool
 from steppe.lab.settings import LabError, Settings
 
@@ -22,11 +22,11 @@ class Source:
     """A kind of data in a folder.
 
     Args:
-        read: (folder, image size) to its examples.
-        marks: a folder is taken where it holds one of these.
-        hint: what to do where no folder does.
-        place: where a system's package puts it.
-        augment: what usually happens to its training images.
+        read: from a folder and an image size to all examples.
+        marks: a folder is taken when it holds one of these files or folders.
+        hint: how to get the data, said when no folder holds them.
+        place: where a system package puts them.
+        augment: the usual augmentation of the training images.
     """
 
     read: Callable[[Path, int], Pool]
@@ -36,11 +36,6 @@ class Source:
     augment: str = "none"
 
 
-def _either(read: Callable[[Path], Pool], constants: Constants) -> Callable[[Path, int], Pool]:
-    """Read a folder of the authors' files, or one that `datasets` has saved."""
-    return lambda folder, size: hub.read(folder, size, constants) if (folder / hub.MARK).exists() else read(folder)
-
-
 def _fashion(folder: Path, size: int) -> Pool:
     train, labels = idx.read_pair(folder, "train")
     test, test_labels = idx.read_pair(folder, "t10k")
@@ -48,12 +43,16 @@ def _fashion(folder: Path, size: int) -> Pool:
 
 
 def _archive(read: Callable[[Path], Pool], constants: Constants, mark: str, augment: str) -> Source:
-    """Return a source whose authors publish an archive."""
+    """Return a source read from its authors' archive, unpacked, or from a folder that ``datasets`` has saved."""
+
+    def either(folder: Path, size: int) -> Pool:
+        return hub.read(folder, size, constants) if (folder / hub.MARK).exists() else read(folder)
+
     hint = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
-    return Source(_either(read, constants), (mark, hub.MARK), hint, augment=augment)
+    return Source(either, (mark, hub.MARK), hint, augment=augment)
 
 
-_TREE = Source(files.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
+_TREE = Source(images.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
 SOURCES: dict[str, Source] = {
     "fashion-mnist": Source(
         _fashion,
@@ -74,16 +73,16 @@ SOURCES: dict[str, Source] = {
 
 
 def read(settings: Settings) -> Pool:
-    """Return all examples of the settings' source, read once.
+    """Return all examples of the settings' source; the last source read is kept in memory.
 
     Raises:
-        LabError: no such source, no such folder, or a file in it that cannot be read.
+        LabError: the source is unknown, no folder holds it, or a file in it cannot be read.
     """
     name = settings.data
     if name != "digits" and ":" not in name and name not in SOURCES:
         raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
     folder = find(name, settings.data_dir).resolve() if name in SOURCES else None
-    return _read(name, folder, settings.image_size or files.SIDE)
+    return _read(name, folder, settings.image_size or images.SIDE)
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +93,7 @@ def _read(name: str, folder: Path | None, image_size: int) -> Pool:
 
 
 def augmentation(settings: Settings) -> str:
-    """Return what happens to the training images."""
+    """Return the augmentation of the training images."""
     if settings.augment != "auto":
         return settings.augment
     return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
@@ -109,7 +108,7 @@ def _digits() -> Pool:
 
 
 def places(data: str, data_dir: str | None = None) -> list[Path]:
-    """Return the folders where a source is looked for, in order: `$STEPPE_DATA` (else ./data), then the system's."""
+    """Return the folders where a source is looked for, in order: ``$STEPPE_DATA`` (else ./data), then the system's."""
     if data_dir is not None:
         return [Path(data_dir)]
     root = Path(os.environ.get("STEPPE_DATA", "data"))
@@ -119,12 +118,12 @@ def places(data: str, data_dir: str | None = None) -> list[Path]:
 
 def find(data: str, data_dir: str | None = None) -> Path:
     """Return the first folder that holds the source."""
-    looked = places(data, data_dir)
+    looked, marks, hint = places(data, data_dir), SOURCES[data].marks, SOURCES[data].hint
     for folder in looked:
-        if any((folder / mark).exists() for mark in SOURCES[data].marks):
+        if any((folder / mark).exists() for mark in marks):
             return folder
-        if folder.name in SOURCES[data].marks and folder.is_dir():  # the archive's own folder was named
+        if folder.name in marks and folder.is_dir():  # the archive's own folder was named
             return folder.parent
     if data_dir is not None and looked[0].is_dir():
-        raise LabError(f"no {' or '.join(SOURCES[data].marks)} in {looked[0]}: {SOURCES[data].hint}")
-    raise LabError(f"no {data} in {', '.join(map(str, looked))}: {SOURCES[data].hint}")
+        raise LabError(f"no {' or '.join(marks)} in {looked[0]}: {hint}")
+    raise LabError(f"no {data} in {', '.join(map(str, looked))}: {hint}")

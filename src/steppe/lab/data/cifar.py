@@ -1,4 +1,8 @@
-"""CIFAR-10, CIFAR-100 and SVHN as their authors publish them and torchvision unpacks them."""
+"""CIFAR-10, CIFAR-100 and SVHN as their authors publish them and torchvision unpacks them.
+
+CIFAR's files are pickles, which can run any code. The reader here takes dicts, lists, numbers, strings and arrays of
+bytes; it imports nothing that a file names, and hands nothing from a file to NumPy but bytes and a shape.
+"""
 
 import pickle
 from pathlib import Path
@@ -11,64 +15,92 @@ from torch import Tensor
 from steppe.lab.data.pool import Constants, Pool
 from steppe.lab.settings import LabError
 
-# Mean and spread of the training pixels, a channel each: the sets' own values, to five digits.
+# Mean and standard deviation of the training pixels, by channel: the sets' own values, to five digits.
 CIFAR10: Constants = ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159))
 CIFAR100: Constants = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
 SVHN: Constants = ((0.43768, 0.44377, 0.47280), (0.19803, 0.20102, 0.19704))
 
-_ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar", "encode"}  # what the files' arrays are made with
-
 
 def cifar10(folder: Path) -> Pool:
-    """Read five training batches and one of tests: pickled dicts with `data` (n, 3072) and `labels`."""
+    """Read five training batches and one test batch: pickled dicts with ``data`` (n, 3072) and ``labels``."""
     inner = folder / "cifar-10-batches-py"
-    parts = [_batch(inner / f"data_batch_{i}", "labels") for i in range(1, 6)]
-    images, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    return Pool(images, labels, *_batch(inner / "test_batch", "labels"), 10, CIFAR10)
+    images, labels = zip(*(_batch(inner / f"data_batch_{i}", "labels") for i in range(1, 6)), strict=True)
+    return Pool(torch.cat(images), torch.cat(labels), *_batch(inner / "test_batch", "labels"), 10, CIFAR10)
 
 
 def cifar100(folder: Path) -> Pool:
-    """Read the training and the test file: pickled dicts with `data` (n, 3072) and `fine_labels`."""
+    """Read the training and the test file: pickled dicts with ``data`` (n, 3072) and ``fine_labels``."""
     inner = folder / "cifar-100-python"
     return Pool(*_batch(inner / "train", "fine_labels"), *_batch(inner / "test", "fine_labels"), 100, CIFAR100)
 
 
 def svhn(folder: Path) -> Pool:
-    """Read the cropped digits: MATLAB files with `X` (32, 32, 3, n) and `y` (n, 1), where 10 stands for the digit 0."""
+    """Read the cropped digits: MATLAB files with ``X`` (32, 32, 3, n) and ``y`` (n, 1), where 10 means the digit 0."""
     return Pool(*_matlab(folder / "train_32x32.mat"), *_matlab(folder / "test_32x32.mat"), 10, SVHN)
 
 
 def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:
-    found = _unpickled(path)
-    try:
-        data, labels = np.asarray(found["data"]), torch.tensor(found[key], dtype=torch.int64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LabError(f"{path}: no 'data' and '{key}' in it: {error}") from None
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise LabError(f"{path}: data must be bytes of shape (n, 3072), found {data.dtype} of shape {data.shape}")
-    return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise LabError(f"no {path.name} in {path.parent}")
     try:
         with path.open("rb") as file:
-            found = _Arrays(file, encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
-    except FileNotFoundError:
-        raise LabError(f"no {path.name} in {path.parent}") from None
+            loaded = _Unpickler(file, encoding="bytes").load()
+        found = {name.decode() if isinstance(name, bytes) else name: value for name, value in loaded.items()}
+        labels = torch.tensor(found[key], dtype=torch.int64)
+        return found["data"].values.reshape(-1, 3, 32, 32), labels
     except Exception as error:  # damaged pickles raise nearly anything
-        raise LabError(f"{path}: cannot read it: {type(error).__name__}: {error}") from None
+        expected = f"expected a pickled dict with '{key}' and with 'data', bytes of shape (n, 3072)"
+        raise LabError(f"{path}: cannot read it, {expected}: {type(error).__name__}: {error}") from None
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads plain values and numpy arrays; a file that names any other code is refused."""
+class _Bytes:
+    """Stands for an array in a pickle; ``values`` are its bytes, shape (n, 3072)."""
+
+    values: Tensor
+
+    def __init__(self, *arguments: object) -> None:
+        """Ignore what ``_reconstruct`` takes: the class, an empty shape and a placeholder type."""
+
+    def __setstate__(self, state: tuple[int, tuple[int, int], "_Type", bool, bytes]) -> None:
+        _, shape, kind, by_columns, raw = state
+        if not isinstance(kind, _Type) or not isinstance(raw, bytes) or shape[1:] != (3072,):
+            raise pickle.UnpicklingError(f"found an array of shape {shape}")
+        flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        self.values = flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
+
+
+class _Type:
+    """Stands for the type of an array in a pickle: unsigned bytes."""
+
+    def __init__(self, code: object, *flags: object) -> None:
+        if code not in ("u1", b"u1"):
+            raise pickle.UnpicklingError(f"found an array of type {code!r}")
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore byte order and alignment, which bytes have none of."""
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Return the bytes that Python 3 wrote as text into a pickle of protocol 2."""
+    return text.encode("latin1")
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Bytes,
+    ("numpy._core.multiarray", "_reconstruct"): _Bytes,  # NumPy 2
+    ("numpy", "ndarray"): "ndarray",  # an argument of _reconstruct, never called
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain values and arrays of bytes; a file that names any other code is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no array needs")
-        if module == "numpy.core.multiarray" and np.lib.NumpyVersion(np.__version__) >= "2.0.0":
-            module = "numpy._core.multiarray"  # renamed since the files were written
-        return super().find_class(module, name)
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no array of bytes needs")
+        return _STAND_INS[module, name]
 
 
 def _matlab(path: Path) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Folders that Hugging Face `datasets` has saved with `save_to_disk`: images or texts with class labels."""
+"""Folders that Hugging Face ``datasets`` has saved with ``save_to_disk``: images or texts with class labels."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.lab.data import files
-from steppe.lab.data.pool import Constants, Pool
-from steppe.lab.examples import Files
+from steppe.lab.data import images
+from steppe.lab.data.pool import Constants, Pool, Texts
+from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
 
 MARK = "dataset_dict.json"
@@ -18,23 +18,23 @@ _SMALL = 64  # pixels; sets of equal images up to this side are decoded once and
 
 
 def read(folder: Path, image_size: int, constants: Constants | None = None) -> Pool:
-    """Read the splits `train` and `test` (or `validation`, where the test labels are withheld)."""
+    """Read the splits ``train`` and ``test`` (or ``validation``, where the test labels are withheld)."""
     splits = _splits(folder)
     features = splits["train"].features
     label = next((name for name in _LABELS if hasattr(features.get(name), "num_classes")), None)
     if label is None:
         raise LabError(f"{folder}: none of its columns {', '.join(features)} holds class labels by a usual name")
-    held_out = _held_out(splits, label, folder)
-    classes = int(features[label].num_classes)
-    train, test = splits["train"], splits[held_out]
-    labels, test_labels = torch.tensor(train[label][:]), torch.tensor(test[label][:])
-    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    if not images:
-        columns = _texts(list(features), features, folder)
-        return Pool(_rows(train, columns), labels, _rows(test, columns), test_labels, classes)
-    inputs, test_inputs = (_images(split, images[0], image_size) for split in (train, test))
-    known = files.IMAGENET if isinstance(inputs, Files) and constants is None else constants
-    return Pool(inputs, labels, test_inputs, test_labels, classes, known)
+    parts = [splits["train"], splits[_held_out(splits, label, folder)]]
+    image = next((name for name, feature in features.items() if type(feature).__name__ == "Image"), None)
+    inputs: list[Tensor | Files | Texts]
+    if image is None:
+        columns = _text_columns(features, folder)
+        inputs = [list(zip(*(part[name][:] for name in columns), strict=True)) for part in parts]
+    else:
+        inputs = [_images(part, image, image_size) for part in parts]
+        constants = constants or (images.IMAGENET if isinstance(inputs[0], Files) else None)
+    labels = [torch.tensor(part[label][:]) for part in parts]
+    return Pool(inputs[0], labels[0], inputs[1], labels[1], int(features[label].num_classes), constants)
 
 
 def _splits(folder: Path) -> Any:
@@ -59,23 +59,21 @@ def _held_out(splits: Any, label: str, folder: Path) -> str:
     raise LabError(f"{folder}: no split 'test' or 'validation' with labels")
 
 
-def _texts(names: list[str], features: Any, folder: Path) -> tuple[str, ...]:
-    pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
-    single = next((n for n in ("sentence", "text", *names) if getattr(features.get(n), "dtype", "") == "string"), None)
-    if pair is None and single is None:
-        raise LabError(f"{folder}: no column of images or texts among {', '.join(names)}")
-    return pair or (str(single),)
-
-
-def _rows(split: Any, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return list(zip(*(split[name][:] for name in columns), strict=True))
+def _text_columns(features: Any, folder: Path) -> tuple[str, ...]:
+    for pair in _PAIRS:
+        if set(pair) <= set(features):
+            return pair
+    for name in ("sentence", "text", *features):
+        if getattr(features.get(name), "dtype", "") == "string":
+            return (name,)
+    raise LabError(f"{folder}: no column of images or texts among {', '.join(features)}")
 
 
 def _images(split: Any, column: str, image_size: int) -> Tensor | Files:
     first = split[0][column]
     if first.size[0] == first.size[1] <= _SMALL:
-        decoded = [files.pixels(row[column].convert("RGB")) for row in split]
+        decoded = [images.pixels(row[column].convert("RGB")) for row in split]
         if len({image.shape for image in decoded}) == 1:
             return torch.stack(decoded)
-    side = files.stored(image_size)
-    return files.of(lambda i: files.decoded(split[i][column], side), len(split), side)
+    side = images.stored(image_size)
+    return images.lazy(lambda i: images.decoded(split[i][column], side), len(split), side)

@@ -1,4 +1,4 @@
-"""Read the idx files of MNIST and its relatives, gzipped or not, with an error that says what is wrong."""
+"""The idx files of MNIST and its relatives, gzipped or not."""
 
 import gzip
 import math
@@ -12,16 +12,8 @@ from steppe.lab.settings import LabError
 _UBYTE = 0x08
 
 
-def find(folder: Path, stem: str) -> Path:
-    """Return the file `stem` or `stem.gz` in `folder`."""
-    for name in (stem, f"{stem}.gz"):
-        if (folder / name).is_file():
-            return folder / name
-    raise LabError(f"no {stem} or {stem}.gz in {folder}")
-
-
 def read(path: Path, dims: int) -> torch.Tensor:
-    """Return an idx file of unsigned bytes with `dims` dimensions: magic 0 0 type dims, sizes, then the bytes."""
+    """Return an idx file of unsigned bytes with ``dims`` dimensions: magic 0 0 type dims, sizes, then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -38,9 +30,16 @@ def read(path: Path, dims: int) -> torch.Tensor:
 
 
 def read_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images and labels called `prefix` (train, t10k) in `folder`."""
-    images = read(find(folder, f"{prefix}-images-idx3-ubyte"), dims=3)
-    labels = read(find(folder, f"{prefix}-labels-idx1-ubyte"), dims=1)
+    """Return the images and labels called ``prefix`` (train, t10k) in ``folder``."""
+    images = read(_found(folder, f"{prefix}-images-idx3-ubyte"), dims=3)
+    labels = read(_found(folder, f"{prefix}-labels-idx1-ubyte"), dims=1)
     if len(images) != len(labels):
         raise LabError(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels")
     return images, labels
+
+
+def _found(folder: Path, stem: str) -> Path:
+    for name in (stem, f"{stem}.gz"):
+        if (folder / name).is_file():
+            return folder / name
+    raise LabError(f"no {stem} or {stem}.gz in {folder}")

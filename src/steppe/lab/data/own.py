@@ -1,40 +1,20 @@
-"""A user's own task or model: `module:function`, found as Python finds modules or in the current folder."""
-
-import importlib
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+"""A user's own data: a function named ``module:function`` that returns four tensors."""
 
 import torch
 from torch import Tensor
 
 from steppe.lab.data.pool import Pool
+from steppe.lab.importing import imported
 from steppe.lab.settings import LabError
 
 
-def function(name: str) -> Callable[..., Any]:
-    """Return the function that `module:function` names."""
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise LabError(f"cannot find {name}: {error}") from None
-    if not callable(found):
-        raise LabError(f"{name} is no function")
-    return found  # type: ignore[no-any-return]
-
-
 def read(name: str) -> Pool:
-    """Call the function: it returns (inputs, labels, test_inputs, test_labels), four tensors.
+    """Call the function, which returns (inputs, labels, test_inputs, test_labels), four tensors.
 
-    Float inputs are used as they are; images as bytes, shape (n, channels, height, width), are standardised by the mean
-    and spread of each channel of the training images.
+    Float inputs are used as they are. Images as bytes, shape (n, channels, height, width), are standardised by the mean
+    and standard deviation of each channel of the training images.
     """
-    made = function(name)()
+    made = imported(name)()
     if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
         raise LabError(f"{name} must return four tensors: inputs, labels, test_inputs, test_labels")
     inputs, labels, test_inputs, test_labels = made

@@ -1,4 +1,4 @@
-"""Short texts that Debian has: fortune cookies, to be told apart by the file they come from."""
+"""Short texts from Debian's package ``fortunes``: fortune cookies, classified by the file they come from."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import torch
 from steppe.lab.data.pool import Pool, Texts
 from steppe.lab.settings import LabError
 
-FORTUNES = Path("/usr/share/games/fortunes")  # where Debian's package `fortunes` puts them
+FORTUNES = Path("/usr/share/games/fortunes")  # where the package puts them
 CLASSES = ("computers", "definitions", "people", "politics", "science", "songs-poems", "work", "zippy")
-_EACH, _CHARACTERS = 200, 200  # texts of a file, and of what length: small enough for two cores
+_EACH, _CHARACTERS = 200, 200  # texts of each file, and their greatest length: small enough for two cores
 
 
 def fortunes(folder: Path) -> Pool:
-    """Read 200 short texts from each of eight files; no test set is fixed, each seed sets its own aside."""
+    """Read 200 short texts from each of eight files; there is no fixed test set, each seed holds out its own."""
     texts: Texts = []
     labels: list[int] = []
     for label, name in enumerate(CLASSES):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.lab.data import own
+from steppe.lab.importing import imported
 from steppe.lab.models import pretrained, resnet, vit
 from steppe.lab.models.small import cnn, mlp
 from steppe.lab.settings import LabError
@@ -25,26 +25,30 @@ GRAMMAR = {
 
 
 def check(name: str) -> None:
-    """Raise a `LabError` where no model is called so."""
+    """Raise a ``LabError`` if no model has this name."""
     if not any(re.fullmatch(pattern, name) for pattern in GRAMMAR.values()):
         raise LabError(f"unknown model {name!r}; write it like one of {', '.join(GRAMMAR)}")
 
 
 def build(name: str, example: Any, classes: int) -> nn.Module:
-    """Return the model of this name for inputs shaped like `example`.
+    """Return the model of this name for inputs shaped like ``example``.
 
-    `mlp-WIDTH-WIDTH...`, `cnn-WIDTH`; `resnet18`, `resnet50` (`-wWIDTH` for another first width than 64) and
-    `wrnDEPTH-K`, each with batch norm or, with `-gn`, group norm; `vit-s4` (size ti, s or b, side of a patch) or
-    `vit-WIDTHxDEPTH-pPATCH`; `minilm` and `hf:FOLDER`, pretrained; `module:function`, called with (example, classes).
+    ``mlp-WIDTH-WIDTH...``, ``cnn-WIDTH``; ``resnet18``, ``resnet50`` (``-wWIDTH`` for another first width than 64) and
+    ``wrnDEPTH-K``, each with batch norm or, with ``-gn``, group norm; ``vit-s4`` (size ti, s or b, side of a patch) or
+    ``vit-WIDTHxDEPTH-pPATCH``; ``minilm`` and ``hf:FOLDER``, pretrained; ``module:function``, called with (example,
+    classes).
 
     Raises:
-        LabError: no model is called so, or it does not fit the example.
+        LabError: no model has this name, or it does not fit the example.
     """
     check(name)
-    if name == "minilm" or name.startswith("hf:"):
+    if pretrained.is_pretrained(name):
         return pretrained.build(name, example, classes)
     if ":" in name:
-        return _own(name, example, classes)
+        made = imported(name)(example, classes)
+        if not isinstance(made, nn.Module):
+            raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
+        return made
     if not isinstance(example, Tensor):
         raise LabError(f"model {name} takes no texts; minilm and hf:FOLDER do")
     if name.startswith("mlp"):
@@ -54,10 +58,3 @@ def build(name: str, example: Any, classes: int) -> nn.Module:
     if name.startswith("cnn"):
         return cnn(example.shape[0], int(name.split("-")[1]), classes)
     return vit.build(name, example, classes) if name.startswith("vit") else resnet.build(name, example, classes)
-
-
-def _own(name: str, example: Any, classes: int) -> nn.Module:
-    made = own.function(name)(example, classes)
-    if not isinstance(made, nn.Module):
-        raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
-    return made

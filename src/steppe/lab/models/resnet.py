@@ -1,9 +1,9 @@
 """Residual networks: ResNet-18 and -50 (He et al. 2015, arXiv 1512.03385), wide ones (Zagoruyko and Komodakis 2016,
 arXiv 1605.07146).
 
-Images of less than 64 pixels get the stem of the CIFAR variants, one 3 x 3 convolution; larger ones ImageNet's, 7 x 7
-of stride 2 and max pooling. Group norm keeps examples apart, which m-SAM's shared passes need; batch norm is the
-papers'.
+Images smaller than 64 pixels get the stem of the CIFAR variants, one 3 x 3 convolution; larger ones that of ImageNet,
+7 x 7 with stride 2 and max pooling. The papers use batch norm. Group norm keeps examples independent of one another,
+which the shared passes of m-SAM need.
 """
 
 import math
@@ -18,7 +18,7 @@ _LARGE = 64  # pixels
 
 
 def build(name: str, example: Tensor, classes: int) -> nn.Sequential:
-    """Return `resnet18`, `resnet50-gn`, `resnet18-w16` or `wrn28-10` for images shaped like `example`."""
+    """Return ``resnet18``, ``resnet50-gn``, ``resnet18-w16`` or ``wrn28-10`` for images shaped like ``example``."""
     norm: Norm = group_norm if name.endswith("-gn") else nn.BatchNorm2d
     if wide := re.match(r"wrn(\d+)-(\d+)", name):
         net = wide_resnet(example.shape[0], int(wide[1]), int(wide[2]), classes, norm)
@@ -42,7 +42,7 @@ def conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Residual(nn.Module):
-    """`relu(branch(x) + shortcut(x))`."""
+    """``relu(branch(x) + shortcut(x))``."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Wide(nn.Module):
 
 
 def wide_resnet(channels: int, depth: int, widen: int, classes: int, norm: Norm) -> nn.Sequential:
-    """Return WRN-depth-widen: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 times `widen` wide."""
+    """Return WRN-depth-widen: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 times ``widen`` wide."""
     parts: list[nn.Module] = [conv(channels, 16, 3)]
     fan_in = 16
     for stage in range(3):

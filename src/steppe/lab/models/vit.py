@@ -11,7 +11,7 @@ _SIZES = {"ti": (192, 12), "s": (384, 12), "b": (768, 12)}  # width and depth
 
 
 def build(name: str, example: Tensor, classes: int) -> nn.Module:
-    """Return `vit-s4` (size, side of a patch) or `vit-WIDTHxDEPTH-pPATCH` for images shaped like `example`."""
+    """Return ``vit-s4`` (size, side of a patch) or ``vit-WIDTHxDEPTH-pPATCH`` for images shaped like ``example``."""
     if named := re.fullmatch(r"vit-([a-z]+)(\d+)", name):
         (width, depth), patch = _SIZES[named[1]], int(named[2])
     else:
@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,44 +1,16 @@
-"""The papers' tables and figures as Python functions that return runs, at three scales.
+"""The papers' tables and figures as data: what each trains at three scales, and what is known of its protocol.
 
-One file a study. They live in the package, not beside it, so that the installed `steppe recipes`, `steppe sweep` and
-`steppe reproduce` find them; the records that documents cite are in `recipes/records` of the repository.
+The records that the documents cite are in ``docs/records`` of the repository.
 """
 
-from steppe.lab.recipes import (
-    cost,
-    decoupling,
-    gamma_sensitivity,
-    geometry,
-    label_noise,
-    m_sharpness,
-    minima,
-    rwsam_classification,
-    rwsam_finetune,
-    rwsam_label_noise,
-    wsam_classification,
-    wsam_finetune,
-)
-from steppe.lab.recipes.frame import SCALES, Recipe, Scale, Study
+from steppe.lab.recipes import m_and_time, rwsam, wsam
+from steppe.lab.recipes.study import SCALES, Recipe, Scale, Study
 from steppe.lab.settings import LabError
 
 __all__ = ["RECIPES", "SCALES", "Recipe", "Scale", "Study", "named"]
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE
-    for module in (
-        wsam_classification,
-        wsam_finetune,
-        label_noise,
-        geometry,
-        decoupling,
-        minima,
-        gamma_sensitivity,
-        m_sharpness,
-        rwsam_classification,
-        rwsam_finetune,
-        rwsam_label_noise,
-        cost,
-    )
+    recipe.name: recipe for recipe in (*wsam.RECIPES, m_and_time.M_SHARPNESS, *rwsam.RECIPES, m_and_time.EQUAL_TIME)
 }
 
 

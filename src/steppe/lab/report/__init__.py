@@ -1,72 +1,77 @@
 """One self-contained HTML page and tables in other formats, pure functions of a directory's records."""
 
 import math
+import shlex
 from dataclasses import replace
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from steppe.lab import context, directory, exports, record, spec, summary
-from steppe.lab.report import minima
-from steppe.lab.report.figures import figures
-from steppe.lab.report.sensitivity import pair_matrix, searches, sensitivities
+from steppe.lab import files, presets, runs, spec, summary, tables
+from steppe.lab.report import curvature, figures, sensitivity
 from steppe.lab.summary import Summary
 
 
 def write(folder: Path, baseline: str | None = None) -> Summary:
-    """Rebuild `report.html`, `summary.md`, `.csv` and `.tex` from the records in `folder`, and return what they say."""
+    """Write ``report.html``, ``summary.md`` and ``.csv`` from the records in ``folder``; return the summary.
+
+    Raises:
+        LabError: the folder holds no comparison, or a file in it is damaged.
+    """
     found = read(folder, baseline)
-    table = minima.section(folder, found)
-    text = summary.markdown(found) + ("" if table is None else "\n" + minima.markdown(table))
-    texts = {"md": text, "csv": exports.csv_text(found), "tex": exports.latex(found)}
+    table = curvature.section(folder, found)
+    text = tables.markdown(found) + ("" if table is None else "\n" + curvature.markdown(table))
+    texts = {"md": text, "csv": tables.csv_text(found)}
     for suffix, text in texts.items():
-        record.write_text(folder / f"summary.{suffix}", text)
-    record.write_text(folder / "report.html", render(found, table))
+        files.write(folder / f"summary.{suffix}", text)
+    files.write(folder / "report.html", render(found, table))
     return found
 
 
 def read(folder: Path, baseline: str | None = None) -> Summary:
-    """Return what the records in `folder` say."""
-    plan = directory.read_plan(folder)
+    """Return the summary of the records in ``folder``."""
+    plan = runs.read_plan(folder)
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
-    return summary.summarise(plan, *directory.finished(folder, plan), context.read(folder))
+    return summary.summarise(plan, *runs.finished(folder, plan), runs.context(folder))
 
 
-def render(found: Summary, table: minima.Minima | None = None) -> str:
+def render(found: Summary, table: curvature.Curvature | None = None) -> str:
     """Return the report as HTML."""
-    headers, cells = summary.table(found)
+    headers, cells = tables.table(found)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(_text("template.html")).render(
-        title=summary.title(found),
+        title=tables.title(found),
         lead=lead(found),
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
-        caption=summary.caption(found),
-        notes=summary.notes(found),
+        caption=tables.caption(found),
+        notes=tables.notes(found),
         minima=table,
-        figures=figures(found)
-        + pair_matrix(found)
-        + sensitivities(found)
-        + searches(found)
-        + ([] if table is None else table.figures),
+        figures=[
+            *figures.results(found),
+            *sensitivity.sensitivities(found),
+            *sensitivity.searches(found),
+            *([] if table is None else table.figures),
+        ],
         recipe=found.context.recipe,
+        command=command(found),
         environment=environment(found),
         settings=found.plan.settings.to_dict() | {"seeds": found.plan.seeds},
         style=_text("style.css"),
-        script=_text("figures.js") + _text("sort.js"),
+        script=_text("figures.js") + _text("table.js"),
         plotly=get_plotlyjs(),
     )
 
 
 def _text(name: str) -> str:
-    return (files("steppe.lab.report") / name).read_text(encoding="utf-8")
+    return (resources("steppe.lab.report") / name).read_text(encoding="utf-8")
 
 
 def lead(found: Summary) -> str:
-    """Say the result in a sentence or two."""
+    """Return the result in a sentence or two."""
     if not found.rows:
         return "No run is finished yet."
     best = min(found.rows, key=lambda row: row.mean)
@@ -82,8 +87,29 @@ def lead(found: Summary) -> str:
     )
 
 
+def command(found: Summary) -> str:
+    """Return the command line that makes these runs, empty where no command sets one of the settings."""
+    about, plan = found.context.recipe, found.plan
+    usual = presets.preset(plan.settings.data).settings.to_dict()
+    given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
+    if about:
+        words = ["reproduce", about["recipe"], "--scale", about["scale"], "--study", about["study"]]
+        given = {"data_dir": plan.settings.data_dir, "seeds": plan.seeds}
+    elif given.keys() & {"validation", "test_seed", "start", "start_lr"}:
+        return ""
+    elif len(plan.runs()) == 1:
+        words = ["run", str(plan.methods[0]), "--data", plan.settings.data]
+        given["seed"] = plan.first
+    else:
+        words = ["compare", "--data", plan.settings.data]
+        words += [word for method in plan.methods for word in ("--method", str(method))]
+        given["seeds"] = plan.seeds
+    options = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
+    return shlex.join(["steppe", *words, *(word for option in options.items() for word in option)])
+
+
 def environment(found: Summary) -> dict[str, str]:
-    """Return what the runs were made with; where runs differ, every value."""
+    """Return versions, machine and dates of the runs; where runs differ, every value."""
     records = list(found.records.values())
     if not records:
         return {}

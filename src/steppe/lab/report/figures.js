@@ -10,7 +10,7 @@ function themed(layout) {
     hoverlabel: {bgcolor: colour("--card"), bordercolor: colour("--line"), font: {color: colour("--ink")}},
     hovermode: "closest",
     margin: {l: 60, r: 16, t: 10, b: 50},
-    legend: {orientation: "h", y: -0.2, yanchor: "top"},
+    legend: {orientation: "h", y: 1.02, yanchor: "bottom"},
     ...layout,
   };
   for (const key of Object.keys(merged).filter(key => /^[xy]axis\d*$/.test(key))) {

@@ -1,27 +1,30 @@
 """The report's figures as plain data for plotly.js: a trace is a dict, a figure a title, a caption, traces and axes.
 
-Colours of text, grid and background belong to the page, which knows whether it is light or dark.
+The page sets the colours of text, grid and background, because it knows whether it is light or dark.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from steppe.lab.record import Record
-from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
-from steppe.lab.summary import Summary
+from steppe.lab.summary import Row, Summary
 
 Trace = dict[str, Any]
-COLOURS = (
-    "#808893", "#b08a5b", "#3b8eea", "#7f6be0", "#d65db1", "#e0a100",
-    "#ee7f31", "#e2504a", "#c4557f", "#2fa57a", "#19a7c0", "#8aa62a",
+COLOURS = (  # contrast of at least 3 with the page, light and dark
+    "#808893", "#b08a5b", "#3b8eea", "#7f6be0", "#d65db1", "#a98200",
+    "#d9691e", "#e2504a", "#c4557f", "#2a9670", "#1593aa", "#76902a",
 )  # fmt: skip
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagram")
+COLLAPSED = "x"  # the symbol of a run that collapsed, and of a point that a search dropped
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; `layout` holds only axes and their titles."""
+    """One figure; ``layout`` holds only axes and their titles."""
 
     id: str
     title: str
@@ -31,78 +34,106 @@ class Figure:
     height: int = 420
 
 
-def figures(found: Summary) -> list[Figure]:
-    """Return every figure that the records can fill."""
+@dataclass(frozen=True)
+class Look:
+    """How one curve is drawn: colour, dash pattern and symbol differ from curve to curve."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+    @classmethod
+    def of(cls, index: int) -> "Look":
+        """Return the look of the ``index``-th curve."""
+        return cls(*(choices[index % len(choices)] for choices in (COLOURS, _DASHES, _SYMBOLS)))
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Return the line style."""
+        return {"color": self.colour, "dash": self.dash, "width": 2}
+
+
+def looks(found: Summary) -> list[tuple[Row, Look]]:
+    """Return every row with its look, which is the same in every figure."""
+    return [(row, Look.of(found.plan.methods.index(row.method))) for row in found.rows]
+
+
+def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
+    """Return a layout whose axes have these titles; ``more`` holds further properties by axis."""
+    return {key: {"title": {"text": text}} | more.get(key, {}) for key, text in {"xaxis": x, "yaxis": y}.items()}
+
+
+def results(found: Summary) -> list[Figure]:
+    """Return the figures of errors, curves and cost, none where no run is finished."""
     if not found.rows:
         return []
-    drawn = [errors(found), curves(found, "test_error"), curves(found, "train_loss"), sweep(found), cost(found)]
-    return [figure for figure in drawn if figure is not None]
+    curves = (
+        _curves(found, "test_error", "Test error by epoch", "test error, %", lambda share: 100 * share),
+        _curves(found, "train_loss", "Training loss by epoch", "training loss"),
+    )
+    costs = (
+        _cost(found, "passes", "gradient passes", lambda row: row.passes),
+        _cost(found, "seconds", "seconds a run", lambda row: row.seconds),
+    )
+    return [_errors(found), *curves, *costs]
 
 
-def colour(found: Summary, method: Method) -> str:
-    """Return the method's colour, the same in every figure."""
-    return COLOURS[found.plan.methods.index(method) % len(COLOURS)]
-
-
-def errors(found: Summary) -> Figure:
+def _errors(found: Summary) -> Figure:
     """Draw each method's mean error with its spread, and every seed's point."""
     data: list[Trace] = []
-    for row in found.rows:
-        records, name, tint = found.of(row.method), str(row.method), colour(found, row.method)
+    for row, look in looks(found):
+        records, name = found.of(row.method), str(row.method)
         seeds: Trace = {
             "x": [100 * record.test_error for record in records],
             "y": [name] * len(records),
             "text": [f"seed {record.seed}{', collapsed' if record.collapsed else ''}" for record in records],
-            "marker": {"color": tint, "opacity": 0.55, "size": 8, "symbol": [_symbol(r) for r in records]},
+            "marker": {
+                "color": look.colour,
+                "opacity": 0.55,
+                "size": 8,
+                "symbol": [COLLAPSED if record.collapsed else "circle" for record in records],
+            },
         }
         centre: Trace = {
             "x": [row.mean],
             "y": [name],
             "text": [f"mean of {row.n}"],
-            "marker": {"color": tint, "size": 15, "symbol": "line-ns", "line": {"color": tint, "width": 3}},
-            "error_x": {"array": [row.sd if row.n > 1 else 0], "color": tint, "thickness": 1.5, "width": 0},
+            "marker": {
+                "color": look.colour,
+                "size": 15,
+                "symbol": "line-ns",
+                "line": {"color": look.colour, "width": 3},
+            },
+            "error_x": {"array": [_sd(row)], "color": look.colour, "thickness": 1.5, "width": 0},
         }
         style = {"mode": "markers", "showlegend": False, "hovertemplate": "%{y}<br>%{text}: %{x:.2f} %<extra></extra>"}
         data += [trace | style for trace in (seeds, centre)]
-    layout = {
-        "xaxis": {"title": {"text": "test error at the last epoch, %"}, "rangemode": "tozero"},
-        "yaxis": {"autorange": "reversed", "automargin": True},
-    }
-    caption = (
-        "Each point is a seed (a cross: collapsed), the tick the mean, the line one standard deviation either side."
+    layout = axes(
+        "error, %",
+        "",
+        xaxis={"rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "automargin": True},
     )
+    caption = "Each point is a seed (a cross: collapsed), the tick the mean, the line one standard deviation each side."
     return Figure("errors", "Error by method", caption, data, layout, height=110 + 34 * len(found.rows))
 
 
-def _symbol(record: Record) -> str:
-    return "x" if record.collapsed else "circle"
+def _sd(row: Row) -> float:
+    return row.sd if row.n > 1 else 0.0
 
 
-@dataclass(frozen=True)
-class _Curve:
-    title: str
-    axis: str
-    value: Callable[[float], float] = field(default=lambda value: value)
-
-
-_CURVES = {
-    "test_error": _Curve("Test error by epoch", "test error, %", lambda share: 100 * share),
-    "train_loss": _Curve("Training loss by epoch", "training loss"),
-}
-
-
-def curves(found: Summary, quantity: str) -> Figure:
+def _curves(
+    found: Summary, quantity: str, title: str, axis: str, scale: Callable[[float], float] = lambda value: value
+) -> Figure:
     """Draw a quantity's mean over seeds by epoch, with a band of one standard deviation."""
-    kind, data = _CURVES[quantity], []
-    for row in found.rows:
-        points = _points(found.of(row.method), quantity, kind.value)
-        data += _band(str(row.method), colour(found, row.method), points)
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": kind.axis}}}
+    data = []
+    for row, look in looks(found):
+        data += _band(str(row.method), look, _by_epoch(found.of(row.method), quantity, scale))
     caption = "Mean over seeds and a band of one standard deviation; a click in the legend hides a method."
-    return Figure(quantity.replace("_", "-"), kind.title, caption, data, layout, height=480)
+    return Figure(quantity.replace("_", "-"), title, caption, data, axes("epoch", axis), height=480)
 
 
-def _points(records: list[Record], quantity: str, scale: Callable[[float], float]) -> dict[float, list[float]]:
+def _by_epoch(records: list[Record], quantity: str, scale: Callable[[float], float]) -> dict[float, list[float]]:
     """Return the finite values of all seeds by epoch."""
     points: dict[float, list[float]] = {}
     for record in records:
@@ -112,100 +143,40 @@ def _points(records: list[Record], quantity: str, scale: Callable[[float], float
     return dict(sorted(points.items()))
 
 
-def _band(name: str, tint: str, points: dict[float, list[float]]) -> list[Trace]:
+def _band(name: str, look: Look, points: dict[float, list[float]]) -> list[Trace]:
     epochs, centre = list(points), [mean(values) for values in points.values()]
     widths = [spread(values) if len(values) > 1 else 0.0 for values in points.values()]
     high = [middle + width for middle, width in zip(centre, widths, strict=True)]
     low = [middle - width for middle, width in zip(centre, widths, strict=True)]
-    line = {"x": epochs, "y": centre, "name": name, "line": {"color": tint, "width": 2}, "hovertemplate": "%{y:.3g}"}
-    band = {"x": epochs + epochs[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": f"{tint}2a"}
+    line = {"x": epochs, "y": centre, "name": name, "line": look.line, "hovertemplate": "%{y:.3g}"}
+    band = {"x": epochs + epochs[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": f"{look.colour}2a"}
     silent = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     return [trace | {"mode": "lines", "legendgroup": name} for trace in (band | silent, line)]
 
 
-def sweep(found: Summary) -> Figure | None:
-    """Draw error against the micro-batch size m, for methods that differ in m alone; without m it is the batch."""
-    groups: dict[Method, dict[int, tuple[float, float]]] = {}
-    for row in found.rows:
-        rest = replace(row.method, options=tuple(pair for pair in row.method.options if pair[0] != "m"))
-        whole = found.plan.settings.batch_size
-        m = dict(row.method.options).get("m") or whole
-        if isinstance(m, int) and row.method.name != "SGD":
-            m = min(m, whole)
-            groups.setdefault(rest, {})[m] = (row.mean, row.sd if row.n > 1 else 0.0)
-    swept = {rest: dict(sorted(points.items())) for rest, points in groups.items() if len(points) > 1}
-    if not swept:
-        return None
-    data = [
-        _swept(str(rest), COLOURS[(2 + 4 * i) % len(COLOURS)], points) for i, (rest, points) in enumerate(swept.items())
-    ]
-    sizes = sorted({m for points in swept.values() for m in points})
-    ticks = {"type": "log", "tickvals": sizes, "ticktext": list(map(str, sizes))}
-    layout = {
-        "xaxis": {"title": {"text": "examples that share one perturbation, m"}, **ticks},
-        "yaxis": {"title": {"text": "test error, %"}, "rangemode": "tozero"},
-    }
-    caption = (
-        f"Mean and one standard deviation at the same rho; m = {found.plan.settings.batch_size} is the whole batch."
-    )
-    return Figure("m-sweep", "Error against m", caption, data, layout)
-
-
-def _swept(name: str, tint: str, points: dict[int, tuple[float, float]]) -> Trace:
-    return {
-        "x": list(points),
-        "y": [centre for centre, _ in points.values()],
-        "error_y": {"array": [sd for _, sd in points.values()], "color": tint, "thickness": 1.5},
-        "name": name,
-        "showlegend": True,
-        "mode": "lines+markers",
-        "line": {"color": tint, "width": 2},
-        "marker": {"color": tint, "size": 9},
-        "hovertemplate": "m = %{x}: %{y:.2f} %<extra></extra>",
-    }
-
-
-def cost(found: Summary) -> Figure:
-    """Draw error against what a run costs, in gradient passes and in seconds."""
-    data: list[Trace] = []
-    for row in found.rows:
-        name, tint = str(row.method), colour(found, row.method)
-        common: Trace = {
+def _cost(found: Summary, id: str, axis: str, value: Callable[[Row], float]) -> Figure:
+    """Draw error against what a run costs, and the methods that no other beats in both."""
+    data: list[Trace] = [
+        {
+            "x": [value(row)],
             "y": [row.mean],
-            "error_y": {"array": [row.sd if row.n > 1 else 0], "color": tint, "thickness": 1.5},
-            "name": name,
-            "legendgroup": name,
+            "error_y": {"array": [_sd(row)], "color": look.colour, "thickness": 1.5},
+            "name": str(row.method),
             "mode": "markers",
-            "marker": {"color": tint, "size": 11, "symbol": "x" if row.collapsed else "circle"},
+            "marker": {"color": look.colour, "size": 11, "symbol": COLLAPSED if row.collapsed else look.symbol},
+            "hovertemplate": f"%{{x:.4g}} {id}: %{{y:.2f}} %",
         }
-        passes = {"x": [row.passes], "hovertemplate": f"{name}<br>%{{x:.0f}} passes: %{{y:.2f}} %<extra></extra>"}
-        seconds = {"x": [row.seconds], "hovertemplate": f"{name}<br>%{{x:.1f}} s: %{{y:.2f}} %<extra></extra>"}
-        data += [common | passes, common | seconds | {"xaxis": "x2", "yaxis": "y2", "showlegend": False}]
-    data += [_front([(row.passes, row.mean) for row in found.rows], {})]
-    data += [_front([(row.seconds, row.mean) for row in found.rows], {"xaxis": "x2", "yaxis": "y2"})]
-    layout = {
-        "xaxis": {
-            "title": {"text": "gradient passes over the training set"},
-            "rangemode": "tozero",
-            "domain": [0, 0.47],
-        },
-        "xaxis2": {"title": {"text": "seconds a run"}, "rangemode": "tozero", "domain": [0.53, 1], "anchor": "y2"},
-        "yaxis": {"title": {"text": "test error, %"}, "rangemode": "tozero"},
-        "yaxis2": {"rangemode": "tozero", "matches": "y", "showticklabels": False, "anchor": "x2"},
-    }
-    caption = (
-        "Mean over seeds, one standard deviation to either side. Down and to the left is better; "
-        "the stepped line joins the methods that no other beats in both."
-    )
-    return Figure("cost", "Cost against error", caption, data, layout, height=480)
-
-
-def _front(points: list[tuple[float, float]], axes: Trace) -> Trace:
-    """Return the Pareto front of (cost, error) as a stepped line."""
-    front: list[tuple[float, float]] = []
-    for cost, error in sorted(points):
-        if not front or error < front[-1][1]:
-            front.append((cost, error))
+        for row, look in looks(found)
+    ]
+    points = sorted((value(row), row.mean) for row in found.rows)
+    front = [point for i, point in enumerate(points) if point[1] < min((y for _, y in points[:i]), default=math.inf)]
     line = {"color": COLOURS[0], "width": 1, "dash": "dot", "shape": "hv"}
-    trace: Trace = {"x": [cost for cost, _ in front], "y": [error for _, error in front], "mode": "lines", "line": line}
-    return trace | axes | {"showlegend": False, "hoverinfo": "skip"}
+    data.append({"x": [x for x, _ in front], "y": [y for _, y in front], "mode": "lines", "line": line})
+    data[-1] |= {"showlegend": False, "hoverinfo": "skip"}
+    caption = (
+        "Mean and one standard deviation over seeds. Down and to the left is better; the stepped line joins the "
+        "methods that no other beats in both."
+    )
+    zero = {"rangemode": "tozero"}
+    layout = axes(axis, "error, %", xaxis=zero, yaxis=zero)
+    return Figure(f"cost-{id}", f"Error against {id}", caption, data, layout)

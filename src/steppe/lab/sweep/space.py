@@ -1,6 +1,6 @@
-"""What a search tries: stages of grids over settings and over the holes of a method's spec.
+"""Searches: stages of grids over settings and over the holes of a method's spec.
 
-A hole is a name in braces: `WSAM(rho={rho}, gamma={gamma})`. A grid's keys are holes, or fields of `Settings`.
+A hole is a name in braces: ``WSAM(rho={rho}, gamma={gamma})``. A grid's keys are holes, or fields of ``Settings``.
 """
 
 import ast
@@ -21,22 +21,22 @@ SETTINGS = tuple(f.name for f in fields(Settings) if f.name not in ("data", "dat
 
 @dataclass(frozen=True)
 class Stage:
-    """One grid, tried with one method; its best point fills holes and settings from then on."""
+    """One grid for one method; its best point fills holes and settings of the later stages."""
 
     name: str
     method: str
     grid: Grid
 
     def points(self) -> list[dict[str, Value]]:
-        """Return every point of the grid, the last key fastest."""
+        """Return every point of the grid; the last key varies fastest."""
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 @dataclass(frozen=True)
 class Search:
-    """Stages in their order, each point over `seeds` seeds, on a validation split.
+    """Stages in order; each point is trained with ``seeds`` seeds and tested on a validation split.
 
-    `values` fills the holes that no stage searches.
+    ``values`` fills the holes that no stage searches.
 
     Example:
         >>> base = Stage("base", "SGD(epochs=2x)", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 5e-4)})
@@ -57,7 +57,7 @@ class Search:
             raise LabError("a search on digits needs a test-seed: one seed's validation examples are another's tests")
 
     def digest(self, stage: Stage, chosen: Mapping[str, Value]) -> str:
-        """Name everything a stage's values depend on, so that a study is continued only by the search it belongs to."""
+        """Return a hash of everything that a stage's values depend on; only the same search continues a study."""
         known = {key: chosen[key] for key in sorted(chosen)}
         facts = [self.settings.to_dict(), stage.method, asdict(stage)["grid"], known, self.seeds]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -69,19 +69,19 @@ def holes(text: str) -> list[str]:
 
 
 def filled(text: str, values: Mapping[str, Value]) -> spec.Method:
-    """Return the method of a spec whose holes take `values`."""
+    """Return the method of a spec whose holes take ``values``."""
     if missing := [name for name in holes(text) if name not in values]:
         raise LabError(f"{text!r} needs a value for {', '.join(missing)}")
     return spec.parse(text.format(**{name: values[name] for name in holes(text)}))
 
 
 def applied(settings: Settings, values: Mapping[str, Value]) -> Settings:
-    """Return the settings with those of `values` that are settings."""
+    """Return the settings with those of ``values`` that are settings."""
     return replace(settings, **{key: value for key, value in values.items() if key in SETTINGS})  # type: ignore[arg-type]
 
 
 def parse(text: str) -> tuple[str, tuple[Value, ...]]:
-    """Read `rho=0.05,0.1,0.2`."""
+    """Return key and values of a text such as ``rho=0.05,0.1,0.2``."""
     key, _, choices = text.partition("=")
     try:
         values = tuple(ast.literal_eval(choice.strip()) for choice in choices.split(","))
@@ -105,7 +105,7 @@ def narrowed(stages: tuple[Stage, ...], spaces: Mapping[str, tuple[Value, ...]])
 
 
 def check(search: Search) -> None:
-    """Construct every point's method and settings, so that bad values are refused before anything runs."""
+    """Construct every point's method and settings, which refuses bad values before anything runs."""
     known: dict[str, Value] = dict(search.values)
     for stage in search.stages:
         for point in stage.points():

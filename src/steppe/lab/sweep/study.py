@@ -1,30 +1,41 @@
-"""One stage in an Optuna storage: points are claimed once, a dead worker's point is claimed again, nothing is lost.
+"""One stage in an Optuna storage: each point is claimed by one worker, and a dead worker's point is claimed again.
 
-Every point of the grid is a waiting trial from the start, so that claiming one is a change of state in one
-transaction. A worker that trains a point sends heartbeats; where they stop, for a killed process or a lost machine,
-any other worker declares the trial failed and queues its point once more.
+Every point of the grid is a waiting trial from the start, so a claim is one change of state in one transaction. A
+worker sends heartbeats while it trains a point. If they stop, for a killed process or a lost machine, any other worker
+declares the trial failed and queues its point again.
 """
 
+import logging
 import threading
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import PercentilePruner
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
 
 from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Stage, Value
-from steppe.lab.sweep.storage import HEARTBEAT, known_experimental
 
-RETRIES = 3  # of a point whose worker died, lest a point that kills its workers is tried for ever
+HEARTBEAT = 10  # seconds; three missed ones mean that the worker is dead
+RETRIES = 3  # of a point whose worker died; a point that kills its workers is given up
 DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
-POINT, REASON = "point", "reason"
+POINT, ERRORS, REASON = "point", "errors", "reason"
 TWIN = "queued twice"
+_ATTEMPTS = 5  # to open a storage: workers that start together make its tables together
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -37,70 +48,72 @@ class Grid:
 
     @classmethod
     def open(cls, storage: RDBStorage, name: str, stage: Stage) -> "Grid":
-        """Create or join the study called `name`, and queue the points that it lacks or that failed.
+        """Create or join the study called ``name``, and queue the points that it lacks or that failed.
 
         A point gets no further seed when its mean is in the worst quarter of what finished points had after as many.
-        Never within a run: a large radius or learning rate looks bad half-way and ends well.
+        A run is never stopped early: a large radius or learning rate looks bad half-way and ends well.
         """
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=DROP)
         grid = cls(study, storage, stage)
         grid.queue(again=True)
         return grid
 
-    def queue(self, again: bool = False) -> None:
-        """Queue every point that no trial stands for; one that raised, or that too many workers died of, only `again`.
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials in some states, or all of them."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
-        Two workers may do so in the same moment; `claim` sorts that out.
+    def queue(self, again: bool = False) -> None:
+        """Queue every point that has no trial; with ``again`` also those that raised or killed too many workers.
+
+        Two workers may queue the same point at the same moment; :meth:`claim` drops the second trial.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        kinds: dict[str, BaseDistribution] = {
-            key: CategoricalDistribution(choices) for key, choices in self.stage.grid.items()
-        }
+        trials = self.trials()
+        kinds: Any = {key: CategoricalDistribution(choices) for key, choices in self.stage.grid.items()}
         for index, point in enumerate(self.stage.points()):
             mine = [trial for trial in trials if trial.user_attrs[POINT] == index]
             reasons = [trial.user_attrs.get(REASON) for trial in mine if trial.state is TrialState.FAIL]
             deaths, raised = reasons.count(None), any(reason not in (None, TWIN) for reason in reasons)
             if len(mine) == len(reasons) and (again or (deaths <= RETRIES and not raised)):
-                waiting = create_trial(
-                    state=TrialState.WAITING, params=point, distributions=kinds, user_attrs={POINT: index}
+                attributes = {POINT: index}
+                self.study.add_trial(
+                    create_trial(state=TrialState.WAITING, params=point, distributions=kinds, user_attrs=attributes)
                 )
-                self.study.add_trial(waiting)
 
     def claim(self) -> Trial | None:
-        """Return a waiting trial that is now this worker's alone, or None where none is waiting."""
-        with known_experimental():
+        """Return a waiting trial that is now this worker's alone, ``None`` if none is waiting."""
+        with _known_experimental():
             fail_stale_trials(self.study)
         self.queue()
-        for found in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            trial = self._id(found.number)
-            self.storage.record_heartbeat(trial)  # first, so that no claimed trial is without one
-            if self._taken(trial):
-                if not self._twin(found):
-                    return Trial(self.study, trial)
-                self.tell(Trial(self.study, trial), None, TrialState.FAIL, TWIN)
+        for found in self.trials(TrialState.WAITING):
+            trial = Trial(self.study, self.id(found))
+            self.storage.record_heartbeat(self.id(found))  # first, so that no claimed trial is without one
+            with suppress(UpdateFinishedTrialError):
+                if self.storage.set_trial_state_values(self.id(found), TrialState.RUNNING):
+                    if not self._twin(found):
+                        return trial
+                    self.tell(trial, None, TrialState.FAIL, TWIN)
         return None
 
-    def _taken(self, trial: int) -> bool:
-        try:
-            return self.storage.set_trial_state_values(trial, TrialState.RUNNING)
-        except UpdateFinishedTrialError:
-            return False
-
     def _twin(self, found: FrozenTrial) -> bool:
-        """Tell whether an earlier trial stands for the same point."""
-        earlier = self.study.get_trials(deepcopy=False)[: found.number]
-        same = [trial for trial in earlier if trial.user_attrs[POINT] == found.user_attrs[POINT]]
+        """Return whether an earlier trial stands for the same point."""
+        same = [one for one in self.trials()[: found.number] if one.user_attrs[POINT] == found.user_attrs[POINT]]
         return any(trial.state is not TrialState.FAIL for trial in same)
 
-    def _id(self, number: int) -> int:
+    def id(self, trial: Trial | FrozenTrial) -> int:
+        """Return the storage's number of a trial."""
         study = self.storage.get_study_id_from_name(self.study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study, number)
+        return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
 
     @contextmanager
     def beating(self, trial: Trial) -> Iterator[None]:
         """Send heartbeats while the body runs."""
-        stop = threading.Event()
-        pulse = threading.Thread(target=_beat, args=(self.storage, self._id(trial.number), stop), daemon=True)
+        stop, number = threading.Event(), self.id(trial)
+
+        def beat() -> None:
+            while not stop.wait(self.storage.get_heartbeat_interval() or HEARTBEAT):
+                self.storage.record_heartbeat(number)
+
+        pulse = threading.Thread(target=beat, daemon=True)
         pulse.start()
         try:
             yield
@@ -109,44 +122,95 @@ class Grid:
             pulse.join()
 
     def tell(self, trial: Trial, value: float | None, state: TrialState, reason: str = "") -> None:
-        """End a trial; nothing happens where it was declared dead meanwhile, because another worker has its point."""
-        try:
+        """End a trial; do nothing if it was declared dead meanwhile, because another worker has its point."""
+        with suppress(UpdateFinishedTrialError):
             if reason:
                 trial.set_user_attr(REASON, reason)
             self.study.tell(trial, value, state, skip_if_finished=True)
-        except UpdateFinishedTrialError:
-            return
 
     def ended(self) -> dict[int, FrozenTrial]:
-        """Return the trial that stands for each point that is done."""
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        """Return the trial of each point that is done."""
+        trials = self.trials(TrialState.COMPLETE, TrialState.PRUNED)
         return {trial.user_attrs[POINT]: trial for trial in reversed(trials)}
 
-    def waiting(self) -> int:
-        """Return how many trials wait to be claimed."""
-        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-    def under_way(self) -> bool:
-        """Tell whether any trial is waiting or being trained."""
-        return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)))
+    def points(self) -> list[dict[str, Any]]:
+        """Return the points that are done as plain data: values, errors per seed in per cent, whether dropped."""
+        points = self.stage.points()
+        return [
+            {
+                "values": points[index],
+                "errors": trial.user_attrs.get(ERRORS, []),
+                "error": trial.value,
+                "dropped": trial.state is TrialState.PRUNED,
+            }
+            for index, trial in sorted(self.ended().items())
+        ]
 
     def best(self) -> dict[str, Value]:
-        """Return the point with the lowest value, the first in the grid's order among equals."""
+        """Return the point with the lowest value, the first in the grid's order among equals.
+
+        Raises:
+            LabError: points failed.
+        """
         ended, points = self.ended(), self.stage.points()
         if lost := [point for index, point in enumerate(points) if index not in ended]:
-            failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-            reasons = {trial.user_attrs.get(REASON, "its workers died") for trial in failed} - {TWIN}
+            reasons = {trial.user_attrs.get(REASON, "its workers died") for trial in self.trials(TrialState.FAIL)}
             raise LabError(
                 f"{len(lost)} of {len(points)} points of stage {self.stage.name} failed, the first {lost[0]} "
-                f"({'; '.join(sorted(reasons))}); the same command tries again"
+                f"({'; '.join(sorted(reasons - {TWIN}))}); the same command tries again"
             )
-        values = {index: trial.value for index, trial in ended.items() if trial.value is not None}
-        whole = {i: value for i, value in values.items() if ended[i].state is TrialState.COMPLETE}
-        return points[min(whole, key=lambda index: (whole[index], index))]
+        whole = [(trial.value, i) for i, trial in ended.items() if trial.state is TrialState.COMPLETE]
+        return points[min(whole)[1]]
 
 
-def _beat(storage: RDBStorage, trial: int, stop: threading.Event) -> None:
-    while True:
-        storage.record_heartbeat(trial)
-        if stop.wait(storage.get_heartbeat_interval() or HEARTBEAT):
-            return
+def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
+    """Open a storage by its URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
+
+    Raises:
+        LabError: it cannot be opened; the message is without user and password.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            if url.startswith("sqlite"):
+                Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                return _one_writer(_storage(url, heartbeat, {"connect_args": {"timeout": 120}}))
+            return _storage(url, heartbeat, {"pool_pre_ping": True})
+        except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
+            if attempt == _ATTEMPTS or isinstance(error, ImportError | ValueError):
+                raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
+        time.sleep(0.1 * 2**attempt)
+    raise AssertionError
+
+
+def shown(url: str) -> str:
+    """Return the URL without user and password."""
+    head, at, tail = url.rpartition("@")
+    return f"{head.split('//')[0]}//...@{tail}" if at else url
+
+
+def _storage(url: str, heartbeat: int, options: dict[str, Any]) -> RDBStorage:
+    with _known_experimental():
+        return RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+
+
+def _one_writer(storage: RDBStorage) -> RDBStorage:
+    """Take SQLite's write lock before the first read of a transaction: it has no row locks to claim a trial with."""
+
+    @event.listens_for(storage.engine, "connect")
+    def connect(connection: Any, record: object) -> None:
+        connection.isolation_level = None  # the driver begins no transaction
+
+    @event.listens_for(storage.engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    storage.engine.dispose()  # connections made before lack these settings
+    return storage
+
+
+@contextmanager
+def _known_experimental() -> Iterator[None]:
+    """Ignore Optuna's warning that heartbeats, which it has had since 2.9, may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield

@@ -15,14 +15,13 @@ import torch
 from optuna.trial import Trial, TrialState
 
 from steppe.lab.compare import leave_with_parent
+from steppe.lab.runs import Run
 from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
-from steppe.lab.sweep.storage import HEARTBEAT, open_storage
-from steppe.lab.sweep.study import POINT, Grid
-from steppe.lab.train import Run, train
+from steppe.lab.sweep.study import ERRORS, HEARTBEAT, POINT, Grid, open_storage
+from steppe.lab.train import train
 
-ERRORS = "errors"
-_POLL = 0.5  # seconds between looks at points that others train
+_POLL = 0.5  # seconds between looks at points that other workers train
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Ended:
 
     stage: Stage
     chosen: Mapping[str, Value]
-    points: list[dict[str, Any]]  # its values, the error per seed in per cent, and what became of it
+    points: list[dict[str, Any]]  # see Grid.points
 
 
 def search(
@@ -42,30 +41,30 @@ def search(
     heartbeat: int = HEARTBEAT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Value], list[Ended]]:
-    """Run every stage with `workers` processes here, beside those of other machines; return the values chosen.
+    """Run every stage with ``workers`` processes here, beside those of other machines; return the values chosen.
 
-    `name` tells searches in one storage apart. Any process may be killed: the others train its point again, and the
-    same call continues where all of them were.
+    ``name`` distinguishes searches in one storage. Any process may be killed: the others train its point again, and the
+    same call continues an interrupted search.
     """
     values, ended = dict(asked.values), []
     with ExitStack() as helpers:
         for stage in asked.stages:
             study = f"{name}/{stage.name}/{asked.digest(stage, values)}"
             grid = Grid.open(open_storage(url, heartbeat), study, stage)
-            if workers > 1 and grid.waiting() > 1:
+            if workers > 1 and len(grid.trials(TrialState.WAITING)) > 1:
                 helpers.enter_context(_helpers(workers - 1, (asked, url, name, heartbeat)))
-                workers = 1  # they go through the stages that follow by themselves
+                workers = 1  # the helpers go through the remaining stages too
             _work(grid, asked, values, tell)
             chosen = grid.best()
             values |= chosen
             tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
-            ended.append(Ended(stage, chosen, exported(grid)))
+            ended.append(Ended(stage, chosen, grid.points()))
     return values, ended
 
 
 @contextmanager
 def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Run `count` further processes that make the same search; they end by themselves, or with this one."""
+    """Run ``count`` further processes that make the same search; they end when it is done, or with this process."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_help, args=arguments) for _ in range(count)]
     for process in processes:
@@ -85,7 +84,7 @@ def _help(asked: Search, url: str, name: str, heartbeat: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down an ignored one
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    with suppress(KeyboardInterrupt, LabError):  # the process that started this one tells what was wrong
+    with suppress(KeyboardInterrupt, LabError):  # the parent reports mistakes
         search(asked, url, name, workers=1, heartbeat=heartbeat)
 
 
@@ -97,22 +96,19 @@ def _work(grid: Grid, asked: Search, values: Mapping[str, Value], tell: Callable
             with grid.beating(trial):
                 _train(grid, trial, asked, {**values, **points[trial.user_attrs[POINT]]})
             tell(f"{stage.name}: {len(grid.ended())} of {len(points)} points")
-        elif grid.under_way():
+        elif grid.trials(TrialState.WAITING, TrialState.RUNNING):
             time.sleep(_POLL)
         else:
             return
 
 
-def _run(asked: Search, stage: Stage, values: Mapping[str, Value], seed: int) -> Run:
-    return Run(filled(stage.method, values), seed, applied(asked.settings, values))
-
-
 def _train(grid: Grid, trial: Trial, asked: Search, values: Mapping[str, Value]) -> None:
-    """Train a point seed by seed and tell its mean validation error in per cent, or that it is not worth another."""
+    """Train a point seed by seed and tell its mean validation error in per cent, or that it gets no further seed."""
+    method, settings = filled(grid.stage.method, values), applied(asked.settings, values)
     errors: list[float] = []
     try:
         for seed in range(asked.seeds):
-            errors.append(100 * train(_run(asked, grid.stage, values, seed)).test_error)
+            errors.append(100 * train(Run(method, seed, settings)).test_error)
             trial.set_user_attr(ERRORS, errors)
             trial.report(fmean(errors), step=seed)
             if len(errors) < asked.seeds and trial.should_prune():
@@ -120,20 +116,6 @@ def _train(grid: Grid, trial: Trial, asked: Search, values: Mapping[str, Value])
         grid.tell(trial, fmean(errors), TrialState.COMPLETE)
     except Exception as error:
         grid.tell(trial, None, TrialState.FAIL, f"{type(error).__name__}: {error}")
-    except BaseException:  # interrupted: the point goes back into the queue at once
+    except BaseException:  # interrupted: the point is queued again
         grid.tell(trial, None, TrialState.FAIL)
         raise
-
-
-def exported(grid: Grid) -> list[dict[str, Any]]:
-    """Return a stage's points as plain data: values, errors per seed in per cent, whether it was dropped."""
-    points = grid.stage.points()
-    return [
-        {
-            "values": points[index],
-            "errors": trial.user_attrs.get(ERRORS, []),
-            "error": trial.value,
-            "dropped": trial.state is TrialState.PRUNED,
-        }
-        for index, trial in sorted(grid.ended().items())
-    ]

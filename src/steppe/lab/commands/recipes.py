@@ -1,0 +1,85 @@
+"""``steppe recipes`` and ``steppe reproduce``."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from steppe.lab.terminal import line
+
+Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
+AtScale = Annotated[str, typer.Option(help="paper, gpu-hour or laptop.")]
+Only = Annotated[str | None, typer.Option(help="One study of the recipe.", show_default="all")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Optuna storage for machines to share: postgresql://HOST/DB.",
+        envvar="STEPPE_STORAGE",  # keeps a password out of the list of processes
+        show_default="SQLite in OUT",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one a core")]
+Out = Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/RECIPE-SCALE")]
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe to show whole.", show_default="all in brief")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the papers' studies, or show one with its protocol and what is known of it.
+
+    Examples:
+
+        steppe recipes
+
+        steppe recipes label_noise
+    """
+    from steppe.lab.recipes import RECIPES, listing, named
+
+    chosen = list(RECIPES.values()) if name is None else [named(name)]
+    if as_json:
+        typer.echo(json.dumps([asdict(recipe) for recipe in chosen], indent=1))
+    elif name is None:
+        listing.print_list(chosen, Console())
+    else:
+        listing.print_whole(chosen[0], Console())
+
+
+def reproduce(
+    name: Named,
+    scale: AtScale = "laptop",
+    study: Only = None,
+    data_dir: DataDir = None,
+    seeds: Seeds = None,
+    storage: Storage = None,
+    workers: Workers = None,
+    out: Out = None,
+) -> None:
+    """Run a recipe: its search on a validation split, its comparison on the test set, a report for each study.
+
+    The same command continues where it was stopped.
+
+    Examples:
+
+        steppe reproduce label_noise --study noise-0.4
+
+        steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
+    """
+    from steppe.lab.commands.train import compared, minima_measured
+    from steppe.lab.recipes.reproduce import choose, planned, scale_of
+
+    console, processes = Console(), workers or os.cpu_count() or 1
+    recipe, chosen = choose(name, scale, study, data_dir)
+    for each in chosen:
+        line(console, f"{recipe.name}, {each.name}")
+        folder = (out or Path("runs") / f"{name}-{scale}") / each.name
+        asked = replace(each, seeds=seeds or each.seeds)
+        plan = planned(recipe, scale_of(scale), asked, folder, storage, processes, lambda text: line(console, text))
+        if code := compared(folder, plan, processes, console) or (recipe.measured and minima_measured(folder, console)):
+            raise typer.Exit(int(code))

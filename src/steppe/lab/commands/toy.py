@@ -1,0 +1,135 @@
+"""``steppe toy``."""
+
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from steppe.lab.terminal import Display, line, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steppe.toy import Landscape, Method, Stationary
+
+Two = tuple[float, float] | None
+PUBLISHED = "WSAM's Figure 2"
+SWEPT = (*(g / 100 for g in (*range(50, 80, 5), *range(80, 100))), 0.995)
+FORMS = ("coupled WSAM", "decoupled WSAM")
+SHOWN = (0.7, 0.8, 0.85)  # gammas in the figure of updates
+OWN: dict[str, Any] = {"start": (1.0, 1.0), "lr": 0.05, "rho": 0.1, "steps": 150, "x": (-2.0, 2.0), "y": (-2.0, 2.0)}
+
+
+def toy(
+    function: Annotated[str | None, typer.Option(help="Your own function, as module:function.")] = None,
+    start: Annotated[Two, typer.Option(help="Start.", show_default="-6 10; 1 1 for your own")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="5; 0.05 for your own")] = None,
+    rho: Annotated[float | None, typer.Option(help="Radius.", show_default="2; 0.1 for your own")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="150")] = None,
+    x: Annotated[Two, typer.Option(help="Range of x.", show_default="-30 32; -2 2 for your own")] = None,
+    y: Annotated[Two, typer.Option(help="Range of y.", show_default="5 40; -2 2 for your own")] = None,
+    gamma: Annotated[list[float], typer.Option(help="WSAM's gamma; repeatable.")] = [0.6, 0.95],  # noqa: B006
+    sweep: Annotated[bool, typer.Option(help="Sweep gamma, about 15 seconds.")] = True,
+    out: Annotated[Path, typer.Option(help="Directory of the figures.")] = Path("runs/toy"),
+) -> None:
+    """Run SGD, SAM and both forms of WSAM on WSAM's Figure 2, or on your own function of two variables.
+
+    Prints where each ends and writes figures: the trajectories, the update as a function of gamma, and the end as a
+    function of gamma.
+    """
+    from steppe.lab.settings import LabError
+    from steppe.toy import ToyError, methods, stationary_points
+
+    console = Console()
+    asked = {"start": start, "lr": lr, "rho": rho, "steps": steps, "x": x, "y": y}
+    if bad := [g for g in gamma if not 0 <= g < 1]:
+        raise LabError(f"gamma must be a number in [0, 1), got {bad[0]:g}")
+    try:
+        landscape = _landscape(function, {name: value for name, value in asked.items() if value is not None})
+        points = stationary_points(landscape)
+        paths = _finite_paths(landscape, methods(gamma), console)
+    except ToyError as error:
+        raise LabError(str(error)) from error
+    _print(landscape, points, paths, console)
+    _draw(landscape, points, paths, function or PUBLISHED, out)
+    if sweep:
+        _sweep(landscape, points, out, console)
+    line(console, f"\nFigures: {out}")
+
+
+def _landscape(function: str | None, given: dict[str, Any]) -> "Landscape":
+    from steppe.lab.importing import imported
+    from steppe.toy import FIGURE_2, Landscape
+
+    return replace(FIGURE_2, **given) if function is None else Landscape(imported(function), **(OWN | given))
+
+
+def _draw(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str, Tensor]", name: str, out: Path) -> None:
+    from steppe.lab.files import write
+    from steppe.toy import figures
+
+    title = f"{name}: lr {landscape.lr:g}, momentum {landscape.momentum:g}, rho {landscape.rho:g}"
+    write(out / "trajectories.png", figures.trajectories(landscape, paths, points, title).savefig)
+    write(out / "update.png", figures.update(landscape, SHOWN).savefig)
+
+
+def _finite_paths(landscape: "Landscape", chosen: "dict[str, Method]", console: Console) -> "dict[str, Tensor]":
+    """Return the trajectories; print a line for each that diverges."""
+    from steppe.toy import ToyError, trajectory
+
+    paths = {}
+    for label, method in chosen.items():
+        try:
+            paths[label] = trajectory(landscape, method, label)
+        except ToyError as error:
+            line(console, f"left out: {error}")
+    if not paths:
+        raise ToyError("no method stays finite from this start")
+    return paths
+
+
+def _print(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str, Tensor]", console: Console) -> None:
+    from steppe.toy import place
+    from steppe.toy.stationary import eigenvalues
+
+    headers = [", ".join(landscape.axes), "loss", "eigenvalues of H"]
+    found = [[s.name, *_cells(s.point, s.loss, s.eigenvalues)] for s in points]
+    console.print(table(["stationary point", *headers], found, "In the window"))
+    ends = []
+    for name, path in paths.items():
+        end = path[-1]
+        cells = _cells(tuple(end.tolist()), landscape.value(end), eigenvalues(landscape, end))
+        ends.append([name, *cells, place(landscape, end, points)])
+    console.print(table(["method", *headers, "where"], ends, f"After {landscape.steps} steps"))
+
+
+def _cells(point: tuple[float, ...], loss: float, hessian: tuple[float, float]) -> list[str]:
+    return [f"{point[0]:.2f}, {point[1]:.2f}", f"{loss:.4g}", f"{hessian[0]:.2g}, {hessian[1]:.2g}"]
+
+
+def _sweep(landscape: "Landscape", points: "list[Stationary]", out: Path, console: Console) -> None:
+    """Print and draw where both forms of WSAM end, by gamma; an interruption ends the sweep."""
+    from steppe.lab.files import write
+    from steppe.toy import ToyError, figures, methods, place, trajectory
+
+    ends: dict[str, dict[float, Tensor]] = {form: {} for form in FORMS}
+    places: dict[str, list[tuple[float, str]]] = {form: [] for form in FORMS}
+    with Display(console, "sweeping gamma", len(FORMS) * len(SWEPT)) as display, suppress(KeyboardInterrupt):
+        for done, (form, g) in enumerate((form, g) for form in FORMS for g in SWEPT):
+            name = f"{form} {g:g}"
+            try:
+                ends[form][g] = trajectory(landscape, methods([g])[name], name)[-1]
+                places[form].append((g, place(landscape, ends[form][g], points)))
+            except ToyError:
+                places[form].append((g, "diverges"))
+            display.update(done + 1)
+    line(console, f"\nAfter {landscape.steps} steps, by gamma:")
+    for form in FORMS:
+        runs = [(where, [g for g, _ in run]) for where, run in groupby(places[form], key=lambda pair: pair[1])]
+        spans = [f"{where} for {gs[0]:g}" + (f" to {gs[-1]:g}" if len(gs) > 1 else "") for where, gs in runs]
+        line(console, f"- {form}: {'; '.join(spans)}")
+    write(out / "sweep.png", figures.sweep(landscape, ends, points).savefig)

@@ -1,0 +1,30 @@
+"""Functions that a user names on the command line as ``module:function``."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from steppe.lab.settings import LabError
+
+
+def imported(name: str) -> Callable[..., Any]:
+    """Return the function called ``module:function``; modules are also looked for in the current folder.
+
+    Raises:
+        LabError: the name has another form, or the module cannot be imported, or it has no such function.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise LabError(f"the function must be named as module:function, got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # a user's module may raise anything
+        raise LabError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise LabError(f"module {module!r} has no function {attribute!r}")
+    return found  # type: ignore[no-any-return]

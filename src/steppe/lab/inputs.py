@@ -1,0 +1,170 @@
+"""Sets of examples that are prepared when they are indexed: bytes are standardised, image files decoded.
+
+Each is indexed like a tensor, by row numbers or slices, and returns what a model takes.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from os import cpu_count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_AHEAD = 3  # batches that are decoded before they are needed
+_MULTIPLE = 32  # lengths of batches of texts are rounded up to it
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images in files, decoded when indexed; ``read(i)`` gives the i-th as bytes, shape (channels, side, side)."""
+
+    read: Callable[[int], Tensor]
+    rows: Tensor
+    shape_of_one: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        chosen = self.rows[rows].tolist()
+        return torch.stack(list(_threads().map(self.read, chosen)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape that a tensor of all images would have."""
+        return (len(self), *self.shape_of_one)
+
+    def take(self, rows: Tensor | slice) -> "Files":
+        """Return the chosen examples as a set, not decoded."""
+        return replace(self, rows=self.rows[rows])
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as bytes, shape (n, channels, height, width); indexing returns ``(bytes - mean) / spread`` in float32.
+
+    Args:
+        pixels: the images in memory, or files.
+        mean: of the bytes, in 0 to 255: one number, or one for each channel.
+        spread: their standard deviation, likewise.
+        side: of the returned images: larger ones are cropped at the centre, smaller ones scaled up; ``None``: neither.
+        device: of the returned images.
+    """
+
+    pixels: Tensor | Files
+    mean: Tensor
+    spread: Tensor
+    side: int | None = None
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
+        if isinstance(rows, int):
+            return self[slice(rows, rows + 1)][0]
+        return self.finish(self.raw(rows))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape that a tensor of all images would have."""
+        n, channels, height, width = self.pixels.shape
+        return (n, channels, self.side or height, self.side or width)
+
+    def raw(self, rows: Tensor | slice) -> Tensor:
+        """Return the chosen images as bytes."""
+        if isinstance(rows, Tensor) and isinstance(self.pixels, Tensor):
+            rows = rows.to(self.pixels.device)
+        return self.pixels[rows].to(self.device, non_blocking=True)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Return standardised images of bytes."""
+        side, own = self.side or raw.shape[-1], raw.shape[-1]
+        if own > side:
+            edge = (own - side) // 2
+            raw = raw[..., edge : edge + side, edge : edge + side]
+        standard = (raw.float() - self.mean) / self.spread
+        return functional.interpolate(standard, (side, side), mode="bilinear") if own < side else standard
+
+    def take(self, rows: Tensor | slice) -> "Images":
+        """Return the chosen images as a set."""
+        return replace(self, pixels=take(self.pixels, rows))
+
+    def to(self, device: torch.device) -> "Images":
+        """Return the set for a device; images in memory are moved there."""
+        pixels = self.pixels.to(device) if isinstance(self.pixels, Tensor) else self.pixels
+        return Images(pixels, self.mean.to(device), self.spread.to(device), self.side, device)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as a tokenizer's tensors, shape (n, length) each; indexing cuts the padding that no chosen text needs.
+
+    Args:
+        parts: input_ids, attention_mask and other inputs of the model, by name.
+        lengths: tokens of each text, on the CPU, so that reading them does not wait for the device.
+    """
+
+    parts: dict[str, Tensor]
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: int | slice | Tensor) -> dict[str, Tensor]:
+        longest = int(self.lengths[rows].max())
+        kept = -(-longest // _MULTIPLE) * _MULTIPLE  # few different lengths: shared passes are verified for each
+        return {name: part[rows][..., :kept] for name, part in self.parts.items()}
+
+    def take(self, rows: Tensor | slice) -> "Tokens":
+        """Return the chosen texts as a set."""
+        return Tokens({name: part[rows] for name, part in self.parts.items()}, self.lengths[rows])
+
+    def to(self, device: torch.device) -> "Tokens":
+        """Return the set on a device."""
+        return Tokens({name: part.to(device) for name, part in self.parts.items()}, self.lengths)
+
+
+Examples = Tensor | Images | Tokens
+
+
+def take(examples: Any, rows: Tensor | slice) -> Any:
+    """Return the chosen rows as a set of the same kind."""
+    return examples[rows] if isinstance(examples, Tensor) else examples.take(rows)
+
+
+def raw(examples: Examples, rows: Tensor) -> Any:
+    """Return the chosen rows as they are before augmentation: bytes for images."""
+    return examples.raw(rows) if isinstance(examples, Images) else examples[rows]
+
+
+def finish(examples: Examples, raw: Any) -> Any:
+    """Return what a model takes, of raw rows that may have been augmented."""
+    return examples.finish(raw) if isinstance(examples, Images) else raw
+
+
+def ahead(make: Callable[[Tensor], Any], rows: Iterator[Tensor], examples: Examples) -> Iterator[tuple[Tensor, Any]]:
+    """Yield ``(rows, make(rows))``; batches of image files are made by a thread while earlier ones are in use."""
+    if not (isinstance(examples, Images) and isinstance(examples.pixels, Files)):
+        yield from ((each, make(each)) for each in rows)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[tuple[Tensor, Future[Any]]] = [(r, pool.submit(make, r)) for r in islice(rows, _AHEAD)]
+        try:
+            while waiting:
+                each, future = waiting.pop(0)
+                waiting += [(r, pool.submit(make, r)) for r in islice(rows, 1)]
+                yield each, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return the threads that decode; Pillow releases Python's lock while it decodes."""
+    return ThreadPoolExecutor(cpu_count() or 1)

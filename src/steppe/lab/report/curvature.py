@@ -1,0 +1,171 @@
+"""The report's table of measured minima (WSAM's Table 9, for every method), and figures of their surroundings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from steppe.lab import minima
+from steppe.lab.minima import Measured
+from steppe.lab.report.figures import Figure, Trace, axes, looks
+from steppe.lab.settings import LabError
+from steppe.lab.spec import Method
+from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.summary import Summary
+from steppe.lab.tables import MINUS, NONE, number
+from steppe.measure import Minimum
+
+COLUMNS: dict[str, Callable[[Minimum], float]] = {
+    "loss": lambda m: m.loss,
+    "top eigenvalue": lambda m: m.top,
+    "trace": lambda m: m.trace,
+    "tr V": lambda m: m.trace_V,
+    "m-sharpness": lambda m: m.sharpness,
+}
+_TESTED = ("loss", "top eigenvalue")
+_FAINT = 1e-6  # share of a flat density; smaller values are not drawn
+
+Group = dict[Method, list[Measured]]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The table of minima; cells are text."""
+
+    headers: list[str]
+    rows: list[tuple[str, bool, list[str]]]  # method, whether it is the baseline, cells
+    caption: str
+    notes: list[str]
+    figures: list[Figure]
+
+
+def section(folder: Path, found: Summary) -> Curvature | None:
+    """Return the table of the runs that were measured, or None where none was."""
+    measured, notes = _read(folder, found)
+    if not measured:
+        return None
+    tests = [_tests(COLUMNS[name], measured, found.plan.reference) for name in _TESTED]
+    rows = []
+    for method, group in measured.items():
+        cells = [_spread([value(one.minimum) for one in group]) for value in COLUMNS.values()]
+        baseline = method == found.plan.reference
+        cells += ["baseline" if baseline else _test(*by_method[method]) for by_method in tests]
+        rows.append((str(method), baseline, [str(len(group)), *cells]))
+    headers = ["method", "n", *COLUMNS, *(f"{name}, difference [95 % CI], p (Holm)" for name in _TESTED)]
+    figures = [_slices(measured, found), _spectra(measured, found)]
+    return Curvature(headers, rows, _caption(measured, found), notes, figures)
+
+
+def _read(folder: Path, found: Summary) -> tuple[Group, list[str]]:
+    """Return what was measured, by method in the plan's order, and notes on what was not."""
+    measured: Group = {method: [] for method in found.plan.methods}
+    notes, rough, missing = [], [], 0
+    for run in found.records:
+        try:
+            one = minima.read(folder, run)
+        except LabError as error:
+            notes.append(str(error))
+            continue
+        if one is None:
+            missing += 1
+            continue
+        measured[run.method].append(one)
+        rough += [] if one.minimum.converged else [f"{one.method} seed {one.seed}"]
+    if missing:
+        notes.append(f"{missing} finished runs are not measured; `steppe measure` continues.")
+    if rough:
+        notes.append(f"Not converged (eigenvalue or trace missed its tolerance): {', '.join(rough)}.")
+    return {method: group for method, group in measured.items() if group}, notes
+
+
+def _tests(
+    value: Callable[[Minimum], float], measured: Group, reference: Method
+) -> dict[Method, tuple[Paired | None, float]]:
+    """Return by method the paired test against the reference and its Holm-corrected p-value."""
+    by_seed = {method: {one.seed: value(one.minimum) for one in group} for method, group in measured.items()}
+    tests: list[Paired | None] = []
+    for method, values in by_seed.items():
+        seeds = [] if method == reference else sorted(values.keys() & by_seed.get(reference, {}).keys())
+        pairs = [(values[seed], by_seed[reference][seed]) for seed in seeds]
+        tests.append(paired(*zip(*pairs, strict=True)) if pairs else None)
+    adjusted = holm([math.nan if test is None else test.p for test in tests])
+    return dict(zip(by_seed, zip(tests, adjusted, strict=True), strict=True))
+
+
+def _spread(values: list[float]) -> str:
+    decimals = _decimals(mean(values))
+    return f"{mean(values):.{decimals}f} ± {number(spread(values), f'.{decimals}f')}".replace("-", MINUS)
+
+
+def _test(test: Paired | None, p: float) -> str:
+    if test is None:
+        return NONE
+    ends = NONE if math.isnan(test.low) else f"{_signed(test.low)} to {_signed(test.high)}"
+    return f"{_signed(test.difference)} [{ends}], {number(p, '.2g')}"
+
+
+def _signed(value: float) -> str:
+    """Return three significant digits, without an exponent."""
+    return f"{value:+.{_decimals(value)}f}".replace("-", MINUS)
+
+
+def _decimals(value: float) -> int:
+    return min(6, max(0, 2 - math.floor(math.log10(abs(value))))) if value else 2
+
+
+def _caption(measured: Group, found: Summary) -> str:
+    one = next(iter(measured.values()))[0].minimum
+    return (
+        f"At the final weights, on the {one.n} training examples with the labels they were trained on; weight decay is "
+        "not part of the loss. Mean ± standard deviation over n seeds. Top eigenvalue and trace of the loss's Hessian "
+        "(Lanczos, residual below 0.1 %; Hutch++, standard error of one run below 5 %); tr V, the trace of the "
+        "covariance of the per-example gradients; m-sharpness, the mean rise of the loss in a ball: "
+        f"{one.measure}. Differences: method minus {found.plan.reference}, paired by seed, with the 95 % confidence "
+        "interval of the mean and the p-value of the paired t-test, Holm-corrected by column."
+    )
+
+
+def _slices(measured: Group, found: Summary) -> Figure:
+    data: list[Trace] = []
+    for row, look in looks(found):
+        if group := measured.get(row.method):
+            losses = zip(*(one.slice["loss"] for one in group), strict=True)
+            finite = [[loss for loss in column if loss is not None] for column in losses]
+            y = [mean(column) if column else None for column in finite]
+            data.append({"x": group[0].slice["t"], "y": y, "name": str(row.method), "line": look.line})
+            data[-1] |= {"mode": "lines", "hovertemplate": "%{y:.3g}"}
+    layout = axes("t, along a random filter-normalised direction", "training loss", yaxis={"type": "log"})
+    caption = "Loss at w + t d, each filter of d as long as the model's (Li et al. 2018); log scale, mean over seeds."
+    return Figure("slices", "Loss around the minima", caption, data, layout)
+
+
+def _spectra(measured: Group, found: Summary) -> Figure:
+    nodes = [x for group in measured.values() for one in group for x in one.spectrum["node"]]
+    low, high = min(nodes), max(nodes)
+    width = (high - low) / 200 or 1.0
+    grid = [low - 4 * width + i * (high - low + 8 * width) / 400 for i in range(401)]
+    data: list[Trace] = []
+    for row, look in looks(found):
+        if group := measured.get(row.method):
+            density = [mean([_smooth(x, one.spectrum, width) for one in group]) for x in grid]
+            shown = [value if value > _FAINT / (high - low or 1.0) else None for value in density]
+            data.append({"x": grid, "y": shown, "name": str(row.method), "line": look.line, "mode": "lines"})
+    layout = axes("eigenvalue of the Hessian", "density", yaxis={"type": "log"})
+    caption = (
+        "Stochastic Lanczos quadrature (Ghorbani et al. 2019), 2 probes of 40 steps a run; mean over seeds, smoothed "
+        f"by a Gaussian of standard deviation {width:.2g}. Most eigenvalues are near 0; a far peak is a few of many."
+    )
+    return Figure("spectra", "Hessian spectra", caption, data, layout)
+
+
+def _smooth(x: float, spectrum: dict[str, list[float]], width: float) -> float:
+    rows = zip(spectrum["node"], spectrum["share"], strict=True)
+    return sum(w * math.exp(-0.5 * ((x - node) / width) ** 2) for node, w in rows) / (width * math.sqrt(2 * math.pi))
+
+
+def markdown(table: Curvature) -> str:
+    """Return the table as Markdown."""
+    lines = [table.headers, ["---"] + ["---:"] * (len(table.headers) - 1)]
+    lines += [[name, *cells] for name, _, cells in table.rows]
+    text = ["## Minima", "", *("| " + " | ".join(cells) + " |" for cells in lines), "", table.caption, ""]
+    return "\n".join(text + [f"- {note}" for note in table.notes]) + "\n"

@@ -1,0 +1,237 @@
+"""The one format of run directories: ``run``, ``compare``, ``sweep`` and ``reproduce`` write it, ``report`` reads it.
+
+A directory holds methods times seeds under one :class:`~steppe.lab.settings.Settings`; ``steppe run`` makes one with a
+single run. NAME is METHOD-sSEED, such as ``sam-rho0.2-s0``; :func:`path_of` gives every path.
+
+=========================  ============================================================================================
+``config.json``            settings, methods, baseline; ``seeds``, their number, and ``first``, the first of them
+``recipe.json``            the recipe, its protocol and the values found for it (``reproduce``)
+``search.json``            every point of the search, and what was chosen (``reproduce``, ``sweep``)
+``study.db``               Optuna's SQLite storage of the search, unless another was named
+``runs/NAME.json``         the :class:`~steppe.lab.record.Record` of a finished run; its presence means finished
+``weights/NAME.pt``        its final ``state_dict``
+``minima/NAME.json``       what ``steppe measure`` found there
+``checkpoints/NAME.pt``    all that an unfinished run goes on from (``run``); removed when the run is finished
+``metrics/NAME.jsonl``     numbers along the way, one object a line (``run``)
+``tensorboard/``           the same as events (``run --tensorboard``)
+``report.html``            and ``summary.md``, ``summary.csv``: functions of the files above
+=========================  ============================================================================================
+
+JSON files carry ``"format": 1`` and are written by :func:`steppe.lab.files.write_json`. A damaged record is named and
+its run is made again; a newer format is refused. Directories of ``compare`` and ``reproduce`` of 0.1 have this format.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steppe.lab import record, spec
+from steppe.lab.files import clean, read_json, write, write_json
+from steppe.lab.record import Record
+from steppe.lab.settings import LabError, Settings, differences
+from steppe.lab.spec import Method
+
+RECIPE, SEARCH = "recipe.json", "search.json"
+_BEFORE = (RECIPE, SEARCH, "study.db")  # what a search leaves before its comparison begins
+_SUFFIXES = {"runs": ".json", "weights": ".pt", "minima": ".json", "checkpoints": ".pt", "metrics": ".jsonl"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method under one seed."""
+
+    method: Method
+    seed: int
+    settings: Settings
+
+    @property
+    def epochs(self) -> int:
+        """Return the number of epochs that this run trains."""
+        return self.method.epochs_of(self.settings.epochs)
+
+    @property
+    def name(self) -> str:
+        """Return the run's file name, without a suffix."""
+        return f"{self.method.slug}-s{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.method} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods times ``seeds`` seeds, from ``first`` on, under one ``Settings``."""
+
+    settings: Settings
+    methods: tuple[Method, ...]
+    seeds: int
+    baseline: Method | None = None  # what the others are compared to; None is the first method
+    first: int = 0
+
+    @property
+    def reference(self) -> Method:
+        """Return the baseline.
+
+        Raises:
+            LabError: it is none of the methods.
+        """
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise LabError(f"baseline {self.baseline} is none of the methods: {', '.join(map(str, self.methods))}")
+        return self.baseline or self.methods[0]
+
+    def runs(self) -> list[Run]:
+        """Return every run, seed by seed, so that runs that finish early are already paired."""
+        seeds = range(self.first, self.first + self.seeds)
+        return [Run(method, seed, self.settings) for seed in seeds for method in self.methods]
+
+    @classmethod
+    def alone(cls, run: Run) -> "Plan":
+        """Return the plan of a single run."""
+        return cls(run.settings, (run.method,), 1, first=run.seed)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe leaves beside the runs: its protocol and its search; empty for other comparisons."""
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def published(self) -> Mapping[str, float | None]:
+        """Return the paper's test error in per cent by method, ``None`` for numbers that are not known."""
+        numbers: Mapping[str, float | None] = self.recipe.get("published", {})
+        return numbers
+
+
+def path_of(folder: Path, run: Run, kind: str = "runs") -> Path:
+    """Return the path of a run's record, or of its ``weights``, ``minima``, ``checkpoints`` or ``metrics``."""
+    return folder / kind / (run.name + _SUFFIXES[kind])
+
+
+def open_for(folder: Path, asked: Plan, single: bool = False) -> Plan:
+    """Create or continue a directory; return the plan of everything that it holds then. See :func:`merged`."""
+    plan = merged(folder, asked, single)
+    data = {"settings": plan.settings.to_dict(), "methods": list(map(str, plan.methods)), "seeds": plan.seeds}
+    write_json(folder / "config.json", data | {"first": plan.first, "baseline": str(plan.reference)})
+    clean(folder)
+    return plan
+
+
+def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
+    """Return what a directory holds and what is asked for as one plan; write nothing.
+
+    Args:
+        folder: the directory.
+        asked: the plan to train.
+        single: the directory must hold exactly this plan; else methods and seeds may be added.
+
+    Raises:
+        LabError: the directory holds something else.
+    """
+    if not (folder / "config.json").exists():
+        _refuse_others(folder)
+        return asked
+    old = read_plan(folder)
+    exact = single or old.first or asked.first
+    changed = (_changes(old, asked) if exact else []) + differences(old.settings, asked.settings)
+    if changed:
+        raise LabError(f"{folder} holds other runs: {'; '.join(changed)}. Choose another --out")
+    methods = tuple(dict.fromkeys(old.methods + asked.methods))
+    seeds = max(old.seeds, asked.seeds)
+    return Plan(asked.settings, methods, seeds, asked.baseline or old.baseline, asked.first)
+
+
+def _changes(old: Plan, new: Plan) -> list[str]:
+    """Name the methods and seeds in which two plans differ."""
+
+    def told(plan: Plan) -> dict[str, str]:
+        seeds = [str(seed) for seed in range(plan.first, plan.first + plan.seeds)]
+        return {"method": ", ".join(map(str, plan.methods)), "seed": ", ".join(seeds)}
+
+    was, now = told(old), told(new)
+    return [f"{name} was {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise a ``LabError`` for a folder that holds files of something else."""
+    _refuse_old(folder)
+    if folder.exists():
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+        if not all(name.startswith(_BEFORE) or name.endswith(".tmp") for name in names):
+            raise LabError(f"{folder} exists and holds no runs (no config.json). Choose another --out")
+
+
+def _refuse_old(folder: Path) -> None:
+    if (folder / "run.json").exists():
+        raise LabError(
+            f"{folder} holds a run of steppe 0.1 (run.json), which this version neither reads nor continues. "
+            "Finish it with steppe 0.1, or choose another --out"
+        )
+
+
+def read_plan(folder: Path) -> Plan:
+    """Return the plan that a directory records.
+
+    Raises:
+        LabError: there is none, or it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        _refuse_old(folder)
+        raise LabError(f"{folder} holds no runs (no config.json)")
+    try:
+        data = read_json(path)
+        settings = Settings(**data["settings"])
+        methods = tuple(spec.parse(text) for text in data["methods"])
+        return Plan(settings, methods, int(data["seeds"]), spec.parse(data["baseline"]), int(data.get("first", 0)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise LabError(f"{path} is damaged: {error}") from error
+
+
+def context(folder: Path) -> Context:
+    """Return what a recipe left in a directory.
+
+    Raises:
+        LabError: a file is damaged.
+    """
+    found = []
+    for path in (folder / RECIPE, folder / SEARCH):
+        try:
+            found.append(read_json(path) if path.exists() else {})
+        except ValueError as error:
+            raise LabError(f"{path} is damaged: {error}") from error
+    return Context(*found)
+
+
+def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:
+    """Return the plan's finished runs, and a line for every file that is no record of its run."""
+    records, problems = {}, []
+    for run in plan.runs():
+        path = path_of(folder, run)
+        if path.exists():
+            try:
+                records[run] = _matching(run, record.read(path))
+            except ValueError as error:
+                problems.append(f"{path.name} is ignored: {error}")
+    return records, problems
+
+
+def _matching(run: Run, found: Record) -> Record:
+    try:
+        settings = Settings(**found.settings)  # settings that came after it was written stand at their defaults
+    except (TypeError, LabError) as error:
+        raise ValueError(f"its settings are damaged: {error}") from error
+    if (found.method, found.seed, settings, found.epochs) != (str(run.method), run.seed, run.settings, run.epochs):
+        raise ValueError("it records another method, seed or settings")
+    return found
+
+
+def keep_weights(folder: Path, run: Run, weights: dict[str, Any]) -> None:
+    """Write a run's final ``state_dict``."""
+    on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
+    write(path_of(folder, run, "weights"), partial(torch.save, on_cpu))

@@ -1,0 +1,91 @@
+"""What the commands print: lines, the table of a summary, and the progress of long work."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from steppe.lab.summary import Summary
+
+_SHORT = {"difference": "diff.", "seconds": "s"}  # headers for a terminal of 80 columns
+
+
+def line(console: Console, text: str) -> None:
+    """Print one line as it is, without markup, colours or breaks."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(found: "Summary", console: Console) -> None:
+    """Print the table of a summary and its notes."""
+    from steppe.lab import tables
+
+    headers, rows = tables.table(found)
+    title, caption = tables.title(found), tables.caption(found)
+    console.print(table([_SHORT.get(header, header) for header in headers], rows, title, caption))
+    for note in tables.notes(found):
+        console.print(f"- {note}", markup=False, highlight=False)
+
+
+def table(headers: list[str], rows: list[list[str]], title: str | None = None, caption: str | None = None) -> Table:
+    """Return a table: text to the left in its first column, numbers to the right in the others."""
+    made = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for i, header in enumerate(headers):
+        made.add_column(header, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for cells in rows:
+        made.add_row(*map(Text, cells))
+    return made
+
+
+class Display:
+    """Bars with the time left, for one piece of work and its parts; plain lines if the output is no terminal.
+
+    Args:
+        console: what it prints on.
+        name: what the whole work is called.
+        total: its amount, in any unit; ``None`` until :meth:`update` says it.
+
+    Example:
+        >>> with Display(Console(), "steps", total=100) as display:
+        ...     display.update(50, note="loss 0.1")
+    """
+
+    def __init__(self, console: Console, name: str, total: float | None = None) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        live = console.is_terminal
+        self.console = console
+        self.bars = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not live, speed_estimate_period=600
+        )
+        self.whole = self.bars.add_task(name, total=total, note="")
+        self.parts: dict[str, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.bars.stop()
+
+    def update(self, completed: float | None = None, total: float | None = None, note: str | None = None) -> None:
+        """Show how much of the whole work is done, and a note beside it; ``None`` leaves a value as it is."""
+        self.bars.update(self.whole, completed=completed, total=total)
+        if note is not None:
+            self.bars.update(self.whole, note=note)
+
+    def part(self, name: str, completed: float, total: float, note: str = "") -> None:
+        """Show how much of a part is done and add it to the whole; a part that is done leaves the display."""
+        if name not in self.parts:
+            self.parts[name] = (self.bars.add_task(name, total=total, note=note), 0.0)
+        bar, before = self.parts[name]
+        self.parts[name] = (bar, completed)
+        self.bars.update(self.whole, advance=completed - before)
+        self.bars.update(bar, completed=completed, note=note, visible=completed < total)
+
+    def line(self, text: str, always: bool = True) -> None:
+        """Print a line above the bars; with ``always=False`` only if the output is no terminal."""
+        if always or not self.console.is_terminal:
+            line(self.console, text)
