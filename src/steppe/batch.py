@@ -1,4 +1,4 @@
-"""A closure that knows its examples."""
+"""A closure that knows its examples, and gradient accumulation over several of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Batch:
         *,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Self:
-        """A batch of inputs and targets: the loss of an example is ``criterion(model(inputs), targets)``.
+        """Return a batch of inputs and targets; an example's loss is ``criterion(model(inputs), targets)``.
 
         Args:
             model: called with ``inputs``.
@@ -81,7 +81,7 @@ class Batch:
         return self._n
 
     def __call__(self) -> Tensor:
-        """Zero, forward, backward; the mean loss, a 0-dim tensor."""
+        """Zero the gradients, run forward and backward, and return the mean loss, a 0-dim tensor."""
         self.zero_grad()
         losses = self.losses()
         self.backward(losses)
@@ -98,7 +98,7 @@ class Batch:
                     p.grad = None
 
     def modules(self) -> list[nn.Module]:
-        """The model's modules, each once: asked several times a step, and ``nn.Module.modules`` spells out names."""
+        """Return the model's modules, each once; faster than ``nn.Module.modules``, which builds names."""
         found, seen = [self.model], {id(self.model)}
         for module in found:
             for inner in module._modules.values() if module._modules else ():
@@ -108,7 +108,7 @@ class Batch:
         return found
 
     def losses(self) -> Tensor:
-        """One forward: the loss of every example, shape ``(n,)``.
+        """Run one forward and return the loss of every example, shape ``(n,)``.
 
         Raises:
             ValueError: the loss function returned another shape.
@@ -124,7 +124,7 @@ class Batch:
     def backward(
         self, losses: Tensor, weights: Tensor | float | None = None, inputs: Sequence[Tensor] | None = None
     ) -> None:
-        """Backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``; only into ``inputs``, if given."""
+        """Run the backward of ``mean(losses)``, or of ``sum_i weights_i losses_i``; only into ``inputs``, if given."""
         if weights is None:
             total = losses.mean()
         else:
@@ -134,27 +134,27 @@ class Batch:
         total.backward(inputs=inputs)
 
     def loss_scale(self, like: Tensor) -> Tensor | float:
-        """What ``backward`` multiplies the loss by, in the type of ``like`` or float32, left on its device."""
+        """Return what ``backward`` multiplies the loss by, in the type of ``like`` or float32, on its device."""
         if self.scaler is None or not self.scaler.is_enabled():
             return 1.0
         return self.scaler.scale(wide(like.new_ones(())))
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
-        """For every batch that is run by itself, the weights of its examples; ``None`` is the mean."""
+        """Return the weights of the examples of every accumulated batch; ``None`` is the mean."""
         return [weights]
 
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> Batch:
-        """This batch with another scaler."""
+        """Return this batch with another scaler."""
         other = copy(self)
         other.scaler = scaler
         return other
 
     def subset(self, on: Tensor) -> Batch:
-        """The batch of the examples with the indices ``on``, shape ``(k,)``."""
+        """Return the batch of the examples with the indices ``on``, shape ``(k,)``."""
         return self._with(mapped(lambda t: t[on.to(t.device)], self.data))
 
     def split(self, m: int) -> list[Batch]:
-        """Micro-batches of ``m`` examples in order; the last has what remains."""
+        """Return micro-batches of ``m`` examples in order; the last has the remaining ones."""
         parts = [slice(i, i + m) for i in range(0, len(self), m)]
         return [self._with(mapped(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
 
@@ -198,7 +198,7 @@ class Batches(Batch):
         self._n = sum(map(len, self.chunks))
 
     def __call__(self) -> Tensor:
-        """Zero; forward and backward of every batch; the mean loss, a 0-dim tensor."""
+        """Zero the gradients, run forward and backward of every batch, and return the mean loss, a 0-dim tensor."""
         self.zero_grad()
         losses = []
         for chunk, weights in zip(self.chunks, self.shares(), strict=True):
@@ -208,17 +208,17 @@ class Batches(Batch):
         return torch.cat(losses).mean()
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
-        """For every batch the weights of its examples, shape ``(n_k,)``; by default ``1 / n``."""
+        """Return the weights of the examples of every batch, shape ``(n_k,)``; by default ``1 / n``."""
         if weights is None:
             return [1 / len(self)] * len(self.chunks)
         return list(torch.split(weights, [len(chunk) for chunk in self.chunks]))
 
     def losses(self) -> Tensor:
-        """The loss of every example, batch after batch, shape ``(n,)``."""
+        """Return the loss of every example, batch after batch, shape ``(n,)``."""
         return torch.cat([chunk.losses() for chunk in self.chunks])
 
     def subset(self, on: Tensor) -> Batches:
-        """The batches of the examples with the indices ``on``, shape ``(k,)``, counted through all batches."""
+        """Return the batches of the examples ``on``, shape ``(k,)``, indexed through all batches."""
         starts = [0]
         for chunk in self.chunks:
             starts.append(starts[-1] + len(chunk))
@@ -227,16 +227,16 @@ class Batches(Batch):
         return Batches([chunk.subset(part - start) for chunk, start, part in chosen if len(part)])
 
     def split(self, m: int) -> list[Batch]:
-        """Micro-batches of ``m`` examples of each batch, in order."""
+        """Return micro-batches of ``m`` examples of each batch, in order."""
         return [part for chunk in self.chunks for part in chunk.split(m)]
 
     def scaled_by(self, scaler: torch.amp.GradScaler | None) -> Batches:
-        """These batches with another scaler."""
+        """Return these batches with another scaler."""
         return Batches([chunk.scaled_by(scaler) for chunk in self.chunks])
 
 
 def as_closure(closure: Any) -> Any:
-    """A list of batches as one; anything else as it is.
+    """Return a list of batches as one batch, and any other closure unchanged.
 
     Raises:
         TypeError: it is no function.
@@ -249,7 +249,7 @@ def as_closure(closure: Any) -> Any:
 
 
 def chunks_of(batch: Batch) -> tuple[Batch, ...]:
-    """The batches that are run one after the other."""
+    """Return the batches that are accumulated; one batch is itself."""
     return batch.chunks if isinstance(batch, Batches) else (batch,)
 
 
@@ -264,7 +264,7 @@ class _Supervised:
 
 
 def mapped(f: Callable[[Tensor], Tensor], data: Data) -> Data:
-    """Nested data with ``f`` of every tensor."""
+    """Return nested data with ``f`` of every tensor."""
     if isinstance(data, Tensor):
         return f(data)
     if data is None:
@@ -281,7 +281,7 @@ def mapped(f: Callable[[Tensor], Tensor], data: Data) -> Data:
 
 
 def leaves(data: Data) -> list[Tensor]:
-    """The tensors of nested data, in order."""
+    """Return the tensors of nested data, in order."""
     found: list[Tensor] = []
     mapped(lambda t: found.append(t) or t, data)  # type: ignore[func-returns-value]
     return found

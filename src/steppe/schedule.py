@@ -33,7 +33,6 @@ class Constant:
         checks.non_negative("rho", self.rho)
 
     def __call__(self, step: int, group: Group) -> float:
-        """``rho``."""
         return self.rho
 
 
@@ -49,7 +48,6 @@ class Linear:
         _check_ramp(self.start, self.end, self.steps)
 
     def __call__(self, step: int, group: Group) -> float:
-        """``start + (end - start) step / steps``."""
         return self.start + (self.end - self.start) * min(1.0, step / self.steps)
 
 
@@ -65,7 +63,6 @@ class Cosine:
         _check_ramp(self.start, self.end, self.steps)
 
     def __call__(self, step: int, group: Group) -> float:
-        """``end + (start - end) (1 + cos(pi step / steps)) / 2``."""
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
 
 
@@ -89,7 +86,6 @@ class ProportionalToLR:
             raise ValueError(f"lr_min must be at most lr_max, got {self.lr_min!r} > {self.lr_max!r}")
 
     def __call__(self, step: int, group: Group) -> float:
-        """Linear in the group's ``lr``."""
         if self.lr_max == self.lr_min:
             return self.rho_max
         share = (float(group["lr"]) - self.lr_min) / (self.lr_max - self.lr_min)
@@ -111,7 +107,6 @@ class Window:
             raise ValueError(f"stop must be at least start ({self.start}), got {self.stop!r}")
 
     def __call__(self, step: int, group: Group) -> float:
-        """``rho`` inside, 0 outside."""
         inside = step >= self.start and (self.stop is None or step < self.stop)
         return as_schedule(self.rho)(step, group) if inside else 0.0
 
@@ -128,12 +123,11 @@ class Periodic:
         checks.positive_integer("every", self.every)
 
     def __call__(self, step: int, group: Group) -> float:
-        """``rho`` at every multiple, 0 between."""
         return 0.0 if step % self.every else as_schedule(self.rho)(step, group)
 
 
 def as_schedule(rho: float | Schedule) -> Schedule:
-    """A number as a constant schedule; a schedule as it is."""
+    """Return a number as a constant schedule, and a schedule unchanged."""
     return rho if callable(rho) else Constant(rho)
 
 
@@ -144,7 +138,7 @@ def _check_ramp(start: float, end: float, steps: int) -> None:
 
 
 def scheduled(rho: float | Schedule, step: int, group: Group) -> float:
-    """A number, or what a schedule answers, checked."""
+    """Return the radius of a group at a step, checked."""
     radius = as_schedule(rho)(step, group)
     checks.non_negative("rho", radius)
     return float(radius)

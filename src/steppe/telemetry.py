@@ -16,7 +16,7 @@ class Telemetry:
     """Numbers of the last step; tensors stay on their device until they are read.
 
     Under micro-batches they are means over the parts, weighted by size. ``None`` is what the step did not see: a base
-    step has no perturbation, and the cosine needs ``g``, which SAM lets go of to save a copy of the parameters
+    step has no perturbation, and the cosine needs ``g``, which SAM frees to save a copy of the parameters
     (``cosine=True`` keeps it; methods that use ``g`` have it anyway).
 
     Attributes:
@@ -84,7 +84,7 @@ class StepLog:
         self.any_gradient |= other.any_gradient
 
     def count(self, name: str, share: float = 1.0) -> None:
-        """One more pass of the kind ``name`` over this share of the batch."""
+        """Count a pass of the kind ``name`` over this share of the batch."""
         self.numbers[name] = self.numbers.get(name, 0.0) + share
 
     def add_full(self, other: StepLog) -> None:

@@ -1,4 +1,4 @@
-"""Replicas of one model on several ranks: whose gradients make the perturbation, and who averages what."""
+"""``DistributedDataParallel``: whose gradients make the perturbation, and what is averaged over the ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_sync(sync: Sync) -> None:
 
 @dataclass
 class Ranks:
-    """One step's replicas under ``DistributedDataParallel``; alone, everything here is nothing.
+    """One step's replicas under ``DistributedDataParallel``; a no-op in a single process.
 
     Args:
         replicas: the DDP modules of the step.
@@ -57,16 +57,16 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to agree with."""
+        """True outside DDP."""
         return not self.replicas
 
     def stay_within(self) -> None:
-        """Micro-batches lie within a rank: from here on, only the update is averaged."""
+        """Average only the update from here on: micro-batches lie within a rank."""
         self.shared, self.group, self.averaged = False, None, False
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Gradients taken inside concern no other rank."""
+        """Surround passes whose gradients are not shared with other ranks."""
         kept = self.shared, self.group, self.averaged
         self.stay_within()
         try:
@@ -76,7 +76,7 @@ class Ranks:
 
     @contextmanager
     def passing(self, synced: bool) -> Iterator[None]:
-        """Around a forward and its backward: DDP averages the gradients, or leaves them alone."""
+        """Surround a forward and its backward: DDP averages the gradients if ``synced``."""
         broadcast, self.begun = not self.begun, True
         with nullcontext() if synced else self.apart():
             self._broadcast_buffers(broadcast)
@@ -87,7 +87,7 @@ class Ranks:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Passes inside are this rank's own: no rank waits for another."""
+        """Surround passes in which no rank waits for another (``no_sync``)."""
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
@@ -98,28 +98,28 @@ class Ranks:
                 self._broadcast_buffers(True)
 
     def _broadcast_buffers(self, broadcast: bool) -> None:
-        """Whether the next forward takes the buffers of the first rank."""
+        """Set whether the next forward takes the buffers of the first rank."""
         for replica in self.replicas:
             replica.require_forward_param_sync = broadcast
 
     def shared_gradient(self, g: Vector, like: Sequence[Tensor]) -> Vector:
-        """``g`` as the ranks share it, where DDP has not averaged it in the backward pass."""
+        """Return ``g`` as the ranks share it, where DDP has not averaged it in the backward pass."""
         if self.shared:
             return self.mean(g, like)
         return g if self.group is None else self._means([g], like, self.group)[0]
 
     def mean(self, g: Vector, like: Sequence[Tensor]) -> Vector:
-        """The mean over all ranks."""
+        """Return the mean over all ranks."""
         return self._means([g], like, self.replicas[0].process_group)[0]
 
     def agreed(self, value: T | None, device: torch.device) -> T | None:
-        """``value``; nothing where a rank that shares its gradients has none, so that all go the same way."""
+        """Return ``value``, or ``None`` where any rank that shares gradients has none, so that all go the same way."""
         if not self.shared and self.group is None:
             return value
         return None if self.any(value is None, device) else value
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank."""
+        """Tell whether the flag is set on any rank."""
         if self.alone:
             return flag
         flags = torch.full((1,), int(flag), device=device)
@@ -129,7 +129,7 @@ class Ranks:
     def join(
         self, update: Update, memory: dict[str, Vector], like: Sequence[Tensor]
     ) -> tuple[Update, dict[str, Vector]]:
-        """The mean of all ranks' updates, and of what they remember: replicas and checkpoints stay equal."""
+        """Return the mean of all ranks' updates and memories, so that replicas and checkpoints stay equal."""
         if self.alone:
             return update, memory
         names = sorted(memory)
@@ -144,7 +144,7 @@ class Ranks:
         return update, memory
 
     def _means(self, vectors: Sequence[Vector], like: Sequence[Tensor], group: Any) -> list[Vector]:
-        """Means over a group; an entry that a rank lacks counts as zero there, one that all lack stays ``None``.
+        """Return means over a group. An entry that a rank lacks is zero there; one that all lack is ``None``.
 
         In at least float32: whether an entry has been widened already may differ from rank to rank.
         """
@@ -186,7 +186,7 @@ def no_unknown_replica() -> Iterator[None]:
 
 
 def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """New tensors, the means over the group, by messages of some size."""
+    """Return the means over the group, by all-reduces of at most ``BUCKET`` numbers."""
     buckets: dict[tuple[torch.device, torch.dtype], list[list[int]]] = {}
     for i, t in enumerate(tensors):
         kind = buckets.setdefault((t.device, t.dtype), [[]])
@@ -214,7 +214,7 @@ class RankGroups:
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def of_step(self, modules: Callable[[], Iterable[nn.Module]], parameters: Sequence[Tensor]) -> Ranks:
-        """The ranks of this step.
+        """Return the ranks of this step.
 
         Raises:
             TypeError: the model is flattened by FullyShardedDataParallel.

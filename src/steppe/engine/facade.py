@@ -22,7 +22,7 @@ class Facade(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asks ``GradScaler.step`` to leave ``grad_scale`` here, which tells that it is the caller of ``step``."""
+        """True makes ``GradScaler.step`` set ``grad_scale`` here, which tells that it is the caller of ``step``."""
         return not getattr(self._pending, "rescaled", False)
 
     def _refuse_grad_scaler(self) -> None:

@@ -14,7 +14,7 @@ from steppe.engine import checks
 
 
 class _Taker:
-    """To the scaler, an optimizer: it keeps a record for each, so that every pass of a step needs its own."""
+    """Stands for one pass of a step: a scaler keeps one record per optimizer, so every pass poses as one."""
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
@@ -31,7 +31,7 @@ class Scaling:
         self._last: LossScale | None = None
 
     def of_step(self, closure: Any, scaler: torch.amp.GradScaler | None) -> tuple[Any, LossScale | None]:
-        """The closure, and what unscales its gradients.
+        """Return the closure, and the scale of its gradients.
 
         Raises:
             TypeError: ``scaler`` is none.
@@ -68,7 +68,7 @@ class LossScale:
         self._used = 0
 
     def end(self) -> None:
-        """The step is over."""
+        """End the step."""
         self._used = 0
 
     def unscale(self, parameters: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Where a step is taken, and what it saw there."""
+"""The parameters of a step, and the radius of each."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Radii:
     values: Sequence[float]
 
     def __mul__(self, v: Vector) -> Vector:
-        """``rho v``, by group; no entry where rho is 0."""
+        """Return ``rho v``, by group; no entry where rho is 0."""
         v = v.where(self.values)
         rhos = {r for r, t in zip(self.values, v.tensors, strict=True) if t is not None}
         return v.each(self.values) if len(rhos) > 1 else v * rhos.pop() if rhos else v
 
     def largest(self) -> float:
-        """The largest radius of any group."""
+        """Return the largest radius of any group."""
         return max(self.values, default=0.0)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters ``w`` and what their groups say of them."""
+    """The parameters ``w``, with their radii and names."""
 
     tensors: Sequence[Tensor]
     rho: Radii
@@ -45,7 +45,7 @@ class Parameters:
 
     @cached_property
     def movable(self) -> list[bool]:
-        """Which parameters may be perturbed: not frozen, and rho above 0."""
+        """Whether each parameter may be perturbed: not frozen, and rho above 0."""
         return [bool(r) and p.requires_grad for p, r in zip(self.tensors, self.rho.values, strict=True)]
 
     @cached_property

@@ -54,7 +54,7 @@ class Passes:
 
     @property
     def shared(self) -> tuple[Parameters, Callable[[], Iterable[nn.Module]], Ranks, LossScale | None]:
-        """What passes over another batch in the same step have in common with these."""
+        """Arguments of passes over another batch in the same step."""
         return self.parameters, self.modules, self.ranks, self.scale
 
     def of(self, batch: Batch) -> Passes:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def capturing(devices: Iterable[torch.device]) -> bool:
-    """Whether a CUDA graph is being captured: then no value can be read, and nothing copied from the host."""
+    """Tell whether a CUDA graph is being captured: then no value can be read, and nothing copied from the host."""
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
 
 
@@ -25,7 +25,7 @@ class RandomState:
 
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
-        """Read the generators; while a CUDA graph is captured there is nothing to read: masks are drawn anew."""
+        """Read the generators, except while a CUDA graph is captured: there every pass draws its own masks."""
         devices = list(devices)
         devices = [] if capturing(devices) else devices
         return cls(

@@ -1,4 +1,4 @@
-"""What a rule remembers from step to step, in ``state[p]`` beside the base's own."""
+"""What a rule remembers from step to step, in ``state[p]`` beside the base's state."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class RuleState:
 
     Args:
         names: what the rule's pieces remember.
-        room: whether the entries are only there for a distributed checkpoint to be loaded into.
+        room: whether the entries are placeholders for a distributed checkpoint.
     """
 
     names: frozenset[str]
     room: bool = False
 
     def recall(self, state: Any, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
-        """What is remembered under a name."""
+        """Return what is remembered under a name, by parameter."""
         return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
 
     def keep(
         self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
     ) -> None:
-        """Remember, where there is an entry, or move towards it by ``rate``; in the memory that is there."""
+        """Remember the entries that are not ``None``, in place; with a ``rate``, move that far towards them."""
         for p, t in zip(parameters, kept, strict=True):
             if t is None:
                 continue
@@ -47,9 +47,9 @@ class RuleState:
                 lerp_(local(old), local(t), rate)
 
     def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
-        """Entries of zeros: distributed checkpoints load into what a step with gradients and lr of 0 leaves behind.
+        """Make entries of zeros for a distributed checkpoint, which is loaded into what a step with lr 0 leaves behind.
 
-        Only where nothing is remembered yet: what is must neither change nor be forgotten as room.
+        Nothing is made where something is remembered already.
         """
         if any(name.startswith(PREFIX) for entries in state.values() for name in entries):
             return

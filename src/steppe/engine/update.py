@@ -23,7 +23,7 @@ class Update:
         return Update(self.grad + other.grad, self.beside + other.beside)
 
     def clipped(self, max_norm: float) -> Update:
-        """``min(1, max_norm / norm(u)) u``, with ``u`` the gradient that the base sees, over all parameters and shards.
+        """Return ``min(1, max_norm / norm(u)) u``, ``u`` the base's gradient, over all parameters and shards.
 
         ``beside`` (WSAM's sharpness term) is scaled by the same factor, so that it keeps its weight against the loss.
         (The authors of WSAM clip ``g`` and ``g_adv`` separately, in their code; the paper does not mention clipping.)

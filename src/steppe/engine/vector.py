@@ -18,17 +18,17 @@ LOW = {torch.bfloat16, torch.float16}
 
 
 def wide(t: Tensor) -> Tensor:
-    """``t`` in at least float32: sums over bfloat16 or float16 lose what they are meant to measure."""
+    """Return ``t`` in at least float32: sums in bfloat16 or float16 lose small terms."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether a tensor is spread over ranks (a ``DTensor``)."""
+    """Tell whether a tensor is spread over ranks (a ``DTensor``)."""
     return hasattr(t, "full_tensor")
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor, equal on all ranks, spread as ``like`` is; itself where ``like`` is plain."""
+    """Shard a plain tensor, equal on all ranks, as ``like`` is; return it where ``like`` is plain."""
     if not is_sharded(like):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -37,13 +37,13 @@ def shard_like(t: Tensor, like: Tensor) -> Tensor:
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, which shares its memory; any other tensor itself."""
+    """Return this rank's shard of a tensor, which shares its memory; any other tensor itself."""
     part: Tensor = t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
     return part
 
 
 def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> None:
-    """``w <- w + c t`` in place, computed in at least float32 and rounded to ``w``'s type once.
+    """Set ``w <- w + c t`` in place, computed in at least float32 and rounded to ``w``'s type once.
 
     Where ``finite`` is a number that is not, ``w`` stays: decided on its device.
     """
@@ -60,7 +60,7 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
 
 
 def lerp_(m: Tensor, t: Tensor, c: float) -> None:
-    """``m <- m + c (t - m)`` in place, computed in at least float32 and rounded to ``m``'s type once."""
+    """Set ``m <- m + c (t - m)`` in place, computed in at least float32 and rounded to ``m``'s type once."""
     if m.dtype == t.dtype == wide(m).dtype:
         m.lerp_(t, c)
     else:
@@ -80,7 +80,7 @@ class Vector:
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # norm and products of `tensors`, of all multiples
 
     def norm(self) -> Tensor:
-        """Euclidean norm over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
+        """Return the Euclidean norm over all entries, a 0-dim tensor in at least float32, whole on every rank."""
         if "norm" not in self._memo:
             self._memo["norm"] = _norm(self.present())
         n: Tensor = self._memo["norm"]
@@ -89,10 +89,10 @@ class Vector:
         )
 
     def dot(self, other: Vector) -> Tensor:
-        """Inner product over all entries together, a 0-dim tensor in at least float32, whole on every rank."""
+        """Return the inner product over all entries, a 0-dim tensor in at least float32, whole on every rank."""
         known = self._memo.get(id(other._memo))
         if known is None:
-            known = self._memo[id(other._memo)] = self._dot(other), other._memo  # held: no other has its id
+            known = self._memo[id(other._memo)] = self._dot(other), other._memo  # keep it, so that the id is not reused
         return known[0] * self.scale * other.scale
 
     def _dot(self, other: Vector) -> Tensor:
@@ -103,30 +103,30 @@ class Vector:
         return _sum_over_shards(products, [a for a, _ in pairs])
 
     def present(self) -> list[Tensor]:
-        """The entries that are not ``None``, unscaled."""
+        """Return the entries that are not ``None``, unscaled."""
         return [t for t in self.tensors if t is not None]
 
     def materialised(self) -> list[Tensor | None]:
-        """The entries with ``scale`` multiplied in; the very tensors where ``scale`` is 1."""
+        """Return the entries times ``scale``; the tensors themselves where ``scale`` is 1."""
         return [None if t is None else _times(t, self.scale) for t in self.tensors]
 
     def map(self, f: Callable[..., Tensor], *others: Vector) -> Vector:
-        """``f`` of the entries of this vector and the others', where none of them is ``None``."""
+        """Return ``f`` of the entries of this vector and the others', where none of them is ``None``."""
         rows = zip(self.materialised(), *(o.materialised() for o in others), strict=True)
         return Vector([None if any(t is None for t in row) else f(*map(wide, row)) for row in rows])
 
     def where(self, keep: Iterable[object]) -> Vector:
-        """This vector on the entries where ``keep`` is true, ``None`` elsewhere."""
+        """Return this vector on the entries where ``keep`` is true, ``None`` elsewhere."""
         kept = [t if k else None for t, k in zip(self.tensors, keep, strict=True)]
         return self if all(a is b for a, b in zip(kept, self.tensors, strict=True)) else Vector(kept, self.scale)
 
     def each(self, factors: Sequence[float]) -> Vector:
-        """Every entry times its own factor."""
+        """Return every entry times its own factor."""
         scaled = zip(self.materialised(), factors, strict=True)
         return Vector([None if t is None else _times(t, c) for t, c in scaled])
 
     def lerp(self, other: Vector, c: float) -> Vector:
-        """``self + c (other - self)``, read once."""
+        """Return ``self + c (other - self)``, in one pass over the memory."""
         pairs = zip(self.materialised(), other.materialised(), strict=True)
         return Vector([_sum(x, 1 - c, y, c) if x is None or y is None else _lerp(x, y, c) for x, y in pairs])
 
@@ -174,7 +174,7 @@ def _sum(x: Tensor | None, cx: Scalar, y: Tensor | None, cy: Scalar) -> Tensor |
 
 
 def _add(fresh: Tensor, y: Tensor, c: Scalar) -> Tensor:
-    """``fresh + c y``, in the memory of what nobody else has seen."""
+    """Return ``fresh + c y`` in the memory of ``fresh``, which no other code holds."""
     if fresh.dtype != wide(y).dtype:
         return _plus(fresh, y, c)
     return fresh.addcmul_(wide(y), c.to(fresh.device)) if isinstance(c, Tensor) else fresh.add_(wide(y), alpha=c)
@@ -186,7 +186,7 @@ def _lerp(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def _sum_over_shards(values: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
-    """The sum of one number a tensor, each of this rank's part of it; one message where tensors are sharded alike."""
+    """Return the sum of one number per tensor over all shards; one all-reduce for tensors sharded alike."""
     first = values[0].device
     alike: dict[Any, list[Tensor]] = {}
     for value, t in zip(values, of, strict=True):
@@ -207,7 +207,7 @@ def _over_ranks(part: Tensor, layout: Any) -> Tensor:
 
 
 def norm_of(entries: Iterable[Tensor | None], like: Vector) -> Tensor:
-    """The Euclidean norm of a vector whose entries, spread over ranks as ``like`` is, are not kept."""
+    """Return the Euclidean norm of entries, sharded as ``like`` is, that are made one by one and not kept."""
     squares = [torch.linalg.vector_norm(wide(local(t))).square() for t in entries if t is not None]
     return _sum_over_shards(squares, like.present()).sqrt() if squares else torch.zeros(())
 

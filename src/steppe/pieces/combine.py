@@ -22,7 +22,6 @@ class Perturbed:
     declares: ClassVar[Declaration] = Declaration(g=False, linear=True)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g_adv``."""
         return Update(g_adv)
 
 
@@ -44,7 +43,6 @@ class Weighted:
         _check_gamma(self.gamma)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g`` and, beside the base, the weighted sharpness."""
         return Update(f.g, beside=_odds(self.gamma) * (g_adv - f.g))
 
 
@@ -64,7 +62,6 @@ class Coupled:
         _check_gamma(self.gamma)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g + gamma / (1 - gamma) (g_adv - g)``."""
         return Update(f.g.lerp(g_adv, _odds(self.gamma)))
 
 
@@ -84,7 +81,6 @@ class SurrogateGap:
         checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g_adv - alpha g_orthogonal``, with both multiples of ``g_adv`` taken together."""
         return Update(g_adv * (1 + self.alpha * along(f.g, g_adv)) - self.alpha * f.g)
 
 
@@ -95,7 +91,6 @@ class RememberOrthogonal:
     declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"orthogonal"}))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        """``g_adv``."""
         f.remember("orthogonal", g_adv - projection(g_adv, onto=f.g))
         return Update(g_adv)
 
@@ -118,25 +113,24 @@ class ReuseOrthogonal:
         checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle) -> Update:
-        """``g`` and the remembered direction, as long as ``alpha norm(g)``."""
         g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
 
 
 def along(a: Vector, b: Vector) -> Tensor:
-    """``<a, b> / norm(b)^2``, how much of ``b`` is in ``a``; zero where ``b`` is."""
+    """Return ``<a, b> / norm(b)^2``, the coefficient of ``b`` in ``a``; 0 where ``b`` is 0."""
     square = b.norm() ** 2
     return torch.where(square > 0, a.dot(b) / square, 0.0)
 
 
 def projection(a: Vector, onto: Vector) -> Vector:
-    """``<a, b> / norm(b)^2 b``."""
+    """Return ``<a, b> / norm(b)^2 b``."""
     return along(a, onto) * onto
 
 
 def _odds(gamma: float) -> float:
-    """``gamma / (1 - gamma)``, the weight of sharpness against the loss."""
+    """Return ``gamma / (1 - gamma)``, the weight of sharpness against the loss."""
     return gamma / (1 - gamma)
 
 

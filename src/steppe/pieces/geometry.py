@@ -24,11 +24,10 @@ class Euclidean:
     declares: ClassVar[Declaration] = Declaration(radial=True)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``d / norm(d)``."""
         return self.radial(d.norm()) * d
 
     def radial(self, norm: Tensor) -> Tensor:
-        """What ``d`` is multiplied by, from its norm alone."""
+        """Return the factor of ``d``, made from its norm alone."""
         return 1 / (norm + TINY)
 
 
@@ -39,11 +38,10 @@ class Unnormalised:
     declares: ClassVar[Declaration] = Declaration(radial=True)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``d``."""
         return d
 
     def radial(self, norm: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(norm)
 
 
@@ -63,11 +61,10 @@ class Unified:
         checks.share("lam", self.lam)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``(1 - lam + lam / norm(d)) d``."""
         return self.radial(d.norm()) * d
 
     def radial(self, norm: Tensor) -> Tensor:
-        """``1 - lam + lam / norm``."""
+        """Return ``1 - lam + lam / norm``."""
         return 1 - self.lam + self.lam / (norm + TINY)
 
 
@@ -86,7 +83,6 @@ class Scaled:
         checks.non_negative("factor", self.factor)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``factor * of(d)``."""
         return self.factor * self.of(f, d)
 
 
@@ -95,7 +91,6 @@ class Matrices:
     """Parameters with two or more dimensions: weights of linear, convolution and embedding layers."""
 
     def __call__(self, f: Oracle) -> list[bool]:
-        """One truth value a parameter."""
         return [w is not None and w.dim() > 1 for w in f.w.tensors]
 
 
@@ -110,7 +105,6 @@ class Named:
     part: str = "weight"
 
     def __call__(self, f: Oracle) -> list[bool]:
-        """One truth value a parameter."""
         if f.names is None:
             raise TypeError(
                 f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
@@ -123,7 +117,6 @@ class Everything:
     """Every parameter, biases included: the choice of the widely copied davda54/sam. Its rho is not ASAM's."""
 
     def __call__(self, f: Oracle) -> list[bool]:
-        """One truth value a parameter."""
         return [True] * len(f.w.tensors)
 
 
@@ -148,10 +141,9 @@ class Adaptive:
         checks.non_negative("eta", self.eta)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``T^2 d / norm(T d)``."""
         T2_d: list[Tensor | None] = []
 
-        def T_d() -> Iterator[Tensor | None]:  # one after the other: they are measured, and none is held
+        def T_d() -> Iterator[Tensor | None]:  # one by one: each is measured and then freed
             for T, t in self.diagonal(f, d):
                 T_t = t if T is None or t is None else T * t
                 T2_d.append(T_t if T is None or T_t is None else T.mul_(T_t))
@@ -161,11 +153,11 @@ class Adaptive:
         return Vector(T2_d) / (norm + TINY)
 
     def operator(self, f: Oracle) -> Callable[[Vector], Vector]:
-        """``T``, a diagonal, at the weights where ``f`` stands."""
+        """Return ``d -> T d`` at the weights where ``f`` stands."""
         return lambda d: Vector([t if T is None or t is None else T.mul_(t) for T, t in self.diagonal(f, d)])
 
     def diagonal(self, f: Oracle, d: Vector) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """``T`` beside every entry of ``d``, and nothing where it is 1: a fresh tensor, made when it is asked for."""
+        """Yield ``T`` (a new tensor; ``None`` where it is 1) and the entry of ``d``, parameter by parameter."""
         for w, on, t in zip(f.w.tensors, self.on(f), d.materialised(), strict=True):
             yield (wide(w).abs().add_(self.eta) if on and w is not None and t is not None else None), t
 
@@ -187,7 +179,6 @@ class Fisher:
         checks.non_negative("eta", self.eta)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
-        """``F^-1 d / sqrt(d F^-1 d)``."""
         F_inverse_d = d.map(self._precondition)
         return F_inverse_d / (d.dot(F_inverse_d).sqrt() + TINY)
 

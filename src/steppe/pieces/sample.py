@@ -22,7 +22,6 @@ class Mean:
     declares: ClassVar[Declaration] = Declaration(weights="uniform")
 
     def __call__(self, f: Oracle) -> Vector:
-        """``g``."""
         return f.g
 
 
@@ -31,7 +30,6 @@ class OnFull:
     """The gradient on another, larger batch: n-SAM (arXiv 2509.18001). The optimizer's ``full=`` is its closure."""
 
     def __call__(self, f: Oracle) -> Vector:
-        """The gradient of the closure ``full`` at ``w``."""
         return f.grad_on_full()
 
 
@@ -58,7 +56,6 @@ class Friendly:
         checks.share("decay", self.decay)
 
     def __call__(self, f: Oracle) -> Vector:
-        """``g - sigma m``."""
         g = self.of(f)
         f.remember("friendly", g, rate=1 - self.decay)
         m = f.recall("friendly", default=0.0 * g)
@@ -82,7 +79,6 @@ class Smoothed:
         checks.positive_share("theta", self.theta)
 
     def __call__(self, f: Oracle) -> Vector:
-        """``d``."""
         g = self.of(f)
         d = f.recall("smoothed", default=g).lerp(g, self.theta).where(t is not None for t in g.tensors)
         f.remember("smoothed", d)
@@ -108,11 +104,10 @@ class Masked:
         checks.positive_share("beta", self.beta)
 
     def __call__(self, f: Oracle) -> Vector:
-        """The gradient on the kept tensors."""
         return f.g if self.beta == 1 else f.grad(wrt=self.kept(f.step, [t is not None for t in f.movable(f.w).tensors]))
 
     def kept(self, step: int, movable: Sequence[bool]) -> list[bool]:
-        """Which tensors take part at this step, of those that may."""
+        """Choose the tensors of this step among those that may move."""
         random = generator(self.seed, step)
         n = sum(movable)
         chosen = (torch.rand(n, generator=random) < self.beta).tolist()
@@ -123,7 +118,7 @@ class Masked:
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers that depend on seed and step alone: the same on every rank and after a resume."""
+    """Return a generator that depends on seed and step alone: the same on every rank and after a resume."""
     return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
 
 
@@ -157,7 +152,6 @@ class FiniteDifference:
         checks.positive_integer("probes", self.probes)
 
     def __call__(self, f: Oracle) -> Tensor:
-        """One norm an example, shape ``(n,)``."""
         w = f.movable(f.w)
         if any(wide(t) is not t for t in w.present()):
             raise TypeError(
@@ -174,13 +168,13 @@ class FiniteDifference:
         return torch.stack([(there - here) / delta for there in moved]).square().mean(0).sqrt()
 
     def direction(self, w: Vector, draw: int) -> Vector:
-        """``z``: +1 or -1 in every coordinate."""
+        """Return ``z``: +1 or -1 in every coordinate."""
         random = {t.device: generator(self.seed, draw, t.device) for t in w.present()}
         return w.map(lambda t: shard_like(_signs(t, random[t.device]), t))
 
 
 def _signs(t: Tensor, random: torch.Generator) -> Tensor:
-    """+1 or -1 for every entry, of all shards, eight from a byte: the same however the tensor is spread over ranks."""
+    """Return +1 or -1 for every entry, eight from a byte: the same however the tensor is sharded."""
     of_byte = (torch.arange(256, device=t.device)[:, None] >> torch.arange(8, device=t.device) & 1) * 2 - 1
     drawn = torch.randint(256, (-(-t.numel() // 8),), generator=random, device=t.device, dtype=torch.int32)
     return of_byte.to(t.dtype).index_select(0, drawn).view(-1)[: t.numel()].view(t.shape)
@@ -188,7 +182,7 @@ def _signs(t: Tensor, random: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Exact:
-    """``norm(grad f_i)`` from the factors of the first pass: no probe forward, no weights moved (not in the paper).
+    """``norm(grad f_i)`` from the factors of the first pass: without a probe (not in the paper).
 
     The weighted gradient that follows is one weight-gradient pass; of accumulated batches, whose factors are not all
     held at once, one more forward and backward. Where the model does not factor (:mod:`steppe.factored`; with
@@ -200,7 +194,6 @@ class Exact:
     declares: ClassVar[Declaration] = Declaration(weights="norms")
 
     def __call__(self, f: Oracle) -> Tensor:
-        """One norm an example, shape ``(n,)``."""
         norms = f.example_norms()
         return self.otherwise(f) if norms is None else norms
 
@@ -234,14 +227,13 @@ class Reweighted:
 
     @property
     def declares(self) -> Declaration:
-        """Norms that are exact allow shared passes."""
+        """The examples; exact norms allow shared passes."""
         exact = declared(self.probe).weights == "norms"
         return Declaration(examples=True, weights="norms" if exact else None)
 
     def __call__(self, f: Oracle) -> Vector:
-        """``d``."""
         return f.grad(weights=self.weights(self.probe(f)))
 
     def weights(self, norms: Tensor) -> Tensor:
-        """``softmax(lam norms)``, shape ``(n,)``, or along the last dimension."""
+        """Return ``softmax(lam norms)`` along the last dimension."""
         return torch.softmax(self.lam * wide(norms), dim=-1)

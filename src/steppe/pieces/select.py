@@ -20,7 +20,6 @@ class All:
     declares: ClassVar[Declaration] = Declaration(everything=True)
 
     def __call__(self, f: Oracle) -> None:
-        """No choice."""
         return
 
 
@@ -42,11 +41,10 @@ class Sharpest:
 
     @property
     def declares(self) -> Declaration:
-        """With ``gamma`` 1 there is nothing to choose."""
+        """The examples and their losses, unless ``gamma`` is 1."""
         return Declaration(examples=self.gamma < 1, losses_at_w=self.gamma < 1)
 
     def __call__(self, f: Oracle) -> Tensor | None:
-        """Indices of the chosen examples."""
         if self.gamma == 1:
             return None
         rise = f.losses() - f.losses_at_w()
