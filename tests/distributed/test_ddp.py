@@ -560,3 +560,33 @@ def test_gradient_noise_is_that_of_the_ranks_own_examples(two_ranks, static_grap
         x, y = (t[rank * B : rank * B + B] for t in data(0))
         noise = steppe.factored.gradient_statistics(batch_of(net(), x, y))
         assert traces[0] == pytest.approx(float(noise.trace), rel=1e-9)
+
+
+def train_hidden(how: str) -> str | list[float]:
+    """A closure whose DDP model no variable refers to: it is the value of a property."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    replica = DistributedDataParallel(net)
+    hidden = iter(lambda: replica, None)  # a C object: nothing to search
+    options = {"model": replica} if how == "named" else {}
+    opt = steppe.SAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.05, **options)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def closure():
+        opt.zero_grad()
+        loss = next(hidden)(torch.ones(2, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    try:
+        opt.step(closure)
+    except RuntimeError as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+        return str(error)
+    return [p.sum().item() for p in net.parameters()]
+
+
+def test_a_hidden_replica_is_refused_and_a_named_one_trains(two_ranks) -> None:
+    assert all("pass model= to the optimizer" in message for message in two_ranks(train_hidden, "hidden"))
+    mine, theirs = two_ranks(train_hidden, "named")
+    assert mine == theirs

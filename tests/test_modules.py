@@ -1,0 +1,84 @@
+"""The model of a plain closure is found among the variables that the closure refers to."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from steppe.engine.modules import Modules, referred
+
+NET = nn.Linear(3, 2)
+
+
+class Trainer:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.steps = model, 0
+
+    def loss(self) -> torch.Tensor:
+        return self.model(torch.ones(1, 3)).sum()
+
+
+def closures(model: nn.Module):
+    trainer, box, held = Trainer(model), [model], SimpleNamespace(inner=SimpleNamespace(net=model))
+    compiled = torch.compile(lambda: model(torch.ones(1, 3)), backend="eager")
+    return {
+        "cell": lambda: model(torch.ones(1, 3)),
+        "default": lambda m=model: m(torch.ones(1, 3)),
+        "bound method": trainer.loss,
+        "attribute": lambda: trainer.loss(),
+        "attribute of an attribute": lambda: held.inner.net(torch.ones(1, 3)),
+        "partial": partial(lambda m: m(torch.ones(1, 3)), model),
+        "container": lambda: box[0](torch.ones(1, 3)),
+        "forward": lambda f=model.forward: f(torch.ones(1, 3)),
+        "compiled function": lambda: compiled(),
+        "inside a comprehension": lambda: [model(x) for x in torch.ones(2, 3)],
+    }
+
+
+@pytest.mark.parametrize("how", list(closures(NET)))
+def test_the_model_is_found(how: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    assert referred(closures(model)[how], list(model.parameters())) == [model]
+
+
+def test_a_global_model_is_found() -> None:
+    assert referred(lambda: NET(torch.ones(1, 3)), list(NET.parameters())) == [NET]
+
+
+def test_the_outermost_module_with_the_parameters_is_found() -> None:
+    inner, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    outer = nn.Sequential(inner)
+    found = referred(lambda: (inner, outer, other), list(inner.parameters()))
+    assert found == [outer]
+
+
+def test_large_containers_and_empty_cells_are_passed_over() -> None:
+    data = [torch.ones(1)] * 1000 + [NET]
+
+    def closure():
+        return data, later
+
+    assert referred(closure, list(NET.parameters())) == []
+    later = NET
+    assert referred(closure, list(NET.parameters())) == [NET]
+
+
+def test_a_named_model_is_not_searched_for_and_follows_a_copy() -> None:
+    model = nn.Linear(3, 2)
+    modules = Modules(model)
+    assert list(modules.of(lambda: None, list(model.parameters()))) == [model]
+    other, copied = copy.deepcopy((model, modules))
+    assert list(copied.of(lambda: None, [])) == [other]
+    with pytest.raises(TypeError, match=r"torch\.nn.Module or None, got int"):
+        steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=3)
+
+
+def test_another_closure_is_searched_anew() -> None:
+    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    modules, parameters = Modules(), [*a.parameters(), *b.parameters()]
+    assert list(modules.of(lambda: a, parameters)) == [a]
+    assert list(modules.of(lambda: b, parameters)) == [b]
