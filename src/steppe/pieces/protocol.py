@@ -9,7 +9,8 @@ most expensive, way. What is declared is relied upon, so a wrong declaration giv
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,23 @@ class Declaration:
     linear: bool = False
 
 
-def declared(piece: object) -> Declaration:
+def declared(piece: Any) -> Declaration:
     """Return what a piece or a rule declares, with the needs and the memory of the pieces that it is made of."""
+    try:
+        return _cached(piece)
+    except TypeError:  # a field that has no hash
+        return _merged(piece)
+
+
+def _merged(piece: Any) -> Declaration:
     own: Declaration = getattr(piece, "declares", Declaration())
-    if not is_dataclass(piece):
-        return own
-    parts = [declared(getattr(piece, field.name)) for field in fields(piece)]
+    parts = [declared(getattr(piece, field.name)) for field in fields(piece)] if is_dataclass(piece) else []
     return replace(
         own,
         examples=own.examples or any(part.examples for part in parts),
         losses_at_w=own.losses_at_w or any(part.losses_at_w for part in parts),
         remembers=own.remembers.union(*(part.remembers for part in parts)),
     )
+
+
+_cached = lru_cache(maxsize=256)(_merged)  # asked for several times a step
