@@ -150,7 +150,7 @@ def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
 
 
 def _changes(old: Plan, new: Plan) -> list[str]:
-    """Name the methods and seeds in which two plans differ."""
+    """Return the methods and seeds in which two plans differ, as ``method was x, now y``."""
 
     def told(plan: Plan) -> dict[str, str]:
         seeds = [str(seed) for seed in range(plan.first, plan.first + plan.seeds)]
