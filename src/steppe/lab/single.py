@@ -46,36 +46,38 @@ def run(
     Example:
         >>> found = run(Run(spec.parse("SAM(rho=0.2)"), 0, Settings()), Path("runs/digits"))
     """
-    process = hardware.open()
-    plan, saved = Plan.alone(asked), path_of(folder, asked, "checkpoints")
+    process, plan = hardware.open(), Plan.alone(asked)
     with files.hold(folder) if process.first else nullcontext():
         known, _ = finished(folder, merged(folder, plan, single=True))
         if asked in known:
             return known[asked]
         session = Session(asked, process)
         process.on_first(lambda: open_for(folder, plan, single=True))
-        if saved.exists():
+        if (saved := path_of(folder, asked, "checkpoints")).exists():
             session.restore(checkpoint.read(saved))
-        events = folder / "tensorboard" if tensorboard else None
-        metrics = Metrics(path_of(folder, asked, "metrics"), session.step, events) if process.first else None
-        every = save_every or max(asked.settings.steps_per_epoch, _LEAST)
-        try:
-            for evaluated in session.fit():
-                for numbers in _numbers(session, evaluated):
-                    if metrics is not None:
-                        metrics.write(numbers)
-                        watch(session, numbers)
-                if session.step % every == 0:
-                    state = session.state()
-                    process.on_first(partial(checkpoint.write, saved, state))
-        finally:
-            if metrics is not None:
-                metrics.close()
+        _fit(session, folder, save_every or max(asked.settings.steps_per_epoch, _LEAST), tensorboard, watch)
         found, weights = session.record(), checkpoint.whole(dict(session.model.state_dict()))
-        process.on_first(lambda: keep_weights(folder, asked, weights))  # first: a record says that all is there
-        process.on_first(lambda: record.save(path_of(folder, asked), found))
-        process.on_first(lambda: saved.unlink(missing_ok=True))
+        process.on_first(lambda: _finish(folder, asked, found, weights))
     return found
+
+
+def _fit(session: Session, folder: Path, every: int, tensorboard: bool, watch: Watch) -> None:
+    """Train to the end; write metrics, and a checkpoint after ``every`` steps."""
+    run, process = session.run, session.process
+    events = folder / "tensorboard" if tensorboard else None
+    metrics = Metrics(path_of(folder, run, "metrics"), session.step, events) if process.first else None
+    try:
+        for evaluated in session.fit():
+            for numbers in _numbers(session, evaluated):
+                if metrics is not None:
+                    metrics.write(numbers)
+                    watch(session, numbers)
+            if session.step % every == 0:
+                state = session.state()
+                process.on_first(partial(checkpoint.write, path_of(folder, run, "checkpoints"), state))
+    finally:
+        if metrics is not None:
+            metrics.close()
 
 
 def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
@@ -86,6 +88,13 @@ def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
         yield {"step": session.step, "loss": session.last_loss(), **rates}
     if evaluated:
         yield {"step": session.step, **session.meter.latest(), "seconds": session.meter.seconds}
+
+
+def _finish(folder: Path, run: Run, found: Record, weights: dict[str, Any]) -> None:
+    """Write the final weights, then the record, which says that the run is finished; remove its checkpoint."""
+    keep_weights(folder, run, weights)
+    record.save(path_of(folder, run), found)
+    path_of(folder, run, "checkpoints").unlink(missing_ok=True)
 
 
 def folder_of(asked: Run) -> Path:

@@ -69,7 +69,7 @@ def summarise(plan: Plan, records: dict[Run, Record], problems: list[str], conte
 
 
 def pairs(found: Summary) -> list[Pair]:
-    """Compare every two methods that share seeds."""
+    """Return the comparison of every two methods that share seeds."""
     couples = [(row.method, other.method) for row, other in combinations(found.rows, 2)]
     tests = [_test(found, *couple) for couple in couples]
     every = zip(couples, tests, _corrected(tests), strict=True)

@@ -164,7 +164,7 @@ class Grid:
 
 
 def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
-    """Open a storage by its URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
+    """Return the storage of a URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
 
     Raises:
         LabError: it cannot be opened; the message is without user and password.
