@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from steppe.lab import files, record, runs, spec
+from steppe.lab import files, record, report, runs, spec
 from steppe.lab.runs import Plan, open_for, path_of
 from steppe.lab.settings import LabError
 from steppe.lab.train import train
@@ -97,6 +97,18 @@ def test_methods_and_seeds_may_be_added(tmp_path):
     open_for(tmp_path, plan_of("SGD", "SAM", seeds=3, baseline="SAM"))
     whole = open_for(tmp_path, plan_of("ASAM", "SGD", seeds=2))
     assert whole == runs.read_plan(tmp_path) == plan_of("SGD", "SAM", "ASAM", seeds=3, baseline="SAM")
+
+
+def test_a_search_alone_can_be_reported_and_binds_no_comparison(tmp_path):
+    points = [{"values": {"lr": lr}, "errors": [lr], "error": lr, "dropped": False} for lr in (0.1, 0.2)]
+    stage = {"name": "base", "method": "SGD", "chosen": {"lr": 0.1}, "points": points}
+    files.write_json(tmp_path / runs.SEARCH, {"stages": [stage], "seeds": 1})
+    runs.open_for(tmp_path, plan_of("SGD", seeds=0))
+    report.write(tmp_path)
+    assert "Search: base" in (tmp_path / "report.html").read_text()
+    other = plan_of("SAM", settings=replace(TINY, lr=0.2))
+    assert runs.open_for(tmp_path, other) == other
+    assert runs.read_plan(tmp_path).settings == other.settings
 
 
 def test_other_settings_are_refused_and_named(tmp_path):

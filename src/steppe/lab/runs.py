@@ -4,7 +4,8 @@ A directory holds methods times seeds under one :class:`~steppe.lab.settings.Set
 single run. NAME is METHOD-sSEED, such as ``sam-rho0.2-s0``; :func:`path_of` gives every path.
 
 =========================  ============================================================================================
-``config.json``            settings, methods, baseline; ``seeds``, their number, and ``first``, the first of them
+``config.json``            settings, methods, baseline; ``seeds``, their number, and ``first``, the first of them;
+                           ``seeds`` is 0 after ``sweep``, whose directory any comparison may continue
 ``recipe.json``            the recipe, its protocol and the values found for it (``reproduce``)
 ``search.json``            every point of the search, and what was chosen (``reproduce``, ``sweep``)
 ``study.db``               Optuna's SQLite storage of the search, unless another was named
@@ -137,6 +138,8 @@ def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
         _refuse_others(folder)
         return asked
     old = read_plan(folder)
+    if not old.seeds:
+        return asked
     exact = single or old.first or asked.first
     changed = (_changes(old, asked) if exact else []) + differences(old.settings, asked.settings)
     if changed:
