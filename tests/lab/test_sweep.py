@@ -188,8 +188,7 @@ def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, m
     assert trained == [0.05, 0.05, 0.1, 0.1, 0.1]
 
 
-def test_another_search_in_the_same_storage_is_another_study(storage, monkeypatch):
-    monkeypatch.setattr(work, "train", lambda run: SimpleNamespace(test_error=run.settings.lr))
+def test_another_search_in_the_same_storage_is_another_study():
     first, other = Search(VALID, (BASE,)), Search(replace(VALID, epochs=9), (BASE,))
     assert first.digest(BASE, {}) != other.digest(BASE, {})
     assert first.digest(BASE, {"rho": 0.1}) != first.digest(BASE, {"rho": 0.2})
