@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.lab.data.pool import Constants, Texts
+from steppe.lab.data.raw import Constants, Texts
 from steppe.lab.inputs import Tokens
 from steppe.lab.settings import LabError
 
