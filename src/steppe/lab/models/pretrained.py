@@ -26,7 +26,7 @@ def is_pretrained(name: str) -> bool:
 
 
 def build(name: str, example: Any, classes: int) -> nn.Module:
-    """Return the checkpoint as a classifier of `classes` classes."""
+    """Return the checkpoint as a classifier of ``classes`` classes."""
     transformers, folder = _transformers(), _folder(name)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     sees = hasattr(config, "image_size")
