@@ -1,6 +1,7 @@
 """Recipes: constructible without data at every scale, true to the protocols, runnable and resumable."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -190,12 +191,19 @@ def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
     assert first.exit_code == 0, first.output
     assert "radius: 3 of 3 points" in first.output
     assert len(files.read_json(tmp_path / "s" / "search.json")["stages"][1]["points"]) == 3
+    found = report.read(tmp_path / "s")
+    assert report.command(found) == ""  # of a search alone
+    assert {"search-base", "search-radius"} <= set(re.findall(r'id="(search-\w+)"', report.render(found)))
 
     whole = steppe_cli("reproduce", "example", "--workers", 1, "--out", tmp_path)
     assert whole.exit_code == 0, whole.output
     assert "base: 2 of 2 points" not in whole.output  # that stage was searched already
     again = steppe_cli("reproduce", "example", "--workers", 1, "--out", tmp_path)
     assert "0 runs to do, 6 already in" in again.output
+    kept = (tmp_path / "s" / "search.json").read_bytes()
+    other = steppe_cli("sweep", "example", "--space", "rho=0.3", "--workers", 1, "--out", tmp_path)
+    assert "holds the search that its comparison was made from" in other.output
+    assert (tmp_path / "s" / "search.json").read_bytes() == kept
 
     data = json.loads(steppe_cli("report", tmp_path / "s", "--json").output)
     assert [row["n"] for row in data["methods"]] == [2, 2, 2]

@@ -11,7 +11,7 @@ import pytest
 from plotly.graph_objects import Figure
 
 from steppe.lab import files, report, runs, spec, summary, tables
-from steppe.lab.report.figures import COLOURS, Look, results
+from steppe.lab.report.figures import COLOURS, CurveStyle, results
 from steppe.lab.report.sensitivity import searches, sensitivities
 from steppe.lab.statistics import paired
 
@@ -107,7 +107,7 @@ def test_figures_are_valid_and_complete(found):
 
 
 def test_the_looks_of_curves_differ_by_more_than_colour_and_are_seen_on_every_page():
-    looks = [Look.of(i) for i in range(60)]
+    looks = [CurveStyle.of(i) for i in range(60)]
     assert len({(look.colour, look.dash) for look in looks}) == 60
     assert all(one.dash != other.dash and one.symbol != other.symbol for one, other in pairwise(looks))
     assert min(contrast(colour, card) for colour in COLOURS for card in CARDS) >= 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe.lab import data
-from steppe.lab.data.pool import Pool, Texts
+from steppe.lab.data.raw import RawData, Texts
 from steppe.lab.inputs import Examples, Files, Images, Tokens, take
 from steppe.lab.settings import LabError, Settings
 
@@ -94,7 +94,7 @@ def _chosen(inputs: Any, rows: Tensor) -> Any:
     return [inputs[i] for i in rows.tolist()] if isinstance(inputs, list) else take(inputs, rows)
 
 
-def _prepared(pool: Pool, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
+def _prepared(pool: RawData, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
     if isinstance(train, list):
         return _tokens(settings.model, train), _tokens(settings.model, test)
     if isinstance(train, Tensor) and train.is_floating_point():
@@ -110,7 +110,7 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return (train - mean) / spread, (test - mean) / spread
 
 
-def _constants(pool: Pool, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:
+def _constants(pool: RawData, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:
     """Return mean and spread of the bytes: those of a pretrained model, those of the data set, or measured ones."""
     from steppe.lab.models.pretrained import constants_of
 

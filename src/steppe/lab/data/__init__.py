@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from steppe.lab.data import cifar, hub, idx, images, own, texts
-from steppe.lab.data.pool import Constants, Pool
+from steppe.lab.data.raw import Constants, RawData
 from steppe.lab.settings import LabError, Settings
 
-__all__ = ["SOURCES", "Pool", "Source", "augmentation", "find", "places", "read"]
+__all__ = ["SOURCES", "RawData", "Source", "augmentation", "find", "places", "read"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
@@ -29,23 +29,23 @@ class Source:
         augment: the usual augmentation of the training images.
     """
 
-    read: Callable[[Path, int], Pool]
+    read: Callable[[Path, int], RawData]
     marks: tuple[str, ...]
     hint: str
     place: Path | None = None
     augment: str = "none"
 
 
-def _fashion(folder: Path, size: int) -> Pool:
+def _fashion(folder: Path, size: int) -> RawData:
     train, labels = idx.read_pair(folder, "train")
     test, test_labels = idx.read_pair(folder, "t10k")
-    return Pool(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
+    return RawData(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
 
 
-def _archive(read: Callable[[Path], Pool], constants: Constants, mark: str, augment: str) -> Source:
+def _archive(read: Callable[[Path], RawData], constants: Constants, mark: str, augment: str) -> Source:
     """Return a source read from its authors' archive, unpacked, or from a folder that ``datasets`` has saved."""
 
-    def either(folder: Path, size: int) -> Pool:
+    def either(folder: Path, size: int) -> RawData:
         return hub.read(folder, size, constants) if (folder / hub.MARK).exists() else read(folder)
 
     hint = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
@@ -72,7 +72,7 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def read(settings: Settings) -> Pool:
+def read(settings: Settings) -> RawData:
     """Return all examples of the settings' source; the last source read is kept in memory.
 
     Raises:
@@ -86,7 +86,7 @@ def read(settings: Settings) -> Pool:
 
 
 @lru_cache(maxsize=1)
-def _read(name: str, folder: Path | None, image_size: int) -> Pool:
+def _read(name: str, folder: Path | None, image_size: int) -> RawData:
     if folder is None:
         return _digits() if name == "digits" else own.read(name)
     return SOURCES[name].read(folder, image_size)
@@ -99,12 +99,12 @@ def augmentation(settings: Settings) -> str:
     return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
 
 
-def _digits() -> Pool:
+def _digits() -> RawData:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images, dtype=torch.float32)
-    return Pool(inputs, torch.tensor(labels, dtype=torch.int64), None, None, 10, scale=True)
+    return RawData(inputs, torch.tensor(labels, dtype=torch.int64), None, None, 10, scale=True)
 
 
 def places(data: str, data_dir: str | None = None) -> list[Path]:

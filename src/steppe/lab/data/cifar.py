@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steppe.lab.data.pool import Constants, Pool
+from steppe.lab.data.raw import Constants, RawData
 from steppe.lab.settings import LabError
 
 # Mean and standard deviation of the training pixels, by channel: the sets' own values, to five digits.
@@ -21,22 +21,22 @@ CIFAR100: Constants = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
 SVHN: Constants = ((0.43768, 0.44377, 0.47280), (0.19803, 0.20102, 0.19704))
 
 
-def cifar10(folder: Path) -> Pool:
+def cifar10(folder: Path) -> RawData:
     """Read five training batches and one test batch: pickled dicts with ``data`` (n, 3072) and ``labels``."""
     inner = folder / "cifar-10-batches-py"
     images, labels = zip(*(_batch(inner / f"data_batch_{i}", "labels") for i in range(1, 6)), strict=True)
-    return Pool(torch.cat(images), torch.cat(labels), *_batch(inner / "test_batch", "labels"), 10, CIFAR10)
+    return RawData(torch.cat(images), torch.cat(labels), *_batch(inner / "test_batch", "labels"), 10, CIFAR10)
 
 
-def cifar100(folder: Path) -> Pool:
+def cifar100(folder: Path) -> RawData:
     """Read the training and the test file: pickled dicts with ``data`` (n, 3072) and ``fine_labels``."""
     inner = folder / "cifar-100-python"
-    return Pool(*_batch(inner / "train", "fine_labels"), *_batch(inner / "test", "fine_labels"), 100, CIFAR100)
+    return RawData(*_batch(inner / "train", "fine_labels"), *_batch(inner / "test", "fine_labels"), 100, CIFAR100)
 
 
-def svhn(folder: Path) -> Pool:
+def svhn(folder: Path) -> RawData:
     """Read the cropped digits: MATLAB files with ``X`` (32, 32, 3, n) and ``y`` (n, 1), where 10 means the digit 0."""
-    return Pool(*_matlab(folder / "train_32x32.mat"), *_matlab(folder / "test_32x32.mat"), 10, SVHN)
+    return RawData(*_matlab(folder / "train_32x32.mat"), *_matlab(folder / "test_32x32.mat"), 10, SVHN)
 
 
 def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:

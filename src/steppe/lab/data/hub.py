@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe.lab.data import images
-from steppe.lab.data.pool import Constants, Pool, Texts
+from steppe.lab.data.raw import Constants, RawData, Texts
 from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
 
@@ -17,7 +17,7 @@ _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "
 _SMALL = 64  # pixels; sets of equal images up to this side are decoded once and kept in memory
 
 
-def read(folder: Path, image_size: int, constants: Constants | None = None) -> Pool:
+def read(folder: Path, image_size: int, constants: Constants | None = None) -> RawData:
     """Read the splits ``train`` and ``test`` (or ``validation``, where the test labels are withheld)."""
     splits = _splits(folder)
     features = splits["train"].features
@@ -34,7 +34,7 @@ def read(folder: Path, image_size: int, constants: Constants | None = None) -> P
         inputs = [_images(part, image, image_size) for part in parts]
         constants = constants or (images.IMAGENET if isinstance(inputs[0], Files) else None)
     labels = [torch.tensor(part[label][:]) for part in parts]
-    return Pool(inputs[0], labels[0], inputs[1], labels[1], int(features[label].num_classes), constants)
+    return RawData(inputs[0], labels[0], inputs[1], labels[1], int(features[label].num_classes), constants)
 
 
 def _splits(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steppe.lab.data.pool import Constants, Pool
+from steppe.lab.data.raw import Constants, RawData
 from steppe.lab.inputs import Files
 from steppe.lab.settings import LabError
 
@@ -20,7 +20,7 @@ _SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 _MARGIN = 256 / 224  # stored side to the side that models see, as in ImageNet's usual evaluation
 
 
-def read(folder: Path, image_size: int) -> Pool:
+def read(folder: Path, image_size: int) -> RawData:
     """Read ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (or ``test/``); classes are numbered in order of name."""
     held_out = next((name for name in ("val", "test") if (folder / name).is_dir()), None)
     if held_out is None:
@@ -29,7 +29,7 @@ def read(folder: Path, image_size: int) -> Pool:
     if not classes:
         raise LabError(f"no class folders in {folder / 'train'}")
     parts = [_split(folder / name, classes, stored(image_size)) for name in ("train", held_out)]
-    return Pool(*parts[0], *parts[1], len(classes), IMAGENET)
+    return RawData(*parts[0], *parts[1], len(classes), IMAGENET)
 
 
 def _split(folder: Path, classes: list[str], side: int) -> tuple[Files, Tensor]:

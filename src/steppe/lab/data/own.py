@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from steppe.lab.data.pool import Pool
+from steppe.lab.data.raw import RawData
 from steppe.lab.importing import imported
 from steppe.lab.settings import LabError
 
 
-def read(name: str) -> Pool:
+def read(name: str) -> RawData:
     """Call the function, which returns (inputs, labels, test_inputs, test_labels), four tensors.
 
     Float inputs are used as they are. Images as bytes, shape (n, channels, height, width), are standardised by the mean
@@ -23,4 +23,4 @@ def read(name: str) -> Pool:
     if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
         raise LabError(f"{name}: inputs must be floats, or images as bytes, not {inputs.dtype}")
     classes = int(max(labels.max(), test_labels.max())) + 1
-    return Pool(inputs, labels.long(), test_inputs, test_labels.long(), classes)
+    return RawData(inputs, labels.long(), test_inputs, test_labels.long(), classes)

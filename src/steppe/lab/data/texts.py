@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from steppe.lab.data.pool import Pool, Texts
+from steppe.lab.data.raw import RawData, Texts
 from steppe.lab.settings import LabError
 
 FORTUNES = Path("/usr/share/games/fortunes")  # where the package puts them
@@ -12,7 +12,7 @@ CLASSES = ("computers", "definitions", "people", "politics", "science", "songs-p
 _EACH, _CHARACTERS = 200, 200  # texts of each file, and their greatest length: small enough for two cores
 
 
-def fortunes(folder: Path) -> Pool:
+def fortunes(folder: Path) -> RawData:
     """Read 200 short texts from each of eight files; there is no fixed test set, each seed holds out its own."""
     texts: Texts = []
     labels: list[int] = []
@@ -24,4 +24,4 @@ def fortunes(folder: Path) -> Pool:
         found = [(part,) for part in parts if 0 < len(part) <= _CHARACTERS][:_EACH]
         texts += found
         labels += [label] * len(found)
-    return Pool(texts, torch.tensor(labels), None, None, len(CLASSES))
+    return RawData(texts, torch.tensor(labels), None, None, len(CLASSES))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.lab.data.pool import Constants, Texts
+from steppe.lab.data.raw import Constants, Texts
 from steppe.lab.inputs import Tokens
 from steppe.lab.settings import LabError
 
@@ -26,7 +26,7 @@ def is_pretrained(name: str) -> bool:
 
 
 def build(name: str, example: Any, classes: int) -> nn.Module:
-    """Return the checkpoint as a classifier of `classes` classes."""
+    """Return the checkpoint as a classifier of ``classes`` classes."""
     transformers, folder = _transformers(), _folder(name)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     sees = hasattr(config, "image_size")

@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steppe.lab.recipes.study import SCALES, Recipe, Study
+from steppe.lab.recipes.recipe import SCALES, Recipe, Study
 
 
 def print_list(recipes: list[Recipe], console: Console) -> None:

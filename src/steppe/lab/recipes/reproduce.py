@@ -46,13 +46,7 @@ def _with_data(study: Study, data_dir: Path | None) -> Study:
 def searched(
     study: Study, name: str, out: Path, storage: str | None, workers: int, tell: Callable[[str], None]
 ) -> dict[str, Value]:
-    """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study.
-
-    Raises:
-        LabError: the folder holds a comparison, which was made from another search.
-    """
-    if (out / RECIPE).exists():
-        raise LabError(f"{out} holds a comparison that was made from its search. Choose another --out")
+    """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
     values, ended = search(study.search(), url, name, workers, tell=tell)
     stages = [

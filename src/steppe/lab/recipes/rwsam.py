@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from steppe.lab.recipes import shared as s
-from steppe.lab.recipes.study import Recipe, Study
+from steppe.lab.recipes.recipe import Recipe, Study
 from steppe.lab.recipes.wsam import FURTHER_DIGITS, FURTHER_HOUR
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Stage

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from steppe.lab.recipes.study import Study
+from steppe.lab.recipes.recipe import Study
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Stage, Value
 

@@ -88,14 +88,14 @@ def lead(found: Summary) -> str:
 
 
 def command(found: Summary) -> str:
-    """Return the command line that makes these runs, empty where no command sets one of the settings."""
+    """Return the command line that makes these runs, empty for a search alone and for settings that no command has."""
     about, plan = found.context.recipe, found.plan
     usual = presets.preset(plan.settings.data).settings.to_dict()
     given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
     if about:
         words = ["reproduce", about["recipe"], "--scale", about["scale"], "--study", about["study"]]
         given = {"data_dir": plan.settings.data_dir, "seeds": plan.seeds}
-    elif given.keys() & {"validation", "test_seed", "start", "start_lr"}:
+    elif not plan.seeds or given.keys() & {"validation", "test_seed", "start", "start_lr"}:
         return ""
     elif len(plan.runs()) == 1:
         words = ["run", str(plan.methods[0]), "--data", plan.settings.data]

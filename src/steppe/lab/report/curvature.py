@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steppe.lab import minima
 from steppe.lab.minima import Measured
-from steppe.lab.report.figures import Figure, Trace, axes, looks
+from steppe.lab.report.figures import Figure, Trace, axes, styled_rows
 from steppe.lab.settings import LabError
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
@@ -127,12 +127,12 @@ def _caption(measured: Group, found: Summary) -> str:
 
 def _slices(measured: Group, found: Summary) -> Figure:
     data: list[Trace] = []
-    for row, look in looks(found):
+    for row, style in styled_rows(found):
         if group := measured.get(row.method):
             losses = zip(*(one.slice["loss"] for one in group), strict=True)
             finite = [[loss for loss in column if loss is not None] for column in losses]
             y = [mean(column) if column else None for column in finite]
-            data.append({"x": group[0].slice["t"], "y": y, "name": str(row.method), "line": look.line})
+            data.append({"x": group[0].slice["t"], "y": y, "name": str(row.method), "line": style.line})
             data[-1] |= {"mode": "lines", "hovertemplate": "%{y:.3g}"}
     layout = axes("t, along a random filter-normalised direction", "training loss", yaxis={"type": "log"})
     caption = "Loss at w + t d, each filter of d as long as the model's (Li et al. 2018); log scale, mean over seeds."
@@ -145,11 +145,11 @@ def _spectra(measured: Group, found: Summary) -> Figure:
     width = (high - low) / 200 or 1.0
     grid = [low - 4 * width + i * (high - low + 8 * width) / 400 for i in range(401)]
     data: list[Trace] = []
-    for row, look in looks(found):
+    for row, style in styled_rows(found):
         if group := measured.get(row.method):
             density = [mean([_smooth(x, one.spectrum, width) for one in group]) for x in grid]
             shown = [value if value > _FAINT / (high - low or 1.0) else None for value in density]
-            data.append({"x": grid, "y": shown, "name": str(row.method), "line": look.line, "mode": "lines"})
+            data.append({"x": grid, "y": shown, "name": str(row.method), "line": style.line, "mode": "lines"})
     layout = axes("eigenvalue of the Hessian", "density", yaxis={"type": "log"})
     caption = (
         "Stochastic Lanczos quadrature (Ghorbani et al. 2019), 2 probes of 40 steps a run; mean over seeds, smoothed "

@@ -35,7 +35,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Look:
+class CurveStyle:
     """How one curve is drawn: colour, dash pattern and symbol differ from curve to curve."""
 
     colour: str
@@ -43,8 +43,8 @@ class Look:
     symbol: str
 
     @classmethod
-    def of(cls, index: int) -> "Look":
-        """Return the look of the ``index``-th curve."""
+    def of(cls, index: int) -> "CurveStyle":
+        """Return the style of the ``index``-th curve."""
         return cls(*(choices[index % len(choices)] for choices in (COLOURS, _DASHES, _SYMBOLS)))
 
     @property
@@ -53,9 +53,9 @@ class Look:
         return {"color": self.colour, "dash": self.dash, "width": 2}
 
 
-def looks(found: Summary) -> list[tuple[Row, Look]]:
-    """Return every row with its look, which is the same in every figure."""
-    return [(row, Look.of(found.plan.methods.index(row.method))) for row in found.rows]
+def styled_rows(found: Summary) -> list[tuple[Row, CurveStyle]]:
+    """Return every row with its style, which is the same in every figure."""
+    return [(row, CurveStyle.of(found.plan.methods.index(row.method))) for row in found.rows]
 
 
 def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def results(found: Summary) -> list[Figure]:
 def _errors(found: Summary) -> Figure:
     """Draw each method's mean error with its spread, and every seed's point."""
     data: list[Trace] = []
-    for row, look in looks(found):
+    for row, style in styled_rows(found):
         records, name = found.of(row.method), str(row.method)
         seeds: Trace = {
             "x": [100 * record.test_error for record in records],
             "y": [name] * len(records),
             "text": [f"seed {record.seed}{', collapsed' if record.collapsed else ''}" for record in records],
             "marker": {
-                "color": look.colour,
+                "color": style.colour,
                 "opacity": 0.55,
                 "size": 8,
                 "symbol": [COLLAPSED if record.collapsed else "circle" for record in records],
@@ -99,15 +99,15 @@ def _errors(found: Summary) -> Figure:
             "y": [name],
             "text": [f"mean of {row.n}"],
             "marker": {
-                "color": look.colour,
+                "color": style.colour,
                 "size": 15,
                 "symbol": "line-ns",
-                "line": {"color": look.colour, "width": 3},
+                "line": {"color": style.colour, "width": 3},
             },
-            "error_x": {"array": [_sd(row)], "color": look.colour, "thickness": 1.5, "width": 0},
+            "error_x": {"array": [_sd(row)], "color": style.colour, "thickness": 1.5, "width": 0},
         }
-        style = {"mode": "markers", "showlegend": False, "hovertemplate": "%{y}<br>%{text}: %{x:.2f} %<extra></extra>"}
-        data += [trace | style for trace in (seeds, centre)]
+        shared = {"mode": "markers", "showlegend": False, "hovertemplate": "%{y}<br>%{text}: %{x:.2f} %<extra></extra>"}
+        data += [trace | shared for trace in (seeds, centre)]
     layout = axes(
         "error, %",
         "",
@@ -127,8 +127,8 @@ def _curves(
 ) -> Figure:
     """Draw a quantity's mean over seeds by epoch, with a band of one standard deviation."""
     data = []
-    for row, look in looks(found):
-        data += _band(str(row.method), look, _by_epoch(found.of(row.method), quantity, scale))
+    for row, style in styled_rows(found):
+        data += _band(str(row.method), style, _by_epoch(found.of(row.method), quantity, scale))
     caption = "Mean over seeds and a band of one standard deviation; a click in the legend hides a method."
     return Figure(quantity.replace("_", "-"), title, caption, data, axes("epoch", axis), height=480)
 
@@ -143,13 +143,13 @@ def _by_epoch(records: list[Record], quantity: str, scale: Callable[[float], flo
     return dict(sorted(points.items()))
 
 
-def _band(name: str, look: Look, points: dict[float, list[float]]) -> list[Trace]:
+def _band(name: str, style: CurveStyle, points: dict[float, list[float]]) -> list[Trace]:
     epochs, centre = list(points), [mean(values) for values in points.values()]
     widths = [spread(values) if len(values) > 1 else 0.0 for values in points.values()]
     high = [middle + width for middle, width in zip(centre, widths, strict=True)]
     low = [middle - width for middle, width in zip(centre, widths, strict=True)]
-    line = {"x": epochs, "y": centre, "name": name, "line": look.line, "hovertemplate": "%{y:.3g}"}
-    band = {"x": epochs + epochs[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": f"{look.colour}2a"}
+    line = {"x": epochs, "y": centre, "name": name, "line": style.line, "hovertemplate": "%{y:.3g}"}
+    band = {"x": epochs + epochs[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": f"{style.colour}2a"}
     silent = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     return [trace | {"mode": "lines", "legendgroup": name} for trace in (band | silent, line)]
 
@@ -160,13 +160,13 @@ def _cost(found: Summary, id: str, axis: str, value: Callable[[Row], float]) -> 
         {
             "x": [value(row)],
             "y": [row.mean],
-            "error_y": {"array": [_sd(row)], "color": look.colour, "thickness": 1.5},
+            "error_y": {"array": [_sd(row)], "color": style.colour, "thickness": 1.5},
             "name": str(row.method),
             "mode": "markers",
-            "marker": {"color": look.colour, "size": 11, "symbol": COLLAPSED if row.collapsed else look.symbol},
+            "marker": {"color": style.colour, "size": 11, "symbol": COLLAPSED if row.collapsed else style.symbol},
             "hovertemplate": f"%{{x:.4g}} {id}: %{{y:.2f}} %",
         }
-        for row, look in looks(found)
+        for row, style in styled_rows(found)
     ]
     points = sorted((value(row), row.mean) for row in found.rows)
     front = [point for i, point in enumerate(points) if point[1] < min((y for _, y in points[:i]), default=math.inf)]

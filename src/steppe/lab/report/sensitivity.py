@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steppe.lab import spec
-from steppe.lab.report.figures import COLLAPSED, Figure, Look, axes
+from steppe.lab.report.figures import COLLAPSED, CurveStyle, Figure, axes
 from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
 from steppe.lab.summary import Summary
@@ -125,19 +125,19 @@ def _figure(id: str, title: str, caption: str, key: str, curves: dict[str, list[
     ticks = [str(value) for value in _distinct((point for curve in curves.values() for point in curve), key)]
     data = []
     for i, (label, curve) in enumerate(curves.items(), start=2):
-        look = Look.of(i)
-        symbols = {"dropped": COLLAPSED, "collapsed": COLLAPSED, "chosen": "star", "": look.symbol}
+        style = CurveStyle.of(i)
+        symbols = {"dropped": COLLAPSED, "collapsed": COLLAPSED, "chosen": "star", "": style.symbol}
         data.append(
             {
                 "x": [str(point.at[key]) for point in curve],
                 "y": [point.mean for point in curve],
                 "text": [point.note for point in curve],
-                "error_y": {"array": [point.sd for point in curve], "color": look.colour, "thickness": 1.5},
+                "error_y": {"array": [point.sd for point in curve], "color": style.colour, "thickness": 1.5},
                 "name": label,
                 "showlegend": len(curves) > 1,
                 "mode": "lines+markers",
-                "line": look.line,
-                "marker": {"color": look.colour, "size": 10, "symbol": [symbols[point.note] for point in curve]},
+                "line": style.line,
+                "marker": {"color": style.colour, "size": 10, "symbol": [symbols[point.note] for point in curve]},
                 "hovertemplate": f"{key} %{{x}}: %{{y:.2f}} % %{{text}}",
             }
         )

@@ -13,7 +13,7 @@ Texts = list[tuple[str, ...]]  # one text an example, or two that are compared
 
 
 @dataclass(frozen=True)
-class Pool:
+class RawData:
     """All examples of a source.
 
     Args:
