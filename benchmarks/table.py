@@ -19,8 +19,8 @@ The two do not do the same work. steppe takes norms that show a gradient that is
 one more than the other package in SAM, WSAM and Coupled-WSAM, two in F-SAM, three in ASAM; one norm takes {norms}.
 It also counts skipped steps. The other package's FriendlySAM writes its momentum before the second pass, so a step
 that fails there has changed it; steppe writes a method's memory after the step has succeeded, which takes the third
-copy. The other package's GSAM and WSAM restore the weights by a subtraction, which is not exact. Its LookSAM takes two passes at
-every step and projects tensor by tensor. Its ASAM has no `eta` and scales biases too.
+copy. The other package's GSAM and WSAM restore the weights by a subtraction, which is not exact. Its LookSAM takes two
+passes at every step and projects tensor by tensor. Its ASAM has no `eta` and scales biases too.
 """
 Row = dict[str, Any]
 
