@@ -272,9 +272,9 @@ def problem(x: Tensor, y: Tensor, w: Tensor, both: bool, trained: Tensor, full: 
     rest = torch.einsum("noi,i->no", J[:, :, ~trained], w[~trained]) - y
     J = J[:, :, trained]
     return Problem(
-        n=len(x),
-        losses=lambda v: 0.5 * (J @ v + rest).square().sum(1),
-        grads=lambda v: torch.einsum("noi,no->ni", J, J @ v + rest),
+        rows=slice(0, len(x)),
+        losses_of=lambda v, r: 0.5 * (J[r] @ v + rest[r]).square().sum(1),
+        grads_of=lambda v, r: torch.einsum("noi,no->ni", J[r], J[r] @ v + rest[r]),
         sizes=[4, 2] * (len(trained[trained]) // 6),
         weight_like=[True, False] * (len(trained[trained]) // 6),
         full=full,
@@ -331,10 +331,8 @@ class Flat:
         full = problem(world.full_x, world.full_y, self.w, both, trained)
         p = problem(x, y, self.w, both, trained, full)
         memory = {k: v[trained] for k, v in self.memory.items()}
-        hyper = self.hyper | self.drawn(there, frozen)
-        u, beside, memory = reference.direction(
-            self.method, p, self.w[trained], memory, self.t, self.m, rho=0.1, **hyper
-        )
+        method = reference.METHODS[self.method](**self.hyper, **self.drawn(there, frozen))
+        u, beside, memory = reference.direction(method, p, self.w[trained], memory, self.t, 0.1, self.m)
         for name, v in memory.items():
             self.memory[name] = self.memory.get(name, torch.zeros_like(self.w)).masked_scatter(trained, v)
         w = self.w.clone()
