@@ -244,7 +244,7 @@ def sharpest(gamma: float) -> Select:
 
     def select(f: Moment, eps: Tensor) -> Tensor | slice:
         rise = f.p.losses(f.w + eps) - f.p.losses(f.w)
-        return rise.argsort(descending=True)[: max(1, int(gamma * f.p.n))] if gamma < 1 else slice(None)
+        return rise.topk(max(1, int(gamma * f.p.n))).indices if gamma < 1 else slice(None)
 
     return select
 

@@ -10,27 +10,25 @@ from torch import nn
 
 import steppe
 from steppe.factored import terms
-from tests.cases import BASES, CASES, Case, N, each_base, each_case, mlp, optimizer, same_bits, world
+from tests.cases import (
+    BASES,
+    CASES,
+    Case,
+    N,
+    assert_equal_states,
+    each_base,
+    each_case,
+    optimizer,
+    same_bits,
+    world,
+)
+from tests.models import Branches, Faulty, mlp
 
 EVALUABLE = {name: getattr(steppe, name) for name in steppe.__all__}
 
 
 def run(opt, batches):
     return [float(opt.step(batch)) for batch in batches]
-
-
-class Faulty(nn.Module):
-    """Raises at a chosen forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.fail_at, self.error = mlp(), 0, -1, RuntimeError("out of memory")
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise self.error
-        return self.net(x)
 
 
 @each_case
@@ -61,13 +59,13 @@ def test_an_exception_in_any_forward_leaves_weights_and_state(case: Case) -> Non
     for error in (RuntimeError("out of memory"), KeyboardInterrupt()):
         for fail_at in range(1, forwards + 1):
             before, state = w.weights(), copy.deepcopy(opt.state_dict())
-            w.model.calls, w.model.fail_at, w.model.error = 0, fail_at, error
+            w.model.calls, w.model.fail_at, w.model.how = 0, (fail_at,), error
             with pytest.raises(type(error)):
                 opt.step(w.batch)
             assert same_bits(before, w.parameters())
             assert all(p.requires_grad for p in w.parameters())
             assert_equal_states(opt.state_dict(), state)
-    w.model.fail_at = -1
+    w.model.fail_at = ()
     assert opt.step(w.batch).isfinite()
 
 
@@ -160,24 +158,11 @@ def test_parameters_without_gradient_stay_without(case: Case) -> None:
         assert not opt.state.get(p)
 
 
-class Branches(nn.Module):
-    """A branch that takes part in chosen forwards only, like a dropped layer or an expert."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk, self.branch, self.pattern, self.calls = mlp(), nn.Linear(5, 3), [], 0
-
-    def forward(self, x):
-        takes_part = self.pattern[self.calls % len(self.pattern)] if self.pattern else True
-        self.calls += 1
-        return self.trunk(x) + (self.branch(x) if takes_part else 0)
-
-
 @each_case
 @pytest.mark.parametrize("pattern", [[1, 0], [0, 1], [1, 0, 0, 1, 1], [0, 0, 1]], ids=str)
 def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
-    w = world(torch.float32, Branches)
-    w.model.pattern = pattern
+    model = lambda: Branches([mlp(), nn.Linear(5, 3)], pattern=[[0, 1] if both else [0] for both in pattern])  # noqa: E731
+    w = world(torch.float32, model)
     opt = case.make(torch.optim.Adam(w.parameters(), lr=0.0), w, 0.3)
     opt._stepper.parallel = opt._stepper.parallel and "auto"  # passes that differ cannot be shared
     before = w.weights()
@@ -284,12 +269,3 @@ def test_one_wait_for_the_device_a_step(case: Case, monkeypatch) -> None:
         with Waits() as waits:
             opt.step(w.batch)
         assert waits.n == len(grams) + (1 + len(looks) if check_finite else 0)
-
-
-def assert_equal_states(a, b) -> None:
-    assert a["param_groups"] == b["param_groups"]
-    assert a["state"].keys() == b["state"].keys()
-    for key, state in a["state"].items():
-        assert state.keys() == b["state"][key].keys()
-        for name, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][key][name])), name

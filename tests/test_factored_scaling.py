@@ -10,17 +10,10 @@ import steppe
 from steppe import Micro, Reweighted, Rule, SharpnessAware
 from steppe.factored import gradient_statistics
 from steppe.factored.engine import SharedPasses
-from tests.cases import same_bits
+from tests.cases import flat, same_bits, scaler
 from tests.factored_models import EXAMPLES, Example, hold, loss
+from tests.models import Faulty
 from tests.test_factored import ByHand, N, sgd
-
-
-def scaler(scale: float = 1000.0, **options) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000, **options)
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def trained(example: Example, make, scale: float | None, dtype=torch.float64, steps: int = 2):
@@ -77,7 +70,7 @@ def test_rw_sam_of_a_scaled_loss_has_exact_norms(name: str, m: int | None) -> No
 def test_statistics_of_a_scaled_loss() -> None:
     model = EXAMPLES["gpt"].model(torch.float64)
     batch = EXAMPLES["gpt"].batch(model, N, torch.float64)
-    expected, s = gradient_statistics(batch, m=5), scaler()
+    expected, s = gradient_statistics(batch, m=5), scaler(1000.0)
     state = s.state_dict()
     found = gradient_statistics(batch.scaled_by(s), m=5)
     for name in ("norms", "g_norm", "trace", "signal_to_noise"):
@@ -92,23 +85,11 @@ def test_statistics_of_a_scaled_loss() -> None:
 # ---- overflows
 
 
-class Overflows(nn.Module):
-    """Its output is infinite where it is told so: in the first or the second pass of a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.at = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 0, ()
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (torch.inf if self.calls in self.at else 1.0)
-
-
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", ["SAM", "USAM", "WSAM", "RWSAM"])
 def test_an_overflow_in_either_pass_backs_off(name: str, at: int) -> None:
     torch.manual_seed(0)
-    model, s = Overflows(), scaler(1024.0)
+    model, s = Faulty(how=torch.inf), scaler()
     opt = getattr(steppe, name)(torch.optim.AdamW(model.parameters(), lr=0.1), m=4, parallel=True)
     x, y = torch.randn(N, 5), torch.randint(3, (N,))
     batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y, scaler=s)
@@ -116,10 +97,10 @@ def test_an_overflow_in_either_pass_backs_off(name: str, at: int) -> None:
         opt.step(batch)
         s.update()
     before, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(opt.state_dict())
-    model.at = (model.calls + at,)
+    model.fail_at = (model.calls + at,)
     opt.step(batch)
     s.update()
-    assert model.calls == model.at[0] + 2 - at  # both passes, and no serial loop
+    assert model.calls == model.fail_at[0] + 2 - at  # both passes, and no serial loop
     assert same_bits(before, list(model.parameters()))
     assert opt.telemetry.was_skipped
     assert s.get_scale() == 512.0
@@ -148,7 +129,7 @@ def test_an_overflow_of_one_gradient_alone_backs_off(where: str) -> None:
             return g
 
     torch.manual_seed(0)
-    model, s, spoilt = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), scaler(1024.0), []
+    model, s, spoilt = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), scaler(), []
 
     def spoiling(model, data):
         out = model(data[0])
@@ -186,7 +167,7 @@ def test_norms_that_overflow_alone_back_off() -> None:
 
 def test_a_forgotten_update_is_noticed_and_says_nothing_of_the_model() -> None:
     model = EXAMPLES["mlp"].model(torch.float64)
-    batch, s = EXAMPLES["mlp"].batch(model, N, torch.float64), scaler()
+    batch, s = EXAMPLES["mlp"].batch(model, N, torch.float64), scaler(1000.0)
     opt = steppe.SAM(sgd(model), 0.3, m=4)
     opt.step(batch, scaler=s)
     before = flat(model).clone()

@@ -4,24 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import steppe
 from steppe.factored.engine import SharedPasses
-from tests.cases import CASES, METHODS, mlp, optimizer, same_bits, world
-from tests.test_common import assert_equal_states
-
-
-class Spoiled(nn.Module):
-    """Its output is spoiled at chosen forwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.spoil_at, self.value = mlp(), 0, (), torch.nan
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (self.value if self.calls in self.spoil_at else 1.0)
+from tests.cases import CASES, METHODS, assert_equal_states, optimizer, same_bits, world
+from tests.models import Faulty
 
 
 def oracle_of(opt, batch):
@@ -33,7 +20,7 @@ def oracle_of(opt, batch):
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
-    w = world(torch.float32, Spoiled)
+    w = world(torch.float32, Faulty)
     opt = optimizer(case, w, "adam")
     opt._stepper.parallel = opt._stepper.parallel is True
     for batch in w.batches(2):
@@ -47,12 +34,12 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     before, state = w.weights(), copy.deepcopy(opt.state_dict())
     skipped = 0
     for spoil_at in range(1, forwards + 1):
-        w.model.calls, w.model.spoil_at, w.model.value = 0, (spoil_at,), value
+        w.model.calls, w.model.fail_at, w.model.how = 0, (spoil_at,), value
         trial = copy.deepcopy((w, opt))
         if trial[1]._stepper.parallel:  # rehearse, and come back
-            trial[0].model.spoil_at = ()
+            trial[0].model.fail_at = ()
             SharedPasses().entry(oracle_of(trial[1], trial[0].batch), trial[0].batch)
-            trial[0].model.calls, trial[0].model.spoil_at = 0, (spoil_at,)
+            trial[0].model.calls, trial[0].model.fail_at = 0, (spoil_at,)
         trial[1].step(trial[0].batch)
         if trial[1].telemetry.was_skipped:
             skipped += 1
@@ -61,7 +48,7 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
             assert all(p.grad is None for p in trial[0].parameters())
             assert trial[1].telemetry.skipped == 1
         assert all(p.isfinite().all() for p in trial[0].parameters())
-        trial[0].model.spoil_at = ()
+        trial[0].model.fail_at = ()
         trial[1].step(trial[0].batch)
         assert not trial[1].telemetry.was_skipped
     extra_forwards = case.selects and forwards > 2  # a spoiled probe of ESAM only spoils its choice

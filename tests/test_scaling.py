@@ -8,13 +8,10 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import Case, each_base, each_case, optimizer, same_bits, world
+from tests.cases import Case, each_base, each_case, optimizer, same_bits, scaler, world
+from tests.models import Faulty
 
 SCALE = 1024.0
-
-
-def scaler(**options) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", **{"init_scale": SCALE, "growth_interval": 10_000} | options)
 
 
 @each_base
@@ -53,24 +50,12 @@ def test_a_closure_that_scales_its_loss(case: Case) -> None:
     assert same_bits(ours.weights(), theirs.weights())
 
 
-class Overflows(nn.Module):
-    """Its output is infinite at chosen forwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.at = nn.Linear(5, 3), 0, ()
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (torch.inf if self.calls in self.at else 1.0)
-
-
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", ["SAM", "USAM", "WSAM", "GSAM", "FisherSAM", "FSAM"])
 def test_an_overflow_in_either_pass_backs_off(name: str, at: int, check: bool) -> None:
     torch.manual_seed(0)
-    model = Overflows()
+    model = Faulty(nn.Linear(5, 3), how=torch.inf)
     base = torch.optim.AdamW(model.parameters(), lr=0.1)
     opt = getattr(steppe, name)(base, check_finite=check, parallel=False)  # a rehearsal would count as a forward
     x, y, s = torch.randn(4, 5), torch.randint(3, (4,)), scaler()
@@ -78,7 +63,7 @@ def test_an_overflow_in_either_pass_backs_off(name: str, at: int, check: bool) -
     opt.step(batch)
     s.update()
     before, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(opt.state_dict())
-    model.at = (model.calls + at,)
+    model.fail_at = (model.calls + at,)
     opt.step(batch)
     s.update()
     assert same_bits(before, list(model.parameters()))
@@ -98,7 +83,7 @@ def test_float16_finds_its_scale_and_trains() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     opt, s = (
         steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05),
-        scaler(init_scale=2.0**24),
+        scaler(2.0**24),
     )
     x, y = torch.randn(64, 16), torch.randint(4, (64,))
 

@@ -26,9 +26,21 @@ import steppe
 from steppe import Masked, SharpnessAware
 from steppe.factored.engine import SharedPasses
 from tests import reference
-from tests.cases import BASES, CASES, COMBINATIONS, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
+from tests.cases import (
+    BASES,
+    CASES,
+    COMBINATIONS,
+    METHODS,
+    MICRO,
+    PARALLEL,
+    Case,
+    N,
+    World,
+    assert_equal_states,
+    same_bits,
+)
+from tests.models import Branches, Faulty
 from tests.reference import Base, Problem
-from tests.test_common import assert_equal_states
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
 EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms, where the model factors
@@ -48,23 +60,12 @@ class BrokenError(Exception):
     """What a pass raises."""
 
 
-class Unlucky(nn.Module):
-    """Two branches, of which one may be left out; passes may raise or be spoiled; some parameters nobody uses."""
+BOTH, ONE = [[0, 1]], [[0]]  # the last branch is never used
 
-    def __init__(self, branches: Callable[[], list[nn.Module]]) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches())
-        self.idle = nn.Linear(2, 2)
-        self.calls, self.raise_at, self.spoil_at, self.both = 0, 0, 0, True
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        out = self.branches[0](x)
-        if self.both:
-            out = out + self.branches[1](x)
-        if self.calls == self.raise_at:
-            raise BrokenError
-        return out * (torch.nan if self.calls == self.spoil_at else 1.0)
+def unlucky(branches: list[nn.Module]) -> Faulty:
+    """Two branches, of which one may be left out, and one that nobody uses; passes may raise or be spoiled."""
+    return Faulty(Branches([*branches, nn.Linear(2, 2)], pattern=BOTH))
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -109,18 +110,26 @@ class Program:
         self.seen = dict.fromkeys(("taken", "raised", "skipped"), 0)
 
     def make(self, world: World) -> SharpnessAware:
-        model = world.model
-        groups = [
-            {"params": list(model.branches[0].parameters())},
-            {"params": list(model.branches[1].parameters())},
-            {"params": list(model.idle.parameters())},
-            {"params": []},
-        ]
+        groups = [{"params": list(branch.parameters())} for branch in world.model.net.branches]
+        groups.append({"params": []})
         return self.case.make(BASES[self.base](groups), world, 0.1)
 
     @property
-    def model(self) -> Unlucky:
+    def model(self) -> Faulty:
         return self.world.model
+
+    @property
+    def branches(self) -> nn.ModuleList:
+        return self.model.net.branches
+
+    def used(self) -> list[Tensor]:
+        return [p for branch in self.branches[:2] for p in branch.parameters()]
+
+    def idle(self) -> list[Tensor]:
+        return list(self.branches[2].parameters())
+
+    def leave_out(self, event: str) -> None:
+        self.model.net.pattern = ONE if event == "left out" else BOTH
 
     def ways(self) -> list[str]:
         """How this method can be run."""
@@ -148,7 +157,7 @@ class Program:
             assert same_bits(before, self.world.parameters())
             assert_equal_states(self.opt.state_dict(), state)
         assert all(p.isfinite().all() for p in self.world.parameters())
-        assert all(p.requires_grad for p in self.model.idle.parameters())
+        assert all(p.requires_grad for p in self.idle())
         assert_no_hooks(self.model)
         return what
 
@@ -184,11 +193,14 @@ class Program:
     def unlucky(self, event: str, k: int):
         """Pass ``k`` of the step raises, or is spoiled, if that is the event."""
         if event.endswith("_at"):
-            setattr(self.model, event, self.model.calls + k)
+            self.model.fail_at, self.model.how = (
+                (self.model.calls + k,),
+                BrokenError if event == "raise_at" else torch.nan,
+            )
         try:
             yield
         finally:
-            self.model.raise_at = self.model.spoil_at = 0
+            self.model.fail_at = ()
 
     def rehearse(self, x: Tensor, y: Tensor) -> None:
         """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
@@ -215,7 +227,7 @@ class Program:
     def freeze(self, frozen: bool) -> None:
         """One group takes no part for a while."""
         self.frozen = frozen
-        self.model.branches[1].requires_grad_(not frozen)
+        self.branches[1].requires_grad_(not frozen)
 
     def set_lr(self, lr: float) -> None:
         for group in self.opt.param_groups:
@@ -260,8 +272,7 @@ class Squares(nn.Module):
 def least_squares() -> World:
     torch.manual_seed(3)
     x, y = torch.randn(3 * N, 4, dtype=torch.float64), torch.randn(3 * N, 2, dtype=torch.float64)
-    model = Unlucky(lambda: [Two(0), Two(2)]).double()
-    return World(model, x[:N], y[:N], x, y, Squares())
+    return World(unlucky([Two(0), Two(2)]).double(), x[:N], y[:N], x, y, Squares())
 
 
 def problem(x: Tensor, y: Tensor, w: Tensor, both: bool, trained: Tensor, full: Problem | None = None) -> Problem:
@@ -372,8 +383,8 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     draw = random.Random(f"{case.name} {base}")
     g = torch.Generator().manual_seed(draw.randrange(2**31))
     p = Program(case, base, least_squares)
-    flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.model.branches.parameters()]))
-    idle = [t.detach().clone() for t in p.model.idle.parameters()]
+    flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.used()]))
+    idle = [t.detach().clone() for t in p.idle()]
     exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
     ways, rate = p.ways(), Rate(FLAT_BASES[base]().lr)
     never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
@@ -382,7 +393,7 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
         x = torch.randn(N, 4, generator=g, dtype=torch.float64)
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
         event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
-        p.model.both = event != "left out"
+        p.leave_out(event)
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
         if event.endswith("_at") and shared:
             way = "batch"
@@ -390,13 +401,13 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
         if what == "taken":
-            flat.step(x, y, p.world, p.model.both, p.frozen, rate.now)
+            flat.step(x, y, p.world, event != "left out", p.frozen, rate.now)
         else:
             assert event.endswith("_at")
-        now = torch.cat([t.detach().flatten() for t in p.model.branches.parameters()])
+        now = torch.cat([t.detach().flatten() for t in p.used()])
         torch.testing.assert_close(now, flat.w, rtol=0, atol=1e-9)
-    assert same_bits(idle, list(p.model.idle.parameters()))
-    assert all(t not in p.opt.state for t in p.model.idle.parameters())
+    assert same_bits(idle, p.idle())
+    assert all(t not in p.opt.state for t in p.idle())
     assert p.opt.telemetry.steps == flat.t
     assert p.seen["taken"] > 0
     assert p.seen["skipped"] > 0 or "spoil_at" in never
@@ -416,7 +427,7 @@ def chance(over_batch: bool) -> World:
         norm = nn.BatchNorm1d(5) if over_batch else nn.LayerNorm(5)
         return [first, nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 3))]
 
-    return World(Unlucky(branches), x[:N], y[:N], x, y)
+    return World(unlucky(branches()), x[:N], y[:N], x, y)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
@@ -436,10 +447,9 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
         twin.freeze(p.frozen)
         twin.set_lr(rate.now)
-        p.model.both = twin.model.both = event != "left out"
-        p.opt._stepper.parallel = twin.opt._stepper.parallel = (
-            False  # where passes are shared, a scaled loss is not the same bits
-        )
+        p.leave_out(event)
+        twin.leave_out(event)
+        p.opt._stepper.parallel = twin.opt._stepper.parallel = False  # where passes are shared, a scaled loss is not the same bits
         start = torch.get_rng_state()
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
