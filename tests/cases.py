@@ -200,6 +200,12 @@ BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 each_base = pytest.mark.parametrize("base", BASES)
+# every method beside every base; micro-batches and combinations, of which a base sees nothing, beside one
+each_case_and_base = pytest.mark.parametrize(
+    ("case", "base"),
+    [(c, base) for c in METHODS for base in BASES] + [(c, "momentum") for c in CASES if c not in METHODS],
+    ids=lambda v: getattr(v, "name", v),
+)
 
 
 def sgd(of: object, lr: float = 0.1, **options: object) -> torch.optim.SGD:

@@ -16,6 +16,7 @@ from benchmarks.vmap_sam import VmapSAM
 from torch import nn
 
 import steppe
+from tests.cases import sgd
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +32,7 @@ def test_the_vmap_baseline_is_m_sam(name: str) -> None:
     after = []
     for way in ("vmap", "serial"):
         model, data = small(name)
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        base = sgd(model)
         if way == "vmap":
             VmapSAM(base, model, classify, m=2).step(data)
         else:

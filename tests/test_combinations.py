@@ -11,7 +11,7 @@ from torch import nn
 import steppe
 from steppe import Adaptive, Every, Everything, Micro, Rule, SharpnessAware
 from tests import reference
-from tests.cases import BASES, N, same_bits, world
+from tests.cases import BASES, N, same_bits, sgd, world
 from tests.exact import ExactNorms
 from tests.reference import Base, Method, Problem, flat
 
@@ -111,7 +111,7 @@ def test_any_combination_resumes_restores_and_reads_back(
     for a, b in zip(w.batches(5)[2:], again.batches(5)[2:], strict=True):
         assert torch.equal(opt.step(a), resumed.step(b))
     assert same_bits(w.parameters(), again.parameters())
-    still = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.0), whole, rho, full=w.full)
+    still = SharpnessAware(sgd(w, lr=0.0), whole, rho, full=w.full)
     before = w.weights()
     still.step(w.batch)
     assert same_bits(before, w.parameters())

@@ -15,11 +15,14 @@ from tests.cases import (
     CASES,
     Case,
     N,
+    assert_close,
     assert_equal_states,
-    each_base,
     each_case,
+    each_case_and_base,
     optimizer,
     same_bits,
+    sgd,
+    sgdm,
     world,
 )
 from tests.models import Branches, Faulty, mlp
@@ -35,7 +38,7 @@ def run(opt, batches):
 def test_weights_do_not_move_when_lr_is_zero(case: Case) -> None:
     w = world(torch.float32)
     before, places = w.weights(), [p.data_ptr() for p in w.parameters()]
-    opt = case.make(torch.optim.SGD(w.parameters(), lr=0.0), w, 0.3)
+    opt = case.make(sgd(w, lr=0.0), w, 0.3)
     run(opt, w.batches(3))
     assert same_bits(before, w.parameters())
     assert [p.data_ptr() for p in w.parameters()] == places
@@ -69,8 +72,7 @@ def test_an_exception_in_any_forward_leaves_weights_and_state(case: Case) -> Non
     assert opt.step(w.batch).isfinite()
 
 
-@each_case
-@each_base
+@each_case_and_base
 def test_rho_zero_is_the_base_optimizer(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     opt, plain = optimizer(case, ours, base, rho=0.0), BASES[base](theirs.parameters())
@@ -89,8 +91,7 @@ def test_a_vanishing_rho_tends_to_the_base_optimizer(case: Case) -> None:
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         plain.step(b)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+    assert_close(ours, theirs, atol=1e-7)
 
 
 @each_case
@@ -175,7 +176,7 @@ def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
 @each_case
 def test_bfloat16_parameters(case: Case) -> None:
     w = world(torch.bfloat16)
-    opt = case.make(torch.optim.SGD(w.parameters(), lr=0.0), w, 0.5)
+    opt = case.make(sgd(w, lr=0.0), w, 0.5)
     before = w.weights()
     if not case.low:
         with pytest.raises(TypeError, match="float32"):
@@ -221,8 +222,7 @@ def test_a_plain_closure_is_enough_or_refused_before_anything_changes(case: Case
         other = world()
         twin = optimizer(case, other)
         assert opt.step(closure) == twin.step(other.batch)
-        for p, q in zip(w.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+        assert_close(w, other, atol=1e-14)
 
 
 @each_case
@@ -261,7 +261,7 @@ def test_one_wait_for_the_device_a_step(case: Case, monkeypatch) -> None:
     monkeypatch.setattr(terms, "_grams", lambda gradients: (grams.append(1), gram(gradients))[1])
     for check_finite in (True, False):
         w = world(torch.float32)
-        opt = case.make(torch.optim.SGD(w.parameters(), lr=0.1, momentum=0.9), w, 0.1)
+        opt = case.make(sgdm(w), w, 0.1)
         opt._stepper.check_finite = check_finite
         opt.step(w.batch)
         looks.clear()

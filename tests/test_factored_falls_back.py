@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.factored.engine import SharedPasses
-from steppe.factored.plan import TRIES
-from tests.cases import same_bits
+from steppe.factored.plan import TRIES, entry_of, plan_for
+from tests.cases import flat, same_bits, sgdm
 from tests.factored_models import EXAMPLES, Example
 from tests.models import Faulty
-from tests.test_factored import N, sgd
+from tests.test_factored import N
 
 
 def out_of_memory() -> Faulty:
@@ -31,7 +30,7 @@ example = Example(out_of_memory, EXAMPLES["mlp"].data)
 def warm(make, steps: int = 3):
     """A model past its first rehearsals, its optimizer, and the batches of the next steps."""
     model = example.model(torch.float64)
-    opt = make(sgd(model))
+    opt = make(sgdm(model))
     for k in range(steps):
         opt.step(example.batch(model, N, torch.float64, seed=k))
     assert opt.telemetry.forwards == 2
@@ -104,7 +103,7 @@ def test_bad_data_says_nothing_of_the_model() -> None:
 
 def test_a_rehearsal_that_raises_is_tried_again() -> None:
     model = example.model(torch.float64)
-    opt = steppe.SAM(sgd(model), 0.3, m=5)
+    opt = steppe.SAM(sgdm(model), 0.3, m=5)
     batch = example.batch(model, N, torch.float64)
     model.fail_at = whole_batch
     opt.step(batch)
@@ -147,7 +146,7 @@ def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
         return batch.split(4)
 
     model = example.model(torch.float64)
-    opt = steppe.RWSAM(sgd(model), 0.3)
+    opt = steppe.RWSAM(sgdm(model), 0.3)
     for k in range(4):  # past the rehearsal at the eleventh use
         opt.step(parts(example.batch(model, N, torch.float64, seed=k)))
     assert opt.telemetry.forwards == pytest.approx(3)
@@ -171,7 +170,7 @@ def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
 def test_switches_after_the_rehearsal_are_noticed() -> None:
     """Every one of them is another entry, or serial: never the plan of what the model was before."""
     model = EXAMPLES["mlp"].model(torch.float64)
-    opt = steppe.SAM(sgd(model), 0.3, m=5)
+    opt = steppe.SAM(sgdm(model), 0.3, m=5)
     batch = EXAMPLES["mlp"].batch(model, N, torch.float64)
 
     def entry():
@@ -206,10 +205,10 @@ def test_a_backward_hook_of_a_module_added_later_sees_micro_batches() -> None:
     found = []
     for parallel in ("auto", False):
         model = EXAMPLES["mlp"].model(torch.float64)
-        opt = steppe.SAM(sgd(model), 0.3, m=4, parallel=parallel)
+        opt = steppe.SAM(sgdm(model), 0.3, m=4, parallel=parallel)
         for k in range(4):
             if k == 2:
                 model[3].register_full_backward_hook(lambda m, gi, go: (gi[0] / (1e-3 + gi[0].norm()),))
             opt.step(EXAMPLES["mlp"].batch(model, N, torch.float64, seed=k))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)

@@ -7,7 +7,7 @@ import torch
 
 import steppe
 from steppe.factored.engine import SharedPasses
-from tests.cases import CASES, METHODS, assert_equal_states, optimizer, same_bits, world
+from tests.cases import CASES, METHODS, assert_equal_states, optimizer, same_bits, sgd, world
 from tests.models import Faulty
 
 
@@ -59,7 +59,7 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
 def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4, parallel=False)
+    opt = steppe.SAM(sgd(w), m=4, parallel=False)
     before = w.weights()
     opt.step(w.batch)
     assert opt.telemetry.was_skipped
@@ -69,7 +69,7 @@ def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
 def test_skipping_warns_once() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     with pytest.warns(UserWarning, match="not finite"):
         opt.step(w.batch)
     opt.step(w.batch)
@@ -81,7 +81,7 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
     w, away = world(torch.float32), []
     w.model.register_forward_pre_hook(lambda m, _: away.append(all(p.isfinite().all() for p in m.parameters())))
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     with pytest.warns(UserWarning, match="not finite"):
         opt.step(w.batch)
     assert away == [True]
@@ -95,7 +95,7 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
 def test_without_the_check_nothing_is_skipped() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), check_finite=False)
+    opt = steppe.SAM(sgd(w), check_finite=False)
     opt.step(w.batch)
     assert opt.telemetry.skipped == 0
     assert not all(p.isfinite().all() for p in w.parameters())
@@ -122,7 +122,7 @@ def test_telemetry(case) -> None:
 
 def test_the_cosine_is_kept_when_asked_for() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.3, cosine=True)
+    opt = steppe.SAM(sgd(w), 0.3, cosine=True)
     w.batch()
     g = torch.cat([p.grad.reshape(-1) for p in w.parameters()])
     opt.step(w.batch)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steppe
+from tests.cases import sgd
 
 SIDE, TENSORS = 200, 8
 COPY = TENSORS * SIDE * SIDE * 4  # bytes of one copy of the parameters
@@ -58,7 +59,7 @@ def copies(make) -> tuple[float, float]:
     """Peak and what is left after the step, in copies of the parameters."""
     torch.manual_seed(0)
     model = Wide()
-    opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = make(sgd(model))
     batch = steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE))
     for _ in range(2):  # the second step is rehearsed anew
         opt.step(batch)
@@ -118,7 +119,7 @@ def test_copies_of_the_parameters(make, expected: int) -> None:
 def test_what_a_method_remembers_is_all_that_it_keeps() -> None:
     for make, kept in ((steppe.VaSSO, 1), (steppe.FSAM, 1), (lambda b: steppe.LookSAM(b, k=2), 1), (steppe.ASAM, 0)):
         model = Wide()
-        opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+        opt = make(sgd(model))
         with Storages() as storages:
             opt.step(steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE)))
             opt.zero_grad()

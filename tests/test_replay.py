@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.engine.replay import frozen_statistics
-from tests.cases import CASES, N, World, optimizer, same_bits, world
+from steppe.engine.passes import frozen_statistics
+from tests.cases import CASES, N, World, optimizer, same_bits, sgd, world
 from tests.models import Dropout, Faulty
 
 
@@ -79,7 +79,7 @@ def test_statistics_after_a_step_are_those_of_one_forward(case, plain: bool) -> 
 
 def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
     w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
-    steppe.NSAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, full=w.full).step(w.batch)
+    steppe.NSAM(sgd(w), 0.5, full=w.full).step(w.batch)
     reference.model(w.full_x)
     for name, expected in buffers(reference.model).items():
         assert torch.equal(w.model.get_buffer(name), expected), name
@@ -87,7 +87,7 @@ def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
 
 def test_micro_batches_count_every_example_once() -> None:
     w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=4, parallel=False).step(w.batch)
+    steppe.SAM(sgd(w), 0.5, m=4, parallel=False).step(w.batch)
     for part in w.x.split(4):
         reference.model(part)
     for name, expected in buffers(reference.model).items():
@@ -103,7 +103,7 @@ def test_statistics_survive_a_bad_second_pass(mode: str, plain: bool) -> None:
     inf = Faulty(first, how=torch.inf) if mode == "inf" else first
     raises = Faulty(nn.Sequential(inf, nn.BatchNorm1d(3)), how=RuntimeError("out of memory"))
     w = world(torch.float32, lambda: raises)
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+    opt = steppe.SAM(sgd(w), 0.5)
     closure = closure_of(w, opt) if plain else w.batch
     opt.step(closure)
     reference = copy.deepcopy(w)
@@ -134,7 +134,7 @@ def test_statistics_of_models_that_hooks_do_not_reach(how: str) -> None:
         "forward": lambda: w.model.forward,
         "eager": lambda: w.model,
     }[how]()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+    opt = steppe.SAM(sgd(w), 0.5)
 
     def closure():
         opt.zero_grad()
@@ -155,7 +155,7 @@ def test_statistics_given_for_the_call_alone() -> None:
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     own = model[1].running_mean
     given = {name: b.clone() for name, b in model.named_buffers()}
-    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5)
+    opt = steppe.SAM(sgd(model), 0.5)
     x = torch.randn(8, 5)
 
     def closure():
@@ -205,7 +205,7 @@ def test_every_pass_drops_the_same_units_and_the_stream_goes_on_as_after_one(cas
 
 def test_micro_batches_have_their_own_masks_and_repeat_them() -> None:
     w = world(torch.float32, Dropout)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=5, parallel=False).step(w.batch)
+    steppe.SAM(sgd(w), 0.5, m=5, parallel=False).step(w.batch)
     a, a_again, b, b_again = w.model.masks
     assert torch.equal(a, a_again)
     assert torch.equal(b, b_again)

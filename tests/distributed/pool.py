@@ -21,7 +21,8 @@ class Pool:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # torch is imported once for all ranks and pools
+        context.set_forkserver_preload(["tests.distributed.preload"])
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(n):
