@@ -9,6 +9,7 @@ from torch import nn
 import steppe
 from tests.cases import Case, N, assert_close, each_case_and_base, flat, optimizer, same_bits, scaler, sgd, sgdm, world
 from tests.factored_models import EXAMPLES
+from tests.models import Dropout
 
 CUTS = (0, 4, 8, N)  # multiples of m, except the last
 
@@ -89,21 +90,8 @@ def test_rw_sam_weighs_the_examples_of_all_batches_by_exact_norms(name: str, com
 def test_a_round_for_norms_is_no_pass_that_counts() -> None:
     """The weighted gradient draws the masks that the norms were made with, and the statistics see each batch once."""
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.masks = nn.Linear(5, 8), nn.Linear(8, 3), []
-            self.register_buffer("seen", torch.zeros(()))
-
-        def forward(self, x):
-            mask = nn.functional.dropout(torch.ones(len(x), 8, dtype=x.dtype), 0.5)
-            self.masks.append(mask)
-            self.seen = self.seen + len(x)
-            return self.b(torch.tanh(self.a(x)) * mask)
-
     torch.manual_seed(0)
-    model = Net().double()
-    w = world()
+    model, w = Dropout(8, nn.Tanh()).double(), world()
     opt = steppe.RWSAM(sgd(model), rho=0.1, parallel=True)
     parts = chunks(steppe.Batch.supervised(model, w.criterion, w.x, w.y))
     torch.manual_seed(1)

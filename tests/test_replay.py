@@ -48,10 +48,10 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
-def closure_of(w: World, opt: torch.optim.Optimizer):
+def closure_of(w: World, opt: torch.optim.Optimizer, forward=None):
     def closure():
         opt.zero_grad()
-        loss = w.criterion(w.model(w.x), w.y).mean()
+        loss = w.criterion((forward or w.model)(w.x), w.y).mean()
         loss.backward()
         return loss
 
@@ -136,12 +136,7 @@ def test_statistics_of_models_that_hooks_do_not_reach(how: str) -> None:
     }[how]()
     opt = steppe.SAM(sgd(w), 0.5)
 
-    def closure():
-        opt.zero_grad()
-        loss = w.criterion(forward(w.x), w.y).mean()
-        loss.backward()
-        return loss
-
+    closure = closure_of(w, opt, forward)
     for _ in range(2):
         reference.model.load_state_dict(w.model.state_dict())
         reference.model(w.x)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ from tests.cases import (
     assert_equal_states,
     same_bits,
 )
+from tests.distributed.pool import processes
 from tests.models import Branches, Faulty
 from tests.reference import Base, Problem
 
@@ -509,7 +510,7 @@ def problems() -> dict[str, Program]:
     return {case.name: Program(case, "adamw", lambda: chance(False)) for case in METHODS + COMBINATIONS}
 
 
-def train(path: str, steps: int) -> None:
+def train(path: str, steps: int, done_with: Callable[[int], None]) -> None:
     """Goes on from the checkpoint that is there; one more after every step."""
     programs, done = problems(), 0
     if os.path.exists(path):
@@ -532,36 +533,31 @@ def train(path: str, steps: int) -> None:
         }
         torch.save(state, path + ".new")
         os.replace(path + ".new", path)
-        print(step, flush=True)
+        done_with(step)
 
 
-def live(path: str, steps: int) -> None:
+def live(path: str, steps: int, pipe: Connection | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    train(path, steps)
+    train(path, steps, pipe.send if pipe else lambda step: None)
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
     """Three lives and one, bit for bit."""
     steps, draw = 9 * LONGER, random.Random(0)
     live(str(tmp_path / "one"), steps)
-    code = "import sys; from tests import test_soak; test_soak.live(sys.argv[1], int(sys.argv[2]))"
-    life = [sys.executable, "-c", code, str(tmp_path / "many"), str(steps)]
-    kills = 0
-    while True:
-        process = subprocess.Popen(life, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if kills < 2 and int(line) >= (kills + 1) * steps // 3:
-                time.sleep(draw.random() * 0.05)  # at any moment of the next step
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-        process.stdout.close()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-    assert kills == 2
+    for life, last in enumerate((steps // 3, 2 * steps // 3, steps)):
+        here, there = multiprocessing.Pipe()
+        process = processes().Process(target=live, args=(str(tmp_path / "many"), steps, there))
+        process.start()
+        there.close()
+        while here.recv() < (last - 1 if life == 2 else last):
+            pass
+        if life < 2:
+            time.sleep(draw.random() * 0.05)  # at any moment of the next step
+            process.kill()
+        process.join()
+        assert process.exitcode == (0 if life == 2 else -signal.SIGKILL)
     one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "many"))
     for name in one["models"]:
         assert same_bits(list(one["models"][name].values()), list(many["models"][name].values())), name
