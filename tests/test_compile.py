@@ -58,7 +58,8 @@ def test_one_graph_for_all_passes_and_steps(case) -> None:
 def test_one_graph_however_the_step_is_called(how: str) -> None:
     count = Counting()
     w = compiled(world(), count)
-    opt = steppe.WSAM(sgd(w), rho=0.1, m=5 if how == "micro-batches" else None)
+    m = 5 if how == "micro-batches" else None
+    opt = steppe.WSAM(sgd(w), rho=0.1, m=m, model=w.model if how == "two calls" else None)
     for step, batch in enumerate(w.batches(4)):
         if how == "accumulated":
             opt.step([batch.subset(torch.arange(5)), batch.subset(torch.arange(5, 10))])

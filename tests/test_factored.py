@@ -18,8 +18,6 @@ from steppe.factored.cost import HELD, TWO_PASSES
 from steppe.factored.engine import SharedPasses
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
-from steppe.factored.engine import SharedPasses
-from steppe.factored.record import factors_of
 from tests.cases import assert_close, flat, sgdm
 from tests.factored_models import EXAMPLES, Example, hold
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.factored.plan import TRIES, entry_of, plan_for
+from steppe.factored.engine import SharedPasses
+from steppe.factored.plan import TRIES
 from tests.cases import flat, same_bits, sgdm
 from tests.factored_models import EXAMPLES, Example
 from tests.models import Faulty

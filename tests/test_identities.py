@@ -193,7 +193,7 @@ def test_asam_does_not_see_the_scale_of_layers() -> None:
 
 def test_gsam_geometry() -> None:
     w = world()
-    f = SharpnessAware(sgd(w), Rule(), RHO)._stepper.oracle(w.batch)
+    f = SharpnessAware(sgd(w), Rule(combine=steppe.SurrogateGap(0.4)), RHO)._stepper.oracle(w.batch)
     with f.at(Rule().perturbation(f)):
         g_adv = f.grad()
     u = steppe.SurrogateGap(0.4)(f, g_adv).grad
