@@ -450,9 +450,8 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
         twin.set_lr(rate.now)
         p.leave_out(event)
         twin.leave_out(event)
-        p.opt._stepper.parallel = twin.opt._stepper.parallel = (
-            False  # where passes are shared, a scaled loss is not the same bits
-        )
+        for opt in (p.opt, twin.opt):  # where passes are shared, a scaled loss is not the same bits
+            opt._stepper.parallel = False
         start = torch.get_rng_state()
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
