@@ -15,8 +15,11 @@ def oracle_of(opt, batch):
     return opt._stepper.oracle(batch)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("case", "value"),
+    [(case, torch.nan) for case in CASES] + [(case, torch.inf) for case in METHODS],
+    ids=lambda v: getattr(v, "name", v),
+)
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:

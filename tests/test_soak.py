@@ -48,15 +48,6 @@ EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms, where the model factors
 TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects():
-    """A first step looks through all objects alive: those of the libraries are not among them then."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class BrokenError(Exception):
     """What a pass raises."""
 
