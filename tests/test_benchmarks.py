@@ -121,6 +121,19 @@ def test_a_timer_warms_up_and_keeps_to_its_limit() -> None:
     assert (timer.rounds, len(calls)) == (1, 2)
 
 
+def test_the_page_says_in_short_what_the_record_holds() -> None:
+    rows = record.read(table.RECORDS / "m_sam_cpu.json")["rows"]
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    said = {
+        "parallel": "takes {} times SAM's step",
+        "rw_exact": "takes {} with exact",
+        "rw_difference": "{} with one finite",
+    }
+    for way, sentence in said.items():
+        ratios = [row["ratio"] for row in rows if row["way"] == way and row["ratio"]]
+        assert sentence.format(f"{min(ratios):.2f} to {max(ratios):.2f}") in text
+
+
 def test_the_tables_of_the_committed_records() -> None:
     text = f"before\n{table.BEGIN}old\n{table.END}after\n"
     written = table.with_table(text)

@@ -185,10 +185,8 @@ class Program:
     def unlucky(self, event: str, k: int):
         """Pass ``k`` of the step raises, or is spoiled, if that is the event."""
         if event.endswith("_at"):
-            self.model.fail_at, self.model.how = (
-                (self.model.calls + k,),
-                BrokenError if event == "raise_at" else torch.nan,
-            )
+            self.model.fail_at = (self.model.calls + k,)
+            self.model.how = BrokenError if event == "raise_at" else torch.nan
         try:
             yield
         finally:
