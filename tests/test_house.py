@@ -21,13 +21,13 @@ EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "mat
 EXTRAS += ("accelerate", "transformers", "lightning")
 
 KNOWN: dict[str, set[str]] = {
-    "long_modules": {"engine.oracle", "engine.passes", "factored.engine", "optimizer"},
+    "long_modules": {"factored.engine"},
     "long_functions": {"lab.running.run"},
     "public_classes_of_one_name": {
         *("Display", "Estimate", "Everything", "Line", "Linear", "Place", "Plain", "Plan", "Pool", "Problem", "Run"),
         *("Settings", "SharpnessAwareMixin"),
     },
-    "looks_behind_the_scenes": {"engine.passes uses _storage_Use_Count"},
+    "looks_behind_the_scenes": {"engine.grads uses _storage_Use_Count"},
 }
 
 Import = tuple[str, str]  # a module below ``steppe``, and the absolute name that it imports
