@@ -1,4 +1,4 @@
-"""Step time of m-SAM as a ratio to SAM's: serial, by vmap, and in two passes over the whole batch.
+"""Measure the step time of m-SAM as a ratio to SAM's: serial, by vmap, and in two passes over the whole batch.
 
 ``python -m benchmarks.m_sam --models mlp cnn --threads 1 --out benchmarks/records/m_sam_cpu.json``
 """
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import steppe
 from benchmarks import record
-from benchmarks.flops import flops
 from benchmarks.memory import peak
 from benchmarks.models import CASES, Case
 from benchmarks.timing import Timer, interleave
@@ -25,7 +24,6 @@ from benchmarks.vmap_sam import VmapSAM
 from steppe.factored import plan
 
 WAYS = ("serial", "vmap", "parallel", "rw_exact", "rw_difference")
-COUNTED = ("sam", "parallel", "rw_exact")
 Step = Callable[[], object]
 
 
@@ -40,7 +38,7 @@ class Bench:
 
     @classmethod
     def of(cls, case: Case, device: torch.device, dtype: str = "float32", batch_size: int | None = None) -> Bench:
-        """A case's model and batch; ``dtype`` is float32 or bf16, which is autocast."""
+        """Return a case's model and batch; ``dtype`` is float32 or bf16, which is autocast."""
         torch.manual_seed(0)
         n = batch_size or (case.batch_size if device.type == "cuda" else case.cpu_batch_size)
         data = tuple(t.to(device) for t in case.data(n))
@@ -56,19 +54,19 @@ class Bench:
         return len(self.data[0])
 
     def parameters(self) -> int:
-        """How many."""
+        """Return the number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
     def base(self) -> torch.optim.Optimizer:
-        """Slow enough to stay where we are."""
+        """Return SGD with a step so small that the weights hardly change."""
         return torch.optim.SGD(self.model.parameters(), lr=1e-5)
 
     def step_of(self, optimizer: steppe.SharpnessAware) -> Step:
-        """A step on the batch."""
+        """Return a function that makes one step on the batch."""
         return lambda: optimizer.step(steppe.Batch(self.model, self.loss, self.data))
 
     def step(self, way: str, m: int | None = None) -> Step:
-        """One way to step."""
+        """Return a function that makes one step in the given way."""
         if way == "vmap":
             optimizer = VmapSAM(self.base(), self.model, self.loss, m or len(self))
             return lambda: optimizer.step(self.data)
@@ -80,12 +78,12 @@ class Bench:
 
 
 def rw_sam(base: torch.optim.Optimizer, probe: Any, **options: Any) -> steppe.SharpnessAware:
-    """RW-SAM with a probe of its own."""
+    """Return RW-SAM with the given probe."""
     return steppe.SharpnessAware(base, steppe.Rule(sample=steppe.Reweighted(0.5, probe)), 0.05, **options)
 
 
 def wanted(ways: list[str], ms: list[int], n: int) -> Iterator[tuple[str, int | None]]:
-    """Ways and micro-batch sizes, the largest first: smaller ones are predicted from them."""
+    """Yield ways and micro-batch sizes, the largest first: the time of smaller ones is predicted from them."""
     for way in ways:
         if way.startswith("rw_"):
             yield way, None
@@ -94,7 +92,7 @@ def wanted(ways: list[str], ms: list[int], n: int) -> Iterator[tuple[str, int | 
 
 
 def refusal(bench: Bench, way: str, m: int | None, seconds: float, args: argparse.Namespace) -> str:
-    """Why a way is not run, if it is not."""
+    """Return why a way is not run, or an empty string."""
     if way == "rw_exact" and not hasattr(steppe, "Exact"):
         return "steppe.Exact does not exist"
     if way == "vmap" and m is not None:
@@ -105,7 +103,7 @@ def refusal(bench: Bench, way: str, m: int | None, seconds: float, args: argpars
 
 
 def predicted(known: list[tuple[float, float]], parts: float) -> float:
-    """Seconds of a step of so many parts: on the line through the last two that ran; 0 parts: as the last one."""
+    """Predict the seconds of a step of so many parts: on the line through the last two runs; 0 parts: as the last."""
     if len(known) < 2 or not parts:
         return known[-1][1] if known else 0.0
     (k, t), (k_last, t_last) = known[-2:]
@@ -113,7 +111,7 @@ def predicted(known: list[tuple[float, float]], parts: float) -> float:
 
 
 def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[str, Any], Timer]], list[dict[str, Any]]]:
-    """Rows with warmed-up timers, memory and counts; and rows of what is left out."""
+    """Return rows with warmed-up timers and peak memory, and rows of what is left out."""
     ready, left_out = [], []
     known: dict[str, list[tuple[float, float]]] = {way: [] for way in args.ways}  # parts and seconds of what ran
     for way, m in wanted(args.ways, args.ms, len(bench)):
@@ -133,24 +131,23 @@ def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[st
 
 
 def let_go() -> None:
-    """Of the memory that held gradients leave for the next step, so that the next one is seen to take it."""
+    """Free the memory that held gradients keep for the next step, so that the next step is seen to allocate it."""
     for entries in plan._entries.values():
         for entry in entries.values():
             entry.plan.pool.free.clear()
 
 
 def timed(bench: Bench, way: str, m: int | None, row: dict[str, Any], args: argparse.Namespace) -> Timer:
-    """A warmed-up timer; the row has memory and counted work."""
+    """Return a warmed-up timer; the row gets the peak memory."""
     timer = Timer(bench.step(way, m), bench.device)
     timer.prepare(args.rounds, args.time_limit)
     let_go()
     row["peak"] = peak(timer.step, bench.device)
-    row["flops"] = flops(timer.step) if way in COUNTED else None
     return timer
 
 
 def measure(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model: SAM itself, then every way."""
+    """Return the rows of one model: SAM itself, then every way."""
     bench = Bench.of(case, torch.device(args.device), args.dtype, args.batch_size)
     about = {"model": name, "kind": case.kind, "batch_size": len(bench), "parameters": bench.parameters()}
     sam: dict[str, Any] = {"way": "sam", "m": None}
@@ -160,12 +157,11 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, A
     rows = [about | row | timer.row() for row, timer in [(sam, reference), *ready]]
     for row in rows:
         row["peak_ratio"] = round(row["peak"] / sam["peak"], 4)
-        row["flops_ratio"] = round(row["flops"] / sam["flops"], 4) if row["flops"] else None
     return rows + [about | row for row in left_out]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--ms", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
@@ -183,21 +179,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """A line for the terminal: ratio and range, counted work and memory, or why there is none."""
+    """Return a line for the terminal: the ratio with its range and the memory, or why there is none."""
     head = f"{row['model']:14} {row['way']:13} m={row['m']!s:5}"
     if row["ratio"] is None:
         return f"{head} - {row['reason']}"
-    work = "" if row["flops_ratio"] is None else f"  work {row['flops_ratio']:.2f}"
-    return f"{head} {row['ratio']:.2f} ({row['low']:.2f}..{row['high']:.2f})  memory {row['peak_ratio']:.2f}{work}"
+    return f"{head} {row['ratio']:.2f} ({row['low']:.2f}..{row['high']:.2f})  memory {row['peak_ratio']:.2f}"
 
 
 def steady() -> None:
-    """Rehearse once: what is timed is a step like most others."""
+    """Rehearse at the first step alone: most steps do not rehearse."""
     plan.Entry.due = lambda self: False  # type: ignore[method-assign]
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the record."""
     steady()
     record.steady_memory()
     args = arguments()

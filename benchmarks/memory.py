@@ -1,4 +1,4 @@
-"""How much memory a step takes beyond what was there before it, and what becomes of it afterwards."""
+"""Measure the memory that a step allocates, and let the process keep freed memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_freed() -> bool:
-    """Let the C library keep freed memory, as an accelerator's allocator does; whether it can.
+    """Let the C library keep freed memory, as a GPU's allocator does; return whether it can.
 
-    Else large tensors go back to the system, to be handed out anew page by page, and a step's time depends on which
-    others the process ran before it.
+    Otherwise large tensors go back to the system and are mapped again page by page, and a step's time depends on what
+    the process ran before it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1) and mallopt(MMAP_MAX, 0))
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of the storages made inside and still alive, and their peak."""
+    """Counter of the bytes of storages made inside and still alive, and of their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class Storages(TorchDispatchMode):
         return out
 
     def forget(self, key: int) -> None:
-        """A storage is gone."""
+        """Take off a storage that was freed."""
         self.total -= self.alive.pop(key)
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors of nested arguments."""
+    """Return the tensors in nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -62,9 +62,9 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes that one step allocates on top of what is held before it."""
+    """Return the peak of the bytes that one step allocates."""
     if device.type == "cuda":
-        gc.collect()  # garbage that goes during the step would hide what the step takes
+        gc.collect()  # garbage freed during the step would hide what the step allocates
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

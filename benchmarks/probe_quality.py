@@ -1,4 +1,4 @@
-"""How well RW-SAM's probe ranks examples by their gradient norm, early and late in training.
+"""Measure how well RW-SAM's probe ranks examples by their gradient norm, early and late in training.
 
 ``python -m benchmarks.probe_quality --out benchmarks/records/probe_quality.json`` trains the digits MLP by SGD under
 40 % label noise (the lab's task) and, at some epochs, compares the finite difference with exact norms: Spearman's rank
@@ -30,7 +30,7 @@ EPOCHS = (1, 10, 40, 150)
 
 
 def by_vmap(batch: steppe.Batch) -> Tensor:
-    """``norm(grad f_i)`` by a gradient an example."""
+    """Return ``norm(grad f_i)`` from per-example gradients."""
     parameters = {name: p.detach() for name, p in batch.model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def by_vmap(batch: steppe.Batch) -> Tensor:
 
 
 def correlations(batches: list[steppe.Batch]) -> list[dict[str, float]]:
-    """One row a probe: the median over batches of its rank correlation with the exact norms."""
+    """Return a row for each probe: the median over batches of its rank correlation with the exact norms."""
     found: dict[tuple[float, int], list[float]] = {key: [] for key in PROBES}
     for step, batch in enumerate(batches):
         exact = gradient_statistics(batch).norms

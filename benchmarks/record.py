@@ -1,4 +1,4 @@
-"""Records: what was measured, on which machine, with which settings."""
+"""Write and read records: what was measured, on which machine, with which settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.memory import keep_freed
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -26,7 +26,7 @@ def cpu() -> str:
 
 
 def source() -> str:
-    """A short hash of steppe's source: which code was measured."""
+    """Return a short hash of steppe's source, which tells what code was measured."""
     root = Path(steppe.__file__).parent
     files = sorted(path for path in root.rglob("*.py") if "lab" not in path.parts)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
@@ -37,13 +37,13 @@ KEPT = False  # whether freed memory is kept
 
 
 def steady_memory() -> None:
-    """Time steps whose memory is there already, where the C library lets us."""
+    """Keep freed memory, where the C library can, so that no step pays for mapping it."""
     global KEPT
     KEPT = keep_freed()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu(),
@@ -58,7 +58,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write(path: Path, benchmark: str, device: torch.device, settings: dict[str, Any], rows: list[dict]) -> None:
-    """One JSON object; a row a line."""
+    """Write one JSON object, with a line for each row."""
     head = {"benchmark": benchmark, "machine": machine(device), "settings": settings}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,5 +66,5 @@ def write(path: Path, benchmark: str, device: torch.device, settings: dict[str, 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record."""
+    """Return a record."""
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a method's own algebra costs: its step without its passes and without the base optimizer's step.
+"""Measure what a method's own algebra costs: its step without its passes and without the base optimizer's step.
 
 The closure only writes gradients computed before. From the time of a step that of as many closures and of one base step
 is taken off, all three measured in the same interleaved rounds. Peak memory is in copies of the parameters, the
@@ -39,7 +39,7 @@ PERIOD = {"LookSAM": 10}  # steps until every kind of step has come
 
 
 class Fake(steppe.Batch):
-    """A batch whose passes cost nothing: losses are constants, gradients copies of two sets in turn."""
+    """A batch whose passes cost nothing: losses are constants, gradients are copies of two sets in turn."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__(nn.Module(), lambda model, data: data, torch.zeros(EXAMPLES))
@@ -53,17 +53,17 @@ class Fake(steppe.Batch):
             p.grad = None
 
     def losses(self) -> Tensor:
-        """Constants."""
+        """Return constants."""
         return torch.zeros(EXAMPLES, device=self.parameters[0].device, requires_grad=torch.is_grad_enabled()) + 0
 
     def backward(self, *_: Any) -> None:
-        """Fresh gradients, as autograd makes them."""
+        """Make fresh gradients, as autograd does."""
         self.calls += 1
         for p, g in zip(self.parameters, next(self.sets), strict=True):
             p.grad = g.clone() if p.requires_grad else None
 
     def subset(self, on: Tensor) -> Fake:
-        """Itself."""
+        """Return the batch itself."""
         return self
 
 
@@ -83,12 +83,12 @@ class Method:
         self.passes = (fake.calls - before) / self.period
 
     def sample(self, closure: Timer, base: Timer) -> None:
-        """One step's time less that of its closures and of a base step, measured around it."""
+        """Take the time of one step less that of its closures and of a base step, measured around it."""
         beside = base.once() + self.passes * closure.once()
         self.overheads.append(self.timer.once() - beside)
 
     def row(self, copy: int, base: float) -> dict[str, Any]:
-        """Milliseconds of the method's own algebra, with the range; peak memory in copies of the parameters."""
+        """Return the milliseconds of the method's own algebra, with their range, and peak memory in copies."""
         ms = [1e3 * seconds for seconds in self.overheads]
         return {
             "method": self.name,
@@ -104,13 +104,13 @@ class Method:
 
 
 def ours(method: type[steppe.SharpnessAware], parameters: list[Tensor], fake: Fake) -> Callable[[Fake], object]:
-    """A step of one of steppe's methods."""
+    """Return the step of one of steppe's methods."""
     options = {"full": fake} if method is steppe.NSAM else {}
     return method(torch.optim.SGD(parameters, lr=LR), **options).step
 
 
 def methods(parameters: list[Tensor], fake: Fake, names: list[str]) -> list[Method]:
-    """Every method of steppe, each beside its rival."""
+    """Return every method of steppe, each beside its rival."""
     device, made = parameters[0].device, []
     for method in steppe.METHODS:
         name = method.__name__
@@ -123,7 +123,7 @@ def methods(parameters: list[Tensor], fake: Fake, names: list[str]) -> list[Meth
 
 
 def measure(model: nn.Module, rounds: int, names: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one model's shapes."""
+    """Return the rows of one model's shapes."""
     parameters = list(model.parameters())
     device, fake = parameters[0].device, Fake(parameters)
     base = torch.optim.SGD(parameters, lr=LR)
@@ -151,7 +151,7 @@ def measure(model: nn.Module, rounds: int, names: list[str] | None = None) -> li
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["resnet18", "vit_s"])
     parser.add_argument("--device", default="cpu")
@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the record."""
     record.steady_memory()
     args = arguments()
     torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""Interleaved rounds: every contender is timed beside the same reference, in the same run."""
+"""Time contenders in interleaved rounds, each beside the same reference, in the same run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass
 class Timer:
-    """Times one step; ``seconds`` are its samples."""
+    """Timer of one step; ``seconds`` are its samples."""
 
     step: Callable[[], object]
     device: torch.device
@@ -31,12 +31,12 @@ class Timer:
     ratios: list[float] = field(default_factory=list)
 
     def after_itself(self) -> float:
-        """Seconds of a step that follows one of its own: the allocator has forgotten what others left."""
+        """Return the seconds of a step that follows a step of the same kind, so that no other warmed its memory."""
         self.step()
         return self.once()
 
     def once(self) -> float:
-        """Seconds of a step, the mean of ``repeats``."""
+        """Return the seconds of a step, the mean of ``repeats``."""
         synchronize(self.device)
         start = perf_counter()
         for _ in range(self.repeats):
@@ -52,7 +52,7 @@ class Timer:
         self.rounds = max(1, min(rounds, int(limit / (seconds * self.repeats)) - 2))
 
     def row(self) -> dict[str, float | int]:
-        """Milliseconds and ratio to the reference: medians, and the ratio's range over the rounds."""
+        """Return the medians of milliseconds and of the ratio to the reference, and the ratio's range."""
         return {
             "ms": round(1e3 * median(self.seconds), 4),
             "ratio": round(median(self.ratios), 4),
@@ -63,7 +63,7 @@ class Timer:
 
 
 def interleave(reference: Timer, contenders: Sequence[Timer]) -> None:
-    """Fill in samples, each beside a fresh one of the reference."""
+    """Take samples, each beside a fresh one of the reference."""
     for i in range(max(t.rounds for t in (reference, *contenders))):
         beside, at = 0.0, float("-inf")
         for t in contenders:

@@ -1,4 +1,4 @@
-"""m-SAM as people would write it with torch.func: the baseline."""
+"""m-SAM written with ``torch.func``: the baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Weights = dict[str, Tensor]
 
 
 class VmapSAM:
-    """m-SAM by ``vmap(grad)``: every micro-batch's gradient, every micro-batch's perturbed weights, and again.
+    """m-SAM by ``vmap(grad)``, which keeps every micro-batch's gradient and perturbed weights at once.
 
     Args:
         base: the base optimizer.
@@ -30,11 +30,11 @@ class VmapSAM:
         self.base, self.model, self.loss, self.m, self.rho = base, model, loss, m, rho
 
     def mean_loss(self, weights: Weights, data: Any) -> Tensor:
-        """The mean loss of one micro-batch."""
+        """Return the mean loss of one micro-batch."""
         return self.loss(lambda *inputs: functional_call(self.model, weights, inputs), data).mean()
 
     def step(self, data: tuple[Tensor, ...]) -> None:
-        """One step."""
+        """Make one step."""
         parameters = dict(self.model.named_parameters())
         w = {name: p.detach() for name, p in parameters.items()}
         parts = tuple(t.reshape(-1, self.m, *t.shape[1:]) for t in data)

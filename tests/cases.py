@@ -35,6 +35,7 @@ from steppe import (
     Unnormalised,
     Weighted,
 )
+from tests.models import mlp
 
 N = 10  # examples in a batch: no multiple of 4
 
@@ -72,10 +73,6 @@ class World:
 
     def weights(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.model.parameters()]
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def world(dtype: torch.dtype = torch.float64, model: Callable[[], nn.Module] = mlp, seed: int = 0) -> World:
@@ -193,8 +190,8 @@ COMBINATIONS = [
 CASES = METHODS + MICRO + PARALLEL + COMBINATIONS
 
 BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    "sgd": lambda p: sgd(p),
+    "momentum": lambda p: sgdm(p, lr=0.05, weight_decay=1e-2),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
@@ -203,6 +200,32 @@ BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 each_base = pytest.mark.parametrize("base", BASES)
+# every method beside every base; micro-batches and combinations, of which a base sees nothing, beside one
+each_case_and_base = pytest.mark.parametrize(
+    ("case", "base"),
+    [(c, base) for c in METHODS for base in BASES] + [(c, "momentum") for c in CASES if c not in METHODS],
+    ids=lambda v: getattr(v, "name", v),
+)
+
+
+def sgd(of: object, lr: float = 0.1, **options: object) -> torch.optim.SGD:
+    """Return SGD on a model's or world's parameters, or on parameters or groups themselves."""
+    return torch.optim.SGD(of.parameters() if hasattr(of, "parameters") else of, lr=lr, **options)
+
+
+def sgdm(of: object, lr: float = 0.1, **options: object) -> torch.optim.SGD:
+    """Return SGD with momentum."""
+    return sgd(of, lr, momentum=0.9, **options)
+
+
+def scaler(scale: float = 1024.0, **options: object) -> torch.amp.GradScaler:
+    """Return a scaler that does not grow while a test runs."""
+    return torch.amp.GradScaler("cpu", init_scale=scale, **{"growth_interval": 10_000} | options)
+
+
+def flat(model: object) -> Tensor:
+    """Return a copy of all weights, in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def optimizer(case: Case, world: World, base: str = "momentum", rho: float = 0.1) -> SharpnessAware:
@@ -210,7 +233,22 @@ def optimizer(case: Case, world: World, base: str = "momentum", rho: float = 0.1
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal bit for bit, also the signs of zeros."""
+    """Return whether they are equal bit for bit, also in the signs of zeros."""
     views = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     bits = lambda t: t.detach().contiguous().view(views[t.element_size()])  # noqa: E731
     return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def assert_equal_states(a: dict, b: dict) -> None:
+    """Assert that the state dicts of two optimizers are equal, bit for bit."""
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for key, state in a["state"].items():
+        assert state.keys() == b["state"][key].keys()
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["state"][key][name])), name
+
+
+def assert_close(a: object, b: object, atol: float = 0.0, rtol: float = 0.0) -> None:
+    """Assert that two models or worlds have about the same weights."""
+    torch.testing.assert_close([p.detach() for p in a.parameters()], list(b.parameters()), rtol=rtol, atol=atol)

@@ -1,16 +1,22 @@
-"""Independent reference of the sharpness-aware methods, written from their formulas alone.
+"""Independent book of the sharpness-aware methods, written from their formulas alone.
 
 Everything lives on one flat float64 vector ``w``. A :class:`Problem` answers the per-example losses and gradients at
-any ``w``; a method turns them into the gradient ``u`` fed to a base optimiser and the vector ``beside`` that bypasses
-it; and :func:`trajectory` runs a method over steps. Nothing here is fast: every gradient is per example, and
-micro-batches slice the gradients of the whole batch.
+any ``w``. A method is a row of four slots, as in the papers' table::
+
+    d     = sample(f)                      which gradient to ascend by
+    eps   = rho * geometry(f, d)           the unit step of steepest ascent
+    g_adv = gradient at w + eps            on the examples select(f, eps)
+    u     = combine(f, g_adv)              the gradient fed to the base, and a vector that bypasses it
+
+:func:`trajectory` runs a method beside a base optimizer. Nothing here is fast: every gradient is per example.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,34 +30,40 @@ Memory = dict[str, Tensor]
 # ---------------------------------------------------------------------------------------------------------------- world
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
-    """What a method can ask of the world, at any flat ``w``."""
+    """What a method can ask of the world, at any flat ``w``: losses and gradients of the examples in ``rows``."""
 
-    n: int  # examples in the batch
-    losses: Callable[[Tensor], Tensor]  # w -> (n,)
-    grads: Callable[[Tensor], Tensor]  # w -> (n, d)
+    rows: slice
+    losses_of: Callable[[Tensor, slice], Tensor]  # w, rows -> (n,)
+    grads_of: Callable[[Tensor, slice], Tensor]  # w, rows -> (n, d)
     sizes: list[int]  # how the flat vector splits into tensors
     weight_like: list[bool]  # whether the tensor has two dimensions or more
     full: Problem | None = None  # the larger batch of n-SAM
 
+    @property
+    def n(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def losses(self, w: Tensor) -> Tensor:
+        return self.losses_of(w, self.rows)
+
+    def grads(self, w: Tensor) -> Tensor:
+        return self.grads_of(w, self.rows)
+
     def grad(self, w: Tensor) -> Tensor:
-        """Gradient of the mean loss."""
+        """Return the gradient of the mean loss."""
         return self.grads(w).mean(0)
 
-    def part(self, start: int, stop: int) -> Problem:
-        """The examples ``start..stop-1`` as a batch of their own."""
-        return Problem(
-            n=stop - start,
-            losses=lambda w: self.losses(w)[start:stop],
-            grads=lambda w: self.grads(w)[start:stop],
-            sizes=self.sizes,
-            weight_like=self.weight_like,
-            full=self.full,
-        )
+    def parts(self, m: int) -> list[Problem]:
+        """Return the micro-batches of ``m`` examples, in order; the last may be smaller."""
+        return [
+            replace(self, rows=slice(start, min(start + m, self.rows.stop)))
+            for start in range(self.rows.start, self.rows.stop, m)
+        ]
 
     def spread(self, values: Sequence[float]) -> Tensor:
-        """One value per tensor, repeated over that tensor's coordinates."""
+        """Return one value per tensor, repeated over that tensor's coordinates."""
         per_tensor = torch.tensor([float(v) for v in values], dtype=torch.float64)
         return per_tensor.repeat_interleave(torch.tensor(self.sizes))
 
@@ -63,7 +75,7 @@ class Problem:
         data: tuple[Tensor, Tensor],
         full: tuple[Tensor, Tensor] | None = None,
     ) -> Problem:
-        """Problem of ``loss(model(x), y)``, ``data = (x, y)`` with examples along the first dimension.
+        """Return the problem of ``loss(model(x), y)``, ``data = (x, y)`` with examples along the first dimension.
 
         Each example goes alone through a float64 copy of the model, as a batch of one (so no batch norm in train mode);
         ``loss`` may reduce by mean or not at all. Only parameters that require a gradient enter ``w``, in the order of
@@ -79,19 +91,19 @@ class Problem:
             values = {k: piece.view(p.shape) for (k, p), piece in zip(named.items(), pieces, strict=True)}
             return loss(functional_call(model, values, (x[i : i + 1],)), y[i : i + 1]).mean()
 
-        def losses(w: Tensor) -> Tensor:
+        def losses(w: Tensor, rows: slice) -> Tensor:
             with torch.no_grad():
-                return torch.stack([one(w, i) for i in range(len(x))])
+                return torch.stack([one(w, i) for i in range(rows.start, rows.stop)])
 
-        def grads(w: Tensor) -> Tensor:
+        def grads(w: Tensor, rows: slice) -> Tensor:
             with torch.enable_grad():
                 w = w.detach().clone().requires_grad_()
-                return torch.stack([torch.autograd.grad(one(w, i), w)[0] for i in range(len(x))])
+                return torch.stack([torch.autograd.grad(one(w, i), w)[0] for i in range(rows.start, rows.stop)])
 
         return cls(
-            n=len(x),
-            losses=losses,
-            grads=grads,
+            rows=slice(0, len(x)),
+            losses_of=losses,
+            grads_of=grads,
             sizes=sizes,
             weight_like=[p.dim() >= 2 for p in named.values()],
             full=None if full is None else cls.from_module(model, loss, full),
@@ -99,33 +111,217 @@ class Problem:
 
 
 def flat(model: nn.Module) -> Tensor:
-    """The ``w`` at which :meth:`Problem.from_module` finds the model now."""
+    """Return the ``w`` at which :meth:`Problem.from_module` finds the model now."""
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
-def quadratic(
-    A: Sequence[Any],
-    b: Sequence[Any],
-    sizes: list[int] | None = None,
-    weight_like: list[bool] | None = None,
-    full: Problem | None = None,
-) -> Problem:
-    """Problem of ``f_i = 0.5 w^T A_i w + b_i^T w``; by default one tensor that does not count as a weight."""
-    As = torch.stack([torch.as_tensor(a, dtype=torch.float64) for a in A])
-    As = (As + As.mT) / 2  # the gradient below needs symmetry; the value does not change
-    bs = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in b])
-    sizes = [bs.shape[1]] if sizes is None else sizes
-    return Problem(
-        n=len(As),
-        losses=lambda w: 0.5 * (As @ w) @ w + bs @ w,
-        grads=lambda w: As @ w + bs,
-        sizes=sizes,
-        weight_like=[False] * len(sizes) if weight_like is None else weight_like,
-        full=full,
-    )
+@dataclass
+class Moment:
+    """One evaluation of a method: at ``w``, with radius ``rho`` per coordinate, what is remembered and what will be."""
+
+    p: Problem
+    w: Tensor
+    rho: Tensor
+    memory: Memory
+    remembered: Memory = field(default_factory=dict)
+
+    @cached_property
+    def g(self) -> Tensor:
+        return self.p.grad(self.w)
+
+    @property
+    def movable(self) -> Tensor:
+        """1 where the radius is positive; the rest takes no part in any direction or norm."""
+        return (self.rho > 0).double()
 
 
-# -------------------------------------------------------------------------------------------------------------- methods
+# --------------------------------------------------------------------------------------------------------------- slots
+
+Sample = Callable[[Moment], Tensor]
+Geometry = Callable[[Moment, Tensor], Tensor]
+Select = Callable[[Moment, Tensor], Tensor | slice]
+Combine = Callable[[Moment, Tensor], tuple[Tensor, Tensor]]
+
+
+def mean(f: Moment) -> Tensor:
+    return f.g
+
+
+def on_full(f: Moment) -> Tensor:
+    """n-SAM: the gradient on the larger batch."""
+    return f.p.full.grad(f.w)
+
+
+def reweighted(lam: float, norms: Callable[[Moment], Tensor]) -> Sample:
+    """RW-SAM: p_i proportional to exp(lam n_i) weighs the ascent direction."""
+    return lambda f: torch.softmax(lam * norms(f), 0) @ f.p.grads(f.w)
+
+
+def exact_norms(f: Moment) -> Tensor:
+    return (f.movable * f.p.grads(f.w)).norm(dim=1)
+
+
+def probed_norms(z: Tensor, delta: float) -> Callable[[Moment], Tensor]:
+    """One finite difference along ``z``, which is zeroed on the coordinates that cannot be perturbed."""
+
+    def norms(f: Moment) -> Tensor:
+        return (f.p.losses(f.w + delta * f.movable * z.double()) - f.p.losses(f.w)).abs() / delta
+
+    return norms
+
+
+def masked(kept: Sequence[float] | None) -> Sample:
+    """ESAM: ascent in the ``kept`` tensors alone."""
+    return lambda f: f.g if kept is None else f.p.spread(kept) * f.g
+
+
+def friendly(sigma: float, decay: float, of: Sample = mean) -> Sample:
+    """F-SAM: the direction uses the mean as it was before this step's gradient entered it."""
+
+    def sample(f: Moment) -> Tensor:
+        g, m = of(f), f.memory.get("m")
+        f.remembered["m"] = g if m is None else decay * m + (1 - decay) * g
+        return g if m is None else g - sigma * m
+
+    return sample
+
+
+def smoothed(theta: float, of: Sample = mean) -> Sample:
+    """VaSSO: the direction is the moving average of the gradients."""
+
+    def sample(f: Moment) -> Tensor:
+        g, d = of(f), f.memory.get("d")
+        f.remembered["d"] = g if d is None else (1 - theta) * d + theta * g
+        return f.remembered["d"]
+
+    return sample
+
+
+def euclidean(f: Moment, d: Tensor) -> Tensor:
+    return d / (d.norm() + TINY)
+
+
+def unnormalised(f: Moment, d: Tensor) -> Tensor:
+    """USAM: the gradient as long as it is."""
+    return d
+
+
+def unified(lam: float) -> Geometry:
+    return lambda f, d: (1 - lam) * d + lam * euclidean(f, d)
+
+
+def adaptive(eta: float, everything: bool = False) -> Geometry:
+    """ASAM: T^2 d / norm(T d), T = abs(w) + eta on tensors of two dimensions or more, or on every one; else 1."""
+
+    def geometry(f: Moment, d: Tensor) -> Tensor:
+        there = f.p.spread([everything or weight for weight in f.p.weight_like]) > 0
+        T = torch.where(there, f.w.abs() + eta, 1.0)
+        return T * T * d / ((T * d).norm() + TINY)
+
+    return geometry
+
+
+def fisher(eta: float) -> Geometry:
+    """Fisher SAM: F^-1 d / sqrt(d^T F^-1 d), F = diag(1 + eta d^2)."""
+
+    def geometry(f: Moment, d: Tensor) -> Tensor:
+        natural = d / (1 + eta * d * d)
+        return natural / (d.dot(natural).sqrt() + TINY)
+
+    return geometry
+
+
+def longer(factor: float) -> Geometry:
+    return lambda f, d: factor * euclidean(f, d)
+
+
+def everything(f: Moment, eps: Tensor) -> slice:
+    return slice(None)
+
+
+def sharpest(gamma: float) -> Select:
+    """ESAM: the share gamma of the examples whose loss rises most."""
+
+    def select(f: Moment, eps: Tensor) -> Tensor | slice:
+        rise = f.p.losses(f.w + eps) - f.p.losses(f.w)
+        return rise.topk(max(1, int(gamma * f.p.n))).indices if gamma < 1 else slice(None)
+
+    return select
+
+
+def perturbed(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
+    return g_adv, torch.zeros_like(g_adv)
+
+
+def weighted(gamma: float) -> Combine:
+    """WSAM: the base sees g alone, gamma / (1 - gamma) (g_adv - g) bypasses it."""
+    return lambda f, g_adv: (f.g, gamma / (1 - gamma) * (g_adv - f.g))
+
+
+def coupled(gamma: float) -> Combine:
+    kappa = gamma / (1 - gamma)
+    return lambda f, g_adv: perturbed(f, kappa * g_adv + (1 - kappa) * f.g)
+
+
+def surrogate_gap(alpha: float) -> Combine:
+    """GSAM: g_adv less alpha of the part of g across it."""
+    return lambda f, g_adv: perturbed(f, g_adv - alpha * (f.g - project(f.g, g_adv)))
+
+
+def orthogonal_part_kept(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
+    """LookSAM: SAM, remembering the part of g_adv across g."""
+    f.remembered["g_v"] = g_adv - project(g_adv, f.g)
+    return perturbed(f, g_adv)
+
+
+def orthogonal_part_again(alpha: float) -> Sample:
+    """LookSAM between its SAM steps: g plus what was remembered, alpha times as long as g."""
+
+    def between(f: Moment) -> Tensor:
+        g_v = f.memory["g_v"]
+        f.remembered["g_v"] = g_v
+        return f.g + alpha * f.g.norm() / (g_v.norm() + TINY) * g_v
+
+    return between
+
+
+def project(a: Tensor, b: Tensor) -> Tensor:
+    """Return the component of ``a`` along ``b``, zero for a zero ``b``."""
+    square = b.dot(b)
+    return torch.zeros_like(a) if square == 0 else a.dot(b) / square * b
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+class Method(NamedTuple):
+    """A row of the table: four slots, and what happens between every ``every``-th step, on the whole batch."""
+
+    sample: Sample = mean
+    geometry: Geometry = euclidean
+    select: Select = everything
+    combine: Combine = perturbed
+    every: int = 1
+    between: Sample = mean
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "SAM": Method,
+    "USAM": lambda: Method(geometry=unnormalised),
+    "UnifiedSAM": lambda lam: Method(geometry=unified(lam)),
+    "NSAM": lambda: Method(sample=on_full),
+    "ASAM": lambda eta: Method(geometry=adaptive(eta)),
+    "FisherSAM": lambda eta: Method(geometry=fisher(eta)),
+    "GSAM": lambda alpha: Method(combine=surrogate_gap(alpha)),
+    "WSAM": lambda gamma: Method(combine=weighted(gamma)),
+    "CoupledWSAM": lambda gamma: Method(combine=coupled(gamma)),
+    "RWSAM": lambda lam: Method(sample=reweighted(lam, exact_norms)),
+    "RWSAMProbe": lambda lam, z, delta: Method(sample=reweighted(lam, probed_norms(z, delta))),
+    "ESAM": lambda beta, gamma, kept=None: Method(masked(kept), longer(1 / beta), sharpest(gamma)),
+    "LookSAM": lambda k, alpha: Method(combine=orthogonal_part_kept, every=k, between=orthogonal_part_again(alpha)),
+    "FSAM": lambda sigma, decay: Method(sample=friendly(sigma, decay)),
+    "VaSSO": lambda theta: Method(sample=smoothed(theta)),
+}
 
 
 class Step(NamedTuple):
@@ -136,216 +332,31 @@ class Step(NamedTuple):
     memory: Memory
 
 
-class Radius:
-    """ρ, the same for all or one per tensor; a tensor of radius 0 takes no part in the ascent direction."""
-
-    def __init__(self, problem: Problem, rho: float | None, rho_of: Sequence[float] | None) -> None:
-        if (rho is None) == (rho_of is None):
-            raise ValueError("give exactly one of rho and rho_of")
-        self.each = problem.spread([rho] * len(problem.sizes) if rho_of is None else rho_of)
-        self.mask = (self.each > 0).double()
-
-    def along(self, d: Tensor, norm: Tensor | None = None) -> Tensor:
-        """ε = ρ d / ‖d‖, or over another norm."""
-        d = self.mask * d
-        norm = d.norm() if norm is None else norm
-        return self.each * d / (norm + TINY)
-
-
-def only(u: Tensor, memory: Memory | None = None) -> Step:
-    """A step without a part beside the base."""
-    return Step(u, torch.zeros_like(u), {} if memory is None else memory)
-
-
-def project(a: Tensor, b: Tensor) -> Tensor:
-    """Component of ``a`` along ``b``, zero for a zero ``b``."""
-    square = b.dot(b)
-    return torch.zeros_like(a) if square == 0 else a.dot(b) / square * b
-
-
-def plain(p: Problem, w: Tensor, memory: Memory, t: int) -> Step:
-    """The base optimiser alone."""
-    return only(p.grad(w))
-
-
-def sam(p: Problem, w: Tensor, memory: Memory, t: int, *, rho=None, rho_of=None) -> Step:
-    eps = Radius(p, rho, rho_of).along(p.grad(w))
-    return only(p.grad(w + eps))
-
-
-def usam(p: Problem, w: Tensor, memory: Memory, t: int, *, rho=None, rho_of=None) -> Step:
-    eps = Radius(p, rho, rho_of).each * p.grad(w)
-    return only(p.grad(w + eps))
-
-
-def unified_sam(p: Problem, w: Tensor, memory: Memory, t: int, *, lam: float, rho=None, rho_of=None) -> Step:
-    radius, g = Radius(p, rho, rho_of), p.grad(w)
-    eps = (1 - lam) * radius.each * g + lam * radius.along(g)
-    return only(p.grad(w + eps))
-
-
-def nsam(p: Problem, w: Tensor, memory: Memory, t: int, *, rho=None, rho_of=None) -> Step:
-    if p.full is None:
-        raise ValueError("n-SAM needs problem.full")
-    eps = Radius(p, rho, rho_of).along(p.full.grad(w))
-    return only(p.grad(w + eps))
-
-
-def scaled_sam(p: Problem, w: Tensor, T: Tensor, radius: Radius) -> Step:
-    """ε = ρ T²g / ‖Tg‖ for a diagonal T."""
-    g = p.grad(w)
-    eps = radius.along(T * T * g, norm=(radius.mask * T * g).norm())
-    return only(p.grad(w + eps))
-
-
-def asam(p: Problem, w: Tensor, memory: Memory, t: int, *, eta: float, rho=None, rho_of=None) -> Step:
-    """T = |w| + η on tensors of two dimensions or more, 1 on the rest."""
-    T = torch.where(p.spread(p.weight_like) > 0, w.abs() + eta, torch.ones_like(w))
-    return scaled_sam(p, w, T, Radius(p, rho, rho_of))
-
-
-def asam_all(p: Problem, w: Tensor, memory: Memory, t: int, *, eta: float, rho=None, rho_of=None) -> Step:
-    """T = |w| + η on every tensor."""
-    return scaled_sam(p, w, w.abs() + eta, Radius(p, rho, rho_of))
-
-
-def fisher_sam(p: Problem, w: Tensor, memory: Memory, t: int, *, eta: float, rho=None, rho_of=None) -> Step:
-    """ε = ρ F⁻¹g / sqrt(gᵀF⁻¹g), F = diag(1 + η g²) with g the batch gradient."""
-    radius, g = Radius(p, rho, rho_of), p.grad(w)
-    d = g / (1 + eta * g * g)
-    eps = radius.along(d, norm=(radius.mask * g).dot(d).sqrt())
-    return only(p.grad(w + eps))
-
-
-def gsam(p: Problem, w: Tensor, memory: Memory, t: int, *, alpha: float, rho=None, rho_of=None) -> Step:
-    g = p.grad(w)
-    h = p.grad(w + Radius(p, rho, rho_of).along(g))
-    return only(h - alpha * (g - project(g, h)))
-
-
-def wsam(p: Problem, w: Tensor, memory: Memory, t: int, *, gamma: float, rho=None, rho_of=None) -> Step:
-    """Decoupled: the base sees g alone, κ(h − g) bypasses it."""
-    g = p.grad(w)
-    h = p.grad(w + Radius(p, rho, rho_of).along(g))
-    return Step(g, gamma / (1 - gamma) * (h - g), {})
-
-
-def coupled_wsam(p: Problem, w: Tensor, memory: Memory, t: int, *, gamma: float, rho=None, rho_of=None) -> Step:
-    g = p.grad(w)
-    h = p.grad(w + Radius(p, rho, rho_of).along(g))
-    kappa = gamma / (1 - gamma)
-    return only(kappa * h + (1 - kappa) * g)
-
-
-def weighted_sam(p: Problem, w: Tensor, norms: Tensor, lam: float, radius: Radius) -> Step:
-    """RW-SAM once the norms are known: p_i ∝ exp(λ n_i) weighs the perturbation, not the second gradient."""
-    eps = radius.along(sharpness_weights(norms, lam) @ p.grads(w))
-    return only(p.grad(w + eps))
-
-
-def sharpness_weights(norms: Tensor, lam: float) -> Tensor:
-    return torch.softmax(lam * norms, 0)
-
-
-def rwsam(p: Problem, w: Tensor, memory: Memory, t: int, *, lam: float, rho=None, rho_of=None) -> Step:
-    """Exact norms, over the coordinates that can be perturbed."""
-    radius = Radius(p, rho, rho_of)
-    norms = (radius.mask * p.grads(w)).norm(dim=1)
-    return weighted_sam(p, w, norms, lam, radius)
-
-
-def rwsam_probe(
-    p: Problem, w: Tensor, memory: Memory, t: int, *, lam: float, z: Tensor, delta: float, rho=None, rho_of=None
-) -> Step:
-    """Norms guessed from one finite difference along ``z``, zeroed on the coordinates that cannot be perturbed."""
-    radius = Radius(p, rho, rho_of)
-    probe = delta * radius.mask * z.double()
-    norms = (p.losses(w + probe) - p.losses(w)).abs() / delta
-    return weighted_sam(p, w, norms, lam, radius)
-
-
-def esam(
-    p: Problem,
+def direction(
+    method: Method,
+    problem: Problem,
     w: Tensor,
     memory: Memory,
     t: int,
-    *,
-    gamma: float = 1.0,
-    beta: float = 1.0,
-    kept: Sequence[float] | None = None,
-    rho=None,
-    rho_of=None,
+    rho: float | Sequence[float],
+    m: int | None = None,
 ) -> Step:
-    """Ascent in the ``kept`` tensors over β; descent on the examples whose loss rises most."""
-    mask = torch.ones_like(w) if kept is None else p.spread(kept)
-    eps = Radius(p, rho, rho_of).along(mask * p.grad(w)) / beta
-    if gamma >= 1:
-        return only(p.grad(w + eps))
-    rise = p.losses(w + eps) - p.losses(w)
-    chosen = rise.topk(max(1, int(gamma * p.n))).indices
-    return only(p.grads(w + eps)[chosen].mean(0))
+    """Return step ``t`` of a method; over micro-batches of ``m`` if given, the size-weighted mean of their answers.
 
-
-def looksam(p: Problem, w: Tensor, memory: Memory, t: int, *, k: int, alpha: float, rho=None, rho_of=None) -> Step:
-    g = p.grad(w)
-    if t % k == 0:
-        h = p.grad(w + Radius(p, rho, rho_of).along(g))
-        return only(h, {"g_v": h - project(h, g)})
-    g_v = memory["g_v"]
-    return only(g + alpha * g.norm() / (g_v.norm() + TINY) * g_v, memory)
-
-
-def fsam(p: Problem, w: Tensor, memory: Memory, t: int, *, sigma: float, decay: float, rho=None, rho_of=None) -> Step:
-    """The direction uses the mean as it was before this step's gradient entered it."""
-    g = p.grad(w)
-    if "m" in memory:
-        d, mean = g - sigma * memory["m"], decay * memory["m"] + (1 - decay) * g
-    else:
-        d, mean = g, g
-    return only(p.grad(w + Radius(p, rho, rho_of).along(d)), {"m": mean})
-
-
-def vasso(p: Problem, w: Tensor, memory: Memory, t: int, *, theta: float, rho=None, rho_of=None) -> Step:
-    g = p.grad(w)
-    d = (1 - theta) * memory["d"] + theta * g if "d" in memory else g
-    return only(p.grad(w + Radius(p, rho, rho_of).along(d)), {"d": d})
-
-
-METHODS: dict[str, Callable[..., Step]] = {
-    "Plain": plain,
-    "SAM": sam,
-    "USAM": usam,
-    "UnifiedSAM": unified_sam,
-    "NSAM": nsam,
-    "ASAM": asam,
-    "ASAMAll": asam_all,
-    "FisherSAM": fisher_sam,
-    "GSAM": gsam,
-    "WSAM": wsam,
-    "CoupledWSAM": coupled_wsam,
-    "RWSAM": rwsam,
-    "RWSAMProbe": rwsam_probe,
-    "ESAM": esam,
-    "LookSAM": looksam,
-    "FSAM": fsam,
-    "VaSSO": vasso,
-}
-
-
-def direction(
-    name: str, problem: Problem, w: Tensor, memory: Memory, t: int, m: int | None = None, **hyper: Any
-) -> Step:
-    """One step of a method, over micro-batches of ``m`` in order if given: the size-weighted mean of their answers."""
-    method = METHODS[name]
-    between = name == "LookSAM" and t % hyper["k"] != 0  # no ascent, so no micro-batches
-    if m is None or between:
-        return method(problem, w, memory, t, **hyper)
+    ``rho`` is one radius, or one per tensor; a tensor of radius 0 takes no part in the ascent direction.
+    """
+    each = problem.spread(rho if isinstance(rho, Sequence) else [rho] * len(problem.sizes))
+    if t % method.every:
+        f = Moment(problem, w, each, memory)
+        return Step(method.between(f), torch.zeros_like(w), f.remembered)
     u, beside, remembered = torch.zeros_like(w), torch.zeros_like(w), {}
-    for start in range(0, problem.n, m):
-        part = problem.part(start, min(start + m, problem.n))
-        step, share = method(part, w, memory, t, **hyper), part.n / problem.n
-        u, beside = u + share * step.u, beside + share * step.beside
-        remembered = {k: remembered.get(k, 0) + share * v for k, v in step.memory.items()}
+    for part in problem.parts(m or problem.n):
+        f, share = Moment(part, w, each, memory), part.n / problem.n
+        eps = each * method.geometry(f, f.movable * method.sample(f))
+        g_adv = part.grads(w + eps)[method.select(f, eps)].mean(0)
+        of_part = method.combine(f, g_adv)
+        u, beside = u + share * of_part[0], beside + share * of_part[1]
+        remembered = {k: remembered.get(k, 0) + share * v for k, v in f.remembered.items()}
     return Step(u, beside, remembered)
 
 
@@ -354,7 +365,7 @@ def direction(
 
 @dataclass
 class Base:
-    """A base optimiser's recipe: "sgd", "momentum", "adam", "adamw" or "rmsprop", torch.optim's defaults.
+    """A base optimizer's recipe: "sgd", "momentum", "adam", "adamw" or "rmsprop", torch.optim's defaults.
 
     ``weight_decay`` is L2, added to the gradient, but for "adamw", which shrinks the weights. ``momentum`` is read by
     "momentum" alone.
@@ -383,7 +394,7 @@ class Base:
         return self.weight_decay
 
     def step(self, w: Tensor, u: Tensor) -> Tensor:
-        """The weights after a step with gradient ``u``."""
+        """Return the weights after a step with gradient ``u``."""
         if self.kind == "adamw":
             return self._adam(w * (1 - self.lr * self.decay), u)
         rule = {"sgd": self._sgd, "momentum": self._momentum, "adam": self._adam, "rmsprop": self._rmsprop}[self.kind]
@@ -419,17 +430,15 @@ def trajectory(
     problems: Sequence[Problem],
     w0: Tensor,
     base: Base,
-    steps: int,
+    rho: float | Sequence[float],
     m: int | None = None,
     **hyper: Any,
 ) -> list[Tensor]:
-    """Weights after each of ``steps`` steps, step ``t`` on ``problems[t]``; ``base`` itself is left as it was."""
-    if len(problems) < steps:
-        raise ValueError(f"{steps} steps need as many problems, not {len(problems)}")
+    """Return the weights after each step, step ``t`` on ``problems[t]``; ``base`` itself is left as it was."""
     w, base, memory, path = w0.detach().double().clone(), base.fresh(), {}, []
-    for t in range(steps):
+    for t, problem in enumerate(problems):
         now = {k: v[t] if isinstance(v, PerStep) else v for k, v in hyper.items()}
-        u, beside, memory = direction(name, problems[t], w, memory, t, m, **now)
+        u, beside, memory = direction(METHODS[name](**now), problem, w, memory, t, rho, m)
         w = base.step(w, u) - base.lr * beside
         path.append(w)
     return path

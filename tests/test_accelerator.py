@@ -20,6 +20,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.factored.engine import SharedPasses
 from tests.accelerator import Accelerator, OnDevice
+from tests.cases import sgdm
 from tests.factored_models import EXAMPLES, loss
 
 N, STEPS = 8, 3  # the first two steps rehearse
@@ -27,14 +28,10 @@ READ = "aten._local_scalar_dense.default"
 Make = Callable[[nn.Module, steppe.Batch], steppe.SharpnessAware]
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
 def named(method: type[steppe.SharpnessAware], **options: Any) -> Make:
     if method is steppe.NSAM:
-        return lambda model, batch: method(sgd(model), full=batch, **options)
-    return lambda model, batch: method(sgd(model), **options)
+        return lambda model, batch: method(sgdm(model), full=batch, **options)
+    return lambda model, batch: method(sgdm(model), **options)
 
 
 def on_cpu(name: str, make: Make, loss: Any = loss, steps: int = STEPS) -> list[Tensor]:
@@ -142,7 +139,7 @@ def test_accumulation_waits_once_and_for_a_choice_of_examples_once_more() -> Non
 def test_two_calls_wait_once() -> None:
     with Accelerator() as a:
         model, batch = on_device(a, "mlp")
-        optimizer = steppe.WSAM(sgd(model))
+        optimizer = steppe.WSAM(sgdm(model))
 
         def step() -> None:
             batch()
@@ -175,7 +172,7 @@ def test_a_captured_step_waits_for_nothing(name: str, method: Any, way: str) -> 
 def test_a_model_is_rehearsed_before_its_step_is_captured() -> None:
     with Accelerator() as a:
         model, batch = on_device(a, "mlp")
-        optimizer = steppe.SAM(sgd(model), m=2, check_finite=False)
+        optimizer = steppe.SAM(sgdm(model), m=2, check_finite=False)
         a.capturing = True
         with pytest.raises(RuntimeError, match="once before it is captured in a CUDA graph"):
             optimizer.step(batch)
@@ -189,7 +186,7 @@ def test_a_step_that_is_not_finite_is_skipped_without_asking_first(parallel: boo
     """``eps`` becomes 0 on the device: all passes run, and one read at the end tells."""
     with Accelerator() as a:
         model, batch = on_device(a, "mlp")
-        optimizer = steppe.SAM(sgd(model), m=4, parallel=parallel)
+        optimizer = steppe.SAM(sgdm(model), m=4, parallel=parallel)
         last_step(a, lambda: optimizer.step(batch))
         before = values(model.parameters())
         a.waits.clear()
@@ -211,7 +208,7 @@ def test_both_passes_draw_the_same_masks_from_the_device(options: dict[str, Any]
     """With a tiny radius both passes agree only under one mask; the device's stream goes on as after one pass."""
     with Accelerator() as a:
         model, batch = on_device(a, "mlp", dropping)
-        optimizer = steppe.SAM(sgd(model), rho=1e-6, **options)
+        optimizer = steppe.SAM(sgdm(model), rho=1e-6, **options)
         optimizer.step(batch)
         torch.cuda.set_rng_state(torch.Generator().manual_seed(7).get_state(), "cuda:0")
         host, parts = torch.get_rng_state(), batch.split(4) if options.get("parallel") is False else [batch]
@@ -262,7 +259,7 @@ def test_a_scaler_adds_no_wait_of_the_step(m: int | None) -> None:
     with Accelerator() as a:
         model, batch = on_device(a, "mlp")
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**20)
-        optimizer = steppe.SAM(sgd(model), m=m)
+        optimizer = steppe.SAM(sgdm(model), m=m)
         scaled = steppe.Batch(model, loss, batch.data, scaler=scaler)
 
         def step() -> None:
@@ -321,8 +318,8 @@ def test_micro_batches_on_two_devices_run_serially_and_say_why() -> None:
         data = torch.randn(N, 5).to("cuda:0"), torch.randint(3, (N,)).to("cuda:1")
         batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), *data)
         with pytest.raises(ValueError, match="parameters are on several devices"):
-            steppe.SAM(sgd(model), m=2, parallel=True).step(batch)
-        steppe.SAM(sgd(model), m=2).step(batch)
+            steppe.SAM(sgdm(model), m=2, parallel=True).step(batch)
+        steppe.SAM(sgdm(model), m=2).step(batch)
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet", "vit"])

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import CASES, Case, N, each_base, optimizer, same_bits, world
+from tests.cases import Case, N, assert_close, each_case_and_base, flat, optimizer, same_bits, scaler, sgd, sgdm, world
 from tests.factored_models import EXAMPLES
+from tests.models import Dropout
 
 CUTS = (0, 4, 8, N)  # multiples of m, except the last
 
@@ -17,8 +18,7 @@ def chunks(batch: steppe.Batch, cuts=CUTS) -> list[steppe.Batch]:
     return [batch.subset(torch.arange(a, b)) for a, b in pairwise(cuts)]
 
 
-@each_base
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each_case_and_base
 def test_accumulated_is_one_large_batch(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     a, b = optimizer(case, ours, base), optimizer(case, theirs, base)
@@ -26,8 +26,7 @@ def test_accumulated_is_one_large_batch(case: Case, base: str) -> None:
     for split, whole in zip(ours.batches(3), theirs.batches(3), strict=True):
         loss = a.step(chunks(split, cuts))
         torch.testing.assert_close(loss, b.step(whole), rtol=1e-10, atol=1e-12)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+    assert_close(ours, theirs, atol=1e-9, rtol=1e-8)
 
 
 def test_one_batch_is_held_at_a_time() -> None:
@@ -48,7 +47,7 @@ def test_one_batch_is_held_at_a_time() -> None:
 
     loss = lambda model, data: w.criterion(Counting.apply(model(data[0])), data[1])  # noqa: E731
     batch = steppe.Batch(w.model, loss, (w.x, w.y))
-    opt = steppe.WSAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.WSAM(sgd(w))
     opt.step(chunks(batch))
     assert most == [4]
     assert opt.telemetry.forwards == pytest.approx(2)
@@ -58,12 +57,11 @@ def test_micro_batches_of_a_batch_each() -> None:
     """m at the size of a batch is a perturbation for every batch, in shared passes or not."""
     for m in (4, 2):
         ours, theirs = world(), world()
-        a = steppe.SAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.1, m=m, parallel=True)
-        b = steppe.SAM(torch.optim.SGD(theirs.parameters(), lr=0.1), rho=0.1, m=m, parallel=False)
+        a = steppe.SAM(sgd(ours), rho=0.1, m=m, parallel=True)
+        b = steppe.SAM(sgd(theirs), rho=0.1, m=m, parallel=False)
         a.step(chunks(ours.batch))
         b.step(theirs.batch)
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+        assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.parametrize("combine", [steppe.Perturbed(), steppe.Weighted(0.8)])
@@ -73,7 +71,7 @@ def test_rw_sam_weighs_the_examples_of_all_batches_by_exact_norms(name: str, com
     found = []
     for accumulated in (True, False):
         model = EXAMPLES[name].model(torch.float64)
-        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        base = sgdm(model)
         rule = steppe.Rule(steppe.Reweighted(3.0), combine=combine)
         opt = steppe.SharpnessAware(base, rule, 0.3, parallel=True)
         for k in range(2):
@@ -82,7 +80,7 @@ def test_rw_sam_weighs_the_examples_of_all_batches_by_exact_norms(name: str, com
         g = 1 if isinstance(combine, steppe.Weighted) else 0
         assert opt.telemetry.forwards == pytest.approx(2 + g + accumulated)
         assert opt.telemetry.backwards == pytest.approx(2 + g + accumulated)
-        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), opt.telemetry))
+        found.append((flat(model), opt.telemetry))
     (ours, seen), (theirs, expected) = found
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     for number in ("loss", "loss_adv", "g_norm", "eps_norm", "g_adv_norm"):
@@ -92,22 +90,9 @@ def test_rw_sam_weighs_the_examples_of_all_batches_by_exact_norms(name: str, com
 def test_a_round_for_norms_is_no_pass_that_counts() -> None:
     """The weighted gradient draws the masks that the norms were made with, and the statistics see each batch once."""
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.masks = nn.Linear(5, 8), nn.Linear(8, 3), []
-            self.register_buffer("seen", torch.zeros(()))
-
-        def forward(self, x):
-            mask = nn.functional.dropout(torch.ones(len(x), 8, dtype=x.dtype), 0.5)
-            self.masks.append(mask)
-            self.seen = self.seen + len(x)
-            return self.b(torch.tanh(self.a(x)) * mask)
-
     torch.manual_seed(0)
-    model = Net().double()
-    w = world()
-    opt = steppe.RWSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, parallel=True)
+    model, w = Dropout(8, nn.Tanh()).double(), world()
+    opt = steppe.RWSAM(sgd(model), rho=0.1, parallel=True)
     parts = chunks(steppe.Batch.supervised(model, w.criterion, w.x, w.y))
     torch.manual_seed(1)
     opt.step(parts)
@@ -125,15 +110,14 @@ def test_a_round_for_norms_is_no_pass_that_counts() -> None:
 
 
 def test_exact_norms_of_scaled_batches() -> None:
-    ours, theirs, s = world(), world(), torch.amp.GradScaler("cpu", init_scale=256.0)
-    a, b = (steppe.RWSAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1, parallel=True) for w in (ours, theirs))
+    ours, theirs, s = world(), world(), scaler(256.0)
+    a, b = (steppe.RWSAM(sgd(w), rho=0.1, parallel=True) for w in (ours, theirs))
     for _ in range(3):
         a.step(chunks(ours.batch), scaler=s)
         s.update()
         b.step(theirs.batch)
     assert s.get_scale() == 256.0
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+    assert_close(ours, theirs, atol=1e-10)
 
 
 def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
@@ -152,7 +136,7 @@ def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
     for parallel in ("auto", False):
         torch.manual_seed(0)
         model, w = Net().double(), world()
-        opt = steppe.RWSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, parallel=parallel)
+        opt = steppe.RWSAM(sgd(model), rho=0.1, parallel=parallel)
         longer = nn.functional.pad(w.x, (0, 1))
         parts = [steppe.Batch.supervised(model, w.criterion, x, w.y) for x in (w.x, longer)]
         for _ in range(3):
@@ -171,7 +155,7 @@ def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_statistics_and_gradient_noise_of_accumulated_batches(m: int, scaled: bool) -> None:
     w = world()
-    s = torch.amp.GradScaler("cpu", init_scale=256.0) if scaled else None
+    s = scaler(256.0) if scaled else None
     accumulated = steppe.Batches(chunks(w.batch)).scaled_by(s)
     kept = w.parameters()[0].grad = torch.ones_like(w.parameters()[0])
     state = torch.get_rng_state()
@@ -181,7 +165,7 @@ def test_statistics_and_gradient_noise_of_accumulated_batches(m: int, scaled: bo
     for name in ("norms", "g_norm", "trace", "signal_to_noise"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
     if m == 1:
-        opt = steppe.GSAM(torch.optim.SGD(w.parameters(), lr=0.1), gradient_noise=True)
+        opt = steppe.GSAM(sgd(w), gradient_noise=True)
         opt.step(accumulated)
         torch.testing.assert_close(opt.telemetry.trace_V, theirs.trace)
 
@@ -199,7 +183,7 @@ def test_batches_of_different_shapes_and_dropout() -> None:
         )
 
     parts = [steppe.Batch(model, loss, torch.randint(11, (n, length))) for n, length in ((3, 5), (2, 9), (4, 3))]
-    opt = steppe.GSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    opt = steppe.GSAM(sgd(model), rho=0.1)
     opt.step(parts)
     assert len(seen) == 6
     assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
@@ -214,7 +198,7 @@ def test_batch_statistics_are_those_of_ordinary_accumulation() -> None:
     for model, wrap in zip(models, (True, False), strict=True):
         parts = chunks(steppe.Batch.supervised(model, w.criterion, w.x, w.y))
         if wrap:
-            steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.1)).step(parts)
+            steppe.WSAM(sgd(model)).step(parts)
         else:
             for part in parts:
                 part()
@@ -223,9 +207,9 @@ def test_batch_statistics_are_those_of_ordinary_accumulation() -> None:
 
 def test_scaled_accumulation() -> None:
     ours, theirs = world(), world()
-    s = torch.amp.GradScaler("cpu", init_scale=256.0)
-    a = steppe.WSAM(torch.optim.SGD(ours.parameters(), lr=0.1))
-    b = steppe.WSAM(torch.optim.SGD(theirs.parameters(), lr=0.1))
+    s = scaler(256.0)
+    a = steppe.WSAM(sgd(ours))
+    b = steppe.WSAM(sgd(theirs))
     a.step(chunks(ours.batch), scaler=s)
     s.update()
     b.step(chunks(theirs.batch))
@@ -234,7 +218,7 @@ def test_scaled_accumulation() -> None:
 
 def test_bad_lists() -> None:
     w, other = world(), world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     before = w.weights()
     with pytest.raises(ValueError, match="batches must hold at least one batch, got 0"):
         opt.step([])

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import BASES, Case, each_base, each_case, optimizer, same_bits, world
+from tests.cases import BASES, Case, each_base, each_case_and_base, optimizer, same_bits, sgd, world
 
 
-@each_base
-@each_case
+@each_case_and_base
 def test_backward_and_step_are_one_step(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     a, b = optimizer(case, ours, base), optimizer(case, theirs, base)
@@ -36,8 +35,8 @@ def test_backward_and_step_are_one_step(case: Case, base: str) -> None:
 
 def test_what_is_done_to_the_gradients_between_counts() -> None:
     w, other = world(), world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1)
-    steppe.SAM(torch.optim.SGD(other.parameters(), lr=0.1), rho=0.1).step(other.batch)  # leaves g_adv
+    opt = steppe.SAM(sgd(w), rho=0.1)
+    steppe.SAM(sgd(other), rho=0.1).step(other.batch)  # leaves g_adv
     g_adv = [p.grad for p in other.parameters()]
     before = w.weights()
     opt.backward(w.batch)
@@ -54,7 +53,7 @@ def test_memory_is_that_of_the_passes_and_not_of_clipped_gradients() -> None:
         sample=steppe.Friendly(0.5, 0.0), combine=steppe.Weighted(0.5)
     )  # remembers g, feeds g to the base
     w = world()
-    opt = steppe.SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), rule, 0.1)
+    opt = steppe.SharpnessAware(sgd(w), rule, 0.1)
     opt.backward(w.batch)
     g = [p.grad.clone() for p in w.parameters()]
     nn.utils.clip_grad_norm_(w.parameters(), 1e-6)
@@ -85,8 +84,8 @@ def test_a_step_without_finite_gradients_says_so_in_the_gradients_and_moves_noth
 
 def test_backward_again_starts_anew() -> None:
     ours, theirs = world(), world()
-    a = steppe.SAM(torch.optim.SGD(ours.parameters(), lr=0.1))
-    b = steppe.SAM(torch.optim.SGD(theirs.parameters(), lr=0.1))
+    a = steppe.SAM(sgd(ours))
+    b = steppe.SAM(sgd(theirs))
     first, second = ours.batches(2)
     a.backward(first)
     a.backward(second)
@@ -99,7 +98,7 @@ def test_backward_again_starts_anew() -> None:
 
 def test_an_error_in_the_passes_leaves_nothing_to_finish() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     before, calls = w.weights(), []
 
     def closure():
@@ -118,7 +117,7 @@ def test_an_error_in_the_passes_leaves_nothing_to_finish() -> None:
 
 def test_copies_have_nothing_to_finish() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     opt.backward(w.batch)
     _, other = copy.deepcopy((w, opt))
     with pytest.warns(UserWarning, match="not sharpness-aware"):
@@ -151,8 +150,8 @@ def test_gradients_dropped_between_are_a_step_of_nothing(name: str, base: str) -
 @pytest.mark.parametrize("to", ["wrapper", "base"])
 def test_a_group_added_between_waits_for_the_next_step(to: str) -> None:
     w, other = world(), world()
-    a = steppe.WSAM(torch.optim.SGD(w.parameters(), lr=0.1))
-    b = steppe.WSAM(torch.optim.SGD(other.parameters(), lr=0.1))
+    a = steppe.WSAM(sgd(w))
+    b = steppe.WSAM(sgd(other))
     late = nn.Parameter(torch.ones(2, dtype=torch.float64))
     a.backward(w.batch)
     (a if to == "wrapper" else a.base).add_param_group({"params": [late]})

@@ -2,27 +2,22 @@
 
 import json
 import math
-import mmap
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import cost_rule, floor, m_sam, memory, rates, record, rivals, step_cost, table
-from benchmarks.calls import Call, Calls
-from benchmarks.flops import flops
+from benchmarks import m_sam, memory, record, rivals, step_cost, table
 from benchmarks.models import CASES, classify, mlp
 from benchmarks.timing import Timer
 from benchmarks.vmap_sam import VmapSAM
 from torch import nn
 
 import steppe
-from steppe.factored import plan
+from tests.cases import sgd
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,7 +32,7 @@ def test_the_vmap_baseline_is_m_sam(name: str) -> None:
     after = []
     for way in ("vmap", "serial"):
         model, data = small(name)
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        base = sgd(model)
         if way == "vmap":
             VmapSAM(base, model, classify, m=2).step(data)
         else:
@@ -108,17 +103,6 @@ def test_step_cost_counts_the_methods_own_work(monkeypatch: pytest.MonkeyPatch) 
         assert {name for name, who in by if who == rivals.NAME} == set(rivals.RIVALS)
 
 
-@pytest.mark.parametrize("rows", [4, 64])
-def test_both_ways_of_the_cost_rule_do_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_rule, "TOTAL", 128)
-    torch.manual_seed(0)
-    both = cost_rule.ways(6, 9, rows, torch.device("cpu"))
-    torch.testing.assert_close(both["held"](), both["factored"]())
-    row = cost_rule.measure(6, 9, rows, torch.device("cpu"), rounds=1)
-    assert row["regret"] >= 0
-    assert row["chosen"] in both
-
-
 def test_peak_memory_counts_what_is_alive() -> None:
     kept: list[torch.Tensor] = []
 
@@ -130,109 +114,24 @@ def test_peak_memory_counts_what_is_alive() -> None:
     assert memory.peak(step, torch.device("cpu")) == 4 * (1000 + 2 * 500)
 
 
-def test_counted_work_of_grouped_convolutions() -> None:
-    def step(groups: int):
-        x = torch.randn(2, 8, 5, 5, requires_grad=True)
-        conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
-        return lambda: conv(x).sum().backward()
-
-    forward = 2 * 2 * 8 * 8 * 9 * 25  # 2 n C_out C_in kernel positions
-    assert flops(step(1)) == 3 * forward
-    assert flops(step(4)) == 3 * forward // 4
-
-
-def test_counted_work_of_attention() -> None:
-    n, heads, length, d = 2, 3, 16, 8
-    q, k, v = (torch.randn(n, heads, length, d, requires_grad=True) for _ in range(3))
-    fused = lambda: nn.functional.scaled_dot_product_attention(q, k, v)  # noqa: E731
-    forward = 2 * 2 * n * heads * length**2 * d  # the scores, and the values weighted by them
-    assert flops(lambda: (q @ k.mT).softmax(-1) @ v) == forward
-    assert flops(fused) == forward
-    assert flops(lambda: fused().sum().backward()) == forward + 5 * forward // 2  # the scores are computed again
-
-
-def calls_of(step: Callable[[], object]) -> list[Call]:
-    with Calls(CPU) as calls:
-        step()
-    return calls.made
-
-
-def test_bytes_that_calls_move() -> None:
-    a, b, row, few = torch.ones(8, 8), torch.ones(8, 8), torch.ones(8), [torch.ones(5), torch.ones(3)]
-    size = 4 * 64
-
-    def bytes_of(step: Callable[[], object]) -> list[int]:
-        return [call.bytes for call in calls_of(step)]
-
-    assert bytes_of(lambda: a + b) == [3 * size]
-    assert bytes_of(lambda: a.add_(b)) == [3 * size]
-    assert bytes_of(lambda: a.copy_(b)) == [2 * size]
-    assert bytes_of(lambda: a.zero_()) == [size]
-    assert bytes_of(lambda: torch.add(a, b, out=a)) == [3 * size]  # a is read as the first argument
-    assert bytes_of(lambda: a + row) == [2 * size + 4 * 8]
-    assert bytes_of(lambda: a + row.expand(8, 8)) == [0, 2 * size + 4 * 8]
-    assert bytes_of(lambda: (a.t(), a[0], a.view(64), torch.empty(9))) == [0] * 4
-    assert bytes_of(lambda: a.sum()) == [size + 4]
-    assert bytes_of(lambda: torch._foreach_mul_(few, 2.0)) == [2 * 4 * 8]
-    assert bytes_of(lambda: a @ b) == [3 * size]
-
-
-@pytest.mark.parametrize("name", ["cnn", "vit_small"])
-def test_calls_add_up_to_the_counted_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
-    step = m_sam.Bench.of(CASES[name], CPU, batch_size=4).step("parallel", 2)
-    step()  # the rehearsal
-    made = calls_of(step)
-    assert sum(call.flops for call in made) == flops(step) > 0
-    assert {call.kind for call in made} == {"matrix", "convolution", "other"}
-    assert not any(call.flops for call in made if not call.product)
-    assert all(call.seconds > 0 for call in made)
-
-
-def test_the_floor_of_a_call_is_the_slower_of_work_and_traffic() -> None:
-    attained = rates.Rates({"matrix": 100.0, "convolution": 200.0}, {10: 50.0, 1000: 5.0}, call=0.0, fault=0.0)
-    assert attained.floor(Call("matrix", 300, 10, ())) == 3
-    assert attained.floor(Call("convolution", 300, 10, ())) == 1.5
-    assert attained.floor(Call("matrix", 300, 100, ())) == 20  # beyond the first cache
-    assert attained.floor(Call("other", 0, 5000, ())) == 1000
-
-
-def test_where_the_time_goes_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
-    monkeypatch.setattr(rates, "COPIES", [2**16, 2**20])
-    monkeypatch.setattr(rates, "SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(rates, "CHANNELS", ((8, 8),))
-    args = floor.arguments(["--ms", "2", "3", "--rounds", "2", "--batch-size", "8"])
-    attained, rows = floor.measure("digits_mlp", args)
-    assert [(row["way"], row["m"]) for row in rows] == [
-        *(("sam", None), ("parallel", 2), ("parallel", 8), ("rw_exact", None))
-    ]
-    bench = m_sam.Bench.of(CASES["digits_mlp"], CPU, batch_size=8)
-    for row in rows:
-        step = bench.step(row["way"], row["m"])
-        step()
-        assert row["flops"] == flops(step)
-        keys = ("ms", *(f"{kind}_{of}" for kind in ("product", "other") for of in ("ms", "floor_ms", "bytes", "calls")))
-        assert all(math.isfinite(row[key]) and row[key] > 0 for key in keys)
-        assert sum(table.extra(row, rows[0])[:-1]) == pytest.approx(row["ms"] / rows[0]["ms"] - 1)
-    settings = {"rounds": 2, "rates": {"digits_mlp": attained.as_record()}}
-    record.write(tmp_path / "a.json", "floor", CPU, settings, rows)
-    assert "| digits_mlp | m-SAM, m = 2 |" in table.tables(tmp_path)
-
-
-def test_fresh_memory_faults_once_a_page() -> None:
-    before = rates.faults()
-    fresh = mmap.mmap(-1, 64 * mmap.PAGESIZE)
-    fresh.write(bytes(64 * mmap.PAGESIZE))
-    assert rates.faults() - before >= 64
-    assert rates.page_fault() >= 0
-
-
 def test_a_timer_warms_up_and_keeps_to_its_limit() -> None:
     calls: list[int] = []
     timer = Timer(lambda: calls.append(1), torch.device("cpu"))
     timer.prepare(rounds=5, limit=1e-9)
     assert (timer.rounds, len(calls)) == (1, 2)
+
+
+def test_the_page_says_in_short_what_the_record_holds() -> None:
+    rows = record.read(table.RECORDS / "m_sam_cpu.json")["rows"]
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    said = {
+        "parallel": "takes {} times SAM's step",
+        "rw_exact": "takes {} with exact",
+        "rw_difference": "{} with one finite",
+    }
+    for way, sentence in said.items():
+        ratios = [row["ratio"] for row in rows if row["way"] == way and row["ratio"]]
+        assert sentence.format(f"{min(ratios):.2f} to {max(ratios):.2f}") in text
 
 
 def test_the_tables_of_the_committed_records() -> None:
@@ -246,4 +145,4 @@ def test_the_tables_of_the_committed_records() -> None:
         data = record.read(path)
         for row in data["rows"]:
             named = row.get("model", row.get("shapes"))  # other records are cited where they belong
-            assert data["benchmark"] not in ("m_sam", "floor", "step_cost") or named in written
+            assert data["benchmark"] not in ("m_sam", "step_cost") or named in written

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import METHODS, World, each_method, optimizer, same_bits, world
+from tests.cases import METHODS, World, assert_close, each_method, optimizer, same_bits, sgd, world
 
 GRAPHS = {  # beside the one: of forwards without gradients, and of another number of examples
     "RWSAM": 1,
@@ -51,16 +51,15 @@ def test_one_graph_for_all_passes_and_steps(case) -> None:
         b.step(theirs)
         made.append(count.graphs)
     assert made == [1 + GRAPHS.get(case.name, 0)] * 4
-    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+    assert_close(ours, plain, atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.parametrize("how", ["micro-batches", "closure", "accumulated", "two calls", "frozen", "radius"])
 def test_one_graph_however_the_step_is_called(how: str) -> None:
     count = Counting()
     w = compiled(world(), count)
-    base, m = torch.optim.SGD(w.parameters(), lr=0.1), 5 if how == "micro-batches" else None
-    opt = steppe.WSAM(base, rho=0.1, m=m, model=w.model if how == "two calls" else None)
+    m = 5 if how == "micro-batches" else None
+    opt = steppe.WSAM(sgd(w), rho=0.1, m=m, model=w.model if how == "two calls" else None)
     for step, batch in enumerate(w.batches(4)):
         if how == "accumulated":
             opt.step([batch.subset(torch.arange(5)), batch.subset(torch.arange(5, 10))])
@@ -80,13 +79,12 @@ def test_one_graph_however_the_step_is_called(how: str) -> None:
 def test_the_default_compiler() -> None:
     ours, plain = world(torch.float32), world(torch.float32)
     w = compiled(ours, "inductor")
-    a = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1)
-    b = steppe.SAM(torch.optim.SGD(plain.parameters(), lr=0.1), rho=0.1)
+    a = steppe.SAM(sgd(w), rho=0.1)
+    b = steppe.SAM(sgd(plain), rho=0.1)
     for mine, theirs in zip(w.batches(3), plain.batches(3), strict=True):
         a.step(mine)
         b.step(theirs)
-    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert_close(ours, plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -134,7 +132,7 @@ def test_linear_layers_in_bfloat16_autocast_compile_once() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none").float()
 
-    opt = steppe.GSAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = steppe.GSAM(sgd(model))
     for _ in range(3):
         opt.step(steppe.Batch(model, loss, (w.x, w.y)))
     assert count.graphs == 1

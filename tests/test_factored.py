@@ -18,6 +18,7 @@ from steppe.factored.cost import HELD, TWO_PASSES
 from steppe.factored.engine import SharedPasses
 from steppe.factored.gradients import gradients
 from steppe.factored.parts import Parts
+from tests.cases import assert_close, flat, sgdm
 from tests.factored_models import EXAMPLES, Example, hold
 
 N = 12
@@ -33,12 +34,8 @@ def ends(example: Example, make, dtype=torch.float64, steps: int = 2, prepare=la
         opt = make(model, parallel)
         for k in range(steps):
             opt.step(example.batch(model, N, dtype, seed=k))
-        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), opt))
+        found.append((flat(model), opt))
     return found
-
-
-def sgd(model, **kw):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
 
 
 def assert_equal(found, tolerance: float, numbers=("loss", "loss_adv", "g_norm", "eps_norm")) -> None:
@@ -53,7 +50,7 @@ def assert_equal(found, tolerance: float, numbers=("loss", "loss_adv", "g_norm",
 @pytest.mark.parametrize("m", MS)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_equals_the_serial_loop(name: str, m: int) -> None:
-    make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
+    make = lambda model, parallel: steppe.SAM(sgdm(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
     assert_equal(ends(EXAMPLES[name], make, torch.float32, steps=1), 1e-5)
 
@@ -70,12 +67,12 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mlp", "vit", "gpt", "cnn"])
 def test_other_methods_equal_the_serial_loop(name: str, method: str, m: int) -> None:
-    assert_equal(ends(EXAMPLES[name], lambda model, p: METHODS[method](sgd(model), m, p)), 1e-10)
+    assert_equal(ends(EXAMPLES[name], lambda model, p: METHODS[method](sgdm(model), m, p)), 1e-10)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
-    plain = lambda model, p: steppe.SAM(sgd(model), 0.3, m=N if p else None, parallel=p)  # noqa: E731
+    plain = lambda model, p: steppe.SAM(sgdm(model), 0.3, m=N if p else None, parallel=p)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], plain), 1e-10)
 
 
@@ -84,7 +81,7 @@ def test_a_micro_batch_of_all_is_plain_sam(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, monkeypatch) -> None:
     hold(whole, monkeypatch)
-    make = lambda model, parallel: steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)  # noqa: E731
+    make = lambda model, parallel: steppe.SAM(sgdm(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
 
 
@@ -96,7 +93,7 @@ def test_the_cost_rule_prefers_factors_for_few_rows() -> None:
 
 def test_other_rules_run_one_after_the_other() -> None:
     for method in (steppe.GSAM, steppe.ASAM, steppe.FisherSAM, steppe.LookSAM, steppe.FSAM, steppe.VaSSO):
-        make = lambda model, p, method=method: method(sgd(model), 0.3, m=5, parallel=p)  # noqa: E731
+        make = lambda model, p, method=method: method(sgdm(model), 0.3, m=5, parallel=p)  # noqa: E731
         (ours, _), (theirs, _) = ends(EXAMPLES["mlp"], make)
         assert torch.equal(ours, theirs), method
 
@@ -141,7 +138,7 @@ def test_rw_sam_equals_exact_norms_by_hand(name: str, combine, m: int | None) ->
         whole = Rule(sample, combine=combine)
         return whole if m is None else Micro(m, whole)
 
-    make = lambda model, p: SharpnessAware(sgd(model), rule(p), 0.3, parallel=p)  # noqa: E731
+    make = lambda model, p: SharpnessAware(sgdm(model), rule(p), 0.3, parallel=p)  # noqa: E731
     (ours, _), (theirs, _) = ends(EXAMPLES[name], make)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
@@ -157,10 +154,10 @@ class ByHand:
 def test_without_factors_the_probe_answers() -> None:
     example = EXAMPLES["mlp"]
     model = example.model(torch.float64)
-    opt = steppe.RWSAM(sgd(model), 0.3, parallel=False)
+    opt = steppe.RWSAM(sgdm(model), 0.3, parallel=False)
     opt.step(example.batch(model, N, torch.float64))
     assert opt.telemetry.forwards == 3
-    opt = steppe.RWSAM(sgd(model), 0.3)
+    opt = steppe.RWSAM(sgdm(model), 0.3)
     opt.step(example.batch(model, N, torch.float64))
     assert opt.telemetry.forwards == 2
 
@@ -205,7 +202,7 @@ def test_telemetry_of_gradient_noise() -> None:
         model = example.model(torch.float64)
         batch = example.batch(model, N, torch.float64)
         rows = per_example_gradients(model, batch)
-        opt = method(sgd(model), 0.1, gradient_noise=True)
+        opt = method(sgdm(model), 0.1, gradient_noise=True)
         with pytest.raises(TypeError, match=r"steppe\.Batch"):
             opt.step(batch.__call__)
         opt.step(batch)
@@ -266,13 +263,13 @@ def test_multi_head_attention() -> None:
     with steppe.factored.tape.Look(plan.tracked, steppe.factored.operations.OPERATIONS):
         torch.testing.assert_close(batch.losses(), expected)
     for m in (1, 5):
-        assert_equal(ends(example, lambda model, p, m=m: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)), 1e-10)
+        assert_equal(ends(example, lambda model, p, m=m: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)), 1e-10)
 
 
 def test_channels_last() -> None:
     prepare = lambda model: model.to(memory_format=torch.channels_last)  # noqa: E731
     for m in (1, 5):
-        make = lambda model, p, m=m: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+        make = lambda model, p, m=m: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
         assert_equal(ends(EXAMPLES["resnet"], make, prepare=prepare), 1e-10)
 
 
@@ -289,10 +286,10 @@ def test_autocast_bf16(name: str) -> None:
     updates = []
     for parallel in (True, False):
         model = example.model(torch.float32)
-        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        before = flat(model)
         opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=4, parallel=parallel)
         opt.step(steppe.Batch(model, half, example.batch(model, N, torch.float32).data))
-        updates.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+        updates.append(flat(model) - before)
     assert torch.cosine_similarity(*updates, dim=0) > 0.99
 
 
@@ -330,16 +327,16 @@ class Checkpointed(nn.Module):
         return self.b(checkpoint(lambda t: torch.tanh(self.a(t)), x, use_reentrant=self.reentrant))
 
 
-flat = lambda n: (torch.randn(n, 5), torch.randint(3, (n,)))  # noqa: E731
+vectors = lambda n: (torch.randn(n, 5), torch.randint(3, (n,)))  # noqa: E731
 
 
 @pytest.mark.parametrize(
     ("model", "why"), [(Mixed, "examples influence one another"), (Own, r"slope is used by prelu")]
 )
 def test_what_does_not_factor_runs_serially_and_says_why(model, why: str, caplog) -> None:
-    example = Example(model, flat)
+    example = Example(model, vectors)
     with caplog.at_level(logging.INFO, "steppe"):
-        make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
+        make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
         (ours, _), (theirs, _) = ends(example, make, steps=3)
     assert torch.equal(ours, theirs)
     assert len(caplog.records) == 1  # one line, once a model
@@ -350,7 +347,7 @@ def test_what_does_not_factor_runs_serially_and_says_why(model, why: str, caplog
         trained = example.model(torch.float64)
         before = [p.detach().clone() for p in trained.parameters()]
         with pytest.raises(ValueError, match=why):
-            steppe.SAM(sgd(trained), 0.3, m=5, parallel=True).step(example.batch(trained, N, torch.float64))
+            steppe.SAM(sgdm(trained), 0.3, m=5, parallel=True).step(example.batch(trained, N, torch.float64))
         assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
 
 
@@ -366,14 +363,14 @@ def test_registered_modules_factor() -> None:
         def forward(self, x):
             return self.b(self.slope(self.slope(self.a(x)) + 0.1))
 
-    example = Example(Registered, flat)
+    example = Example(Registered, vectors)
     model = example.model(torch.float64)
     with pytest.raises(ValueError, match=r"slope\.weight is used by prelu"):
-        steppe.SAM(sgd(model), m=5, parallel=True).step(example.batch(model, N, torch.float64))
+        steppe.SAM(sgdm(model), m=5, parallel=True).step(example.batch(model, N, torch.float64))
     register_factored(Slope)
     for m in (1, 5, N):
         for method in (steppe.SAM, steppe.WSAM, steppe.RWSAM):
-            make = lambda model, p, m=m, method=method: method(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+            make = lambda model, p, m=m, method=method: method(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
             (ours, _), (theirs, _) = ends(example, make)
             if method is not steppe.RWSAM:
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
@@ -396,7 +393,7 @@ def test_plain_sam_takes_the_cheaper_way() -> None:
                 stayed.append(torch.equal(module.weight, home))
 
         model[0].register_forward_hook(hook)
-        return steppe.SAM(sgd(model), 0.3, parallel="auto" if parallel else False)
+        return steppe.SAM(sgdm(model), 0.3, parallel="auto" if parallel else False)
 
     assert_equal(ends(wide, make, steps=1), 1e-10)
     *_rehearsal, look, see, clean, perturbed = stayed
@@ -405,7 +402,7 @@ def test_plain_sam_takes_the_cheaper_way() -> None:
     assert clean
     assert not perturbed
     model = wide.model(torch.float64)
-    opt, batch = steppe.SAM(sgd(model), 0.3), wide.batch(model, N, torch.float64)
+    opt, batch = steppe.SAM(sgdm(model), 0.3), wide.batch(model, N, torch.float64)
     for _ in range(3):
         opt.step(batch)
     (entry,) = plans._entries[model].values()
@@ -414,7 +411,7 @@ def test_plain_sam_takes_the_cheaper_way() -> None:
     model = square.model(torch.float64)
     seen = []
     model[0].register_forward_hook(lambda m, *_: seen.append(m.weight.detach().clone()))
-    steppe.SAM(sgd(model), 0.3).step(square.batch(model, N, torch.float64))
+    steppe.SAM(sgdm(model), 0.3).step(square.batch(model, N, torch.float64))
     assert not torch.equal(seen[0], seen[-1])  # here it is not the cheaper one
 
 
@@ -425,7 +422,7 @@ def test_compiled_models_run_serially(wrap, caplog) -> None:
     wrapped = wrap(model)
     batch = example.batch(model, N, torch.float64)
     with caplog.at_level(logging.INFO, "steppe"):
-        steppe.SAM(sgd(model), 0.3, m=5).step(steppe.Batch(wrapped, batch.loss, batch.data))
+        steppe.SAM(sgdm(model), 0.3, m=5).step(steppe.Batch(wrapped, batch.loss, batch.data))
     assert "compiled" in caplog.text
 
 
@@ -436,7 +433,7 @@ def _InPlaceCompiled(model):
 
 def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     """Then a part's gradient is the sum over its rows of the whole batch's backward."""
-    example = Example(Mixed, flat)
+    example = Example(Mixed, vectors)
     model = example.model(torch.float64)
     batch = example.batch(model, N, torch.float64)
     inputs = list(model.parameters())
@@ -453,15 +450,15 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
         sum(c.sum(0) for c in matrices[i].chunks) if i in matrices else small[i].sum(0) for i in range(len(inputs))
     ]
     torch.testing.assert_close(torch.cat([t.flatten() for t in total]), g, rtol=1e-9, atol=1e-12)
-    opt = steppe.SAM(sgd(twin), 0.3, m=5, parallel=True)
+    opt = steppe.SAM(sgdm(twin), 0.3, m=5, parallel=True)
     opt.step(steppe.Batch(twin, batch.loss, batch.data))
     assert twin.net[1].num_batches_tracked == 1 + int(model.net[1].num_batches_tracked) - 2 + 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_models_equal_the_serial_loop(reentrant: bool) -> None:
-    example = Example(lambda: Checkpointed(reentrant), flat)
-    make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
+    example = Example(lambda: Checkpointed(reentrant), vectors)
+    make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
     (ours, _), (theirs, _) = ends(example, make)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
@@ -475,7 +472,7 @@ def test_a_model_that_changes_its_mind_falls_back() -> None:
         def forward(self, x):
             return self.a(x) + (self.b(x) if self.use_b else 0)
 
-    example = Example(Fickle, flat)
+    example = Example(Fickle, vectors)
     found = []
     for parallel in ("auto", False):
         model = example.model(torch.float64)
@@ -483,7 +480,7 @@ def test_a_model_that_changes_its_mind_falls_back() -> None:
         for k in range(4):
             model.use_b = k >= 2
             opt.step(example.batch(model, N, torch.float64, seed=k))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
@@ -491,7 +488,7 @@ def test_an_error_of_the_model_is_the_users_to_see() -> None:
     model = nn.Linear(5, 3)
     batch = steppe.Batch(model, lambda m, d: m(d).square().sum(1) / 0 * missing, torch.randn(N, 5))  # noqa: F821
     with pytest.raises(NameError, match="missing"):
-        steppe.SAM(sgd(model), m=4).step(batch)
+        steppe.SAM(sgdm(model), m=4).step(batch)
 
 
 def test_new_shapes_are_rehearsed_and_modes_kept_apart() -> None:
@@ -499,11 +496,10 @@ def test_new_shapes_are_rehearsed_and_modes_kept_apart() -> None:
     model = example.model(torch.float64)
     twin = copy.deepcopy(model)
     for m, parallel in ((model, True), (twin, False)):
-        opt = steppe.SAM(sgd(m), 0.3, m=4, parallel=parallel)
+        opt = steppe.SAM(sgdm(m), 0.3, m=4, parallel=parallel)
         for n in (12, 7, 3, 12):
             opt.step(example.batch(m, n, torch.float64, seed=n))
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+    assert_close(model, twin, atol=1e-10)
 
 
 def test_geometry_pieces_agree_with_their_radial_form() -> None:
@@ -543,8 +539,8 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("how", ["input batch norm", "standardised input", "mixup", "detached mean", "zero head"])
 def test_hidden_mixing_is_found(how: str) -> None:
-    make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=4, parallel="auto" if p else False)  # noqa: E731
-    (ours, _), (theirs, _) = ends(Example(lambda: Normed(how), flat), make, steps=3)
+    make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=4, parallel="auto" if p else False)  # noqa: E731
+    (ours, _), (theirs, _) = ends(Example(lambda: Normed(how), vectors), make, steps=3)
     assert torch.equal(ours, theirs)
 
 
@@ -561,10 +557,10 @@ def test_losses_that_look_at_the_batch_are_found(how: str) -> None:
     found = []
     for parallel in ("auto", False):
         model = EXAMPLES["mlp"].model(torch.float64)
-        opt = steppe.SAM(sgd(model), 0.3, m=4, parallel=parallel)
+        opt = steppe.SAM(sgdm(model), 0.3, m=4, parallel=parallel)
         for k in range(3):
             opt.step(steppe.Batch(model, loss, EXAMPLES["mlp"].batch(model, N, torch.float64, seed=k).data))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     assert torch.equal(*found)
 
 
@@ -582,7 +578,7 @@ def test_zero_initialised_heads_and_positions_that_divide() -> None:
 
     example = Example(Positions, lambda n: (torch.randint(7, (n, N)), torch.randint(7, (n, N))))
     for m in (1, 5):
-        make = lambda model, p, m=m: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+        make = lambda model, p, m=m: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
         assert_equal(ends(example, make, steps=3), 1e-9)
 
 
@@ -623,14 +619,14 @@ def test_new_branches_hooks_and_packed_rows_fall_back() -> None:
 
     found = []
     for parallel in ("auto", False):
-        model = Example(Late, flat).model(torch.float64)
-        opt = steppe.SAM(sgd(model), 0.3, m=4, parallel=parallel)
+        model = Example(Late, vectors).model(torch.float64)
+        opt = steppe.SAM(sgdm(model), 0.3, m=4, parallel=parallel)
         for k in range(6):
             model.step = k
             if k == 4:
                 model.a.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
-            opt.step(Example(Late, flat).batch(model, N, torch.float64, seed=k))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            opt.step(Example(Late, vectors).batch(model, N, torch.float64, seed=k))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
@@ -643,16 +639,16 @@ def test_a_refused_model_draws_the_same_numbers() -> None:
         def forward(self, x):
             return self.b(F.prelu(F.dropout(self.a(x)), self.slope))
 
-    make = lambda m, p: steppe.SAM(sgd(m), 0.3, m=4, parallel="auto" if p else False)  # noqa: E731
-    (ours, _), (theirs, _) = ends(Example(Dropped, flat), make, steps=3)
+    make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=4, parallel="auto" if p else False)  # noqa: E731
+    (ours, _), (theirs, _) = ends(Example(Dropped, vectors), make, steps=3)
     assert torch.equal(ours, theirs)
 
 
 def test_dropout_does_not_keep_a_model_from_factoring() -> None:
     net = lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))  # noqa: E731
-    model = Example(net, flat).model(torch.float64)
-    opt = steppe.SAM(sgd(model), 0.3, m=4, parallel=True)
-    opt.step(Example(net, flat).batch(model, N, torch.float64))
+    model = Example(net, vectors).model(torch.float64)
+    opt = steppe.SAM(sgdm(model), 0.3, m=4, parallel=True)
+    opt.step(Example(net, vectors).batch(model, N, torch.float64))
     assert opt.telemetry.eps_norm == pytest.approx(0.3)
 
 
@@ -660,7 +656,7 @@ def test_a_batch_that_is_not_finite_gives_no_verdict() -> None:
     model = EXAMPLES["mlp"].model(torch.float64)
     batch = EXAMPLES["mlp"].batch(model, N, torch.float64)
     bad = steppe.Batch(model, batch.loss, (batch.data[0] * torch.inf, batch.data[1]))
-    opt = steppe.SAM(sgd(model), 0.3, m=4)
+    opt = steppe.SAM(sgdm(model), 0.3, m=4)
     with pytest.warns(UserWarning, match="not finite"):
         opt.step(bad)
     opt.step(batch)
@@ -669,9 +665,9 @@ def test_a_batch_that_is_not_finite_gives_no_verdict() -> None:
 
 
 def test_gradient_statistics_refuse_mixed_examples() -> None:
-    model = Example(Mixed, flat).model(torch.float64)
+    model = Example(Mixed, vectors).model(torch.float64)
     with pytest.raises(ValueError, match="batch normalisation"):
-        gradient_statistics(Example(Mixed, flat).batch(model, N, torch.float64))
+        gradient_statistics(Example(Mixed, vectors).batch(model, N, torch.float64))
 
     def contrast(model, data):
         z = model(data[0])

@@ -10,35 +10,28 @@ from torch import nn
 import steppe
 from steppe.factored.engine import SharedPasses
 from steppe.factored.plan import TRIES
-from tests.cases import same_bits
+from tests.cases import flat, same_bits, sgdm
 from tests.factored_models import EXAMPLES, Example
-from tests.test_factored import N, sgd
+from tests.models import Faulty
+from tests.test_factored import N
 
 
-class Fails(nn.Module):
-    """Raises at chosen calls, or wherever a forward sees the whole batch at chosen steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
-        self.calls, self.at, self.large = 0, (), False
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x):
-        self.calls += 1
-        self.seen += len(x)
-        if self.calls in self.at or (self.large and len(x) == N):
-            raise torch.OutOfMemoryError(f"tried to allocate {1000 + self.calls} bytes")
-        return self.net(x)
+def out_of_memory() -> Faulty:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
+    return Faulty(net, how=lambda calls: torch.OutOfMemoryError(f"tried to allocate {1000 + calls} bytes"))
 
 
-example = Example(Fails, lambda n: (torch.randn(n, 5), torch.randint(3, (n,))))
+def whole_batch(x: torch.Tensor, calls: int) -> bool:
+    return len(x) == N
+
+
+example = Example(out_of_memory, EXAMPLES["mlp"].data)
 
 
 def warm(make, steps: int = 3):
     """A model past its first rehearsals, its optimizer, and the batches of the next steps."""
     model = example.model(torch.float64)
-    opt = make(sgd(model))
+    opt = make(sgdm(model))
     for k in range(steps):
         opt.step(example.batch(model, N, torch.float64, seed=k))
     assert opt.telemetry.forwards == 2
@@ -61,7 +54,7 @@ def steps_in_shared_passes(model, opt, batch) -> bool:
 def test_one_step_without_memory_is_serial_and_the_next_is_not(at: int, caplog) -> None:
     model, opt, batches = warm(lambda base: steppe.SAM(base, 0.3, m=5))
     twin, serial = serial_twin(model, opt)
-    model.at = (model.calls + at,)
+    model.fail_at = (model.calls + at,)
     for k in range(3):
         torch.manual_seed(k)
         with caplog.at_level(logging.INFO, "steppe"):
@@ -70,7 +63,7 @@ def test_one_step_without_memory_is_serial_and_the_next_is_not(at: int, caplog) 
             torch.manual_seed(k)
             serial.step(steppe.Batch(twin, batches[k].loss, batches[k].data))
             assert same_bits(list(model.parameters()), list(twin.parameters()))
-            model.at = ()
+            model.fail_at = ()
     assert opt.telemetry.forwards == 2
     assert steps_in_shared_passes(model, opt, batches[3])
     assert len(caplog.records) == 1
@@ -79,16 +72,16 @@ def test_one_step_without_memory_is_serial_and_the_next_is_not(at: int, caplog) 
 
 def test_steps_in_a_row_without_memory_are_for_good(caplog) -> None:
     model, opt, batches = warm(lambda base: steppe.SAM(base, 0.3, m=5))
-    model.large = True
+    model.fail_at = whole_batch
     with caplog.at_level(logging.INFO, "steppe"):
         for k in range(TRIES - 1):
             opt.step(batches[k])
-        model.large = False
+        model.fail_at = ()
         assert steps_in_shared_passes(model, opt, batches[2])  # which starts the count anew
-        model.large = True
+        model.fail_at = whole_batch
         for k in range(TRIES):
             opt.step(batches[k])
-        model.large = False
+        model.fail_at = ()
         calls = model.calls
         opt.step(batches[0])
         assert model.calls == calls + 2 * 3  # parts of 5, 5 and 2
@@ -111,11 +104,11 @@ def test_bad_data_says_nothing_of_the_model() -> None:
 
 def test_a_rehearsal_that_raises_is_tried_again() -> None:
     model = example.model(torch.float64)
-    opt = steppe.SAM(sgd(model), 0.3, m=5)
+    opt = steppe.SAM(sgdm(model), 0.3, m=5)
     batch = example.batch(model, N, torch.float64)
-    model.large = True
+    model.fail_at = whole_batch
     opt.step(batch)
-    model.large = False
+    model.fail_at = ()
     opt.step(batch)
     assert SharedPasses(True).entry(opt._stepper.oracle(batch), batch).plan.reason == ""
     assert steps_in_shared_passes(model, opt, batch)
@@ -123,10 +116,10 @@ def test_a_rehearsal_that_raises_is_tried_again() -> None:
 
 def test_parallel_true_gives_the_error_itself() -> None:
     model, opt, batches = warm(lambda base: steppe.SAM(base, 0.3, m=5, parallel=True))
-    model.large = True
+    model.fail_at = whole_batch
     with pytest.raises(torch.OutOfMemoryError):
         opt.step(batches[0])
-    model.large = False
+    model.fail_at = ()
     assert steps_in_shared_passes(model, opt, batches[0])
 
 
@@ -154,7 +147,7 @@ def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
         return batch.split(4)
 
     model = example.model(torch.float64)
-    opt = steppe.RWSAM(sgd(model), 0.3)
+    opt = steppe.RWSAM(sgdm(model), 0.3)
     for k in range(4):  # past the rehearsal at the eleventh use
         opt.step(parts(example.batch(model, N, torch.float64, seed=k)))
     assert opt.telemetry.forwards == pytest.approx(3)
@@ -162,12 +155,12 @@ def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
     batch = example.batch(model, N, torch.float64, seed=9)
     ends = []
     for net, optimizer in ((model, opt), (twin, serial)):
-        net.at = (net.calls + at,) if net is model else ()
+        net.fail_at = (net.calls + at,) if net is model else ()
         torch.manual_seed(3)
         optimizer.step(parts(steppe.Batch(net, batch.loss, batch.data)))
         ends.append([*net.state_dict().values(), torch.get_rng_state().long()])
     assert same_bits(*ends)
-    model.at, calls = (), model.calls
+    model.fail_at, calls = (), model.calls
     opt.step(parts(batch))
     assert model.calls == calls + 9  # norms, the weighted gradient, and the one at w + eps
 
@@ -178,7 +171,7 @@ def test_accumulated_norms_without_memory_leave_no_trace(at: int) -> None:
 def test_switches_after_the_rehearsal_are_noticed() -> None:
     """Every one of them is another entry, or serial: never the plan of what the model was before."""
     model = EXAMPLES["mlp"].model(torch.float64)
-    opt = steppe.SAM(sgd(model), 0.3, m=5)
+    opt = steppe.SAM(sgdm(model), 0.3, m=5)
     batch = EXAMPLES["mlp"].batch(model, N, torch.float64)
 
     def entry():
@@ -213,10 +206,10 @@ def test_a_backward_hook_of_a_module_added_later_sees_micro_batches() -> None:
     found = []
     for parallel in ("auto", False):
         model = EXAMPLES["mlp"].model(torch.float64)
-        opt = steppe.SAM(sgd(model), 0.3, m=4, parallel=parallel)
+        opt = steppe.SAM(sgdm(model), 0.3, m=4, parallel=parallel)
         for k in range(4):
             if k == 2:
                 model[3].register_full_backward_hook(lambda m, gi, go: (gi[0] / (1e-3 + gi[0].norm()),))
             opt.step(EXAMPLES["mlp"].batch(model, N, torch.float64, seed=k))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)

@@ -15,8 +15,9 @@ from steppe.factored.held import Held, Pool
 from steppe.factored.lookups import Coalesced, Lookup
 from steppe.factored.parts import Parts
 from steppe.factored.terms import Dense, Factored, Product, squared_norms
+from tests.cases import sgd, sgdm
 from tests.factored_models import EXAMPLES, Example, hold, loss
-from tests.test_factored import N, assert_equal, ends, sgd
+from tests.test_factored import N, assert_equal, ends
 
 HEIGHT, WIDTH, Q = 7, 3, 4
 
@@ -73,9 +74,9 @@ TEXT = Example(Text, lambda n: (torch.randint(11, (n, 6)), torch.randint(11, (n,
 
 @pytest.mark.parametrize("m", [1, 5, 6, 12])
 def test_tables_that_are_only_looked_up(m: int) -> None:
-    make = lambda model, p: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    make = lambda model, p: steppe.WSAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(TEXT, make), 1e-10)
-    exact = lambda model, p: steppe.RWSAM(sgd(model), 0.3, parallel=p)  # noqa: E731
+    exact = lambda model, p: steppe.RWSAM(sgdm(model), 0.3, parallel=p)  # noqa: E731
     model = TEXT.model(torch.float64)
     opt = exact(model, True)
     opt.step(TEXT.batch(model, N, torch.float64))
@@ -88,7 +89,7 @@ def test_tables_that_are_only_looked_up(m: int) -> None:
 def test_blocks_of_any_size_are_exact(name: str, m: int, cache: int, monkeypatch) -> None:
     monkeypatch.setattr(held, "CACHE", cache)
     hold(True, monkeypatch)
-    make = lambda model, p: steppe.SAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    make = lambda model, p: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
 
 
@@ -103,7 +104,7 @@ def test_biases_with_a_radius_of_their_own(radius: float, whole: bool, monkeypat
             {"params": [p for p in model.parameters() if p.dim() > 1]},
             {"params": [p for p in model.parameters() if p.dim() == 1], "rho": radius},
         ]
-        return steppe.SAM(torch.optim.SGD(groups, lr=0.1), 0.3, m=5, parallel=parallel)
+        return steppe.SAM(sgd(groups), 0.3, m=5, parallel=parallel)
 
     for name in ("mlp", "cnn", "vit"):  # g_norm is that of the perturbed parameters here
         assert_equal(ends(EXAMPLES[name], make), 1e-10, ("loss", "loss_adv", "eps_norm"))
@@ -120,7 +121,7 @@ def test_a_bias_that_two_layers_share() -> None:
             return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
     example = Example(Shared, EXAMPLES["mlp"].data)
-    assert_equal(ends(example, lambda model, p: steppe.SAM(sgd(model), 0.3, m=5, parallel=p)), 1e-10)
+    assert_equal(ends(example, lambda model, p: steppe.SAM(sgdm(model), 0.3, m=5, parallel=p)), 1e-10)
 
 
 def test_a_bias_is_a_column_of_ones() -> None:
@@ -164,7 +165,7 @@ def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
     monkeypatch.setattr(Cost, "whole", lambda *_: True)
     example = EXAMPLES["gpt"]
     model = example.model(torch.float32)
-    opt = steppe.SAM(sgd(model), 0.3, m=5, parallel=True)
+    opt = steppe.SAM(sgdm(model), 0.3, m=5, parallel=True)
     parameters = list(model.parameters())
 
     def free() -> int:
@@ -194,7 +195,7 @@ def test_two_parts_run_one_after_the_other_on_a_cpu(m: int, parallel: bool | str
     """Unless plain SAM gains by shared passes, which a convolutional net does not."""
     example = EXAMPLES["resnet"]
     model = example.model(torch.float32)
-    opt = steppe.SAM(sgd(model), 0.3, m=m, parallel=parallel)
+    opt = steppe.SAM(sgdm(model), 0.3, m=m, parallel=parallel)
     opt.step(example.batch(model, N, torch.float32))
     opt.step(example.batch(model, N, torch.float32))  # what is rehearsed is rehearsed
     sizes: list[int] = []

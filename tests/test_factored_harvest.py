@@ -17,8 +17,9 @@ from steppe.factored.parts import Parts
 from steppe.factored.patches import from_patches, patches
 from steppe.factored.spec import Spec
 from steppe.factored.terms import Dense, Factored
+from tests.cases import sgdm
 from tests.factored_models import EXAMPLES, Example, hold
-from tests.test_factored import N, assert_equal, ends, sgd
+from tests.test_factored import N, assert_equal, ends
 
 SPECS = {
     "1-d": Spec((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
@@ -72,7 +73,7 @@ PYRAMID = Example(Pyramid, lambda n: (torch.randn(n, 2, 8, 8), torch.randint(3, 
 
 @pytest.mark.parametrize("m", [1, 5])
 def test_uses_of_a_kernel_are_held_together(m: int) -> None:
-    make = lambda model, p: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+    make = lambda model, p: steppe.WSAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(PYRAMID, make), 1e-10)
 
 
@@ -101,7 +102,7 @@ def test_what_a_layer_returns_may_be_changed_in_place(dims: int, whole: bool | N
     hold(whole, monkeypatch)
     example = Example(lambda: InPlace(dims), lambda n: (torch.randint(9, (n, 4)), torch.randint(3, (n,))))
     for m in (1, 5):
-        make = lambda model, p, m=m: steppe.WSAM(sgd(model), 0.3, m=m, parallel=p)  # noqa: E731
+        make = lambda model, p, m=m: steppe.WSAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
         assert_equal(ends(example, make), 1e-10)
 
 
@@ -118,7 +119,7 @@ def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> No
 
     example = EXAMPLES["mlp"]
     model = example.model(torch.float32)
-    opt = steppe.SAM(sgd(model), 0.1, m=3)
+    opt = steppe.SAM(sgdm(model), 0.1, m=3)
     opt.step(example.batch(model, N, torch.float32))
     opt.step(example.batch(model, N, torch.float32))  # rehearsed again
     monkeypatch.setattr(engine, "Harvest", Poor)
@@ -157,7 +158,7 @@ def test_a_step_leaves_no_garbage(name: str) -> None:
     example = EXAMPLES[name]
     model = example.model(torch.float32)
     for make in (lambda b: steppe.SAM(b, 0.1, m=5, parallel=True), lambda b: steppe.RWSAM(b, 0.1, parallel=True)):
-        opt = make(sgd(model))
+        opt = make(sgdm(model))
         batches = [example.batch(model, N, torch.float32, seed=k) for k in range(4)]
         for batch in batches[:3]:  # the second is rehearsed anew
             opt.step(batch)
@@ -191,7 +192,7 @@ def test_what_was_recorded_is_let_go_of_as_backward_goes(method: str, whole: boo
     monkeypatch.setattr(engine, "Harvest", Watched)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 3))
     options = {"m": 3} if method == "SAM" else {}
-    opt = getattr(steppe, method)(sgd(model), 0.1, parallel=True, **options)
+    opt = getattr(steppe, method)(sgdm(model), 0.1, parallel=True, **options)
     opt.step(
         steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), torch.randn(N, 6), torch.randint(3, (N,)))
     )

@@ -4,36 +4,26 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import steppe
 from steppe.factored.engine import SharedPasses
-from tests.cases import CASES, METHODS, mlp, optimizer, same_bits, world
-from tests.test_common import assert_equal_states
-
-
-class Spoiled(nn.Module):
-    """Its output is spoiled at chosen forwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.spoil_at, self.value = mlp(), 0, (), torch.nan
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (self.value if self.calls in self.spoil_at else 1.0)
+from tests.cases import CASES, METHODS, assert_equal_states, optimizer, same_bits, sgd, world
+from tests.models import Faulty
 
 
 def oracle_of(opt, batch):
     return opt._stepper.oracle(batch)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("case", "value"),
+    [(case, torch.nan) for case in CASES] + [(case, torch.inf) for case in METHODS],
+    ids=lambda v: getattr(v, "name", v),
+)
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
-    w = world(torch.float32, Spoiled)
+    w = world(torch.float32, Faulty)
     opt = optimizer(case, w, "adam")
     opt._stepper.parallel = opt._stepper.parallel is True
     for batch in w.batches(2):
@@ -47,12 +37,12 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
     before, state = w.weights(), copy.deepcopy(opt.state_dict())
     skipped = 0
     for spoil_at in range(1, forwards + 1):
-        w.model.calls, w.model.spoil_at, w.model.value = 0, (spoil_at,), value
+        w.model.calls, w.model.fail_at, w.model.how = 0, (spoil_at,), value
         trial = copy.deepcopy((w, opt))
         if trial[1]._stepper.parallel:  # rehearse, and come back
-            trial[0].model.spoil_at = ()
+            trial[0].model.fail_at = ()
             SharedPasses().entry(oracle_of(trial[1], trial[0].batch), trial[0].batch)
-            trial[0].model.calls, trial[0].model.spoil_at = 0, (spoil_at,)
+            trial[0].model.calls, trial[0].model.fail_at = 0, (spoil_at,)
         trial[1].step(trial[0].batch)
         if trial[1].telemetry.was_skipped:
             skipped += 1
@@ -61,7 +51,7 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
             assert all(p.grad is None for p in trial[0].parameters())
             assert trial[1].telemetry.skipped == 1
         assert all(p.isfinite().all() for p in trial[0].parameters())
-        trial[0].model.spoil_at = ()
+        trial[0].model.fail_at = ()
         trial[1].step(trial[0].batch)
         assert not trial[1].telemetry.was_skipped
     extra_forwards = case.selects and forwards > 2  # a spoiled probe of ESAM only spoils its choice
@@ -72,7 +62,7 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
 def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), m=4, parallel=False)
+    opt = steppe.SAM(sgd(w), m=4, parallel=False)
     before = w.weights()
     opt.step(w.batch)
     assert opt.telemetry.was_skipped
@@ -82,7 +72,7 @@ def test_one_bad_example_of_a_micro_batch_skips_the_step() -> None:
 def test_skipping_warns_once() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     with pytest.warns(UserWarning, match="not finite"):
         opt.step(w.batch)
     opt.step(w.batch)
@@ -94,7 +84,7 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
     w, away = world(torch.float32), []
     w.model.register_forward_pre_hook(lambda m, _: away.append(all(p.isfinite().all() for p in m.parameters())))
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     with pytest.warns(UserWarning, match="not finite"):
         opt.step(w.batch)
     assert away == [True]
@@ -108,7 +98,7 @@ def test_no_pass_is_taken_at_weights_that_are_not_finite() -> None:
 def test_without_the_check_nothing_is_skipped() -> None:
     w = world(torch.float32)
     w.x[7] = torch.inf
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), check_finite=False)
+    opt = steppe.SAM(sgd(w), check_finite=False)
     opt.step(w.batch)
     assert opt.telemetry.skipped == 0
     assert not all(p.isfinite().all() for p in w.parameters())
@@ -135,7 +125,7 @@ def test_telemetry(case) -> None:
 
 def test_the_cosine_is_kept_when_asked_for() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.3, cosine=True)
+    opt = steppe.SAM(sgd(w), 0.3, cosine=True)
     w.batch()
     g = torch.cat([p.grad.reshape(-1) for p in w.parameters()])
     opt.step(w.batch)

@@ -8,24 +8,23 @@ import torch
 import steppe
 from steppe import Adaptive, Everything, FiniteDifference, Oracle, Reweighted, Rule, SharpnessAware
 from steppe.engine.parameters import Parameters, Radii
+from tests.cases import sgd, sgdm
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
-SGD = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
-SGDM = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)  # noqa: E731
 ADAM = lambda p: torch.optim.Adam(p, lr=0.1)  # noqa: E731
 
 TABLE = {
-    "SAM": (SGD, lambda b: steppe.SAM(b, 0.5), [(0.61, 0.44), (0.3188863934, 0.1253625154), (0.0903653221, -0.0176337049)]),
-    "WSAM 1/2, SGD": (SGD, lambda b: steppe.WSAM(b, 0.5, 0.5), [(0.61, 0.44), (0.3188863934, 0.1253625154), (0.0903653221, -0.0176337049)]),
-    "SAM, SGDM": (SGDM, lambda b: steppe.SAM(b, 0.5), [(0.61, 0.44), (-0.0321136066, -0.3786374846), (-0.5908594864, -0.7643596288)]),
-    "coupled 1/2, SGDM": (SGDM, lambda b: steppe.CoupledWSAM(b, 0.5, 0.5), [(0.61, 0.44), (-0.0321136066, -0.3786374846), (-0.5908594864, -0.7643596288)]),
-    "decoupled 1/2, SGDM": (SGDM, lambda b: steppe.WSAM(b, 0.5, 0.5), [(0.61, 0.44), (0.0488863934, -0.2346374846), (-0.396637714, -0.4255804293)]),
+    "SAM": (sgd, lambda b: steppe.SAM(b, 0.5), [(0.61, 0.44), (0.3188863934, 0.1253625154), (0.0903653221, -0.0176337049)]),
+    "WSAM 1/2, SGD": (sgd, lambda b: steppe.WSAM(b, 0.5, 0.5), [(0.61, 0.44), (0.3188863934, 0.1253625154), (0.0903653221, -0.0176337049)]),
+    "SAM, SGDM": (sgdm, lambda b: steppe.SAM(b, 0.5), [(0.61, 0.44), (-0.0321136066, -0.3786374846), (-0.5908594864, -0.7643596288)]),
+    "coupled 1/2, SGDM": (sgdm, lambda b: steppe.CoupledWSAM(b, 0.5, 0.5), [(0.61, 0.44), (-0.0321136066, -0.3786374846), (-0.5908594864, -0.7643596288)]),
+    "decoupled 1/2, SGDM": (sgdm, lambda b: steppe.WSAM(b, 0.5, 0.5), [(0.61, 0.44), (0.0488863934, -0.2346374846), (-0.396637714, -0.4255804293)]),
     "SAM, Adam": (ADAM, lambda b: steppe.SAM(b, 0.5), [(0.9000000003, 0.9000000002), (0.8002882707, 0.8002614698), (0.7010947481, 0.7009900487)]),
     "coupled 1/2, Adam": (ADAM, lambda b: steppe.CoupledWSAM(b, 0.5, 0.5), [(0.9000000003, 0.9000000002), (0.8002882707, 0.8002614698), (0.7010947481, 0.7009900487)]),
-    "GSAM": (SGD, lambda b: steppe.GSAM(b, 0.5, 0.4), [(0.6157719562, 0.4359802448), (0.326274461, 0.1202338323)]),
-    "USAM": (SGD, lambda b: steppe.USAM(b, 0.5), [(0.25, -0.2), (0.0625, 0.04)]),
-    "unified": (SGD, lambda b: steppe.UnifiedSAM(b, 0.5, 0.5), [(0.43, 0.12), (0.1339583612, -0.0108733712)]),
-    "ASAM": (SGD, lambda b: steppe.ASAM(b, 0.5, 0.01, on=Everything()), [(0.6091, 0.4384)]),
+    "GSAM": (sgd, lambda b: steppe.GSAM(b, 0.5, 0.4), [(0.6157719562, 0.4359802448), (0.326274461, 0.1202338323)]),
+    "USAM": (sgd, lambda b: steppe.USAM(b, 0.5), [(0.25, -0.2), (0.0625, 0.04)]),
+    "unified": (sgd, lambda b: steppe.UnifiedSAM(b, 0.5, 0.5), [(0.43, 0.12), (0.1339583612, -0.0108733712)]),
+    "ASAM": (sgd, lambda b: steppe.ASAM(b, 0.5, 0.01, on=Everything()), [(0.6091, 0.4384)]),
 }  # fmt: skip
 
 
@@ -43,7 +42,7 @@ def test_the_authors_numbers(name: str) -> None:
 @pytest.mark.parametrize(("m", "u"), [(4, (4.040243246, 5.784291267)), (2, (4.093248561, 5.90837552)), (None, (4.040243246, 5.784291267))])  # fmt: skip
 def test_m_sam_on_four_examples(m: int | None, u: tuple[float, float]) -> None:
     model = Quadratic((1.0, 1.0))
-    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=1.0), 0.5, m=m)
+    opt = steppe.SAM(sgd(model, lr=1.0), 0.5, m=m)
     opt.step(model.batch(A4, B4))
     torch.testing.assert_close(1 - model.weight.detach(), torch.tensor(u, dtype=torch.float64), rtol=0, atol=1e-9)
 
@@ -101,12 +100,12 @@ def test_sam_in_one_dimension_ends_in_a_two_cycle() -> None:
     a, lr, rho = 2.0, 0.3, 0.1
     for make, radius in ((lambda b: steppe.SAM(b, rho), rho), (lambda b: steppe.WSAM(b, rho, 0.75), 3 * rho)):
         model = Quadratic((1.0,))
-        opt = make(torch.optim.SGD(model.parameters(), lr=lr))
+        opt = make(sgd(model, lr=lr))
         for _ in range(300):
             opt.step(model.batch([[[a]]], [[0.0]]))
         assert abs(model.weight.item()) == pytest.approx(lr * a * radius / (2 - lr * a), rel=1e-9)
     model = Quadratic((1.0,))
-    opt = steppe.USAM(torch.optim.SGD(model.parameters(), lr=lr), rho)
+    opt = steppe.USAM(sgd(model, lr=lr), rho)
     for _ in range(300):
         opt.step(model.batch([[[a]]], [[0.0]]))
     assert abs(model.weight.item()) < 1e-12
@@ -141,7 +140,7 @@ def test_closed_forms(name: str) -> None:
     A, b, w, forms = closed_forms()
     method, hyper, u = forms[name]
     model = Quadratic(w.tolist())
-    method(torch.optim.SGD(model.parameters(), lr=0.01), rho=0.3, **hyper).step(model.batch(A[None], -b[None]))
+    method(sgd(model, lr=0.01), rho=0.3, **hyper).step(model.batch(A[None], -b[None]))
     torch.testing.assert_close(model.weight.detach(), w - 0.01 * u, rtol=1e-11, atol=1e-11)
 
 
@@ -178,6 +177,6 @@ def test_asam_by_name_is_the_authors_choice() -> None:
     opt.step(closure)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-12)
-    unnamed = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), Rule(geometry=Adaptive(0.1, steppe.Named())))
+    unnamed = SharpnessAware(sgd(model), Rule(geometry=Adaptive(0.1, steppe.Named())))
     with pytest.raises(TypeError, match="named_parameters"):
         unnamed.step(closure)

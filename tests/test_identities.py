@@ -6,7 +6,7 @@ from torch import nn
 
 import steppe
 from steppe import Everything, FiniteDifference, Reweighted, Rule, SharpnessAware
-from tests.cases import BASES, N, World, each_base, world
+from tests.cases import BASES, N, World, assert_close, each_base, flat, sgd, world
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
 RHO = 0.2
@@ -18,7 +18,7 @@ def path(make, base: str = "momentum", steps: int = 5, w: World | None = None) -
     points = []
     for batch in w.batches(steps):
         opt.step(batch)
-        points.append(torch.cat([p.detach().reshape(-1) for p in w.parameters()]))
+        points.append(flat(w))
     return torch.stack(points)
 
 
@@ -119,22 +119,20 @@ def test_looksam_without_reuse_is_the_base_between() -> None:
 
 def test_n_sam_on_the_batch_itself_is_sam() -> None:
     w = world()
-    opt = steppe.NSAM(torch.optim.SGD(w.parameters(), lr=0.1), RHO, full=w.batch)
+    opt = steppe.NSAM(sgd(w), RHO, full=w.batch)
     opt.step(w.batch)
     twin = world()
-    steppe.SAM(torch.optim.SGD(twin.parameters(), lr=0.1), RHO).step(twin.batch)
-    for p, q in zip(w.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    steppe.SAM(sgd(twin), RHO).step(twin.batch)
+    assert_close(w, twin, atol=1e-12)
 
 
 def test_usam_is_sam_with_the_radius_times_the_norm() -> None:
     w = world()
-    usam = steppe.USAM(torch.optim.SGD(w.parameters(), lr=0.1), RHO)
+    usam = steppe.USAM(sgd(w), RHO)
     usam.step(w.batch)
     twin = world()
-    steppe.SAM(torch.optim.SGD(twin.parameters(), lr=0.1), RHO * float(usam.telemetry.g_norm)).step(twin.batch)
-    for p, q in zip(w.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    steppe.SAM(sgd(twin), RHO * float(usam.telemetry.g_norm)).step(twin.batch)
+    assert_close(w, twin, atol=1e-12)
 
 
 def test_rw_sam_with_equal_gradients_is_sam_for_every_lambda() -> None:
@@ -142,7 +140,7 @@ def test_rw_sam_with_equal_gradients_is_sam_for_every_lambda() -> None:
         ends = []
         for make in (lambda b: steppe.SAM(b, 0.5), lambda b, lam=lam: steppe.RWSAM(b, 0.5, lam)):
             model = Quadratic((1.0, -2.0))
-            opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+            opt = make(sgd(model))
             for _ in range(3):
                 opt.step(model.batch(A4[2:3] * 4, B4[2:3] * 4))
             ends.append(model.weight.detach())
@@ -156,7 +154,7 @@ def test_rw_sam_with_infinite_lambda_follows_the_largest_norm() -> None:
     model = Quadratic((1.0, 1.0))
     batch = model.batch(A4, B4)
     rule = Rule(sample=Reweighted(1e6, ExactNorms()))
-    SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), rule, 0.5).step(batch)
+    SharpnessAware(sgd(model), rule, 0.5).step(batch)
     ends.append(model.weight.detach())
     w = 1 + eps
     A, b = torch.tensor(A4, dtype=torch.float64), torch.tensor(B4, dtype=torch.float64)
@@ -171,7 +169,7 @@ def test_asam_on_unit_weights() -> None:
             lambda b, radius=radius: steppe.SAM(b, radius),
         ):
             model = Quadratic((1.0, -1.0))
-            make(torch.optim.SGD(model.parameters(), lr=0.1)).step(model.batch(A4, B4))
+            make(sgd(model)).step(model.batch(A4, B4))
             ends.append(model.weight.detach())
         assert same(*ends)
 
@@ -187,7 +185,7 @@ def test_asam_does_not_see_the_scale_of_layers() -> None:
             model[0].weight.mul_(c)
             model[2].weight.div_(c)
         batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y)
-        opt = steppe.ASAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, eta=0.0)
+        opt = steppe.ASAM(sgd(model), 0.5, eta=0.0)
         opt.step(batch)
         perturbed.append(opt.telemetry.loss_adv)
     torch.testing.assert_close(*perturbed, rtol=1e-9, atol=0)
@@ -195,9 +193,7 @@ def test_asam_does_not_see_the_scale_of_layers() -> None:
 
 def test_gsam_geometry() -> None:
     w = world()
-    f = SharpnessAware(
-        torch.optim.SGD(w.parameters(), lr=0.1), Rule(combine=steppe.SurrogateGap(0.4)), RHO
-    )._stepper.oracle(w.batch)
+    f = SharpnessAware(sgd(w), Rule(combine=steppe.SurrogateGap(0.4)), RHO)._stepper.oracle(w.batch)
     with f.at(Rule().perturbation(f)):
         g_adv = f.grad()
     u = steppe.SurrogateGap(0.4)(f, g_adv).grad
@@ -216,7 +212,7 @@ def test_scaling_the_loss_scales_the_update_and_not_the_perturbation(name: str) 
         w.criterion = lambda out, y, c=c: c * nn.functional.cross_entropy(out, y, reduction="none")
         opt = getattr(steppe, name)(torch.optim.SGD(w.parameters(), lr=0.1 / c), RHO)
         opt.step(w.batch)
-        ends.append(torch.cat([p.detach().reshape(-1) for p in w.parameters()]))
+        ends.append(flat(w))
         eps.append(opt.telemetry.eps_norm)
     assert same(*ends, 1e-11)
     torch.testing.assert_close(*eps)
@@ -225,7 +221,7 @@ def test_scaling_the_loss_scales_the_update_and_not_the_perturbation(name: str) 
 def test_a_zero_gradient_is_no_perturbation() -> None:
     for name in ("SAM", "ASAM", "FisherSAM", "GSAM", "WSAM", "LookSAM", "FSAM", "VaSSO", "USAM", "UnifiedSAM", "RWSAM"):
         model = Quadratic((0.0, 0.0))
-        opt = getattr(steppe, name)(torch.optim.SGD(model.parameters(), lr=0.1), 0.5)
+        opt = getattr(steppe, name)(sgd(model), 0.5)
         for _ in range(3):
             opt.step(model.batch(A4[:1], B4[:1]))
         assert model.weight.tolist() == [0.0, 0.0], name
@@ -255,7 +251,7 @@ def test_wsams_steady_weight_under_momentum() -> None:
 def test_probe_ranks_examples_like_their_gradient_norms() -> None:
     """Many probes and a small length tend to the exact norms, up to the curvature term."""
     w = world()
-    opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.0), Rule(), RHO)
+    opt = SharpnessAware(sgd(w, lr=0.0), Rule(), RHO)
     f = opt._stepper.oracle(w.batch)
     exact = ExactNorms()(f)
     probed = FiniteDifference(length=1e-3, probes=400)(f)

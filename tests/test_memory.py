@@ -1,46 +1,17 @@
 """How many copies of the parameters a step needs beside the parameters themselves."""
 
 import gc
-import weakref
 
 import pytest
 import torch
+from benchmarks.memory import Storages
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import steppe
+from tests.cases import sgd
 
 SIDE, TENSORS = 200, 8
 COPY = TENSORS * SIDE * SIDE * 4  # bytes of one copy of the parameters
-
-
-class Storages(TorchDispatchMode):
-    """Bytes of the storages made inside and still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for t in _tensors(out):
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if storage.data_ptr() not in known and key not in self.alive:
-                self.alive[key] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return out
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [t for branch in tree for t in _tensors(branch)] if isinstance(tree, list | tuple) else []
 
 
 class Wide(nn.Module):
@@ -58,7 +29,7 @@ def copies(make) -> tuple[float, float]:
     """Peak and what is left after the step, in copies of the parameters."""
     torch.manual_seed(0)
     model = Wide()
-    opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = make(sgd(model))
     batch = steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE))
     for _ in range(2):  # the second step is rehearsed anew
         opt.step(batch)
@@ -67,7 +38,7 @@ def copies(make) -> tuple[float, float]:
     with Storages() as storages:
         opt.step(batch)
         opt.zero_grad()
-        left = sum(storages.alive.values())
+        left = storages.total
     return storages.peak / COPY, left / COPY
 
 
@@ -118,10 +89,10 @@ def test_copies_of_the_parameters(make, expected: int) -> None:
 def test_what_a_method_remembers_is_all_that_it_keeps() -> None:
     for make, kept in ((steppe.VaSSO, 1), (steppe.FSAM, 1), (lambda b: steppe.LookSAM(b, k=2), 1), (steppe.ASAM, 0)):
         model = Wide()
-        opt = make(torch.optim.SGD(model.parameters(), lr=0.1))
+        opt = make(sgd(model))
         with Storages() as storages:
             opt.step(steppe.Batch(model, lambda model, x: model(x), torch.randn(2, SIDE)))
             opt.zero_grad()
             gc.collect()
-            left = sum(storages.alive.values())
+            left = storages.total
         assert left / COPY == pytest.approx(kept, abs=0.01)

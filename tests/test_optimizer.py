@@ -12,14 +12,12 @@ from torch.optim import lr_scheduler
 
 import steppe
 from steppe import Rule, SharpnessAware
-from tests.cases import METHODS, World, named, optimizer, same_bits, world
-
-SGD = lambda w, **kw: torch.optim.SGD(w.parameters(), **{"lr": 0.1, "momentum": 0.9} | kw)  # noqa: E731
+from tests.cases import METHODS, World, assert_close, named, optimizer, same_bits, sgd, sgdm, world
 
 
 def test_it_is_an_optimizer() -> None:
     w = world()
-    base = SGD(w)
+    base = sgdm(w)
     opt = steppe.SAM(base)
     assert isinstance(opt, torch.optim.Optimizer)
     assert opt.param_groups is base.param_groups
@@ -47,7 +45,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("on_base", [False, True], ids=["on the wrapper", "on the base"])
 def test_schedulers_work_without_warnings(name: str, on_base: bool) -> None:
     ours, theirs = world(), world()
-    base, plain = SGD(ours), SGD(theirs)
+    base, plain = sgdm(ours), sgdm(theirs)
     opt = steppe.SAM(base)
     scheduler, expected = SCHEDULERS[name](base if on_base else opt), SCHEDULERS[name](plain)
     for a, b in zip(ours.batches(5), theirs.batches(5), strict=True):
@@ -61,7 +59,7 @@ def test_schedulers_work_without_warnings(name: str, on_base: bool) -> None:
 
 def test_reduce_on_plateau() -> None:
     w = world()
-    opt = steppe.SAM(SGD(w))
+    opt = steppe.SAM(sgdm(w))
     scheduler = lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
     for batch in w.batches(3):
         opt.step(batch)
@@ -71,7 +69,7 @@ def test_reduce_on_plateau() -> None:
 
 def test_a_scheduler_survives_deepcopy_and_pickle_of_the_optimizer() -> None:
     w = world()
-    opt = steppe.SAM(SGD(w))
+    opt = steppe.SAM(sgdm(w))
     lr_scheduler.StepLR(opt, 1)
     other_w, other = copy.deepcopy((w, opt))
     other.step(other_w.batch)
@@ -80,7 +78,7 @@ def test_a_scheduler_survives_deepcopy_and_pickle_of_the_optimizer() -> None:
 
 def test_added_groups_get_a_rho_and_are_perturbed() -> None:
     w, extra, more = world(), nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(2))
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.2)
+    opt = steppe.SAM(sgd(w), rho=0.2)
     opt.step(w.batch)
     opt.add_param_group({"params": [extra], "lr": 0.5})
     opt.add_param_group({"params": [more], "rho": 0.0})
@@ -123,7 +121,7 @@ def test_a_group_with_rho_zero_is_not_perturbed_and_not_in_the_norm() -> None:
 
 def test_step_without_closure_is_the_base_step_and_warns_once() -> None:
     ours, theirs = world(), world()
-    opt, plain = steppe.SAM(SGD(ours)), SGD(theirs)
+    opt, plain = steppe.SAM(sgdm(ours)), sgdm(theirs)
     for w in (ours, theirs):
         w.batch()
     with pytest.warns(UserWarning, match="not sharpness-aware") as caught:
@@ -151,7 +149,7 @@ def test_step_without_closure_at_lr_zero_is_silent() -> None:
 
 def test_a_closure_without_backward_is_named() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     with pytest.warns(UserWarning, match=r"backward\(\)"):
         opt.step(lambda: w.batch.losses().mean())
     with pytest.raises(TypeError, match="return the loss"):
@@ -161,7 +159,7 @@ def test_a_closure_without_backward_is_named() -> None:
 def test_stale_gradients_do_not_enter() -> None:
     """The published WSAM example runs a backward before step(closure): g must not count twice."""
     ours, theirs = world(), world()
-    a, b = steppe.WSAM(SGD(ours)), steppe.WSAM(SGD(theirs))
+    a, b = steppe.WSAM(sgdm(ours)), steppe.WSAM(sgdm(theirs))
 
     def closure():  # without zeroing
         loss = ours.batch.losses().mean()
@@ -171,13 +169,12 @@ def test_stale_gradients_do_not_enter() -> None:
     closure()
     a.step(closure)
     b.step(theirs.batch)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+    assert_close(ours, theirs, atol=1e-14)
 
 
 def test_hooks_run_once_a_step() -> None:
     w, seen = world(), []
-    opt = steppe.SAM(SGD(w))
+    opt = steppe.SAM(sgdm(w))
     opt.register_step_pre_hook(lambda o, *_: seen.append(("pre", o is opt)))
     opt.register_step_post_hook(lambda o, *_: seen.append(("post", o is opt)))
     opt.base.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(w.parameters(), 1e-3) and None)
@@ -195,7 +192,7 @@ def test_hooks_run_once_a_step() -> None:
 def test_memory_is_apart_from_gradients_that_the_base_changes_in_place() -> None:
     rule = Rule(sample=steppe.Friendly(0.5, 0.0), combine=steppe.Weighted(0.5))  # remembers g, feeds g to the base
     w = world()
-    opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), rule, 0.1)
+    opt = SharpnessAware(sgd(w), rule, 0.1)
     opt.base.register_step_pre_hook(lambda *_: [p.grad.zero_() for p in w.parameters()] and None)
     w.batch()
     g = [p.grad.clone() for p in w.parameters()]
@@ -206,9 +203,9 @@ def test_memory_is_apart_from_gradients_that_the_base_changes_in_place() -> None
 
 def test_a_checkpoint_of_the_base_alone_loads() -> None:
     w = world()
-    plain = SGD(w)
+    plain = sgdm(w)
     plain.step(w.batch)
-    opt = steppe.SAM(SGD(w), rho=0.2)
+    opt = steppe.SAM(sgdm(w), rho=0.2)
     opt.load_state_dict(plain.state_dict())
     assert opt.param_groups[0]["rho"] == 0.2
     opt.step(w.batch)
@@ -217,7 +214,7 @@ def test_a_checkpoint_of_the_base_alone_loads() -> None:
 
 def test_a_checkpoint_holds_the_moments_and_not_the_weights() -> None:
     w = world()
-    opt = steppe.SAM(SGD(w))
+    opt = steppe.SAM(sgdm(w))
     opt.step(w.batch)
     state = opt.state_dict()["state"]
     assert all(set(s) == {"momentum_buffer"} for s in state.values())
@@ -230,7 +227,7 @@ def test_a_checkpoint_holds_the_moments_and_not_the_weights() -> None:
 
 def test_a_failed_load_changes_nothing() -> None:
     w, other = world(), world(model=lambda: nn.Linear(5, 3))
-    opt, small = steppe.SAM(SGD(w)), steppe.SAM(SGD(other))
+    opt, small = steppe.SAM(sgdm(w)), steppe.SAM(sgdm(other))
     opt.step(w.batch)
     before = copy.deepcopy(opt.state_dict())
     with pytest.raises(ValueError, match="parameter group"):
@@ -240,33 +237,33 @@ def test_a_failed_load_changes_nothing() -> None:
 
 
 BAD = [
-    ("rho", lambda w: steppe.SAM(SGD(w), rho=-0.1)),
-    ("rho", lambda w: steppe.SAM(SGD(w), rho=math.nan)),
-    ("rho", lambda w: steppe.SAM(SGD(w), rho=math.inf)),
-    ("gamma", lambda w: steppe.WSAM(SGD(w), gamma=1.0)),
-    ("gamma", lambda w: steppe.WSAM(SGD(w), gamma=-0.1)),
-    ("gamma", lambda w: steppe.CoupledWSAM(SGD(w), gamma=1.5)),
-    ("gamma", lambda w: steppe.ESAM(SGD(w), gamma=0.0)),
-    ("beta", lambda w: steppe.ESAM(SGD(w), beta=1.1)),
-    ("lam", lambda w: steppe.UnifiedSAM(SGD(w), lam=1.1)),
-    ("lam", lambda w: steppe.RWSAM(SGD(w), lam=-1.0)),
-    ("eta", lambda w: steppe.ASAM(SGD(w), eta=-1.0)),
-    ("eta", lambda w: steppe.FisherSAM(SGD(w), eta=-1.0)),
-    ("alpha", lambda w: steppe.GSAM(SGD(w), alpha=-1.0)),
-    ("alpha", lambda w: steppe.LookSAM(SGD(w), alpha=-1.0)),
-    ("k", lambda w: steppe.LookSAM(SGD(w), k=0)),
-    ("sigma", lambda w: steppe.FSAM(SGD(w), sigma=-1.0)),
-    ("decay", lambda w: steppe.FSAM(SGD(w), decay=1.5)),
-    ("theta", lambda w: steppe.VaSSO(SGD(w), theta=0.0)),
+    ("rho", lambda w: steppe.SAM(sgdm(w), rho=-0.1)),
+    ("rho", lambda w: steppe.SAM(sgdm(w), rho=math.nan)),
+    ("rho", lambda w: steppe.SAM(sgdm(w), rho=math.inf)),
+    ("gamma", lambda w: steppe.WSAM(sgdm(w), gamma=1.0)),
+    ("gamma", lambda w: steppe.WSAM(sgdm(w), gamma=-0.1)),
+    ("gamma", lambda w: steppe.CoupledWSAM(sgdm(w), gamma=1.5)),
+    ("gamma", lambda w: steppe.ESAM(sgdm(w), gamma=0.0)),
+    ("beta", lambda w: steppe.ESAM(sgdm(w), beta=1.1)),
+    ("lam", lambda w: steppe.UnifiedSAM(sgdm(w), lam=1.1)),
+    ("lam", lambda w: steppe.RWSAM(sgdm(w), lam=-1.0)),
+    ("eta", lambda w: steppe.ASAM(sgdm(w), eta=-1.0)),
+    ("eta", lambda w: steppe.FisherSAM(sgdm(w), eta=-1.0)),
+    ("alpha", lambda w: steppe.GSAM(sgdm(w), alpha=-1.0)),
+    ("alpha", lambda w: steppe.LookSAM(sgdm(w), alpha=-1.0)),
+    ("k", lambda w: steppe.LookSAM(sgdm(w), k=0)),
+    ("sigma", lambda w: steppe.FSAM(sgdm(w), sigma=-1.0)),
+    ("decay", lambda w: steppe.FSAM(sgdm(w), decay=1.5)),
+    ("theta", lambda w: steppe.VaSSO(sgdm(w), theta=0.0)),
     ("length", lambda w: steppe.FiniteDifference(length=0.0)),
     ("probes", lambda w: steppe.FiniteDifference(probes=0)),
     ("factor", lambda w: steppe.Scaled(-1.0)),
     ("rho", lambda w: steppe.SAM(torch.optim.SGD([{"params": w.parameters(), "rho": -1.0}], lr=0.1))),
-    ("maximize", lambda w: steppe.SAM(SGD(w, maximize=True))),
-    ("differentiable", lambda w: steppe.SAM(SGD(w, differentiable=True))),
-    ("parallel", lambda w: steppe.SAM(SGD(w), parallel="yes")),
-    ("rho", lambda w: steppe.SAM(SGD(w), rho=lambda step, group: -1.0)),
-    ("base", lambda w: steppe.SAM(steppe.SAM(SGD(w)).base)),
+    ("maximize", lambda w: steppe.SAM(sgdm(w, maximize=True))),
+    ("differentiable", lambda w: steppe.SAM(sgdm(w, differentiable=True))),
+    ("parallel", lambda w: steppe.SAM(sgdm(w), parallel="yes")),
+    ("rho", lambda w: steppe.SAM(sgdm(w), rho=lambda step, group: -1.0)),
+    ("base", lambda w: steppe.SAM(steppe.SAM(sgdm(w)).base)),
 ]
 
 
@@ -281,8 +278,8 @@ def test_bad_values_name_the_argument(name: str, make) -> None:
 def test_m_must_be_a_positive_integer(method, m) -> None:
     w = world()
     with pytest.raises(ValueError, match="m must be a positive integer"):
-        named(method, m=m)(SGD(w), w, 0.1)
-    assert "rho" not in SGD(w).param_groups[0]
+        named(method, m=m)(sgdm(w), w, 0.1)
+    assert "rho" not in sgdm(w).param_groups[0]
 
 
 def test_bad_types() -> None:
@@ -292,27 +289,27 @@ def test_bad_types() -> None:
     with pytest.raises(TypeError, match="LBFGS"):
         steppe.SAM(torch.optim.LBFGS(w.parameters()))
     with pytest.raises(ValueError, match="not wrapped"):
-        steppe.SAM(steppe.SAM(SGD(w)))
+        steppe.SAM(steppe.SAM(sgdm(w)))
     for bad in ("0.05", None, True, torch.tensor(0.05)):
         with pytest.raises(TypeError, match="rho"):
-            steppe.SAM(SGD(w), rho=bad)
+            steppe.SAM(sgdm(w), rho=bad)
     with pytest.raises(TypeError, match="real"):
         steppe.SAM(torch.optim.SGD([torch.ones(2, dtype=torch.complex64, requires_grad=True)], lr=0.1))
     with pytest.raises(TypeError, match="SparseAdam"):
         steppe.SAM(torch.optim.SparseAdam(w.parameters()))
     with pytest.raises(TypeError, match="full"):
-        steppe.NSAM(SGD(w), full=None)
+        steppe.NSAM(sgdm(w), full=None)
     with pytest.raises(TypeError, match="rule"):
-        SharpnessAware(SGD(w), "SAM")
+        SharpnessAware(sgdm(w), "SAM")
     with pytest.raises(TypeError, match="chek_finite"):
-        steppe.SAM(SGD(w), chek_finite=False)
+        steppe.SAM(sgdm(w), chek_finite=False)
     with pytest.raises(TypeError, match="full="):
-        SharpnessAware(SGD(w), Rule(sample=steppe.OnFull())).step(w.batch)
+        SharpnessAware(sgdm(w), Rule(sample=steppe.OnFull())).step(w.batch)
 
 
 def test_nothing_of_the_base_is_changed_by_a_refused_argument() -> None:
     w = world()
-    base = SGD(w)
+    base = sgdm(w)
     before = copy.deepcopy(base.state_dict())
     missing = {"rho": lambda step, group: group["missing"]}
     for method, bad in (
@@ -338,7 +335,7 @@ def test_a_bad_rho_set_later_is_refused_before_the_step() -> None:
 
 def test_a_number_set_on_a_group_is_the_radius_from_then_on() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.1)
+    opt = steppe.SAM(sgd(w), rho=0.1)
     opt.param_groups[0]["rho"] = 0.4
     opt.step(w.batch)
     assert opt.telemetry.eps_norm.item() == pytest.approx(0.4)
@@ -346,7 +343,7 @@ def test_a_number_set_on_a_group_is_the_radius_from_then_on() -> None:
 
 def test_sparse_gradients_are_refused_with_weights_in_place() -> None:
     embedding = nn.Embedding(4, 3, sparse=True)
-    opt = steppe.SAM(torch.optim.SGD(embedding.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(embedding))
 
     def closure():
         loss = embedding(torch.tensor([1, 2])).square().sum()
@@ -361,7 +358,7 @@ def test_sparse_gradients_are_refused_with_weights_in_place() -> None:
 
 def test_a_base_without_lr_is_refused_by_wsam_before_the_step() -> None:
     w = world()
-    opt = steppe.WSAM(SGD(w))
+    opt = steppe.WSAM(sgdm(w))
     del opt.param_groups[0]["lr"]
     before = w.weights()
     with pytest.raises(TypeError, match="lr"):
@@ -377,7 +374,7 @@ def test_tied_weights_are_moved_once() -> None:
     )
     seen = []
     w.model.register_forward_hook(lambda *_: seen.append(torch.cat([p.reshape(-1) for p in w.parameters()])))
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.3)
+    opt = steppe.SAM(sgd(w), rho=0.3)
     opt.step(w.batch)
     assert (seen[1] - seen[0]).norm().item() == pytest.approx(0.3)
 
@@ -403,7 +400,7 @@ def test_views_into_one_buffer_stay_views() -> None:
         loss.backward()
         return loss
 
-    opt = steppe.WSAM(torch.optim.SGD([p, q], lr=0.1), rho=0.5)
+    opt = steppe.WSAM(sgd([p, q]), rho=0.5)
     opt.step(closure)
     assert torch.equal(torch.cat([p.detach().reshape(-1), q.detach()]), buffer)
 
@@ -412,7 +409,7 @@ def test_gradients_that_live_in_a_bucket_are_copied() -> None:
     """A later pass writes into the same bucket, as under DDP with gradient_as_bucket_view."""
     w, theirs = world(), world()
     bucket = torch.zeros(sum(p.numel() for p in w.parameters()), dtype=torch.float64)
-    opt, plain = steppe.WSAM(SGD(w), 0.3), steppe.WSAM(SGD(theirs), 0.3)
+    opt, plain = steppe.WSAM(sgdm(w), 0.3), steppe.WSAM(sgdm(theirs), 0.3)
 
     def closure():
         loss = w.batch.losses().mean()
@@ -424,14 +421,13 @@ def test_gradients_that_live_in_a_bucket_are_copied() -> None:
 
     opt.step(closure)
     plain.step(theirs.batch)
-    for p, q in zip(w.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+    assert_close(w, theirs, atol=1e-14)
 
 
 def test_other_optimizers_of_the_same_model_see_their_own_gradients() -> None:
     w = world()
     first, rest = w.parameters()[:2], w.parameters()[2:]
-    opt, other = steppe.SAM(torch.optim.SGD(first, lr=0.0)), torch.optim.SGD(rest, lr=0.1)
+    opt, other = steppe.SAM(sgd(first, lr=0.0)), sgd(rest)
     opt.step(w.batch)
     before = [p.detach().clone() for p in rest]
     other.step(w.batch)
@@ -443,7 +439,7 @@ def test_other_optimizers_of_the_same_model_see_their_own_gradients() -> None:
 
 def test_a_base_that_is_changed_behind_the_wrapper() -> None:
     w, extra = world(), nn.Parameter(torch.ones(2, dtype=torch.float64))
-    opt = steppe.SAM(SGD(w), rho=0.2)
+    opt = steppe.SAM(sgdm(w), rho=0.2)
     opt.base.add_param_group({"params": [extra]})
     opt.step(w.batch)
     assert opt.param_groups[1]["rho"] == 0.2
@@ -475,7 +471,7 @@ def test_a_bucket_of_one_parameter_is_copied_too() -> None:
             p.grad = bucket.view_as(p) if bucketed else g
             return (p.detach() ** 4).sum()
 
-        opt = steppe.GSAM(torch.optim.SGD([p], lr=1e-3), 0.3)
+        opt = steppe.GSAM(sgd([p], lr=1e-3), 0.3)
         for _ in range(3):
             opt.step(closure)
         ends.append(p.detach())
@@ -492,7 +488,7 @@ def test_a_loss_in_memory_that_is_used_again() -> None:
         return static.copy_(loss.detach())
 
     expected = w.batch.losses().mean()
-    opt = steppe.SAM(SGD(w), 0.3)
+    opt = steppe.SAM(sgdm(w), 0.3)
     torch.testing.assert_close(opt.step(closure), expected.detach())
     assert opt.telemetry.gap > 0
 
@@ -501,7 +497,7 @@ def test_mixed_types_of_parameters() -> None:
     layers = [nn.Linear(4, 4, dtype=t) for t in (torch.float32, torch.bfloat16, torch.float64, torch.float16)]
     x = torch.randn(8, 4)
     parameters = [p for layer in layers for p in layer.parameters()]
-    opt = steppe.GSAM(torch.optim.SGD(parameters, lr=0.1), 0.1)
+    opt = steppe.GSAM(sgd(parameters), 0.1)
 
     def closure():
         opt.zero_grad()
@@ -517,7 +513,7 @@ def test_mixed_types_of_parameters() -> None:
 
 def test_grad_scaler_is_refused_with_what_to_write() -> None:
     w = world(torch.float32)
-    opt = steppe.SAM(SGD(w))
+    opt = steppe.SAM(sgdm(w))
     scaler = torch.amp.GradScaler("cpu")
     before = w.weights()
     scaler.scale(w.batch.losses().mean()).backward()
@@ -536,7 +532,7 @@ def test_bf16_autocast_in_the_loss() -> None:
             return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none").float()
 
     for method in (steppe.SAM, steppe.WSAM, steppe.RWSAM):
-        opt = method(torch.optim.SGD(w.parameters(), lr=0.1))
+        opt = method(sgd(w))
         batch = steppe.Batch(w.model, loss, (w.x, w.y))
         first = float(opt.step(batch))
         for _ in range(10):
@@ -557,7 +553,7 @@ def test_autocast_around_the_step_casts_moved_weights_anew(how: str) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 return nn.functional.cross_entropy(model(data[0]).float(), data[1], reduction="none")
 
-        opt = method(torch.optim.SGD(w.parameters(), lr=0.5), rho=1.0, **options)
+        opt = method(sgd(w, lr=0.5), rho=1.0, **options)
         batch = steppe.Batch(w.model, loss, (w.x, w.y))
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
@@ -641,7 +637,7 @@ def test_world_is_what_the_tests_think() -> None:
 def test_a_step_of_the_base_at_lr_zero_forgets_nothing() -> None:
     """It makes room for a distributed checkpoint where there is no memory, and only there."""
     w, other = world(), world()
-    a, b = (steppe.FSAM(torch.optim.SGD(each.parameters(), lr=0.1), rho=0.1) for each in (w, other))
+    a, b = (steppe.FSAM(sgd(each), rho=0.1) for each in (w, other))
     for opt, each in ((a, w), (b, other)):
         opt.step(each.batch)
     a.param_groups[0]["lr"] = 0.0
@@ -662,8 +658,8 @@ def test_a_mask_may_keep_tensors_alone_that_nobody_uses() -> None:
     """The closure's loss must have a graph all the same; eps is then 0."""
     w, other = world(), world()
     unused = [nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(30)]
-    a = steppe.ESAM(torch.optim.SGD([*unused, *w.parameters()], lr=0.1), beta=1e-3, gamma=1.0)
-    b = torch.optim.SGD(other.parameters(), lr=0.1)
+    a = steppe.ESAM(sgd([*unused, *w.parameters()]), beta=1e-3, gamma=1.0)
+    b = sgd(other)
     a.step(lambda: w.batch())
     b.step(lambda: other.batch())
     assert a.telemetry.eps_norm == 0
@@ -673,7 +669,7 @@ def test_a_mask_may_keep_tensors_alone_that_nobody_uses() -> None:
 def test_memory_stays_where_a_step_has_no_gradient() -> None:
     """As in the authors' code, which passes over parameters without one."""
     u, v = (nn.Linear(2, 2) for _ in range(2))
-    opt = steppe.FSAM(torch.optim.SGD([u.weight, v.weight], lr=0.0), rho=0.1, decay=0.5)
+    opt = steppe.FSAM(sgd([u.weight, v.weight], lr=0.0), rho=0.1, decay=0.5)
     calls = 0
 
     def closure():

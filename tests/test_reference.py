@@ -8,22 +8,19 @@ import steppe
 from steppe import Masked, Reweighted, Rule, Sharpest, SharpnessAware
 from steppe.rule import micro
 from tests import reference
-from tests.cases import N, World, world
+from tests.cases import BASES, N, World, sgd, world
 from tests.exact import ExactNorms
 from tests.reference import Base, PerStep, Problem, flat
 
 STEPS = 5
 RHO = 0.3
 
-BASES = {
-    "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), Base("sgd", 0.1)),
-    "momentum": (
-        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.02),
-        Base("momentum", 0.05, weight_decay=0.02),
-    ),
-    "adam": (lambda p: torch.optim.Adam(p, lr=0.01), Base("adam", 0.01)),
-    "adamw": (lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1), Base("adamw", 0.01, weight_decay=0.1)),
-    "rmsprop": (lambda p: torch.optim.RMSprop(p, lr=0.01), Base("rmsprop", 0.01)),
+FLAT_BASES = {  # the same recipes as BASES
+    "sgd": Base("sgd", 0.1),
+    "momentum": Base("momentum", 0.05, weight_decay=1e-2),
+    "adam": Base("adam", 1e-2),
+    "adamw": Base("adamw", 1e-2, weight_decay=0.1),
+    "rmsprop": Base("rmsprop", 1e-2),
 }
 
 METHODS = {
@@ -54,57 +51,46 @@ def assert_same_path(opt: SharpnessAware, w: World, expected: list[torch.Tensor]
         torch.testing.assert_close(flat(w.model), point, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("m", [None, 1, 3, N])
+def expected_path(name: str, w: World, base: str, rho=RHO, m: int | None = None, **hyper) -> list[torch.Tensor]:
+    return reference.trajectory(name, problems(w), flat(w.model), FLAT_BASES[base], rho, m, **hyper)
+
+
+@pytest.mark.parametrize(("m", "base"), [*((None, base) for base in BASES), *((m, "momentum") for m in (1, 3, N))])
 @pytest.mark.parametrize("name", METHODS)
 def test_against_the_reference(name: str, m: int | None, base: str) -> None:
     w, hyper = world(), METHODS[name]
-    torch_base, flat_base = BASES[base]
-    expected = reference.trajectory(name, problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, **hyper)
+    expected = expected_path(name, w, base, m=m, **hyper)
     more = {"full": w.full} if name == "NSAM" else {}
-    assert_same_path(getattr(steppe, name)(torch_base(w.parameters()), rho=RHO, m=m, **hyper, **more), w, expected)
+    assert_same_path(getattr(steppe, name)(BASES[base](w.parameters()), rho=RHO, m=m, **hyper, **more), w, expected)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (3, "momentum"), (None, "adamw"), (3, "adamw")])
 def test_rw_sam_with_exact_norms(m: int | None, base: str) -> None:
-    w = world()
-    torch_base, flat_base = BASES[base]
-    expected = reference.trajectory("RWSAM", problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, lam=2.0)
+    w, again = world(), world()
+    expected = expected_path("RWSAM", w, base, m=m, lam=2.0)
     by_hand = micro(m, Rule(sample=Reweighted(2.0, ExactNorms())))
-    assert_same_path(SharpnessAware(torch_base(w.parameters()), by_hand, RHO), w, expected)
-    again = world()
-    factored = steppe.RWSAM(torch_base(again.parameters()), RHO, lam=2.0, m=m, parallel=True)
+    assert_same_path(SharpnessAware(BASES[base](w.parameters()), by_hand, RHO), w, expected)
+    factored = steppe.RWSAM(BASES[base](again.parameters()), RHO, lam=2.0, m=m, parallel=True)
     assert_same_path(factored, again, expected)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (3, "momentum"), (None, "adamw"), (3, "adamw")])
 def test_rw_sam_with_the_probe(m: int | None, base: str) -> None:
     w = world()
-    torch_base, flat_base = BASES[base]
-    opt = steppe.RWSAM(torch_base(w.parameters()), RHO, lam=2.0, m=m, parallel=False)
+    opt = steppe.RWSAM(BASES[base](w.parameters()), RHO, lam=2.0, m=m, parallel=False)
     probe, d = steppe.FiniteDifference(), len(flat(w.model))
     vector = steppe.Vector([p.detach() for p in w.parameters()])
     z = PerStep(torch.cat([t.reshape(-1) for t in probe.direction(vector, k).tensors]) for k in range(STEPS))
-    delta = probe.length * RHO / d**0.5
-    expected = reference.trajectory(
-        "RWSAMProbe", problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, lam=2.0, z=z, delta=delta
-    )
+    expected = expected_path("RWSAMProbe", w, base, m=m, lam=2.0, z=z, delta=probe.length * RHO / d**0.5)
     assert_same_path(opt, w, expected)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("m", [None, 5])
+@pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (5, "momentum"), (None, "adamw"), (5, "adamw")])
 def test_esam(m: int | None, base: str) -> None:
     w = world()
-    torch_base, flat_base = BASES[base]
-    masks = Masked(0.5)
-    kept = PerStep(masks.kept(k, [True] * len(w.parameters())) for k in range(STEPS))
-    expected = reference.trajectory(
-        "ESAM", problems(w), flat(w.model), flat_base, STEPS, m, rho=RHO, beta=0.5, gamma=0.5, kept=kept
-    )
-    assert_same_path(steppe.ESAM(torch_base(w.parameters()), RHO, 0.5, 0.5, m=m), w, expected)
+    kept = PerStep(Masked(0.5).kept(k, [True] * len(w.parameters())) for k in range(STEPS))
+    expected = expected_path("ESAM", w, base, m=m, beta=0.5, gamma=0.5, kept=kept)
+    assert_same_path(steppe.ESAM(BASES[base](w.parameters()), RHO, 0.5, 0.5, m=m), w, expected)
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "NSAM"])
@@ -112,14 +98,11 @@ def test_a_rho_for_every_group(name: str) -> None:
     w, hyper = world(), METHODS[name]
     rhos = [0.0, 0.2, RHO, RHO, 0.5, 0.0]
     assert len(rhos) == len(w.parameters())
-    expected = reference.trajectory(
-        name, problems(w), flat(w.model), BASES["momentum"][1], STEPS, None, rho_of=rhos, **hyper
-    )
+    expected = expected_path(name, w, "momentum", rhos, **hyper)
     groups = [{"params": [p], "rho": r} for p, r in zip(w.parameters(), rhos, strict=True)]
     for group in groups[2:4]:
         del group["rho"]  # the optimizer's
-    base = torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.02)
-    assert_same_path(getattr(steppe, name)(base, rho=RHO, **hyper), w, expected)
+    assert_same_path(getattr(steppe, name)(BASES["momentum"](groups), rho=RHO, **hyper), w, expected)
 
 
 def test_masks_keep_a_share_and_change_with_step_and_seed() -> None:
@@ -148,7 +131,7 @@ def test_the_sharpest_are_those_whose_loss_rises_most() -> None:
             chosen.append((index, rise))
             return index
 
-    SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), Rule(select=Watched()), 0.5).step(w.batch)
+    SharpnessAware(sgd(w), Rule(select=Watched()), 0.5).step(w.batch)
     index, rise = chosen[0]
     assert sorted(index.tolist()) == sorted(rise.argsort(descending=True)[:3].tolist())
     assert rise.abs().max() > 1e-3

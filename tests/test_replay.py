@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.engine.replay import frozen_statistics
-from tests.cases import CASES, N, World, optimizer, same_bits, world
+from steppe.engine.passes import frozen_statistics
+from tests.cases import CASES, N, World, optimizer, same_bits, sgd, world
+from tests.models import Dropout, Faulty
 
 
 class OwnNorm(nn.Module):
@@ -47,10 +48,10 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
-def closure_of(w: World, opt: torch.optim.Optimizer):
+def closure_of(w: World, opt: torch.optim.Optimizer, forward=None):
     def closure():
         opt.zero_grad()
-        loss = w.criterion(w.model(w.x), w.y).mean()
+        loss = w.criterion((forward or w.model)(w.x), w.y).mean()
         loss.backward()
         return loss
 
@@ -78,7 +79,7 @@ def test_statistics_after_a_step_are_those_of_one_forward(case, plain: bool) -> 
 
 def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
     w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
-    steppe.NSAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, full=w.full).step(w.batch)
+    steppe.NSAM(sgd(w), 0.5, full=w.full).step(w.batch)
     reference.model(w.full_x)
     for name, expected in buffers(reference.model).items():
         assert torch.equal(w.model.get_buffer(name), expected), name
@@ -86,40 +87,29 @@ def test_the_statistics_of_n_sam_are_those_of_the_larger_batch() -> None:
 
 def test_micro_batches_count_every_example_once() -> None:
     w, reference = world(torch.float32, Strange), world(torch.float32, Strange)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=4, parallel=False).step(w.batch)
+    steppe.SAM(sgd(w), 0.5, m=4, parallel=False).step(w.batch)
     for part in w.x.split(4):
         reference.model(part)
     for name, expected in buffers(reference.model).items():
         assert torch.equal(w.model.get_buffer(name), expected), name
 
 
-class Exploding(nn.Module):
-    """Raises, or is fed infinity, when its weights are away from w."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.norm, self.home, self.mode = nn.Linear(5, 3), nn.BatchNorm1d(3), None, None
-
-    def forward(self, x):
-        away = self.home is not None and not torch.equal(self.net.weight, self.home)
-        y = self.norm(self.net(x) * (torch.inf if away and self.mode == "inf" else 1.0))
-        if away and self.mode == "raise":
-            raise RuntimeError("out of memory")
-        return y
-
-
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
 @pytest.mark.parametrize("mode", ["inf", "raise"])
 @pytest.mark.parametrize("plain", [True, False], ids=["plain closure", "Batch"])
 def test_statistics_survive_a_bad_second_pass(mode: str, plain: bool) -> None:
-    w = world(torch.float32, Exploding)
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+    """Infinity comes before the normalisation, an error after it: both where the weights are away from w."""
+    first = nn.Linear(5, 3)
+    inf = Faulty(first, how=torch.inf) if mode == "inf" else first
+    raises = Faulty(nn.Sequential(inf, nn.BatchNorm1d(3)), how=RuntimeError("out of memory"))
+    w = world(torch.float32, lambda: raises)
+    opt = steppe.SAM(sgd(w), 0.5)
     closure = closure_of(w, opt) if plain else w.batch
     opt.step(closure)
-    w.model.home, w.model.mode = w.model.net.weight.detach().clone(), mode
     reference = copy.deepcopy(w)
-    reference.model.mode = None
     reference.model(w.x)
+    home = first.weight.detach().clone()
+    (inf if mode == "inf" else raises).fail_at = lambda *_: not torch.equal(first.weight, home)
     before = w.weights()
     if mode == "raise":
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -144,14 +134,9 @@ def test_statistics_of_models_that_hooks_do_not_reach(how: str) -> None:
         "forward": lambda: w.model.forward,
         "eager": lambda: w.model,
     }[how]()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5)
+    opt = steppe.SAM(sgd(w), 0.5)
 
-    def closure():
-        opt.zero_grad()
-        loss = w.criterion(forward(w.x), w.y).mean()
-        loss.backward()
-        return loss
-
+    closure = closure_of(w, opt, forward)
     for _ in range(2):
         reference.model.load_state_dict(w.model.state_dict())
         reference.model(w.x)
@@ -165,7 +150,7 @@ def test_statistics_given_for_the_call_alone() -> None:
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     own = model[1].running_mean
     given = {name: b.clone() for name, b in model.named_buffers()}
-    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5)
+    opt = steppe.SAM(sgd(model), 0.5)
     x = torch.randn(8, 5)
 
     def closure():
@@ -186,19 +171,6 @@ def test_modules_in_eval_mode_are_left_alone() -> None:
         model(torch.randn(4, 3))
         model.running_mean.add_(1.0)  # somebody else's business
     assert model.running_mean.tolist() == [1.0, 1.0, 1.0]
-
-
-class Dropout(nn.Module):
-    """Notes the masks that it drew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.drop, self.head, self.masks = nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 3), []
-
-    def forward(self, x):
-        mask = self.drop(torch.ones(len(x), 40))
-        self.masks.append(mask)
-        return self.head(self.net(x) * mask)
 
 
 @pytest.mark.parametrize("case", no_full, ids=lambda c: c.name)
@@ -228,7 +200,7 @@ def test_every_pass_drops_the_same_units_and_the_stream_goes_on_as_after_one(cas
 
 def test_micro_batches_have_their_own_masks_and_repeat_them() -> None:
     w = world(torch.float32, Dropout)
-    steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), 0.5, m=5, parallel=False).step(w.batch)
+    steppe.SAM(sgd(w), 0.5, m=5, parallel=False).step(w.batch)
     a, a_again, b, b_again = w.model.masks
     assert torch.equal(a, a_again)
     assert torch.equal(b, b_again)

@@ -8,17 +8,13 @@ import torch
 from torch import nn
 
 import steppe
-from tests.cases import Case, each_base, each_case, optimizer, same_bits, world
+from tests.cases import CASES, Case, each_case_and_base, optimizer, same_bits, scaler, sgd, sgdm, world
+from tests.models import Faulty
 
 SCALE = 1024.0
 
 
-def scaler(**options) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", **{"init_scale": SCALE, "growth_interval": 10_000} | options)
-
-
-@each_base
-@each_case
+@each_case_and_base
 def test_a_scaled_step_is_the_step(case: Case, base: str) -> None:
     """The scale is a power of two: not a bit differs, whatever is sensitive to the scale of the loss."""
     ours, theirs = world(), world()
@@ -32,10 +28,8 @@ def test_a_scaled_step_is_the_step(case: Case, base: str) -> None:
     assert s.get_scale() == SCALE
 
 
-@each_case
+@pytest.mark.parametrize("case", [c for c in CASES if not c.looks_inside], ids=lambda case: case.name)
 def test_a_closure_that_scales_its_loss(case: Case) -> None:
-    if case.looks_inside:
-        return
     ours, theirs = world(), world()
     a, b, s = optimizer(case, ours), optimizer(case, theirs), scaler()
 
@@ -53,24 +47,12 @@ def test_a_closure_that_scales_its_loss(case: Case) -> None:
     assert same_bits(ours.weights(), theirs.weights())
 
 
-class Overflows(nn.Module):
-    """Its output is infinite at chosen forwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls, self.at = nn.Linear(5, 3), 0, ()
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (torch.inf if self.calls in self.at else 1.0)
-
-
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", ["SAM", "USAM", "WSAM", "GSAM", "FisherSAM", "FSAM"])
 def test_an_overflow_in_either_pass_backs_off(name: str, at: int, check: bool) -> None:
     torch.manual_seed(0)
-    model = Overflows()
+    model = Faulty(nn.Linear(5, 3), how=torch.inf)
     base = torch.optim.AdamW(model.parameters(), lr=0.1)
     opt = getattr(steppe, name)(base, check_finite=check, parallel=False)  # a rehearsal would count as a forward
     x, y, s = torch.randn(4, 5), torch.randint(3, (4,)), scaler()
@@ -78,7 +60,7 @@ def test_an_overflow_in_either_pass_backs_off(name: str, at: int, check: bool) -
     opt.step(batch)
     s.update()
     before, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(opt.state_dict())
-    model.at = (model.calls + at,)
+    model.fail_at = (model.calls + at,)
     opt.step(batch)
     s.update()
     assert same_bits(before, list(model.parameters()))
@@ -97,8 +79,8 @@ def test_float16_finds_its_scale_and_trains() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     opt, s = (
-        steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05),
-        scaler(init_scale=2.0**24),
+        steppe.WSAM(sgdm(model), rho=0.05),
+        scaler(2.0**24),
     )
     x, y = torch.randn(64, 16), torch.randint(4, (64,))
 
@@ -117,8 +99,8 @@ def test_float16_finds_its_scale_and_trains() -> None:
 
 def test_bfloat16_parameters_with_a_scaler_and_a_disabled_one() -> None:
     w, other = world(torch.bfloat16), world(torch.bfloat16)
-    a = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.5)
-    b = steppe.SAM(torch.optim.SGD(other.parameters(), lr=0.1), rho=0.5)
+    a = steppe.SAM(sgd(w), rho=0.5)
+    b = steppe.SAM(sgd(other), rho=0.5)
     off = torch.amp.GradScaler("cpu", enabled=False)
     a.step(w.batch, scaler=off)
     b.step(other.batch)
@@ -128,7 +110,7 @@ def test_bfloat16_parameters_with_a_scaler_and_a_disabled_one() -> None:
 
 def test_a_forgotten_update_is_noticed() -> None:
     w, s = world(torch.float32), scaler()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     opt.step(w.batch, scaler=s)
     before = w.weights()
     with pytest.raises(RuntimeError, match=r"call scaler\.update\(\) after every"):
@@ -140,7 +122,7 @@ def test_a_forgotten_update_is_noticed() -> None:
 
 def test_what_is_no_scaler_and_another_one() -> None:
     w = world(torch.float32)
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     before = w.weights()
     with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler or None, got float"):
         opt.step(w.batch, scaler=2.0)
@@ -153,7 +135,7 @@ def test_what_is_no_scaler_and_another_one() -> None:
 
 def test_copies_and_pickles_leave_the_scaler_behind() -> None:
     w, s = world(torch.float32), scaler()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     opt.step(w.batch, scaler=s)
     pickle.loads(pickle.dumps(opt))
     model, other = copy.deepcopy((w.model, opt))
@@ -165,7 +147,7 @@ def test_copies_and_pickles_leave_the_scaler_behind() -> None:
 def test_after_an_error_in_a_pass_there_is_nothing_to_update(at: int) -> None:
     """A loop that catches an error, and never comes to ``scaler.update()``, goes on with the next batch."""
     w, s = world(torch.float32), scaler()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), parallel=False)
+    opt = steppe.SAM(sgd(w), parallel=False)
     calls = []
 
     def fails(model, data):
@@ -190,7 +172,7 @@ def test_after_an_error_in_a_pass_there_is_nothing_to_update(at: int) -> None:
 
 def test_a_cancelled_step_leaves_nothing_to_update() -> None:
     w, s = world(torch.float32), scaler()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     for _ in range(2):
         w.batch.scaled_by(s)()
         opt.first_step(scaler=s)
@@ -210,7 +192,7 @@ def test_an_optimizer_that_ends_in_an_error_leaves_nothing_to_the_next() -> None
         return w.criterion(model(data[0]), data[1])
 
     for _ in range(20):
-        opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+        opt = steppe.SAM(sgd(w))
         with pytest.raises(KeyError):
             opt.step(steppe.Batch(w.model, fails_later, (w.x, w.y), scaler=s))
         del opt
@@ -220,8 +202,8 @@ def test_the_larger_batch_of_n_sam_has_the_scale_of_the_step() -> None:
     """Also none, where the step has none."""
     ours, theirs = world(), world()
     rule = steppe.Rule(steppe.OnFull(), steppe.Unnormalised())
-    a = steppe.SharpnessAware(torch.optim.SGD(ours.parameters(), lr=0.1), rule, full=ours.full.scaled_by(scaler()))
-    b = steppe.SharpnessAware(torch.optim.SGD(theirs.parameters(), lr=0.1), rule, full=theirs.full)
+    a = steppe.SharpnessAware(sgd(ours), rule, full=ours.full.scaled_by(scaler()))
+    b = steppe.SharpnessAware(sgd(theirs), rule, full=theirs.full)
     a.step(ours.batch)
     b.step(theirs.batch)
     assert same_bits(ours.weights(), theirs.weights())
@@ -229,7 +211,7 @@ def test_the_larger_batch_of_n_sam_has_the_scale_of_the_step() -> None:
 
 def test_grad_scaler_cannot_finish_a_step_of_unscaled_gradients() -> None:
     w, s = world(torch.float32), scaler()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     before = w.weights()
     opt.backward(w.batch, scaler=s)
     with pytest.raises(RuntimeError, match="knows one pass of a step's several"):
@@ -241,8 +223,8 @@ def test_grad_scaler_cannot_finish_a_step_of_unscaled_gradients() -> None:
 def test_a_framework_that_unscales_and_steps_by_itself(name: str) -> None:
     """``scaler.step`` is right where gradients were left scaled again, and refused where they were not."""
     ours, theirs, s = world(), world(), scaler()
-    a = getattr(steppe, name)(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.1)
-    b = getattr(steppe, name)(torch.optim.SGD(theirs.parameters(), lr=0.1), rho=0.1)
+    a = getattr(steppe, name)(sgd(ours), rho=0.1)
+    b = getattr(steppe, name)(sgd(theirs), rho=0.1)
     for batch, plain in zip(ours.batches(3), theirs.batches(3), strict=True):
         a.backward(batch.scaled_by(s), rescale=True)
         s.unscale_(a)

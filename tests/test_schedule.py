@@ -5,7 +5,7 @@ import torch
 
 import steppe
 from steppe.schedule import Constant, Cosine, Linear, Periodic, ProportionalToLR, Window
-from tests.cases import same_bits, world
+from tests.cases import same_bits, sgd, world
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_outside_the_window_passes_are_really_skipped() -> None:
     ours, calls = world(), []
     forward = ours.model.forward
     ours.model.forward = lambda x: (calls.append(1), forward(x))[1]
-    base = torch.optim.SGD(ours.parameters(), lr=0.1)
+    base = sgd(ours)
     opt = steppe.SAM(base, rho=Window(0.1, start=2, stop=4), parallel=False)
     passes = []
     for batch in ours.batches(6):
@@ -73,7 +73,7 @@ def test_outside_the_window_passes_are_really_skipped() -> None:
 def test_gsams_radius_follows_the_scheduler_of_each_group() -> None:
     w = world()
     groups = [{"params": w.parameters()[:2], "lr": 0.2}, {"params": w.parameters()[2:], "lr": 0.1}]
-    opt = steppe.GSAM(torch.optim.SGD(groups, lr=0.1), rho=ProportionalToLR(0.4, 0.0, 0.2))
+    opt = steppe.GSAM(sgd(groups), rho=ProportionalToLR(0.4, 0.0, 0.2))
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
     seen = []
     for batch in w.batches(3):
@@ -86,7 +86,7 @@ def test_gsams_radius_follows_the_scheduler_of_each_group() -> None:
 def test_a_group_with_its_own_rho_keeps_it() -> None:
     w = world()
     groups = [{"params": w.parameters()[:2], "rho": 0.5}, {"params": w.parameters()[2:]}]
-    opt = steppe.SAM(torch.optim.SGD(groups, lr=0.1), rho=Linear(0.0, 0.3, 3))
+    opt = steppe.SAM(sgd(groups), rho=Linear(0.0, 0.3, 3))
     seen = []
     for batch in w.batches(4):
         opt.step(batch)
@@ -96,7 +96,7 @@ def test_a_group_with_its_own_rho_keeps_it() -> None:
 
 def test_a_schedule_resumes_from_the_checkpoint() -> None:
     def make(w):
-        return steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=Periodic(Linear(0.1, 0.5, 6), 2))
+        return steppe.SAM(sgd(w), rho=Periodic(Linear(0.1, 0.5, 6), 2))
 
     w = world()
     opt = make(w)

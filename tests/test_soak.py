@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -26,45 +26,38 @@ import steppe
 from steppe import Masked, SharpnessAware
 from steppe.factored.engine import SharedPasses
 from tests import reference
-from tests.cases import BASES, CASES, COMBINATIONS, METHODS, MICRO, PARALLEL, Case, N, World, same_bits
+from tests.cases import (
+    BASES,
+    CASES,
+    COMBINATIONS,
+    METHODS,
+    MICRO,
+    PARALLEL,
+    Case,
+    N,
+    World,
+    assert_equal_states,
+    same_bits,
+)
+from tests.distributed.pool import processes
+from tests.models import Branches, Faulty
 from tests.reference import Base, Problem
-from tests.test_common import assert_equal_states
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
 EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms, where the model factors
 TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects():
-    """A first step looks through all objects alive: those of the libraries are not among them then."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class BrokenError(Exception):
     """What a pass raises."""
 
 
-class Unlucky(nn.Module):
-    """Two branches, of which one may be left out; passes may raise or be spoiled; some parameters nobody uses."""
+BOTH, ONE = [[0, 1]], [[0]]  # the last branch is never used
 
-    def __init__(self, branches: Callable[[], list[nn.Module]]) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches())
-        self.idle = nn.Linear(2, 2)
-        self.calls, self.raise_at, self.spoil_at, self.both = 0, 0, 0, True
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        out = self.branches[0](x)
-        if self.both:
-            out = out + self.branches[1](x)
-        if self.calls == self.raise_at:
-            raise BrokenError
-        return out * (torch.nan if self.calls == self.spoil_at else 1.0)
+def unlucky(branches: list[nn.Module]) -> Faulty:
+    """Two branches, of which one may be left out, and one that nobody uses; passes may raise or be spoiled."""
+    return Faulty(Branches([*branches, nn.Linear(2, 2)], pattern=BOTH))
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -109,18 +102,26 @@ class Program:
         self.seen = dict.fromkeys(("taken", "raised", "skipped"), 0)
 
     def make(self, world: World) -> SharpnessAware:
-        model = world.model
-        groups = [
-            {"params": list(model.branches[0].parameters())},
-            {"params": list(model.branches[1].parameters())},
-            {"params": list(model.idle.parameters())},
-            {"params": []},
-        ]
+        groups = [{"params": list(branch.parameters())} for branch in world.model.net.branches]
+        groups.append({"params": []})
         return self.case.make(BASES[self.base](groups), world, 0.1)
 
     @property
-    def model(self) -> Unlucky:
+    def model(self) -> Faulty:
         return self.world.model
+
+    @property
+    def branches(self) -> nn.ModuleList:
+        return self.model.net.branches
+
+    def used(self) -> list[Tensor]:
+        return [p for branch in self.branches[:2] for p in branch.parameters()]
+
+    def idle(self) -> list[Tensor]:
+        return list(self.branches[2].parameters())
+
+    def leave_out(self, event: str) -> None:
+        self.model.net.pattern = ONE if event == "left out" else BOTH
 
     def ways(self) -> list[str]:
         """How this method can be run."""
@@ -148,7 +149,7 @@ class Program:
             assert same_bits(before, self.world.parameters())
             assert_equal_states(self.opt.state_dict(), state)
         assert all(p.isfinite().all() for p in self.world.parameters())
-        assert all(p.requires_grad for p in self.model.idle.parameters())
+        assert all(p.requires_grad for p in self.idle())
         assert_no_hooks(self.model)
         return what
 
@@ -184,11 +185,12 @@ class Program:
     def unlucky(self, event: str, k: int):
         """Pass ``k`` of the step raises, or is spoiled, if that is the event."""
         if event.endswith("_at"):
-            setattr(self.model, event, self.model.calls + k)
+            self.model.fail_at = (self.model.calls + k,)
+            self.model.how = BrokenError if event == "raise_at" else torch.nan
         try:
             yield
         finally:
-            self.model.raise_at = self.model.spoil_at = 0
+            self.model.fail_at = ()
 
     def rehearse(self, x: Tensor, y: Tensor) -> None:
         """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
@@ -215,7 +217,7 @@ class Program:
     def freeze(self, frozen: bool) -> None:
         """One group takes no part for a while."""
         self.frozen = frozen
-        self.model.branches[1].requires_grad_(not frozen)
+        self.branches[1].requires_grad_(not frozen)
 
     def set_lr(self, lr: float) -> None:
         for group in self.opt.param_groups:
@@ -260,8 +262,7 @@ class Squares(nn.Module):
 def least_squares() -> World:
     torch.manual_seed(3)
     x, y = torch.randn(3 * N, 4, dtype=torch.float64), torch.randn(3 * N, 2, dtype=torch.float64)
-    model = Unlucky(lambda: [Two(0), Two(2)]).double()
-    return World(model, x[:N], y[:N], x, y, Squares())
+    return World(unlucky([Two(0), Two(2)]).double(), x[:N], y[:N], x, y, Squares())
 
 
 def problem(x: Tensor, y: Tensor, w: Tensor, both: bool, trained: Tensor, full: Problem | None = None) -> Problem:
@@ -272,9 +273,9 @@ def problem(x: Tensor, y: Tensor, w: Tensor, both: bool, trained: Tensor, full: 
     rest = torch.einsum("noi,i->no", J[:, :, ~trained], w[~trained]) - y
     J = J[:, :, trained]
     return Problem(
-        n=len(x),
-        losses=lambda v: 0.5 * (J @ v + rest).square().sum(1),
-        grads=lambda v: torch.einsum("noi,no->ni", J, J @ v + rest),
+        rows=slice(0, len(x)),
+        losses_of=lambda v, r: 0.5 * (J[r] @ v + rest[r]).square().sum(1),
+        grads_of=lambda v, r: torch.einsum("noi,no->ni", J[r], J[r] @ v + rest[r]),
         sizes=[4, 2] * (len(trained[trained]) // 6),
         weight_like=[True, False] * (len(trained[trained]) // 6),
         full=full,
@@ -331,10 +332,8 @@ class Flat:
         full = problem(world.full_x, world.full_y, self.w, both, trained)
         p = problem(x, y, self.w, both, trained, full)
         memory = {k: v[trained] for k, v in self.memory.items()}
-        hyper = self.hyper | self.drawn(there, frozen)
-        u, beside, memory = reference.direction(
-            self.method, p, self.w[trained], memory, self.t, self.m, rho=0.1, **hyper
-        )
+        method = reference.METHODS[self.method](**self.hyper, **self.drawn(there, frozen))
+        u, beside, memory = reference.direction(method, p, self.w[trained], memory, self.t, 0.1, self.m)
         for name, v in memory.items():
             self.memory[name] = self.memory.get(name, torch.zeros_like(self.w)).masked_scatter(trained, v)
         w = self.w.clone()
@@ -374,8 +373,8 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     draw = random.Random(f"{case.name} {base}")
     g = torch.Generator().manual_seed(draw.randrange(2**31))
     p = Program(case, base, least_squares)
-    flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.model.branches.parameters()]))
-    idle = [t.detach().clone() for t in p.model.idle.parameters()]
+    flat = Flat(case, base, torch.cat([t.detach().flatten() for t in p.used()]))
+    idle = [t.detach().clone() for t in p.idle()]
     exact, shared = case.name in EXACT, case.name in EXACT or case in PARALLEL
     ways, rate = p.ways(), Rate(FLAT_BASES[base]().lr)
     never = ("left out",) * shared + ("raise_at",) * exact  # a model that does so is refused, or shares no passes again
@@ -384,7 +383,7 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
         x = torch.randn(N, 4, generator=g, dtype=torch.float64)
         y = torch.randn(N, 2, generator=g, dtype=torch.float64)
         event = draw_event(draw, p, rate, never) if step else "none"  # all memories begin with the first step
-        p.model.both = event != "left out"
+        p.leave_out(event)
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
         if event.endswith("_at") and shared:
             way = "batch"
@@ -392,13 +391,13 @@ def test_many_steps_against_the_reference(case: Case, base: str) -> None:
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
         if what == "taken":
-            flat.step(x, y, p.world, p.model.both, p.frozen, rate.now)
+            flat.step(x, y, p.world, event != "left out", p.frozen, rate.now)
         else:
             assert event.endswith("_at")
-        now = torch.cat([t.detach().flatten() for t in p.model.branches.parameters()])
+        now = torch.cat([t.detach().flatten() for t in p.used()])
         torch.testing.assert_close(now, flat.w, rtol=0, atol=1e-9)
-    assert same_bits(idle, list(p.model.idle.parameters()))
-    assert all(t not in p.opt.state for t in p.model.idle.parameters())
+    assert same_bits(idle, p.idle())
+    assert all(t not in p.opt.state for t in p.idle())
     assert p.opt.telemetry.steps == flat.t
     assert p.seen["taken"] > 0
     assert p.seen["skipped"] > 0 or "spoil_at" in never
@@ -418,7 +417,7 @@ def chance(over_batch: bool) -> World:
         norm = nn.BatchNorm1d(5) if over_batch else nn.LayerNorm(5)
         return [first, nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 3))]
 
-    return World(Unlucky(branches), x[:N], y[:N], x, y)
+    return World(unlucky(branches()), x[:N], y[:N], x, y)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
@@ -438,10 +437,10 @@ def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
         way, scaled, k = draw.choice(ways), draw.random() < 0.3, draw.randint(1, 3)
         twin.freeze(p.frozen)
         twin.set_lr(rate.now)
-        p.model.both = twin.model.both = event != "left out"
-        p.opt._stepper.parallel = twin.opt._stepper.parallel = (
-            False  # where passes are shared, a scaled loss is not the same bits
-        )
+        p.leave_out(event)
+        twin.leave_out(event)
+        for opt in (p.opt, twin.opt):  # where passes are shared, a scaled loss is not the same bits
+            opt._stepper.parallel = False
         start = torch.get_rng_state()
         with p.unlucky(event, 1 if case.selects else k):  # a later forward of ESAM may only choose
             what = p.step(way, x, y, scaled)
@@ -478,9 +477,18 @@ def follow(p: Program, twin: Program, x: Tensor, one_pass: bool, end: Tensor) ->
 # ------------------------------------------------------------------------------------------------------ what is left
 
 
+@pytest.fixture
+def few_objects():
+    """Hide the objects of the libraries from the count."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
 @pytest.mark.filterwarnings("ignore:a gradient is not finite")
-@pytest.mark.usefixtures("rehearsed_once")
+@pytest.mark.usefixtures("rehearsed_once", "few_objects")
 def test_nothing_grows(case: Case) -> None:
     """As many tensors after many steps of every kind as after few."""
     p = Program(case, "adamw", lambda: chance(False))
@@ -493,7 +501,7 @@ def test_nothing_grows(case: Case) -> None:
                     p.step(way, x, y, scaled=True)
         p.opt.zero_grad()
         gc.collect()
-        counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+        counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
     assert counts[2] <= counts[1]
 
 
@@ -501,7 +509,7 @@ def problems() -> dict[str, Program]:
     return {case.name: Program(case, "adamw", lambda: chance(False)) for case in METHODS + COMBINATIONS}
 
 
-def train(path: str, steps: int) -> None:
+def train(path: str, steps: int, done_with: Callable[[int], None]) -> None:
     """Goes on from the checkpoint that is there; one more after every step."""
     programs, done = problems(), 0
     if os.path.exists(path):
@@ -524,36 +532,31 @@ def train(path: str, steps: int) -> None:
         }
         torch.save(state, path + ".new")
         os.replace(path + ".new", path)
-        print(step, flush=True)
+        done_with(step)
 
 
-def live(path: str, steps: int) -> None:
+def live(path: str, steps: int, pipe: Connection | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    train(path, steps)
+    train(path, steps, pipe.send if pipe else lambda step: None)
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
     """Three lives and one, bit for bit."""
     steps, draw = 9 * LONGER, random.Random(0)
     live(str(tmp_path / "one"), steps)
-    code = "import sys; from tests import test_soak; test_soak.live(sys.argv[1], int(sys.argv[2]))"
-    life = [sys.executable, "-c", code, str(tmp_path / "many"), str(steps)]
-    kills = 0
-    while True:
-        process = subprocess.Popen(life, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if kills < 2 and int(line) >= (kills + 1) * steps // 3:
-                time.sleep(draw.random() * 0.05)  # at any moment of the next step
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-        process.stdout.close()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-    assert kills == 2
+    for life, last in enumerate((steps // 3, 2 * steps // 3, steps)):
+        here, there = multiprocessing.Pipe()
+        process = processes().Process(target=live, args=(str(tmp_path / "many"), steps, there))
+        process.start()
+        there.close()
+        while here.recv() < (last - 1 if life == 2 else last):
+            pass
+        if life < 2:
+            time.sleep(draw.random() * 0.05)  # at any moment of the next step
+            process.kill()
+        process.join()
+        assert process.exitcode == (0 if life == 2 else -signal.SIGKILL)
     one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "many"))
     for name in one["models"]:
         assert same_bits(list(one["models"][name].values()), list(many["models"][name].values())), name

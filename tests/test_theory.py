@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steppe
+from tests.cases import sgd
 from tests.exact import Quadratic
 
 n, d = 6, 3
@@ -23,7 +24,7 @@ def mean_update(A, b, w, size: int, make, replacement: bool = False) -> torch.Te
     total, count = torch.zeros(d, dtype=torch.float64), 0
     for index in ways:
         model = Quadratic(w.tolist())
-        opt = make(torch.optim.SGD(model.parameters(), lr=1.0))
+        opt = make(sgd(model, lr=1.0))
         opt.step(model.batch(A[list(index)], b[list(index)]))
         total, count = total + (w - model.weight.detach()), count + 1
     return total / count
@@ -64,7 +65,7 @@ def test_m_usam_descends_the_variance_of_m_examples(size: int, m: int) -> None:
         for part in combinations(batch, m):  # micro-batches are consecutive: take every split into parts of m
             order = [*part, *(i for i in batch if i not in part)]
             model = Quadratic(w.tolist())
-            opt = steppe.USAM(torch.optim.SGD(model.parameters(), lr=1.0), rho=0.3, m=m)
+            opt = steppe.USAM(sgd(model, lr=1.0), rho=0.3, m=m)
             opt.step(model.batch(A[order], b[order]))
             total, count = total + (w - model.weight.detach()), count + 1
     expected = regularised_gradient(A, b, w, 0.3, (n - m) / (n - 1) / m)
@@ -91,7 +92,7 @@ def test_with_one_hessian_m_usam_is_usam_for_every_m() -> None:
     ends = []
     for m in (1, 2, 3, 6, None):
         model = Quadratic(w.tolist())
-        steppe.USAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=m).step(model.batch(A, b))
+        steppe.USAM(sgd(model), 0.3, m=m).step(model.batch(A, b))
         ends.append(model.weight.detach())
     for end in ends:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-12)
@@ -107,6 +108,6 @@ def test_smaller_batches_have_larger_gradients_on_average() -> None:
     assert norms == sorted(norms, reverse=True)
     # the optimizer's own telemetry says the same
     model = Quadratic(w.tolist())
-    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.0), 0.1, m=1)
+    opt = steppe.SAM(sgd(model, lr=0.0), 0.1, m=1)
     opt.step(model.batch(A, b))
     assert float(opt.telemetry.g_norm) == pytest.approx(norms[0])

@@ -10,7 +10,7 @@ from torch import nn
 
 import steppe
 from steppe import Every, Micro, SharpnessAware
-from tests.cases import METHODS, Case, each_base, optimizer, same_bits, world
+from tests.cases import METHODS, Case, each_base, optimizer, same_bits, scaler, sgd, world
 
 TWO_GRADIENTS = [c for c in METHODS if not c.looks_inside and c.name not in ("NSAM", "ESAM-all")]
 MORE = [c for c in METHODS if c not in TWO_GRADIENTS and c.name != "NSAM"]
@@ -52,8 +52,8 @@ def test_methods_of_more_than_two_gradients_say_so(case: Case) -> None:
 
 def test_n_sam_takes_its_perturbation_from_its_own_closure() -> None:
     ours, theirs = world(), world()
-    a = steppe.NSAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.3, full=ours.full)
-    b = steppe.NSAM(torch.optim.SGD(theirs.parameters(), lr=0.1), rho=0.3, full=theirs.full)
+    a = steppe.NSAM(sgd(ours), rho=0.3, full=ours.full)
+    b = steppe.NSAM(sgd(theirs), rho=0.3, full=theirs.full)
     two_calls(a, ours.batch)
     b.step(theirs.batch)
     assert same_bits(ours.weights(), theirs.weights())
@@ -61,7 +61,7 @@ def test_n_sam_takes_its_perturbation_from_its_own_closure() -> None:
 
 def test_between_the_calls_the_weights_are_away_and_come_back() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.0), rho=0.3)
+    opt = steppe.SAM(sgd(w, lr=0.0), rho=0.3)
     before = w.weights()
     w.batch()
     opt.first_step()
@@ -76,7 +76,7 @@ def test_between_the_calls_the_weights_are_away_and_come_back() -> None:
 
 def test_order_of_calls() -> None:
     w = world()
-    opt = steppe.WSAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.WSAM(sgd(w))
     with pytest.raises(RuntimeError, match=r"first_step\(\) before second_step\(\)"):
         opt.second_step()
     w.batch()
@@ -96,7 +96,7 @@ def test_statistics_are_counted_once_also_when_cancelled() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     plain = copy.deepcopy(model)
     w = world(torch.float32)
-    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(model))
     batch = steppe.Batch.supervised(model, w.criterion, w.x, w.y)
     two_calls(opt, batch)
     steppe.Batch.supervised(plain, w.criterion, w.x, w.y)()
@@ -115,7 +115,7 @@ def test_statistics_are_counted_once_also_where_nothing_moves(method: type, rho:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     plain = copy.deepcopy(model)
     w = world(torch.float32)
-    opt = method(torch.optim.SGD(model.parameters(), lr=0.0), rho=rho)
+    opt = method(sgd(model, lr=0.0), rho=rho)
     for _ in range(2):  # LookSAM's second step takes the gradient at w alone
         two_calls(opt, steppe.Batch.supervised(model, w.criterion, w.x, w.y))
         steppe.Batch.supervised(plain, w.criterion, w.x, w.y)()
@@ -125,7 +125,7 @@ def test_statistics_are_counted_once_also_where_nothing_moves(method: type, rho:
 def test_an_error_in_the_second_call_goes_back_too() -> None:
     w = world(torch.float32)
     embedding = nn.Embedding(3, 2, sparse=True)
-    opt = steppe.SAM(torch.optim.SGD([*w.parameters(), *embedding.parameters()], lr=0.1))
+    opt = steppe.SAM(sgd([*w.parameters(), *embedding.parameters()]))
     before = w.weights()
     w.batch()
     opt.first_step()
@@ -158,9 +158,9 @@ def test_a_bad_gradient_skips(spoil: str) -> None:
 
 def test_scaled_gradients() -> None:
     ours, theirs = world(), world()
-    a = steppe.USAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.1)
-    b = steppe.USAM(torch.optim.SGD(theirs.parameters(), lr=0.1), rho=0.1)
-    s = torch.amp.GradScaler("cpu", init_scale=512.0)
+    a = steppe.USAM(sgd(ours), rho=0.1)
+    b = steppe.USAM(sgd(theirs), rho=0.1)
+    s = scaler(512.0)
     for _ in range(2):
         two_calls(a, ours.batch.scaled_by(s), scaler=s)
         s.update()
@@ -170,14 +170,14 @@ def test_scaled_gradients() -> None:
 
 def test_radius_zero_and_rules_of_rules() -> None:
     w, plain = world(), world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1), rho=0.0)
+    opt = steppe.SAM(sgd(w), rho=0.0)
     two_calls(opt, w.batch)
-    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    base = sgd(plain)
     plain.batch()
     base.step()
     assert same_bits(w.weights(), plain.weights())
     for rule in (Micro(4), Every(2, Micro(4)), lambda f: steppe.Update(f.g)):
-        opt = SharpnessAware(torch.optim.SGD(w.parameters(), lr=0.1), rule)
+        opt = SharpnessAware(sgd(w), rule)
         w.batch()
         with pytest.raises(TypeError, match="rules of two gradients"):
             opt.first_step()
@@ -185,7 +185,7 @@ def test_radius_zero_and_rules_of_rules() -> None:
 
 def test_copies_are_not_in_the_middle_of_a_step() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     w.batch()
     opt.first_step()
     for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
@@ -197,7 +197,7 @@ def test_copies_are_not_in_the_middle_of_a_step() -> None:
 
 def test_an_optimizer_dropped_half_way_goes_back_and_leaves_no_hook() -> None:
     w = world()
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     before = w.weights()
     w.batch()
     opt.first_step()
@@ -210,7 +210,7 @@ def test_an_optimizer_dropped_half_way_goes_back_and_leaves_no_hook() -> None:
 
 def test_hooks_and_schedulers_see_a_step() -> None:
     w, seen = world(), []
-    opt = steppe.SAM(torch.optim.SGD(w.parameters(), lr=0.1))
+    opt = steppe.SAM(sgd(w))
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
     opt.register_step_pre_hook(lambda *_: seen.append("before"))
     opt.register_step_post_hook(lambda *_: seen.append("after"))

@@ -7,11 +7,19 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+
+
+def processes() -> BaseContext:
+    """Return the context of processes for which torch is imported once, and which are then forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.models", "pytest", "steppe"])
+    return context
 
 
 class Pool:
@@ -21,7 +29,7 @@ class Pool:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = processes()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(n):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
+from tests.cases import sgd
 from tests.integrations.helpers import batches
 
 pytest.importorskip("accelerate")
@@ -26,7 +27,7 @@ def net() -> nn.Module:
 
 
 def sam(model: nn.Module, sync: str, **more) -> steppe.SharpnessAware:
-    return steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, gamma=0.7, sync=sync, **more)
+    return steppe.WSAM(sgd(model), rho=0.1, gamma=0.7, sync=sync, **more)
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from tests.cases import sgd
 from tests.distributed.test_ddp import NAMES, B, batch_of, data, net, share, weights
 
 
@@ -163,7 +164,7 @@ def test_all_ranks_skip(two_ranks) -> None:
 def flat(original: bool):
     model = FullyShardedDataParallel(net(), use_orig_params=original, device_id=torch.device("cpu"))
     try:
-        steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1)).step(batch_of(model, *data(0)))
+        steppe.SAM(sgd(model)).step(batch_of(model, *data(0)))
     except TypeError as error:
         return str(error)
     return "accepted"

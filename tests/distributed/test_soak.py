@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 import warnings
 
@@ -13,29 +12,24 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
-from tests.distributed.test_ddp import NAMES, B, batch_of, data, share, weights
+from tests.cases import scaler
+from tests.distributed.test_ddp import LONGER, NAMES, B, batch_of, data, share, weights
+from tests.models import Branches
 
-LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
 EVENTS = {"none": 30, "bad": 12, "left out": 10, "freeze": 5, "lr": 5, "resume": 5}
 
 
-class Branches(nn.Module):
-    """One of the two branches may be left out."""
+BOTH, ONE = [[0, 1]], [[0]]  # branches that take part
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh())
-        self.branches = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
-        self.both = True
 
-    def forward(self, x):
-        h = self.body(x)
-        return self.branches[0](h) + self.branches[1](h) if self.both else self.branches[0](h)
+def branches() -> Branches:
+    torch.manual_seed(3)
+    body = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh())
+    return Branches([nn.Linear(8, 3), nn.Linear(8, 3)], body)
 
 
 def fresh(name: str, sync: str, ranked: bool):
-    inner = Branches().double()
+    inner = branches().double()
     model = DistributedDataParallel(inner, find_unused_parameters=True) if ranked else inner
     options = {"sync": sync} if ranked else {"m": B} if sync == "local" else {"parallel": False}
     if name == "NSAM":
@@ -65,7 +59,7 @@ def train(name: str, sync: str, ranked: bool, steps: int):
     draw = random.Random(name + sync)
     inner, model, optimizer = fresh(name, sync, ranked)
     frozen, path, skipped = False, [], 0
-    scalers = {True: torch.amp.GradScaler("cpu", init_scale=64.0), False: None}
+    scalers = {True: scaler(64.0), False: None}
     for step in range(steps):
         event, way = draw.choices(list(EVENTS), list(EVENTS.values()))[0], draw.choice(["batch", "list", "backward"])
         scaled, bad_rank = draw.random() < 0.3, draw.randrange(2)
@@ -81,7 +75,7 @@ def train(name: str, sync: str, ranked: bool, steps: int):
             inner.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
             inner.branches[1].requires_grad_(not frozen)
-        inner.both = event != "left out"
+        inner.pattern = ONE if event == "left out" else BOTH
         x, y = data(step)
         if not ranked:
             if event != "bad":
