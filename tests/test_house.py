@@ -22,8 +22,7 @@ EXTRAS += ("accelerate", "transformers", "lightning")
 
 KNOWN: dict[str, set[str]] = {
     "long_modules": {"factored.engine"},
-    "public_classes_of_one_name": {"Everything", "Linear", "Look", "Plain", "Plan", "Pool"},
-    "looks_behind_the_scenes": {"engine.grads uses _storage_Use_Count"},
+    "public_classes_of_one_name": {"Everything", "Linear", "Plain", "Plan"},
 }
 
 Import = tuple[str, str]  # a module below ``steppe``, and the absolute name that it imports
@@ -205,7 +204,7 @@ def core_imports_more_than_torch() -> set[str]:
 
 def looks_behind_the_scenes() -> set[str]:
     """Nothing scans memory, walks the stack or counts the references of a storage."""
-    forbidden = {"get_objects", "get_referrers", "_getframe", "currentframe", "_storage_Use_Count"}
+    forbidden = {"get_objects", "get_referrers", "_getframe", "currentframe"}
     return {
         f"{module} uses {node.attr}"
         for module, tree in modules().items()
@@ -265,7 +264,7 @@ def test_known_exceptions_belong_to_a_rule() -> None:
 
 def test_every_import_statement_is_seen() -> None:
     seen = {(importer, module_of(target)) for importer, target in imports()}
-    assert {("steppe", "methods"), ("optimizer", "engine.oracle"), ("pieces.geometry", "engine.vector")} <= seen
+    assert {("api", "methods"), ("optimizer", "engine.oracle"), ("pieces.geometry", "engine.vector")} <= seen
     assert ("cli", "lab.commands") in seen  # inside a function
     assert list(targets("lab.data.own", ast.parse("from ..settings import x").body[0])) == ["steppe.lab.settings.x"]
     assert list(targets("lab.data", ast.parse("from . import own").body[0])) == ["steppe.lab.data.own"]

@@ -1,6 +1,6 @@
 """Write what follows from ``steppe.METHODS`` and the pieces: ``python tools/methods.py``.
 
-The README's table of methods, and the names that ``steppe/__init__.py`` imports and lists.
+The README's table of methods, and the names that ``steppe/api.py`` imports and lists.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import steppe
 import steppe.methods
 
 ROOT = Path(__file__).parents[1]
-README, INIT = ROOT / "README.md", ROOT / "src" / "steppe" / "__init__.py"
+README, INIT = ROOT / "README.md", ROOT / "src" / "steppe" / "api.py"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
 SLOTS = ("combine", "geometry", "sample", "select")
 
@@ -56,7 +56,7 @@ def ordered(names: list[str]) -> list[str]:
 
 
 def with_names(text: str) -> str:
-    """Return the text of ``__init__.py`` with the imports of methods and pieces, and ``__all__``, made anew."""
+    """Return the text of ``api.py`` with the imports of methods and pieces, and ``__all__``, made anew."""
     for module in (*(f"pieces.{slot}" for slot in SLOTS), "methods"):
         names = public(module)
         line = f"from steppe.{module} import {', '.join(names)}\n"

@@ -1,98 +1,28 @@
-"""Sharpness-aware training for PyTorch: every method one composable optimizer around your own."""
+"""Sharpness-aware training for PyTorch: every method one composable optimizer around your own.
 
-from steppe import schedule
-from steppe.batch import Batch, Batches
-from steppe.engine.oracle import Oracle
-from steppe.engine.update import Update
-from steppe.engine.vector import Vector
-from steppe.methods import (
-    ASAM,
-    ESAM,
-    FSAM,
-    GSAM,
-    METHODS,
-    NSAM,
-    RWSAM,
-    SAM,
-    USAM,
-    WSAM,
-    CoupledWSAM,
-    FisherSAM,
-    LookSAM,
-    UnifiedSAM,
-    VaSSO,
-)
-from steppe.optimizer import SharpnessAware
-from steppe.pieces.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
-from steppe.pieces.geometry import (
-    Adaptive,
-    Euclidean,
-    Everything,
-    Fisher,
-    Matrices,
-    Named,
-    Scaled,
-    Unified,
-    Unnormalised,
-)
-from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
-from steppe.pieces.select import All, Sharpest
-from steppe.rule import Every, Micro, Plain, Rule
-from steppe.telemetry import Telemetry
+The public names are those of :mod:`steppe.api`. They are imported on first use, so that the command line answers
+``--help`` and completions without importing torch.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ASAM",
-    "ESAM",
-    "FSAM",
-    "GSAM",
-    "METHODS",
-    "NSAM",
-    "RWSAM",
-    "SAM",
-    "USAM",
-    "WSAM",
-    "Adaptive",
-    "All",
-    "Batch",
-    "Batches",
-    "Coupled",
-    "CoupledWSAM",
-    "Euclidean",
-    "Every",
-    "Everything",
-    "Exact",
-    "FiniteDifference",
-    "Fisher",
-    "FisherSAM",
-    "Friendly",
-    "LookSAM",
-    "Masked",
-    "Matrices",
-    "Mean",
-    "Micro",
-    "Named",
-    "OnFull",
-    "Oracle",
-    "Perturbed",
-    "Plain",
-    "RememberOrthogonal",
-    "ReuseOrthogonal",
-    "Reweighted",
-    "Rule",
-    "Scaled",
-    "Sharpest",
-    "SharpnessAware",
-    "Smoothed",
-    "SurrogateGap",
-    "Telemetry",
-    "Unified",
-    "UnifiedSAM",
-    "Unnormalised",
-    "Update",
-    "VaSSO",
-    "Vector",
-    "Weighted",
-    "schedule",
-]
+if TYPE_CHECKING:
+    from steppe.api import *  # noqa: F403 - the names of __all__
+    from steppe.api import __all__ as __all__
+else:
+
+    def __getattr__(name):
+        """Import every public name, and return one of them."""
+        from importlib import import_module
+
+        api = import_module("steppe.api")
+        globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
+        if name not in globals():
+            raise AttributeError(f"module 'steppe' has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__():
+        """Return the public names."""
+        return [*__getattr__("__all__"), *globals()]

@@ -9,9 +9,10 @@ import torch
 
 from steppe.lab import data, tasks
 from steppe.lab.data import cifar, hub, images
+from steppe.lab.errors import LabError
 from steppe.lab.hardware import Process
 from steppe.lab.presets import preset, settings_for
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 from steppe.lab.train import train
 
 from . import formats

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from steppe.lab import checkpoint, record, single
+from steppe.lab.errors import LabError
 from steppe.lab.hardware import Hardware
-from steppe.lab.settings import LabError
 from steppe.lab.train import Session
 
 from .helpers import TINY, run

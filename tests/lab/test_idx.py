@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steppe.lab.data import idx
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 from .helpers import write_idx, write_images
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from steppe.lab import minima, record, report, runs, tasks
 from steppe.lab.commands.group import app
 from steppe.lab.compare import compare
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 from steppe.lab.train import Session, initial_model
 from steppe.measure import Hessian, Problem, eigenpairs
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import steppe
 from steppe.lab import augment, models, tasks
+from steppe.lab.errors import LabError
 from steppe.lab.models.pretrained import constants_of, tokenised
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 from steppe.lab.train import Session, train
 
 from . import formats

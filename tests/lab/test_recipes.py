@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from steppe.lab import files, record, report, runs, spec
+from steppe.lab.errors import LabError
 from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce, step_times
 from steppe.lab.recipes.shared import WSAM
-from steppe.lab.settings import LabError
 from steppe.lab.sweep import space
 from steppe.lab.sweep.space import Stage
 from steppe.lab.train import train

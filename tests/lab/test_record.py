@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from steppe.lab import files, record, report, runs, spec
+from steppe.lab.errors import LabError
 from steppe.lab.runs import Plan, open_for, path_of
-from steppe.lab.settings import LabError
 from steppe.lab.train import train
 
 from .helpers import TINY, run, trained

@@ -4,7 +4,8 @@ from torch import nn
 
 import steppe
 from steppe.lab import spec
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.errors import LabError
+from steppe.lab.settings import Settings
 
 
 @pytest.mark.parametrize(

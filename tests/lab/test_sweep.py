@@ -15,7 +15,8 @@ import torch
 from optuna.trial import TrialState, create_trial
 
 from steppe.lab import data, tasks
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.errors import LabError
+from steppe.lab.settings import Settings
 from steppe.lab.sweep import space, work
 from steppe.lab.sweep.space import Search, Stage
 from steppe.lab.sweep.study import POINT, Grid, open_storage, shown

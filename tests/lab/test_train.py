@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from steppe.lab import models, spec, tasks
+from steppe.lab.errors import LabError
 from steppe.lab.runs import Run
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 from steppe.lab.train import collapsed, initial_model, orders, train
 
 from .helpers import TINY, run, write_images

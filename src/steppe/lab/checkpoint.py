@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe.lab import files
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 FORMAT = 1
 

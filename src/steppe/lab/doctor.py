@@ -88,7 +88,7 @@ def _installed(name: str) -> str | None:
 
 def _data() -> Iterator[Check]:
     from steppe.lab import data
-    from steppe.lab.settings import LabError
+    from steppe.lab.errors import LabError
 
     yield Check("data", "digits", _installed("scikit-learn") is not None, "in scikit-learn")
     for name, source in data.SOURCES.items():

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 FORMAT = 1
 

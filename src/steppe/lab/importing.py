@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 
 def imported(name: str) -> Callable[..., Any]:

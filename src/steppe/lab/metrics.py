@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.lab.errors import LabError
 from steppe.lab.files import finite, write
 from steppe.lab.hardware import ALONE, Process
 from steppe.lab.record import CURVES
-from steppe.lab.settings import LabError
 from steppe.lab.tasks import Task
 
 _TELEMETRY = ("gap", "g_norm", "eps_norm", "cosine")

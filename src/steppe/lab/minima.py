@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from steppe import measure
 from steppe.lab import files, models, tasks
 from steppe.lab.environment import environment
+from steppe.lab.errors import LabError
 from steppe.lab.files import finite
 from steppe.lab.metrics import SEEN, evaluate
 from steppe.lab.record import Record
 from steppe.lab.runs import Run, path_of
-from steppe.lab.settings import LabError
 from steppe.measure import Minimum
 
 BATCH = 500  # examples in one pass

@@ -12,10 +12,10 @@ from typing import Any
 
 from steppe.lab import record, single
 from steppe.lab.compare import compare as train_all
+from steppe.lab.errors import LabError
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.presets import planned
 from steppe.lab.record import Record
-from steppe.lab.settings import LabError
 
 
 def run(

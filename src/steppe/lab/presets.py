@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import models, spec, tasks
+from steppe.lab.errors import LabError
 from steppe.lab.runs import Plan
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 
 
 @dataclass(frozen=True)

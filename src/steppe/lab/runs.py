@@ -31,9 +31,10 @@ from typing import Any
 import torch
 
 from steppe.lab import record, spec
+from steppe.lab.errors import LabError
 from steppe.lab.files import clean, read_json, write, write_json
 from steppe.lab.record import Record
-from steppe.lab.settings import LabError, Settings, differences
+from steppe.lab.settings import Settings, differences
 from steppe.lab.spec import Method
 
 RECIPE, SEARCH = "recipe.json", "search.json"

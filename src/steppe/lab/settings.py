@@ -7,13 +7,10 @@ from functools import partial
 from typing import Any
 
 from steppe.engine import checks
+from steppe.lab.errors import LabError
 
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTATIONS = ("auto", "none", "crop", "crop-flip", "resized-crop-flip")
-
-
-class LabError(Exception):
-    """A mistake in what the user asked for; the command line prints its message without a traceback."""
 
 
 def _one_of(known: tuple[str, ...], name: str, value: str) -> None:

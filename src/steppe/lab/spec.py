@@ -19,7 +19,8 @@ from torch import nn
 
 import steppe
 from steppe.lab.composed import COMPOSED
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.errors import LabError
+from steppe.lab.settings import Settings
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")

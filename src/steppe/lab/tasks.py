@@ -9,8 +9,9 @@ from torch import Tensor
 
 from steppe.lab import data
 from steppe.lab.data.raw import RawData, Texts
+from steppe.lab.errors import LabError
 from steppe.lab.inputs import Examples, Files, Images, Tokens, take
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import steppe
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.environment import environment
+from steppe.lab.errors import LabError
 from steppe.lab.hardware import ALONE, CPU, Hardware, Process
 from steppe.lab.inputs import ahead, finish, raw
 from steppe.lab.metrics import Meter
 from steppe.lab.record import Record
 from steppe.lab.runs import Run
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 
 _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in two of 60)
 COLLAPSE = 0.95  # of log(#classes), the loss of random guesses

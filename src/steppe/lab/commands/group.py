@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import steppe
 from steppe.lab.commands import COMMANDS
+from steppe.lab.errors import LabError
 
 
 class Commands(TyperGroup):
@@ -32,8 +33,6 @@ class Commands(TyperGroup):
 
         Exit codes: 2 for a mistake, 130 for an interruption.
         """
-        from steppe.lab.settings import LabError
-
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

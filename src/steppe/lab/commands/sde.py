@@ -38,7 +38,7 @@ def sde(
     Against lr at a small rho, for the equation without and with its correction; against rho at one lr. The options
     --rule, --lr and --rho are repeatable. The same command continues a directory, also with more of these.
     """
-    from steppe.lab.settings import LabError
+    from steppe.lab.errors import LabError
     from steppe.sde.study import RULES, ErrorStudy
 
     console = Console()
@@ -57,7 +57,7 @@ def sde(
 
 def _recorded(file: Path, study: "ErrorStudy") -> "dict[str, Errors]":
     """Return the errors that are measured already, by the key of their case."""
-    from steppe.lab.settings import LabError
+    from steppe.lab.errors import LabError
 
     if not file.exists():
         return {}

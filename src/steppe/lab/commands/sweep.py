@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from steppe.lab.commands.recipes import AtScale, DataDir, Named, Only, Out, Storage, Workers
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 from steppe.lab.terminal import line
 
 Space = Annotated[

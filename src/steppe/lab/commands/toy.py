@@ -41,7 +41,7 @@ def toy(
     Prints where each ends and writes figures: the trajectories, the update as a function of gamma, and the end as a
     function of gamma.
     """
-    from steppe.lab.settings import LabError
+    from steppe.lab.errors import LabError
     from steppe.toy import ToyError, methods, stationary_points
 
     console = Console()

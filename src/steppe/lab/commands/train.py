@@ -256,7 +256,7 @@ def _publish(folder: Path, baseline: str | None, console: Console) -> None:
 def minima_measured(folder: Path, console: Console) -> int:
     """Measure the minima that are missing, and report; return the exit code."""
     from steppe.lab import minima, runs
-    from steppe.lab.settings import LabError
+    from steppe.lab.errors import LabError
 
     records, problems = runs.finished(folder, runs.read_plan(folder))
     for problem in problems:

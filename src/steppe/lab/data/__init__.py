@@ -10,7 +10,8 @@ import torch
 
 from steppe.lab.data import cifar, hub, idx, images, own, texts
 from steppe.lab.data.raw import Constants, RawData
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.errors import LabError
+from steppe.lab.settings import Settings
 
 __all__ = ["SOURCES", "RawData", "Source", "augmentation", "find", "places", "read"]
 

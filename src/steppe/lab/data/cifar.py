@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steppe.lab.data.raw import Constants, RawData
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 # Mean and standard deviation of the training pixels, by channel: the sets' own values, to five digits.
 CIFAR10: Constants = ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159))

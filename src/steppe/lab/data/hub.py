@@ -8,8 +8,8 @@ from torch import Tensor
 
 from steppe.lab.data import images
 from steppe.lab.data.raw import Constants, RawData, Texts
+from steppe.lab.errors import LabError
 from steppe.lab.inputs import Files
-from steppe.lab.settings import LabError
 
 MARK = "dataset_dict.json"
 _LABELS = ("label", "labels", "fine_label")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 _UBYTE = 0x08
 

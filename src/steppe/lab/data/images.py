@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from steppe.lab.data.raw import Constants, RawData
+from steppe.lab.errors import LabError
 from steppe.lab.inputs import Files
-from steppe.lab.settings import LabError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from steppe.lab.data.raw import RawData
+from steppe.lab.errors import LabError
 from steppe.lab.importing import imported
-from steppe.lab.settings import LabError
 
 
 def read(name: str) -> RawData:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from steppe.lab.errors import LabError
 from steppe.lab.inputs import Files
-from steppe.lab.settings import LabError
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel, of values in [0, 1]
 Texts = list[tuple[str, ...]]  # one text an example, or two that are compared

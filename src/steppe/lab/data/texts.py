@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from steppe.lab.data.raw import RawData, Texts
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 FORTUNES = Path("/usr/share/games/fortunes")  # where the package puts them
 CLASSES = ("computers", "definitions", "people", "politics", "science", "songs-poems", "work", "zippy")

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steppe.lab.errors import LabError
 from steppe.lab.importing import imported
 from steppe.lab.models import pretrained, resnet, vit
 from steppe.lab.models.small import cnn, mlp
-from steppe.lab.settings import LabError
 
 __all__ = ["build", "check", "cnn", "mlp"]
 

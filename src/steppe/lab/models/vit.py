@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 
 _SIZES = {"ti": (192, 12), "s": (384, 12), "b": (768, 12)}  # width and depth
 

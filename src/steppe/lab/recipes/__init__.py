@@ -3,9 +3,9 @@
 The records that the documents cite are in ``docs/records`` of the repository.
 """
 
+from steppe.lab.errors import LabError
 from steppe.lab.recipes import m_and_time, rwsam, wsam
 from steppe.lab.recipes.recipe import SCALES, Recipe, Scale, Study
-from steppe.lab.settings import LabError
 
 __all__ = ["RECIPES", "SCALES", "Recipe", "Scale", "Study", "named"]
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from steppe.lab import spec
+from steppe.lab.errors import LabError
 from steppe.lab.runs import Plan
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled, holes
 
 Scale = Literal["paper", "gpu-hour", "laptop"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import files, models, tasks
+from steppe.lab.errors import LabError
 from steppe.lab.recipes import SCALES, Recipe, Scale, Study, named
 from steppe.lab.recipes.step_times import multiples
 from steppe.lab.runs import RECIPE, SEARCH, Plan
-from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Value, applied, filled
 from steppe.lab.sweep.work import search
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steppe.lab import minima
+from steppe.lab.errors import LabError
 from steppe.lab.minima import Measured
 from steppe.lab.report.figures import Figure, Trace, axes, styled_rows
-from steppe.lab.settings import LabError
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 from steppe.lab.summary import Summary

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 
 from steppe.lab import spec
-from steppe.lab.settings import LabError, Settings
+from steppe.lab.errors import LabError
+from steppe.lab.settings import Settings
 
 Value = float | int | str
 Grid = Mapping[str, tuple[Value, ...]]

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from steppe.lab.settings import LabError
+from steppe.lab.errors import LabError
 from steppe.lab.sweep.space import Stage, Value
 
 HEARTBEAT = 10  # seconds; three missed ones mean that the worker is dead

@@ -15,8 +15,8 @@ import torch
 from optuna.trial import Trial, TrialState
 
 from steppe.lab.compare import leave_with_parent
+from steppe.lab.errors import LabError
 from steppe.lab.runs import Run
-from steppe.lab.settings import LabError
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
 from steppe.lab.sweep.study import ERRORS, HEARTBEAT, POINT, Grid, open_storage
 from steppe.lab.train import train

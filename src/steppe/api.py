@@ -1,0 +1,96 @@
+"""The public names of steppe; ``import steppe`` finds them here on first use."""
+
+from steppe import schedule
+from steppe.batch import Batch, Batches
+from steppe.engine.oracle import Oracle
+from steppe.engine.update import Update
+from steppe.engine.vector import Vector
+from steppe.methods import (
+    ASAM,
+    ESAM,
+    FSAM,
+    GSAM,
+    METHODS,
+    NSAM,
+    RWSAM,
+    SAM,
+    USAM,
+    WSAM,
+    CoupledWSAM,
+    FisherSAM,
+    LookSAM,
+    UnifiedSAM,
+    VaSSO,
+)
+from steppe.optimizer import SharpnessAware
+from steppe.pieces.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.pieces.geometry import (
+    Adaptive,
+    Euclidean,
+    Everything,
+    Fisher,
+    Matrices,
+    Named,
+    Scaled,
+    Unified,
+    Unnormalised,
+)
+from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.pieces.select import All, Sharpest
+from steppe.rule import Every, Micro, Plain, Rule
+from steppe.telemetry import Telemetry
+
+__all__ = [
+    "ASAM",
+    "ESAM",
+    "FSAM",
+    "GSAM",
+    "METHODS",
+    "NSAM",
+    "RWSAM",
+    "SAM",
+    "USAM",
+    "WSAM",
+    "Adaptive",
+    "All",
+    "Batch",
+    "Batches",
+    "Coupled",
+    "CoupledWSAM",
+    "Euclidean",
+    "Every",
+    "Everything",
+    "Exact",
+    "FiniteDifference",
+    "Fisher",
+    "FisherSAM",
+    "Friendly",
+    "LookSAM",
+    "Masked",
+    "Matrices",
+    "Mean",
+    "Micro",
+    "Named",
+    "OnFull",
+    "Oracle",
+    "Perturbed",
+    "Plain",
+    "RememberOrthogonal",
+    "ReuseOrthogonal",
+    "Reweighted",
+    "Rule",
+    "Scaled",
+    "Sharpest",
+    "SharpnessAware",
+    "Smoothed",
+    "SurrogateGap",
+    "Telemetry",
+    "Unified",
+    "UnifiedSAM",
+    "Unnormalised",
+    "Update",
+    "VaSSO",
+    "Vector",
+    "Weighted",
+    "schedule",
+]

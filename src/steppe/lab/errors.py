@@ -1,0 +1,5 @@
+"""The error of the laboratory and the command line for mistakes of the user."""
+
+
+class LabError(Exception):
+    """A mistake in what the user asked for; the command line prints its message without a traceback."""
