@@ -67,6 +67,27 @@ def test_large_containers_and_empty_cells_are_passed_over() -> None:
     assert referred(closure, list(NET.parameters())) == [NET]
 
 
+class Hostile(dict):
+    """What a search must not wake: a proxy, a lazy container, a property."""
+
+    def __getattribute__(self, name: str):
+        raise RuntimeError(f"{name} was asked for")
+
+    def __getitem__(self, key):
+        raise RuntimeError("loaded")
+
+    def values(self):
+        raise RuntimeError("loaded")
+
+    def __len__(self) -> int:
+        raise RuntimeError("counted")
+
+
+def test_nothing_that_the_search_passes_runs_code_of_its_own() -> None:
+    hostile = Hostile(data=1)
+    assert referred(lambda: (hostile, NET), list(NET.parameters())) == [NET]
+
+
 def test_a_named_model_is_not_searched_for_and_follows_a_copy() -> None:
     model = nn.Linear(3, 2)
     modules = Modules(model)

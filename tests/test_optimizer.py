@@ -687,3 +687,27 @@ def test_memory_stays_where_a_step_has_no_gradient() -> None:
             opt.step(closure)
     for p, g in ((u.weight, 3.0), (v.weight, 1.0)):
         assert torch.equal(opt.state[p]["sharpness.friendly"], torch.full((2, 2), g))
+
+
+def test_a_checkpoint_of_0_1_loads_and_resumes() -> None:
+    """The keys that 0.1 wrote, by hand: ``rho`` and ``sharpness_step`` in groups, ``sharpness.NAME`` in states."""
+    ours, theirs = world(), world()
+    a, b = (steppe.FSAM(torch.optim.Adam(w.parameters(), lr=0.01), rho=0.1) for w in (ours, theirs))
+    batches = ours.batches(4)
+    for batch in batches[:2]:
+        a.step(batch)
+    written = a.state_dict()
+    assert {"rho", "sharpness_step"} <= written["param_groups"][0].keys()
+    assert all(
+        state.keys() == {"step", "exp_avg", "exp_avg_sq", "sharpness.friendly"} for state in written["state"].values()
+    )
+    saved = {
+        "state": {i: {k: v.clone() for k, v in state.items()} for i, state in written["state"].items()},
+        "param_groups": copy.deepcopy(written["param_groups"]),
+    }
+    theirs.model.load_state_dict(ours.model.state_dict())
+    b.load_state_dict(saved)
+    for mine, other in zip(batches[2:], theirs.batches(4)[2:], strict=True):
+        a.step(mine)
+        b.step(other)
+    assert same_bits(ours.weights(), theirs.parameters())

@@ -164,8 +164,11 @@ class Ranks:
 
 
 @contextmanager
-def no_unknown_replica() -> Iterator[None]:
+def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
     """Refuse a DDP model that runs inside: its gradients would be averaged in the wrong passes.
+
+    Args:
+        known: the modules of the closure, none of which is a replica.
 
     Raises:
         RuntimeError: before the model's forward.
@@ -178,11 +181,13 @@ def no_unknown_replica() -> Iterator[None]:
                 "pass model= to the optimizer"
             )
 
-    hook = register_module_forward_pre_hook(refuse)
+    compiled = any("_orig_mod" in module._modules for module in known)  # torch warns of hooks on compiled modules
+    hook = None if compiled else register_module_forward_pre_hook(refuse)
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
 
 
 def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:

@@ -60,25 +60,35 @@ def _search(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module]:
     if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, nn.Module):
+    if issubclass(type(value), nn.Module):
         yield value
-    elif depth and not isinstance(value, type | Tensor):
+    elif depth:
         for inner in _inside(value):
             yield from _search(inner, depth - 1, seen)
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """Return what a value refers to: variables of a function, items of a container, attributes of an object."""
-    if isinstance(value, MethodType):
+    """Return what a value refers to: variables of a function, items of a container, attributes of an object.
+
+    By its type alone, so that no property, proxy or lazy container runs code of its own.
+    """
+    kind = type(value)
+    if issubclass(kind, type | Tensor | ModuleType):
+        return ()
+    if kind is MethodType:
         return [value.__self__, value.__func__]
-    if isinstance(value, partial):
+    if kind is partial:
         return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, FunctionType):
-        return [*_variables(value), *vars(value).values()]  # a compiled function keeps the original as an attribute
-    if isinstance(value, dict | list | tuple):
-        items: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        return items if len(value) <= LARGE else ()
-    return () if isinstance(value, ModuleType) else list(getattr(value, "__dict__", {}).values())
+    if kind is FunctionType:
+        return [*_variables(value), *value.__dict__.values()]  # a compiled function keeps the original there
+    if issubclass(kind, dict):
+        return list(dict.values(value)) if dict.__len__(value) <= LARGE else ()
+    if kind in (list, tuple):
+        return value if len(value) <= LARGE else ()
+    try:
+        return list(object.__getattribute__(value, "__dict__").values())
+    except AttributeError:
+        return ()
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:

@@ -93,7 +93,8 @@ class Passes:
                     yield
             else:
                 lone = self.ranks.alone and distributed.is_available() and distributed.is_initialized()
-                with torch.enable_grad(), no_unknown_replica() if lone else nullcontext():
+                check = lone and not self.parameters.sharded
+                with torch.enable_grad(), no_unknown_replica(self.modules()) if check else nullcontext():
                     yield
                 self.counted = True
         finally:
