@@ -43,7 +43,7 @@ def sweep(
         steppe sweep label_noise --study noise-0.4 --space rho=0.1,0.2,0.3 --seeds 3
     """
     from steppe.lab.recipes.reproduce import choose, searched
-    from steppe.lab.runs import open_for
+    from steppe.lab.runs import RECIPE, open_for
     from steppe.lab.sweep import space as spaces
 
     console, processes = Console(), workers or os.cpu_count() or 1
@@ -56,6 +56,8 @@ def sweep(
         asked = replace(each, stages=spaces.narrowed(each.stages, wanted), search_seeds=seeds or each.search_seeds)
         spaces.check(asked.search())
         folder = (out or Path("runs") / f"{name}-{scale}") / each.name
+        if (folder / RECIPE).exists():
+            raise LabError(f"{folder} holds the search that its comparison was made from; choose another --out")
         line(console, f"{name}, {each.name}")
         study_name = f"{name}/{scale}/{each.name}"
         values = searched(asked, study_name, folder, storage, processes, lambda text: line(console, text))
