@@ -5,6 +5,7 @@ The README's table of methods, and the names that ``steppe/api.py`` imports and 
 
 import inspect
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def with_names(text: str) -> str:
         text = re.sub(rf"^from steppe\.{re.escape(module)} import (\([^)]*\)|.*)\n", line, text, flags=re.MULTILINE)
     imported = re.findall(r"^from steppe\S* import (?:\(([^)]*)\)|(.*))$", text, re.MULTILINE)
     names = ordered([name.strip() for pair in imported for name in "".join(pair).split(",") if name.strip()])
-    listed = "__all__ = [\n" + "".join(f'    "{name}",\n' for name in names) + "]\n"
-    return re.sub(r"^__all__ = \[[^\]]*\]\n", listed, text, flags=re.MULTILINE)
+    quoted = textwrap.fill(", ".join(f'"{name}"' for name in names) + ",", 116)
+    listed = "__all__ = [\n" + textwrap.indent(quoted, "    ") + "\n]  # fmt: skip\n"
+    return re.sub(r"^__all__ = \[[^\]]*\].*\n", listed, text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
