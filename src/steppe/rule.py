@@ -1,7 +1,5 @@
 """The template of every method, and rules made of rules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -10,8 +10,6 @@ Example:
     >>> GSAM(base, rho=ProportionalToLR(rho_max=0.6, rho_min=0.0, lr_max=3e-3, lr_min=3e-5), alpha=0.4)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Arguments are checked before anything is changed; every error names the argument and what was expected."""
 
-from __future__ import annotations
-
 import math
 import operator
 import os

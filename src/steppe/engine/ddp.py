@@ -1,7 +1,5 @@
 """``DistributedDataParallel``: whose gradients make the perturbation, and what is averaged over the ranks."""
 
-from __future__ import annotations
-
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """An optimizer whose parameter groups, state and checkpoints are those of another one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

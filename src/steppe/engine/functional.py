@@ -1,7 +1,5 @@
 """Functions of a model and data, called with other tensors in place of the model's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """``p.grad`` before and after a pass: the only code that reads it during a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

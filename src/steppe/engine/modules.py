@@ -1,7 +1,5 @@
 """The modules that a plain closure runs, found by looking at what the closure refers to."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The parameters of a step, and the radius of each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What a rule remembers from step to step, in ``state[p]`` beside the base's state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

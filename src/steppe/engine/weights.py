@@ -1,7 +1,5 @@
 """Weights at ``w + eps`` and back: the only code that moves them during a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

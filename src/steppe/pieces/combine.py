@@ -1,7 +1,5 @@
 """What becomes of ``g`` and ``g_adv``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The unit step of steepest ascent along ``d``, in the norm that each method chose; rho multiplies it afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar

@@ -6,8 +6,6 @@ most expensive, way. What is declared is relied upon, so a wrong declaration giv
 ``tests/test_protocol.py`` checks the declaration of every piece against what the piece does.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Which gradient to ascend by: which examples, which weights on them, which memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar

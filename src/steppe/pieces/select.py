@@ -1,7 +1,5 @@
 """On which examples the second gradient is taken; asked at ``w + eps``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
