@@ -12,11 +12,11 @@ from steppe.sde import (
     GroupMean,
     Scheme,
     SDEError,
-    compare,
     draw,
     estimate,
     fit,
     logistic,
+    paths,
     quadratic,
     simulate,
     weak_error,
@@ -131,7 +131,7 @@ def test_batches_that_follow_the_brownian_motion_are_as_good_as_independent_ones
     equation = Equation(problem, Scheme(Micro(1, Rule()), 0.2, 0.1, 2))
     coupled = estimate(weak_error(equation, start, 0.4, 4000)["f"])
     draws = torch.Generator().manual_seed(1)
-    monkeypatch.setattr(compare, "largest", lambda z, scheme: draw(scheme, 6, len(z), draws))
+    monkeypatch.setattr(paths, "largest", lambda z, scheme: draw(scheme, 6, len(z), draws))
     independent = estimate(weak_error(equation, start, 0.4, 4000)["f"])
     assert abs(coupled.mean - independent.mean) < 4 * math.hypot(coupled.error, independent.error)
     assert coupled.error < 0.8 * independent.error
