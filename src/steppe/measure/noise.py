@@ -80,17 +80,16 @@ def _norms(problem: Problem, batch: Batch) -> Tensor:
 def _under_vmap(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
     """Return the squared norms of the per-example gradients, and the gradients' sum."""
     names = {id(p): name for name, p in batch.model.named_parameters()}
-    losses, w = functional(batch.model, batch.loss), [p.detach() for p in problem.w]
+    losses, w = functional(batch.model, batch.loss), {names[id(p)]: p.detach() for p in problem.w}
 
-    def f(w: list[Tensor], example: Data) -> Tensor:
-        tensors = {names[id(p)]: t for p, t in zip(problem.w, w, strict=True)}
-        return losses(tensors, mapped(lambda t: t.unsqueeze(0), example)).sum()
+    def f(w: dict[str, Tensor], example: Data) -> Tensor:
+        return losses(w, mapped(lambda t: t.unsqueeze(0), example)).sum()
 
     squares, total = [], Vector([None] * len(w))
-    for part in batch.split(max(1, HELD // sum(p.numel() for p in w))):
-        G: list[Tensor] = vmap(grad(f), in_dims=(None, 0))(w, part.data)
-        squares.append(torch.stack([t.flatten(1).square().sum(1) for t in G]).sum(0))
-        total = total + Vector([t.sum(0) for t in G])
+    for part in batch.split(max(1, HELD // sum(p.numel() for p in w.values()))):
+        G: dict[str, Tensor] = vmap(grad(f), in_dims=(None, 0))(w, part.data)
+        squares.append(torch.stack([t.flatten(1).square().sum(1) for t in G.values()]).sum(0))
+        total = total + Vector([t.sum(0) for t in G.values()])
     return torch.cat(squares), total
 
 
