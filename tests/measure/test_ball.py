@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steppe.measure import AverageCase, Problem, WorstCase, published
-from steppe.measure.ascent import checkpoints
+from steppe.measure.ball import checkpoints
 
 from .models import CRITERION, Quadratic, data, losses, net, problem, quadratic
 

@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from steppe.lab.commands.group import app
-from steppe.sde.figures import STYLES
-from steppe.sde.study import RULES, Case, ErrorStudy, curves
+from steppe.sde.study import COLORS, MARKS, RULES, Case, ErrorStudy, curves
 
 TINY = ("--rule", "SGD", "--rule", "m-SAM", "--paths", 64, "--lr", 0.2, "--lr", 0.1, "--rho", 0.2, "--rho", 0.1)
 
@@ -89,4 +88,4 @@ def test_curves_against_rho_are_differences_from_rho_0():
 
 
 def test_every_rule_has_a_style():
-    assert set(STYLES) == set(RULES)
+    assert len(RULES) == len(MARKS) == len(set(COLORS))

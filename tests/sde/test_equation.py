@@ -8,7 +8,7 @@ import torch
 import steppe
 from steppe import Micro, OnFull, Plain, Rule, Unnormalised
 from steppe.sde import Equation, FiniteSum, RealPaths, Scheme, SDEError, logistic, quadratic, scheme_of
-from steppe.sde.sampling import sampling
+from steppe.sde.equation import sampling
 from tests.test_theory import d, finite_sum, n, regularised_gradient
 
 RULES = {

@@ -8,8 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from steppe.lab.commands.group import app
-from steppe.toy import Landscape, ToyError, place, stationary_points, trajectory
-from steppe.toy.trajectory import SGDM, methods
+from steppe.toy import SGDM, Landscape, ToyError, methods, place, stationary_points, trajectory
 
 WINDOW = {"start": (1.0, 0.5), "lr": 0.05, "rho": 0.1, "steps": 100, "x": (-2.0, 2.0), "y": (-2.0, 2.0)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,33 +58,24 @@ class Backward:
         self._kept: list[Any] = []
 
     def __call__(self, batch: Any) -> Tensor | None:
-        """Keep a micro-batch; at the last one of a step run all passes.
+        """Keep a micro-batch and return ``None``; at a step's last one run all passes and return the loss at ``w``.
 
-        Returns:
-            ``None`` for earlier micro-batches. For the last, the loss at ``w``: the sum over the micro-batches, divided
-            by ``gradient_accumulation_steps``.
+        The loss is the sum over the micro-batches, divided by ``gradient_accumulation_steps``.
         """
         self._kept.append(batch)
         if not self.accelerator.sync_gradients:
             return None
         batches, self._kept = self._kept, []
-        passes = [lambda batch=batch: self._pass(batch) for batch in batches]
-        loss: Tensor = backward(self.accelerator, self.model, self.optimizer, passes)
-        return loss
+        return backward(self.accelerator, self.model, self.optimizer, [partial(self._pass, b) for b in batches])
 
     def _pass(self, batch: Any) -> Tensor:
         loss = self.loss(self.model, batch)
         self.accelerator.backward(loss)
-        share: int = self.accelerator.gradient_accumulation_steps
-        return loss.detach() / share
+        return torch.div(loss.detach(), self.accelerator.gradient_accumulation_steps)
 
 
 def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
-    """Return the steppe optimizer inside the prepared one.
-
-    Raises:
-        TypeError, NotImplementedError: as :class:`Backward`.
-    """
+    """Return the steppe optimizer inside the prepared one; raise as :class:`Backward` where there is none."""
     if accelerator.distributed_type not in RUNS_ON:
         raise NotImplementedError(
             "with accelerate, steppe runs on one device or under DDP; "
@@ -101,9 +93,8 @@ def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
 
 def backward(
     accelerator: Accelerator, model: nn.Module, optimizer: SharpnessAware, passes: Sequence[Callable[[], Tensor]]
-) -> Any:
-    """Call ``optimizer.backward`` over micro-batches; each of ``passes`` runs forward and backward on one, and returns
-    its share of the loss."""
+) -> Tensor:
+    """Run ``optimizer.backward``; each of ``passes`` runs one micro-batch and returns its share of the loss."""
 
     def closure() -> Tensor:
         losses = []
@@ -112,4 +103,5 @@ def backward(
                 losses.append(one())
         return torch.stack(losses).sum()
 
-    return optimizer.backward(closure, scaler=accelerator.scaler, rescale=True)
+    loss: Tensor = optimizer.backward(closure, scaler=accelerator.scaler, rescale=True)
+    return loss

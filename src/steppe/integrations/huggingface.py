@@ -15,7 +15,6 @@ from steppe.optimizer import SharpnessAware
 
 LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
 
-
 if TYPE_CHECKING:
     _Trainer = Trainer
 else:
@@ -53,10 +52,7 @@ class SharpnessAwareTrainerMixin(_Trainer):
             raise TypeError(f"class {cls.__name__}: SharpnessAwareTrainerMixin must come before Trainer")
 
     def __init__(
-        self,
-        *args: Any,
-        sharpness: Callable[[torch.optim.Optimizer], SharpnessAware] | None = None,
-        **kwargs: Any,
+        self, *args: Any, sharpness: Callable[[torch.optim.Optimizer], SharpnessAware] | None = None, **kwargs: Any
     ) -> None:
         self._sharpness = sharpness
         self._kept: list[Callable[[], Tensor]] = []
@@ -76,18 +72,13 @@ class SharpnessAwareTrainerMixin(_Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep the micro-batch; at the last of an update run all passes over all of them.
-
-        Returns:
-            The update's loss at ``w`` for its last micro-batch, 0 for earlier ones.
-        """
+        """Keep the micro-batch and return 0; at an update's last one run all passes and return the loss at ``w``."""
         optimizer = sharpness_aware(self.accelerator, self.optimizer)
         self._kept.append(partial(super().training_step, model, *args, **kwargs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         passes, self._kept = self._kept, []
-        loss: Tensor = backward(self.accelerator, model, optimizer, passes)
-        return loss
+        return backward(self.accelerator, model, optimizer, passes)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the telemetry of the last step to the training logs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from steppe.batch import Batch
 from steppe.engine.replay import RandomState
 from steppe.optimizer import SharpnessAware
 
+COUNTS = ("_update_count", "_computed", "_forward_cache")  # what a metric changes beside its state
+
 if TYPE_CHECKING:
     _Module = LightningModule
 else:
@@ -28,15 +30,10 @@ else:
 class SharpnessAwareMixin(_Module):
     """Mixin for a sharpness-aware ``LightningModule``: ``class Net(SharpnessAwareMixin, LightningModule)``.
 
-    ``configure_optimizers`` returns a steppe optimizer, and nothing else changes. Lightning would pass its closure to
-    ``step()``, but under gradient accumulation that closure runs the last micro-batch alone; it also clips and logs in
-    every pass. With the mixin
-
-    * the first pass is Lightning's own, over all micro-batches; later passes run all of them again;
-    * ``on_before_optimizer_step`` and gradient clipping get the gradient for the base optimizer, once a step;
-    * later passes log nothing and do not change torchmetrics; the loss that Lightning reports is that at ``w``.
-
-    Hooks around ``backward`` run in every pass. The micro-batches' inputs are held until the step.
+    ``configure_optimizers`` returns a steppe optimizer, and nothing else changes. The first pass is Lightning's own,
+    over all micro-batches of gradient accumulation, whose inputs are held; later passes run all of them again, log
+    nothing and do not change torchmetrics. ``on_before_optimizer_step`` and gradient clipping get the gradient for the
+    base optimizer, once a step; hooks around ``backward`` run in every pass.
 
     Raises:
         TypeError: the mixin comes after ``LightningModule``.
@@ -79,13 +76,14 @@ class SharpnessAwareMixin(_Module):
         if self._kept is None or not self._kept.runs:
             raise RuntimeError("configure_callbacks must return what super().configure_callbacks() does, and more")
         runs, self._kept.runs = self._kept.runs, []
-        parameters = _parameters(inner)
+        parameters = [p for group in inner.param_groups for p in group["params"]]
         earlier = [p.grad if len(runs) > 1 else None for p in parameters]  # of the micro-batches before the last
 
         def first() -> Any:
-            runs[-1] = replace(runs[-1], random=RandomState.now(runs[-1].random.devices))
-            for p in parameters:
-                p.grad = earlier.pop(0)
+            runs[-1].random = RandomState.now(runs[-1].random.devices)
+            for p, g in zip(parameters, earlier, strict=True):
+                p.grad = g
+            earlier.clear()
             loss = optimizer_closure()
             return None if loss is None else sum((run.loss for run in runs[:-1]), loss)
 
@@ -100,14 +98,7 @@ class SharpnessAwareMixin(_Module):
             optimizer: the optimizer to step, if there are several.
 
         Example:
-            >>> def training_step(self, batch, batch_idx):
-            ...     def closure():
-            ...         self.optimizers().zero_grad()
-            ...         loss = self.loss(batch)
-            ...         self.manual_backward(loss)
-            ...         return loss
-            ...
-            ...     self.log("loss", self.sharpness_step(closure))
+            >>> loss = self.sharpness_step(closure)  # in training_step
         """
         chosen = self.optimizers() if optimizer is None else optimizer
         inner = getattr(chosen, "optimizer", None)
@@ -126,11 +117,8 @@ class SharpnessAwareMixin(_Module):
                 return again()
 
         vars(closure)["model"] = strategy.model  # under DDP the replica, which this module does not know
-
         if isinstance(first, Batch) and isinstance(strategy, DDPStrategy):
-            raise TypeError(
-                "closure must be a function under DDP: the backward pass of a steppe.Batch is not Lightning's"
-            )
+            raise TypeError("closure must be a function under DDP: a steppe.Batch's backward pass is not Lightning's")
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler, rescale=True)
         if first is not again and (loss is None or inner.full is not None):
@@ -169,7 +157,7 @@ class SharpnessAwareMixin(_Module):
     @contextmanager
     def _without_traces(self) -> Iterator[None]:
         metrics = [m for m in self.modules() if isinstance(m, Metric)]
-        before = [{k: _copy(v) for k, v in m.__dict__.items() if k in _kept_by(m)} for m in metrics]
+        before = [{k: _copy(vars(m)[k]) for k in {*m.metric_state, *COUNTS} & vars(m).keys()} for m in metrics]
         self.further_pass = True
         try:
             yield
@@ -179,7 +167,7 @@ class SharpnessAwareMixin(_Module):
                 metric.__dict__.update(state)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     arguments: tuple[Any, ...]
     random: RandomState  # before it
@@ -198,17 +186,16 @@ class _Kept(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise NotImplementedError("training_step(dataloader_iter) cannot run again: take (batch, batch_idx)")
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        devices = {p.device for p in module.parameters() if p.device.type != "cpu"}
-        arguments = (batch, batch_idx) if takes_index else (batch,)
         if module.automatic_optimization:
-            self.runs.append(_Run(arguments, RandomState.now(devices)))
+            takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            devices = {p.device for p in module.parameters() if p.device.type != "cpu"}
+            self.runs.append(_Run((batch, batch_idx) if takes_index else (batch,), RandomState.now(devices)))
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.runs and isinstance(outputs, Mapping) and "loss" in outputs:
-            self.runs[-1] = replace(self.runs[-1], loss=outputs["loss"])
+            self.runs[-1].loss = outputs["loss"]
 
 
 def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:
@@ -220,19 +207,11 @@ def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:
     )
 
 
-def _parameters(optimizer: SharpnessAware) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _run_closure_first(optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Run Lightning's closure, now hooks and clipping alone, and call ``step()`` without it to move the weights."""
     if "closure" in kwargs:
         kwargs["closure"]()
     return (optimizer,), {}
-
-
-def _kept_by(metric: Metric) -> set[str]:
-    return {*metric.metric_state, "_update_count", "_computed", "_forward_cache"}
 
 
 def _copy(value: Any) -> Any:

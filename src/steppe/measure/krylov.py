@@ -1,10 +1,9 @@
 """Random vectors, orthogonalisation, and the Lanczos process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -22,8 +21,7 @@ class Symmetric(Protocol):
     def like(self) -> Sequence[Tensor]:
         """Return tensors with the shapes of a vector's entries."""
 
-    def __matmul__(self, v: Vector, /) -> Vector:
-        """Return the product with ``v``."""
+    def __matmul__(self, v: Vector, /) -> Vector: ...
 
 
 def gaussian(like: Sequence[Tensor], generator: torch.Generator) -> Vector:
@@ -59,16 +57,6 @@ def orthogonal(v: Vector, basis: Sequence[Vector]) -> Vector:
     return v
 
 
-def orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
-    """Return an orthonormal basis of the span; vectors that depend on earlier ones to rounding are left out."""
-    basis: list[Vector] = []
-    for v in vectors:
-        rest = orthogonal(v, basis)
-        if rest.norm() > 1e-5 * v.norm():
-            basis.append(unit(rest))
-    return basis
-
-
 @dataclass
 class Krylov:
     """``A Q = Q T + beta_j q_{j+1} e_j^T``, ``T`` tridiagonal with ``alpha`` on and ``beta`` beside the diagonal."""
@@ -86,10 +74,8 @@ class Krylov:
 
     def vector(self, s: Tensor) -> Vector:
         """Return ``Q s``."""
-        total = float(s[0]) * self.basis[0]
-        for c, q in zip(s.tolist()[1:], self.basis[1 : len(s)], strict=True):
-            total = total + c * q
-        return total
+        terms: list[Vector] = [c * q for c, q in zip(s.tolist(), self.basis, strict=False)]
+        return reduce(Vector.__add__, terms)
 
 
 def lanczos(A: Symmetric, start: Vector, generator: torch.Generator) -> Iterator[Krylov]:

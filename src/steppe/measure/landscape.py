@@ -1,10 +1,7 @@
 """The loss on lines and planes through the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +34,13 @@ def filter_normalised(problem: Problem, seed: int = 0) -> Vector:
     Li et al. 2018 (arXiv 1712.09913, section 4). A filter is a row of the first dimension of a parameter with two or
     more dimensions. Biases and normalisation parameters do not move.
     """
-    d = gaussian(problem.parameters, torch.Generator().manual_seed(seed))
-    rows = zip(d.tensors, problem.parameters, strict=True)
-    return Vector([None if t is None or p.dim() < 2 else _scaled(t, p.detach()) for t, p in rows])
 
+    def scaled(d: Tensor, w: Tensor) -> Tensor:
+        lengths = [torch.linalg.vector_norm(wide(t), dim=tuple(range(1, w.dim())), keepdim=True) for t in (w, d)]
+        return torch.mul(d, lengths[0] / (lengths[1] + TINY))
 
-def _scaled(d: Tensor, w: Tensor) -> Tensor:
-    dims = tuple(range(1, w.dim()))
-    norm = [torch.linalg.vector_norm(wide(t), dim=dims, keepdim=True) for t in (w, d)]
-    scaled: Tensor = d * (norm[0] / (norm[1] + TINY))
-    return scaled
+    weights = Vector([p.detach() if p.dim() >= 2 else None for p in problem.parameters])
+    return gaussian(problem.parameters, torch.Generator().manual_seed(seed)).map(scaled, weights)
 
 
 def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector:
@@ -59,11 +53,12 @@ def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector
     """
     state = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
     names = {id(p): name for name, p in problem.model.named_parameters()}
+    differences = []
     for name, p in ((names[id(p)], p) for p in problem.parameters):
         if name not in state or state[name].shape != p.shape:
             raise ValueError(f"other must have the same parameters, but {name} is missing or of another shape")
-    pairs = [(wide(state[names[id(p)]].detach().to(p.device)), wide(p.detach())) for p in problem.parameters]
-    return Vector([there - here for there, here in pairs])
+        differences.append(wide(state[name].detach().to(p.device)) - wide(p.detach()))
+    return Vector(differences)
 
 
 def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
@@ -73,7 +68,7 @@ def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
         >>> line(problem, filter_normalised(problem), torch.linspace(-1, 1, 41).tolist())
         >>> line(problem, towards(problem, other_model), torch.linspace(-0.5, 1.5, 41).tolist())
     """
-    return Line(tuple(t), tuple(_losses(problem, [s * d for s in t])))
+    return Line(tuple(t), _losses(problem, (s * d for s in t)))
 
 
 def plane(problem: Problem, a: Vector, b: Vector, x: Sequence[float], y: Sequence[float]) -> Plane:
@@ -83,16 +78,14 @@ def plane(problem: Problem, a: Vector, b: Vector, x: Sequence[float], y: Sequenc
         >>> top = eigenpairs(Hessian(problem), k=2)
         >>> plane(problem, *top.vectors, x, y)  # the plane of the two sharpest directions
     """
-    losses = _losses(problem, (s * a + r * b for r, s in product(y, x)))
-    width = len(x)
-    return Plane(tuple(x), tuple(y), tuple(tuple(losses[j * width : (j + 1) * width]) for j in range(len(y))))
+    return Plane(tuple(x), tuple(y), tuple(_losses(problem, (s * a + r * b for s in x)) for r in y))
 
 
-def _losses(problem: Problem, where: Iterable[Vector]) -> list[float]:
+def _losses(problem: Problem, where: Iterable[Vector]) -> tuple[float, ...]:
     losses = []
     with problem.untouched():
         f = problem.oracle()
         for eps in where:
             with f.at(eps):
                 losses.append(problem.mean_loss())
-    return losses
+    return tuple(losses)

@@ -1,12 +1,10 @@
 """The measurements of one minimum as one row of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steppe.batch import Data, Loss
 from steppe.measure.ball import WorstCase
@@ -21,23 +19,12 @@ from steppe.measure.trace import hutch_pp
 class Minimum:
     """A row of a table of minima: plain numbers, fit for JSON.
 
-    The loss has no weight decay; the model is in evaluation mode.
-
-    Attributes:
-        n: number of examples.
-        loss: mean loss.
-        error: share of wrong answers; ``None`` if the loss is no criterion on class labels.
-        g_norm: norm of the mean loss's gradient, 0 at a minimum.
-        top: largest eigenvalue of the Hessian.
-        top_residual: ``norm(H v - top v)``.
-        trace: trace of the Hessian.
-        trace_error: its standard error.
-        trace_V: trace of the gradient covariance (population).
-        sharpness: mean rise of the loss in a ball.
-        sharpness_error: its standard error over the subsets.
-        measure: the measure of sharpness, as an expression.
-        converged: whether eigenvalue and trace met their tolerances.
-        products: Hessian-vector products that were used.
+    Of ``n`` examples, in evaluation mode and without weight decay: the mean ``loss``; ``error``, the share of wrong
+    answers (``None`` if the loss is no criterion on class labels); ``g_norm``, the norm of the mean loss's gradient.
+    Of the Hessian: ``top``, its largest eigenvalue, with ``top_residual``, ``norm(H v - top v)``; ``trace`` with its
+    standard error. ``trace_V`` is the trace of the gradient covariance (population). ``sharpness`` is the mean rise of
+    the loss in the ball of ``measure`` (an expression), with its standard error over the subsets. ``converged`` says
+    whether eigenvalue and trace met their tolerances, ``products`` how many Hessian-vector products they took.
     """
 
     n: int
@@ -69,11 +56,8 @@ def minimum(
     """Return loss, error, top Hessian eigenvalue, Hessian trace, tr V and m-sharpness of a trained model on data.
 
     Args:
-        model: the module.
-        loss: as in :class:`Problem`; a criterion module on class labels gives the error too.
-        data: as in :class:`Problem`.
+        model, loss, data, batch_size: as in :class:`Problem`; a criterion module on class labels gives the error too.
         sharpness: the measure of sharpness; the default is m-sharpness with ``m = 128`` and rho 0.05.
-        batch_size: maximum number of examples in one pass.
         tol: relative standard error of the trace. The eigenvalue's relative residual is at most 1e-3.
         seed: seed of all probes.
 
@@ -115,11 +99,7 @@ def _error(problem: Problem) -> float | None:
     with problem.untouched(), torch.no_grad():
         for batch in problem.batches():
             outputs, targets = problem.outputs(batch), batch.data[1]
-            if not _classifies(outputs, targets):
-                return None
+            if outputs.dim() != 2 or targets.dim() != 1 or targets.is_floating_point():
+                return None  # no class labels
             wrong += int((outputs.argmax(1) != targets).sum())
     return wrong / problem.n
-
-
-def _classifies(outputs: Tensor, targets: Tensor) -> bool:
-    return outputs.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point()

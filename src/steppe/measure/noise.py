@@ -1,9 +1,6 @@
 """Gradient noise: how per-example gradients differ."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,23 +11,22 @@ from steppe.batch import Batch, Data, mapped
 from steppe.engine.functional import functional
 from steppe.engine.vector import Vector
 from steppe.factored import gradient_statistics
+from steppe.measure.operator import DoubleBackward
 from steppe.measure.problem import Problem
-from steppe.measure.product import DoubleBackward
 
 log = logging.getLogger("steppe")
 HELD = 2**26  # numbers in the per-example gradients that vmap holds at once: 256 MB in float32
+MIXED = "the gradients of single examples are not defined, because examples influence one another: "
 
 
 @dataclass(frozen=True)
 class GradientNoise:
     """The spread of the per-example gradients ``g_i`` of ``n`` examples around their mean ``g``.
 
-    Attributes:
-        norms: ``norm(g_i)`` of every example, shape ``(n,)``, in the order of the data.
-        g_norm: ``norm(g)``.
-        trace: ``tr V = 1/n sum_i norm(g_i)^2 - norm(g)^2``; times ``n / (n - 1)`` it is unbiased.
-        scale: ``tr V / norm(g)^2``, the simple noise scale in examples (McCandlish et al. 2018, arXiv 1812.06162): the
-            batch size at which noise and signal are equal. It diverges at a minimum of the measured loss.
+    ``norms`` has ``norm(g_i)`` of every example, shape ``(n,)``, in the order of the data; ``g_norm`` is ``norm(g)``,
+    ``trace`` is ``tr V = 1/n sum_i norm(g_i)^2 - norm(g)^2``; times ``n / (n - 1)`` it is unbiased. ``scale`` is
+    ``tr V / norm(g)^2``, the simple noise scale in examples (McCandlish et al. 2018, arXiv 1812.06162): the batch size
+    at which noise and signal are equal. It diverges at a minimum of the measured loss.
     """
 
     norms: Tensor
@@ -53,21 +49,18 @@ def gradient_noise(problem: Problem) -> GradientNoise:
         >>> noise = gradient_noise(Problem(model, criterion, loader))
         >>> noise.trace, noise.norms.quantile(0.9)
     """
-    norms: list[Tensor] = []
     with problem.untouched():
-        mixing = [m for m in problem.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-        if mixing:
-            raise _mixed(f"{type(mixing[0]).__name__} is in training mode")
-        for batch in problem.batches():
-            norms.append(_norms(problem, batch).cpu())
+        for module in problem.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(f"{MIXED}{type(module).__name__} is in training mode")
+        norms = torch.cat([_norms(problem, batch).cpu() for batch in problem.batches()]).double()
     g = float(DoubleBackward().gradient(problem).norm())
-    every = torch.cat(norms).double()
-    trace = float(every.square().mean()) - g**2
-    return GradientNoise(every, g, trace, trace / g**2 if g else float("inf"))
+    trace = float(norms.square().mean()) - g**2
+    return GradientNoise(norms, g, trace, trace / g**2 if g else float("inf"))
 
 
 def _norms(problem: Problem, batch: Batch) -> Tensor:
-    low = problem.w is not problem.parameters  # stand-ins work with neither of the two fast ways
+    low = problem.w is not problem.parameters  # float32 copies work with neither of the two fast ways
     try:
         if not low:
             return gradient_statistics(batch, problem.parameters).norms
@@ -80,24 +73,23 @@ def _norms(problem: Problem, batch: Batch) -> Tensor:
         squares, total = _one_by_one(problem, batch)
     g = torch.autograd.grad(batch.losses().sum(), problem.w, allow_unused=True)
     if float((total - Vector(g)).norm()) > 1e-3 * float(squares.sqrt().sum()):
-        raise _mixed("their gradients alone do not add up to the batch's")
+        raise ValueError(f"{MIXED}their gradients alone do not add up to the batch's")
     return squares.sqrt()
 
 
 def _under_vmap(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
     """Return the squared norms of the per-example gradients, and the gradients' sum."""
     names = {id(p): name for name, p in batch.model.named_parameters()}
-    losses, w = functional(batch.model, batch.loss), [p.detach() for p in problem.w]
+    losses, w = functional(batch.model, batch.loss), {names[id(p)]: p.detach() for p in problem.w}
 
-    def f(w: list[Tensor], data: Data) -> Tensor:
-        return losses({names[id(p)]: t for p, t in zip(problem.w, w, strict=True)}, data).sum()
+    def f(w: dict[str, Tensor], example: Data) -> Tensor:
+        return losses(w, mapped(lambda t: t.unsqueeze(0), example)).sum()
 
     squares, total = [], Vector([None] * len(w))
-    per_example: Callable[..., list[Tensor]] = vmap(grad(f), in_dims=(None, 0))
-    for part in batch.split(max(1, HELD // sum(p.numel() for p in w))):
-        G = per_example(w, mapped(lambda t: t.unsqueeze(1), part.data))
-        squares.append(torch.stack([t.flatten(1).square().sum(1) for t in G]).sum(0))
-        total = total + Vector([t.sum(0) for t in G])
+    for part in batch.split(max(1, HELD // sum(p.numel() for p in w.values()))):
+        G: dict[str, Tensor] = vmap(grad(f), in_dims=(None, 0))(w, part.data)
+        squares.append(torch.stack([t.flatten(1).square().sum(1) for t in G.values()]).sum(0))
+        total = total + Vector([t.sum(0) for t in G.values()])
     return torch.cat(squares), total
 
 
@@ -108,9 +100,3 @@ def _one_by_one(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
         squares.append(g.norm().square())
         total = total + g
     return torch.stack(squares), total
-
-
-def _mixed(why: str) -> ValueError:
-    return ValueError(
-        f"the gradients of single examples are not defined, because examples influence one another: {why}"
-    )

@@ -1,10 +1,8 @@
 """A model's mean loss on data as a function of the weights; measuring changes nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from typing import Literal, Self
 
@@ -13,12 +11,12 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Data, Loss, mapped
 from steppe.engine import checks
+from steppe.engine.functional import ModelFunction, functional
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import reshard
 from steppe.engine.replay import RandomState, frozen_statistics
 from steppe.engine.vector import LOW, wide
-from steppe.measure.standin import StandIns
 
 Mode = Literal["eval", "train", "keep"]
 RTOL = 1e-4  # two passes over the same examples agree this well, or the loss is not a function of the weights
@@ -68,27 +66,23 @@ class Problem:
             raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
         if batch_size is not None:
             checks.positive_integer("batch_size", batch_size)
-        if not isinstance(data, Tensor | tuple | Mapping) and (
-            not isinstance(data, Iterable) or isinstance(data, Iterator)
-        ):
+        data = [data] if isinstance(data, Tensor | tuple | Mapping) else data
+        if not isinstance(data, Iterable) or isinstance(data, Iterator):
             raise TypeError(f"data must be a batch, or batches that can be iterated again, got {type(data).__name__}")
         self.model, self.loss, self.data, self.mode, self.batch_size = model, loss, data, mode, batch_size
         self.parameters = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
         if not self.parameters or not all(p.requires_grad for p in self.parameters):
             raise ValueError("params must be at least one parameter, all of which require a gradient")
-        devices = {p.device for p in self.parameters}
-        self._device = devices.pop() if len(devices) == 1 else None
         self._point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
         self._start = self.random_state()
-        self._wide = StandIns(self.parameters) if any(p.dtype in LOW for p in self.parameters) else None
+        low = any(p.dtype in LOW for p in self.parameters)
+        self._copies = {id(p): wide(p.detach()).clone().requires_grad_() for p in self.parameters} if low else {}
         self.n = self._checked()
-
-    # ---- passes
 
     @property
     def w(self) -> Sequence[Tensor]:
         """Return the tensors that curvature products differentiate by: the parameters, or their float32 copies."""
-        return self.parameters if self._wide is None else self._wide.leaves
+        return list(self._copies.values()) if self._copies else self.parameters
 
     def random_state(self) -> RandomState:
         """Return the state of the generators that a pass may use."""
@@ -103,31 +97,23 @@ class Problem:
         try:
             if self.mode != "keep":
                 self.model.train(self.mode == "train")
-            with self.frozen(), torch.enable_grad():
+            with frozen_statistics(self.model.modules()), torch.enable_grad():
                 yield
         finally:
-            self.reshard()
+            reshard(self.model.modules())
             for module, training in modes:
                 module.training = training
             for p, g in gradients:
                 p.grad = g
             before.restore()
 
-    def frozen(self) -> AbstractContextManager[object]:
-        """Return a context that puts running statistics back, so that every pass starts from the same ones."""
-        return frozen_statistics(self.model.modules())
-
-    def reshard(self) -> None:
-        """Drop the whole weights that FSDP2 keeps after a forward without a backward: they would miss the next move."""
-        reshard(self.model.modules())
-
     def batches(self) -> Iterator[Batch]:
         """Stream the data, from the same random state each time; to be used inside :meth:`untouched`."""
         self._start.restore()
-        if self._wide is not None:
-            self._wide.refresh()
-        single = isinstance(self.data, Tensor | tuple | Mapping)
-        for data in [self.data] if single else self.data:
+        with torch.no_grad():
+            for p in self.parameters if self._copies else ():
+                self._copies[id(p)].copy_(p)
+        for data in self.data:
             batch = self._batch(data)
             yield from [batch] if self.batch_size is None else batch.split(self.batch_size)
 
@@ -141,11 +127,7 @@ class Problem:
 
     def outputs(self, batch: Batch) -> Tensor:
         """Return the model's outputs for the inputs of a batch of ``(inputs, targets)``."""
-
-        def f(model: nn.Module, data: Data) -> Tensor:
-            return model(data[0])  # type: ignore[no-any-return]
-
-        return (f if self._wide is None else self._wide.around(f))(self.model, batch.data)
+        return self._in_float32(lambda model, data: model(data[0]))(self.model, batch.data)
 
     def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
         """Return every example's loss from the model's outputs, shape ``(n,)``; the loss must be a criterion module."""
@@ -155,20 +137,17 @@ class Problem:
     def oracle(self, closure: Callable[[], Tensor] | None = None) -> Oracle:
         """Return the mean loss as optimizers see it, to be used inside :meth:`untouched`.
 
-        Args:
-            closure: another forward and backward pass that returns its loss.
-
-        Raises:
-            TypeError: parameters are in low precision, which rounds small moves away.
+        ``closure`` is a forward and backward pass to take in place of :meth:`backward`. ``TypeError`` is raised where
+        parameters are in low precision.
         """
-        if self._wide is not None:
+        if self._copies:
             raise TypeError(
                 "this moves the weights, and parameters in low precision round small moves away: "
                 "measure a float32 copy, copy.deepcopy(model).float()"
             )
 
         def whole_pass() -> Tensor:
-            with self.frozen():
+            with frozen_statistics(self.model.modules()):  # every pass starts from the same running statistics
                 self.model.zero_grad(set_to_none=True)
                 return (closure or self.backward)()
 
@@ -185,62 +164,61 @@ class Problem:
 
     def mean_loss(self) -> float:
         """Return the mean loss at the weights that the model has now, a forward pass; inside :meth:`untouched`."""
-        with self.frozen(), torch.no_grad():
+        with frozen_statistics(self.model.modules()), torch.no_grad():
             total = math.fsum(float(batch.losses().double().sum()) for batch in self.batches())
-        self.reshard()
+        reshard(self.model.modules())  # FSDP2 keeps whole weights after a forward alone: they would miss the next move
         return total / self.n
-
-    # ---- parts
 
     def split(self, m: int) -> Iterator[Self]:
         """Yield problems of ``m`` examples in order, batch by batch; the last of a batch has the remainder."""
         checks.positive_integer("m", m)
         for batch in self._kept():
-            for part in batch.split(m):
-                yield self._on([part])
+            yield from map(self._on, batch.split(m))
 
     def first(self, count: int) -> Self:
         """Return the problem of the first ``count`` examples, or of all where there are fewer."""
         checks.positive_integer("count", count)
-        chosen, left = [], count
+        chosen: list[Batch] = []
         for batch in self._kept():
-            chosen += batch.split(left)[:1]
-            left -= len(chosen[-1])
-            if not left:
-                break
-        return self._on(chosen)
-
-    def in_mode(self, mode: Mode) -> Self:
-        """Return the same problem in another mode."""
-        other = copy(self)
-        other.mode = mode
-        return other
+            left = count - sum(map(len, chosen))
+            chosen += batch.split(left)[:1] if left else []
+        return self._on(*chosen)
 
     def _kept(self) -> list[Batch]:
         with self.untouched():
             return list(self.batches())
 
-    def _on(self, batches: list[Batch]) -> Self:
+    def _on(self, *batches: Batch) -> Self:
         part = copy(self)
         part.data, part.n = [batch.data for batch in batches], sum(map(len, batches))
         return part
 
     def _batch(self, data: Data) -> Batch:
-        if self._device is not None:
-            data = mapped(lambda t: t.to(self._device), data)
-        if self._wide is not None:
+        device = self.parameters[0].device
+        if all(p.device == device for p in self.parameters):
+            data = mapped(lambda t: t.to(device), data)
+        if self._copies:
             data = mapped(lambda t: wide(t) if t.dtype in LOW else t, data)
-        if isinstance(self.loss, nn.Module):
-            if not isinstance(data, tuple | list) or len(data) != 2:
-                raise ValueError(
-                    "data must be (inputs, targets) where loss is a criterion module; else pass a function as loss"
-                )
-            batch = Batch.supervised(self.model, self.loss, data[0], data[1])
-        else:
+        if not isinstance(self.loss, nn.Module):
             batch = Batch(self.model, self.loss, data)
-        if self._wide is not None:
-            batch.loss = self._wide.around(batch.loss)
+        elif isinstance(data, tuple | list) and len(data) == 2:
+            batch = Batch.supervised(self.model, self.loss, *data)
+        else:
+            raise ValueError("data must be (inputs, targets) where loss is a criterion; else pass a function as loss")
+        batch.loss = self._in_float32(batch.loss)
         return batch
+
+    def _in_float32(self, f: ModelFunction) -> ModelFunction:
+        """Return ``f`` of a model whose parameters and buffers are all in at least float32."""
+        if not self._copies:
+            return f
+
+        def f_wide(model: nn.Module, data: Data) -> Tensor:
+            tensors = {name: self._copies.get(id(p), wide(p.detach())) for name, p in model.named_parameters()}
+            tensors |= {name: wide(b) if b.dtype in LOW else b for name, b in model.named_buffers()}
+            return functional(model, f)(tensors, data)
+
+        return f_wide
 
     def _checked(self) -> int:
         """Compute every loss twice, refuse what is no function of the weights, and return the number of examples."""

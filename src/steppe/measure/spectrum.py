@@ -1,7 +1,5 @@
 """Eigenvalues, eigenvectors and spectral density of a matrix that is known by its products."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass
@@ -31,14 +29,10 @@ def warn_unless(converged: bool, estimate: str, level: int = 3) -> None:
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues and eigenvectors, from the requested end of the spectrum inwards.
+    """Eigenvalues ``lambda`` and unit eigenvectors ``v``, from the requested end of the spectrum inwards.
 
-    Attributes:
-        values: ``lambda``, in units of loss per squared weight for a Hessian.
-        vectors: one unit vector for each.
-        residuals: ``norm(A v - lambda v)``: an eigenvalue lies within this distance of ``lambda``.
-        converged: whether all residuals met the tolerance.
-        products: products with the matrix that were used.
+    An eigenvalue lies within each of the ``residuals``, ``norm(A v - lambda v)``, of its ``lambda``. ``converged`` says
+    whether all met the tolerance, ``products`` how many products with the matrix were used.
     """
 
     values: tuple[float, ...]
@@ -57,15 +51,8 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
     """Return the eigenvalue that is largest in *absolute value*: ``v <- A v / norm(A v)``, ``lambda = <v, A v>``.
 
     WSAM's Table 9 names this method (arXiv 2305.15817; its settings are not known to us). The stopping rule is
-    PyHessian's: ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7.
-    :func:`eigenpairs` distinguishes the ends of the spectrum and needs fewer products.
-
-    Args:
-        A: an operator.
-        tol: relative change of ``lambda`` in one iteration.
-        most: maximum number of iterations; after these the result is not converged, with a :class:`NotConverged`
-            warning.
-        seed: seed of the Gaussian start.
+    PyHessian's: ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7. It takes at most
+    ``most`` products from a Gaussian start; :func:`eigenpairs` needs fewer, and distinguishes the ends of the spectrum.
     """
     checks.number("tol", tol, "a number > 0", low=1e-30)
     checks.positive_integer("most", most)
@@ -103,7 +90,7 @@ def eigenpairs(
         which: ``"largest"`` (algebraically), ``"smallest"`` (most negative), or ``"magnitude"``.
         tol: tolerance of each residual, relative to its eigenvalue. The error of an eigenvalue is of the order of its
             squared residual over the gap to the next. An end of the spectrum near 0 takes many products.
-        most: maximum number of products; after these the result is not converged, with a :class:`NotConverged` warning.
+        most: maximum number of products; a result that takes more is not converged, and warns so.
         seed: seed of the Gaussian start.
         start: a start instead, such as the eigenvector on a part of the data.
 
@@ -124,7 +111,7 @@ def eigenpairs(
     generator = torch.Generator().manual_seed(seed)
     for space in islice(lanczos(A, gaussian(A.like, generator) if start is None else start, generator), most):
         values, S, residuals = space.ritz()
-        chosen = _order(values, which)[:k]
+        chosen = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which].argsort()[:k].tolist()
         enough = tol * values[chosen].abs() + ROUNDING * values.abs().max()
         converged = len(chosen) == k and bool((residuals[chosen] <= enough).all())
         if converged:
@@ -135,21 +122,12 @@ def eigenpairs(
     return Eigenpairs(found, tuple(unit(space.vector(S[:, i])) for i in chosen), errors, converged, products)
 
 
-def _order(values: Tensor, which: Which) -> list[int]:
-    key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
-    return key.argsort().tolist()
-
-
 @dataclass(frozen=True)
 class Density:
-    """A probability density over eigenvalues, as one quadrature rule for each probe.
+    """A probability density over eigenvalues: for each probe a tensor of ``nodes``, and ``weights`` that sum to 1.
 
-    Attributes:
-        nodes: one tensor of eigenvalue estimates for each probe.
-        weights: the nodes' shares; those of one probe sum to 1.
-        residual: the largest residual of the extreme nodes, relative to the largest absolute node.
-        converged: whether the residual met the tolerance, so that the outermost nodes are the ends of the spectrum.
-        products: products with the matrix that were used.
+    ``residual`` is the largest of the extreme nodes, relative to the largest absolute node. Where ``converged``, it met
+    the tolerance: the outermost nodes are the ends of the spectrum. ``products`` counts those with the matrix.
     """
 
     nodes: tuple[Tensor, ...]
@@ -158,26 +136,17 @@ class Density:
     converged: bool
     products: int
 
-    def moment(self, power: int) -> tuple[float, float]:
-        """Return ``tr(A^power) / d`` and its standard error over the probes.
-
-        Its expectation is exact for ``power`` below twice the number of steps.
-        """
-        mean, error = _over_probes([w @ x**power for x, w in zip(self.nodes, self.weights, strict=True)])
-        return float(mean), float(error)
-
     def on(self, grid: Tensor, width: float) -> tuple[Tensor, Tensor]:
-        """Return the density on ``grid``, smoothed by a Gaussian of this standard deviation, and its standard error."""
+        """Return the density on ``grid``, smoothed by a Gaussian of this width, and its standard error.
+
+        The error is that of the mean over the probes, infinite for a single one.
+        """
         checks.number("width", width, "a number > 0", low=1e-30)
         normal = torch.distributions.Normal(0.0, width)
         pairs = zip(self.nodes, self.weights, strict=True)
-        return _over_probes([(normal.log_prob(grid.double()[:, None] - x).exp() * w).sum(1) for x, w in pairs])
-
-
-def _over_probes(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard error, infinite for one probe."""
-    each, n = torch.stack(values), len(values)
-    return each.mean(0), each.std(0) / math.sqrt(n) if n > 1 else torch.full_like(each[0], math.inf)
+        each = torch.stack([(normal.log_prob(grid.double()[:, None] - x).exp() * w).sum(1) for x, w in pairs])
+        n = len(each)
+        return each.mean(0), each.std(0) / math.sqrt(n) if n > 1 else torch.full_like(each[0], math.inf)
 
 
 def spectral_density(A: Symmetric, probes: int = 8, steps: int = 40, tol: float = 1e-2, seed: int = 0) -> Density:

@@ -1,30 +1,25 @@
 """Traces and the alignment of matrices that are known by their products."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steppe.engine import checks
-from steppe.measure.krylov import Symmetric, orthogonal, orthonormal, rademacher
+from steppe.engine.vector import Vector
+from steppe.measure.krylov import Symmetric, orthogonal, rademacher, unit
 from steppe.measure.spectrum import warn_unless
 
 LEAST = 8  # probes before a standard error is trusted
+DEPENDENT = 1e-5  # a sketch vector's share outside the span of earlier ones that is rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over random draws.
+    """A mean over random draws: its value, its standard error, and whether that met the tolerance.
 
-    Attributes:
-        value: the mean.
-        error: its standard error.
-        converged: whether the error met the tolerance.
-        products: products that were used; for a pair of matrices, with each.
+    ``products`` counts those with the matrix, for a pair of matrices with each.
     """
 
     value: float
@@ -34,28 +29,19 @@ class Estimate:
 
 
 def hutchinson(A: Symmetric, tol: float = 0.05, most: int = 200, seed: int = 0) -> Estimate:
-    """Return ``tr A``, the mean of ``z^T A z`` over Rademacher ``z``.
-
-    The variance of one draw is ``2 (norm(A)_F^2 - sum_i A_ii^2)``.
+    """Return ``tr A``, the mean of ``z^T A z`` over Rademacher ``z``, of variance ``2 (norm(A)_F^2 - sum A_ii^2)``.
 
     Args:
         A: an operator.
         tol: standard error to reach, relative to the value; at least 8 probes are drawn.
-        most: maximum number of products; after these the result is not converged, with a
-            :class:`~steppe.measure.NotConverged` warning.
+        most: maximum number of products; a result that takes more is not converged, and warns so.
         seed: seed of the probes.
 
     Example:
         >>> trace = hutchinson(Hessian(problem), tol=0.02, most=1000)
         >>> print(f"{trace.value:.1f} +- {trace.error:.1f}, converged: {trace.converged}")
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> Tensor:
-        z = rademacher(A.like, generator)
-        return z.dot(A @ z)
-
-    return _mean(draw, 0.0, 0, tol, most)
+    return _trace(A, 0, tol, most, seed)
 
 
 def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, seed: int = 0) -> Estimate:
@@ -67,9 +53,7 @@ def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, s
     Args:
         A: an operator.
         rank: vectors in the sketch, two products each.
-        tol: as in :func:`hutchinson`, which this is with rank 0.
-        most: maximum number of products, those of the sketch included.
-        seed: seed of sketch and probes.
+        tol, most, seed: as in :func:`hutchinson`, which this is with rank 0; ``most`` includes the sketch.
 
     Raises:
         ValueError: ``rank`` leaves fewer than 8 of ``most`` products, or an argument is out of its range.
@@ -77,22 +61,22 @@ def hutch_pp(A: Symmetric, rank: int = 10, tol: float = 0.05, most: int = 200, s
     checks.positive_integer("rank", rank)
     if most < 2 * rank + LEAST:
         raise ValueError(f"most must be at least 2 rank + {LEAST} = {2 * rank + LEAST}, got {most}")
-    generator = torch.Generator().manual_seed(seed)
-    Q = orthonormal([A @ rademacher(A.like, generator) for _ in range(rank)])
-    exact = math.fsum(float(q.dot(A @ q)) for q in Q)
-
-    def draw() -> Tensor:
-        z = orthogonal(rademacher(A.like, generator), Q)
-        return z.dot(A @ z)
-
-    return _mean(draw, exact, rank + len(Q), tol, most)
+    return _trace(A, rank, tol, most, seed)
 
 
-def _mean(draw: Callable[[], Tensor], exact: float, spent: int, tol: float, most: int) -> Estimate:
+def _trace(A: Symmetric, rank: int, tol: float, most: int, seed: int) -> Estimate:
     _check(tol, most)
-    values: list[float] = []
+    generator = torch.Generator().manual_seed(seed)
+    Q: list[Vector] = []
+    for v in [A @ rademacher(A.like, generator) for _ in range(rank)]:
+        rest = orthogonal(v, Q)
+        if rest.norm() > DEPENDENT * v.norm():
+            Q.append(unit(rest))
+    exact = math.fsum(float(q.dot(A @ q)) for q in Q)
+    spent, values = rank + len(Q), list[float]()
     while spent + len(values) < most:
-        values.append(float(draw()))
+        z = orthogonal(rademacher(A.like, generator), Q)
+        values.append(float(z.dot(A @ z)))
         if not math.isfinite(values[-1]):
             raise FloatingPointError("a product with the matrix is not finite")
         value, error = mean_and_error(values)
@@ -119,12 +103,8 @@ def alignment(A: Symmetric, B: Symmetric, tol: float = 0.02, most: int = 200, se
     curvature.
 
     Args:
-        A: an operator.
-        B: another one on the same weights.
-        tol: standard error to reach; at least 8 probes are drawn.
-        most: maximum number of products with each matrix; after these the result is not converged, with a
-            :class:`~steppe.measure.NotConverged` warning.
-        seed: seed of the probes.
+        A, B: operators on the same weights.
+        tol, most, seed: as in :func:`hutchinson`; ``tol`` is absolute, ``most`` counts products with each.
 
     Example:
         >>> alignment(GradientCovariance(problem), Hessian(problem)).value

@@ -1,18 +1,22 @@
 """The stochastic differential equations of SGD, USAM and SAM."""
 
-from __future__ import annotations
-
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations, combinations_with_replacement
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.func import vjp, vmap
 
 from steppe.engine.vector import TINY
-from steppe.sde.finite_sum import FiniteSum
-from steppe.sde.sampling import Sampling, sampling
+from steppe.pieces.geometry import Euclidean
+from steppe.rule import Plain
+from steppe.sde.finite_sum import FiniteSum, SDEError
 from steppe.sde.scheme import Scheme
+
+LIMIT = 2000  # maximum number of micro-batches
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,20 @@ class Equation:
         _ = self.sampling  # raises now if the micro-batches cannot be enumerated
 
     @cached_property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """Return the micro-batches with their probabilities."""
         return sampling(len(self.problem), self.scheme)
 
     def updates(self, x: Tensor) -> Tensor:
         """Return every micro-batch's update to first order in rho, ``g_k + rho H_k v_k``, shape ``(U, d)``."""
-        parts = self.sampling.parts.to(x)
+        parts, rule = self.sampling.parts.to(x), self.scheme.inner
         g_i = self.problem.gradients(x)
         g_k = parts @ g_i
-        if not self.scheme.perturbed:
+        if isinstance(rule, Plain) or self.scheme.rho == 0:
             return g_k
         H_k = torch.einsum("un,nde->ude", parts, self.problem.hessians(x))
         v = g_i.mean(0).expand_as(g_k) if self.scheme.full else g_k
-        if self.scheme.normalised:
+        if isinstance(rule.geometry, Euclidean):
             v = v / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + TINY)
         return g_k + self.scheme.rho * torch.einsum("ude,ue->ud", H_k, v)
 
@@ -88,14 +92,83 @@ class Equation:
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return drift and diffusion, which share the updates."""
+
+        def drift(u: Tensor) -> Tensor:
+            return -(self.sampling.mean.to(u) @ u)
+
         u = self.updates(x)
-        b, sigma = self._mean(u), -(self.scheme.lr**0.5) * u.mT @ self.sampling.factor.to(x)
+        b, sigma = drift(u), -(self.scheme.lr**0.5) * u.mT @ self.sampling.factor.to(x)
         if self.corrected:
-            pull = vjp(lambda x: self._mean(self.updates(x)), x)[1]
+            pull = vjp(lambda x: drift(self.updates(x)), x)[1]
             (b_prime_b,) = pull(b)  # b is a gradient, so b' is symmetric
             b = b - self.scheme.lr / 2 * b_prime_b
         return b, sigma
 
-    def _mean(self, u: Tensor) -> Tensor:
-        """Return ``-E u``."""
-        return -(self.sampling.mean.to(u) @ u)
+    def step(self, x: Tensor, h: float, dW: Tensor) -> Tensor:
+        """Return paths ``x``, shape ``(paths, d)``, after a step of Euler-Maruyama, ``x + b(x) h + sigma(x) dW``."""
+        b, sigma = vmap(self.coefficients)(x)
+        end: Tensor = x + h * b + torch.einsum("pdr,pr->pd", sigma, dW)
+        return end
+
+
+class Sampling(NamedTuple):
+    """Every micro-batch of ``m`` out of ``n`` examples.
+
+    A batch of ``K = size / m`` micro-batches is a random vector of weights ``B``: ``1 / K`` for each micro-batch that
+    it holds (one that is drawn twice counts twice). If ``p`` has a row for each micro-batch, a batch's mean is ``B p``.
+
+    Attributes:
+        parts: shape ``(U, n)``, row ``u`` averages the examples of micro-batch ``u``.
+        mean: ``E B``, its probabilities, shape ``(U,)``.
+        factor: shape ``(U, r)``, ``factor factor^T = Cov B``. Its first ``n`` columns belong to the examples and carry
+            the part common to all micro-batches with example ``i``. The other columns carry the remainder.
+    """
+
+    parts: Tensor
+    mean: Tensor
+    factor: Tensor
+
+
+def sampling(n: int, scheme: Scheme) -> Sampling:
+    """Return the micro-batches of a scheme's batches, enumerated.
+
+    Without replacement every set of ``m`` is equally likely, two micro-batches of one batch are disjoint, and so
+    ``E B_u B_v = 1 / (K U)`` for ``u = v``, ``(K - 1) / (K U C(n - m, m))`` for disjoint ``u`` and ``v``, else 0. With
+    replacement micro-batches are independent: ``Cov B = (diag(p) - p p^T) / K``.
+
+    Raises:
+        SDEError: the batch is larger than the data, or there are more than ``LIMIT`` micro-batches.
+    """
+    if scheme.size > n and not scheme.replacement:
+        raise SDEError(f"size must be at most the number of examples, got batches of {scheme.size} out of {n}")
+    m, K = scheme.m, scheme.size // scheme.m
+    count = math.comb(n + m - 1, m) if scheme.replacement else math.comb(n, m)
+    if count > LIMIT:
+        raise SDEError(
+            f"{count} micro-batches of {m} out of {n} examples are too many to enumerate, the limit is {LIMIT}"
+        )
+    choose = combinations_with_replacement if scheme.replacement else combinations
+    index = torch.tensor(list(choose(range(n), m)))
+    held = torch.zeros(count, n, dtype=torch.float64).scatter_add_(1, index, torch.ones(count, m, dtype=torch.float64))
+    if scheme.replacement:
+        p = (math.lgamma(m + 1) - torch.lgamma(held + 1).sum(1) - m * math.log(n)).exp()  # multinomial
+        covariance = (torch.diag(p) - p.outer(p)) / K
+    else:
+        p = torch.full((count,), 1 / count, dtype=torch.float64)
+        disjoint = (held @ held.T == 0).double()
+        pairs = (K - 1) / (K * count * max(1, math.comb(n - m, m)))
+        covariance = torch.eye(count, dtype=torch.float64) / (K * count) + pairs * disjoint - p.outer(p)
+    return Sampling(held / m, p, _factor(covariance, held / m))
+
+
+def _factor(covariance: Tensor, parts: Tensor) -> Tensor:
+    """Return ``[F, R]``, ``F F^T`` the part of the covariance that the examples' weights ``parts^T B`` explain.
+
+    Examples are exchangeable, so ``Cov(parts^T B) = s (I - 1 1^T / n)`` and ``F = Cov(B, parts^T B) / sqrt(s)``.
+    """
+    across = covariance @ parts
+    s = torch.trace(parts.T @ across) / max(1, parts.shape[1] - 1)
+    F = across / s.sqrt() if s > 1e-14 else torch.zeros_like(across)
+    values, vectors = torch.linalg.eigh(covariance - F @ F.T)
+    kept = values > 1e-12 * covariance.diagonal().max()
+    return torch.cat([F, vectors[:, kept] * values[kept].sqrt()], dim=1)

@@ -1,7 +1,5 @@
 """Finite sums with per-example gradients and Hessians."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,22 +51,22 @@ class FiniteSum:
 
     def losses(self, x: Tensor) -> Tensor:
         """Return every ``f_i(x)``, shape ``(n,)``."""
-        return self._map(self.loss)(x, self.data)
+        return self._each(self.loss, x)
 
     def gradients(self, x: Tensor) -> Tensor:
         """Return every ``grad f_i(x)``, shape ``(n, d)``."""
-        return self._map(grad(self.loss))(x, self.data)
+        return self._each(grad(self.loss), x)
 
     def hessians(self, x: Tensor) -> Tensor:
         """Return the Hessian of every ``f_i`` at ``x``, shape ``(n, d, d)``, for small problems."""
-        return self._map(jacrev(grad(self.loss)))(x, self.data)
+        return self._each(jacrev(grad(self.loss)), x)
+
+    def _each(self, f: Callable[..., Tensor], x: Tensor) -> Tensor:
+        values: Tensor = vmap(f, in_dims=(None, 0))(x, self.data)
+        return values
 
     def check(self, x: Tensor) -> None:
-        """Check that every example has one finite loss and a finite gradient at ``x``, shape ``(d,)``.
-
-        Raises:
-            SDEError: an example has not; the message says which and what it has.
-        """
+        """Raise :class:`SDEError` unless every example has one finite loss and a finite gradient at ``x``."""
         try:
             losses, gradients = self.losses(x), self.gradients(x)
         except (RuntimeError, ValueError) as error:
@@ -78,15 +76,9 @@ class FiniteSum:
             ) from error
         if losses.shape != (len(self),):
             raise SDEError(f"loss must give one number per example, got shape {tuple(losses.shape[1:])} for each")
-        bad = ~(losses.isfinite() & gradients.isfinite().all(1))
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            what = "loss" if not losses[i].isfinite() else "gradient"
-            raise SDEError(f"the {what} of example {i} is not finite at x")
-
-    def _map(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        mapped: Callable[..., Tensor] = vmap(f, in_dims=(None, 0))
-        return mapped
+        for what, finite in (("loss", losses.isfinite()), ("gradient", gradients.isfinite().all(1))):
+            if not finite.all():
+                raise SDEError(f"the {what} of example {int((~finite).nonzero()[0])} is not finite at x")
 
 
 def problem_of(batch: Batch) -> tuple[FiniteSum, Tensor]:
@@ -116,8 +108,6 @@ def problem_of(batch: Batch) -> tuple[FiniteSum, Tensor]:
         with frozen_statistics(batch.model.modules()):
             together = batch.losses().detach()
             problem.check(x)
-    except SDEError:
-        raise
     except ValueError as error:
         raise SDEError(str(error)) from None
     finally:
@@ -134,6 +124,8 @@ def quadratic(A: Tensor, b: Tensor) -> FiniteSum:
 
 def logistic(X: Tensor, y: Tensor, decay: float = 0.05) -> FiniteSum:
     """Return ``f_i(x) = log(1 + exp(-y_i X_i^T x)) + decay / 2 norm(x)^2`` with ``y_i`` in -1, 1."""
-    return FiniteSum(
-        lambda x, row: nn.functional.softplus(-row["y"] * (row["X"] @ x)) + decay / 2 * (x @ x), {"X": X, "y": y}
-    )
+
+    def loss(x: Tensor, row: dict[str, Tensor]) -> Tensor:
+        return nn.functional.softplus(-row["y"] * (row["X"] @ x)) + decay / 2 * (x @ x)
+
+    return FiniteSum(loss, {"X": X, "y": y})

@@ -1,6 +1,4 @@
-"""Many independent paths at once: of a real optimizer, and of an equation."""
-
-from __future__ import annotations
+"""Many independent paths at once, of a real optimizer and of an equation, and the weak error between them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,10 +12,15 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.vector import TINY, Vector
 from steppe.optimizer import SharpnessAware
 from steppe.pieces.geometry import Euclidean
-from steppe.rule import Micro, Plain, Rule
+from steppe.rule import Micro, Rule
 from steppe.sde.equation import Equation
 from steppe.sde.finite_sum import FiniteSum, SDEError
 from steppe.sde.scheme import Scheme
+
+LEVELS = ((1, 1 / 3), (2, -2.0), (4, 8 / 3))  # the equation's steps to one of the optimizer, and their weights
+GROUPS = 16  # groups of paths, for the standard error
+Errors = dict[str, list[float]]  # by test function, one number for each group
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 class RealPaths:
@@ -38,9 +41,10 @@ class RealPaths:
     """
 
     def __init__(self, problem: FiniteSum, scheme: Scheme, x: Tensor) -> None:
-        self.model = _Paths(problem, x)
-        base = torch.optim.SGD(self.model.parameters(), lr=scheme.lr)
-        full = self.model.batch(torch.arange(len(problem)).expand(len(x), -1)) if scheme.full else None
+        self.problem, self.x = problem, nn.Parameter(x.clone())
+        self._model = nn.ParameterList([self.x])
+        base = torch.optim.SGD(self._model.parameters(), lr=scheme.lr)
+        full = self._batch(torch.arange(len(problem)).expand(len(x), -1)) if scheme.full else None
         rule = by_row(scheme.rule, len(x))
         self.optimizer = SharpnessAware(base, rule, scheme.rho, full=full, parallel=False, check_finite=False)
 
@@ -50,10 +54,22 @@ class RealPaths:
         Raises:
             SDEError: a path is no longer finite.
         """
-        self.optimizer.step(self.model.batch(index))
-        x = self.model.x.detach().clone()
+        self.optimizer.step(self._batch(index))
+        x = self.x.detach().clone()
         require_finite(x, "the optimizer's paths")
         return x
+
+    def _batch(self, index: Tensor) -> Batch:
+        """Return row ``p`` on the examples ``index[p]``, ordered so that micro-batches hold examples of every path."""
+        paths, size = index.shape
+        rows = torch.arange(paths).repeat(size)
+        return Batch(self._model, self._losses, {"row": rows, "example": index.T.flatten()})
+
+    def _losses(self, model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+        """Return the loss of every pair of row and example, times the number of rows: the mean is the sum over rows."""
+        examples = mapped(lambda t: t[data["example"]], self.problem.data)
+        losses: Tensor = vmap(self.problem.loss)(self.x[data["row"]], examples)
+        return losses * len(self.x)
 
 
 def draw(scheme: Scheme, n: int, paths: int, generator: torch.Generator) -> Tensor:
@@ -81,44 +97,21 @@ def by_row(rule: AnyRule, paths: int) -> AnyRule:
     """Return the rule for ``paths`` rows at once: micro-batches hold ``m`` examples of each row, norms are by row."""
     if isinstance(rule, Micro):
         return Micro(rule.m * paths, by_row(rule.rule, paths))
-    if isinstance(rule, Plain):
-        return rule
-    assert isinstance(rule, Rule)  # a scheme holds no other
-    return replace(rule, geometry=RowNorm()) if isinstance(rule.geometry, Euclidean) else rule
-
-
-class _Paths(nn.Module):
-    """One parameter with a row for each path."""
-
-    def __init__(self, problem: FiniteSum, x: Tensor) -> None:
-        super().__init__()
-        self.x, self.problem = nn.Parameter(x.clone()), problem
-
-    def batch(self, index: Tensor) -> Batch:
-        """Return row ``p`` on the examples ``index[p]``, ordered so that micro-batches hold examples of every path."""
-        paths, size = index.shape
-        rows = torch.arange(paths).repeat(size)
-        return Batch(self, _losses, {"row": rows, "example": index.T.flatten()})
-
-
-def _losses(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-    """Return the loss of every pair of row and example, times the number of rows: the mean is the sum over rows."""
-    assert isinstance(model, _Paths)
-    rows = mapped(lambda t: t[data["example"]], model.problem.data)
-    losses: Tensor = vmap(model.problem.loss)(model.x[data["row"]], rows)
-    return losses * len(model.x)
+    if isinstance(rule, Rule) and isinstance(rule.geometry, Euclidean):
+        return replace(rule, geometry=RowNorm())
+    return rule
 
 
 def simulate(
     equation: Equation, x: Tensor, time: float, steps: int, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """Yield the paths of an equation after every step of Euler-Maruyama, ``X <- X + b(X) h + sigma(X) dW``.
+    """Yield the paths of an equation from ``x``, shape ``(paths, d)``, after every step of Euler-Maruyama.
 
     Args:
         equation: drift and diffusion.
-        x: the starts, shape ``(paths, d)``.
+        x: the starts.
         time: length of the paths; the scheme's step ``k`` is at time ``k lr``.
-        steps: number of steps, ``h = time / steps``.
+        steps: number of steps, each of ``time / steps``.
         generator: source of the Brownian increments.
 
     Raises:
@@ -127,30 +120,74 @@ def simulate(
     Example:
         >>> *_, end = simulate(equation, x0.expand(1000, -1), time=2.0, steps=400)
     """
-    h = time / steps
-    move = mover(equation)
-    noise = equation.sampling.factor.shape[1]
+    h, noise = time / steps, equation.sampling.factor.shape[1]
     for step in range(1, steps + 1):
-        dW = h**0.5 * torch.randn(len(x), noise, dtype=x.dtype, generator=generator)
-        x = move(x, h, dW)
+        x = equation.step(x, h, h**0.5 * torch.randn(len(x), noise, dtype=x.dtype, generator=generator))
         require_finite(x, f"the equation's paths after step {step} of {h:g}")
         yield x
 
 
-def mover(equation: Equation) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """Return one step for all paths, ``(X, h, dW) -> X + b(X) h + sigma(X) dW``."""
-    coefficients = vmap(equation.coefficients)
-
-    def move(x: Tensor, h: float, dW: Tensor) -> Tensor:
-        b, sigma = coefficients(x)
-        end: Tensor = x + h * b + torch.einsum("pdr,pr->pd", sigma, dW)
-        return end
-
-    return move
-
-
 def require_finite(x: Tensor, what: str) -> None:
     """Raise :class:`SDEError` if any path is not finite."""
-    bad = int((~x.isfinite().all(-1)).sum())
-    if bad:
+    if bad := int((~x.isfinite().all(-1)).sum()):
         raise SDEError(f"{what} are not finite in {bad} of {len(x)}: lower lr or rho, or begin elsewhere")
+
+
+def whole_steps(time: float, lr: float) -> int:
+    """Return ``time / lr``; raise :class:`SDEError` if it is no positive integer."""
+    steps = round(time / lr)
+    if steps < 1 or abs(steps * lr - time) > 1e-9 * time:
+        raise SDEError(f"time must be a positive multiple of lr, got {time:g} and {lr:g}")
+    return steps
+
+
+def weak_error(
+    equation: Equation,
+    start: Tensor,
+    time: float,
+    paths: int = 4000,
+    seed: int = 0,
+    progress: Progress = lambda step, steps: None,
+) -> Errors:
+    """Return estimates of ``E phi(x_k) - E phi(X(time))``, ``k = time / lr``, from each of 16 groups of paths.
+
+    Extrapolation removes the error of Euler-Maruyama to third order: paths of the equation with 1, 2 and 4 steps to one
+    of the optimizer's, along one Brownian motion, weighted 1/3, -2 and 8/3 (Talay and Tubaro 1990). Without replacement
+    the optimizer's batch holds the examples along which the Brownian motion has moved most: batches stay equally
+    likely, and the paths closer. Equal seeds have equal batches and Brownian motion for every radius.
+
+    Args:
+        equation: the equation of the scheme that is compared.
+        start: start of every path, shape ``(d,)``.
+        time: a multiple of ``lr``.
+        paths: number of paths, at least 32.
+        seed: seed of batches and Brownian motion.
+        progress: called after every step of the optimizer, ``(done, of)``.
+
+    Raises:
+        SDEError: ``time`` is no multiple of ``lr``, there are too few paths, or one is no longer finite.
+    """
+    scheme, problem = equation.scheme, equation.problem
+    steps = whole_steps(time, scheme.lr)
+    if paths < 2 * GROUPS:
+        raise SDEError(f"paths must be at least {2 * GROUPS}, got {paths}")
+    problem.check(start)
+    generator, n = torch.Generator().manual_seed(seed), len(problem)
+    x, noise = start.expand(paths, -1), equation.sampling.factor.shape[1]
+    optimizer, levels = RealPaths(problem, scheme, x), [x] * len(LEVELS)
+    for step in range(1, steps + 1):
+        dW = (scheme.lr / 4) ** 0.5 * torch.randn(4, paths, noise, dtype=x.dtype, generator=generator)
+        with_examples = dW.sum(0)[:, :n]
+        batch = draw(scheme, n, paths, generator) if scheme.replacement else largest(with_examples, scheme)
+        real = optimizer.step(batch)
+        for i, (parts, _) in enumerate(LEVELS):
+            for increment in dW.unflatten(0, (parts, -1)).sum(1):
+                levels[i] = equation.step(levels[i], scheme.lr / parts, increment)
+        require_finite(levels[-1], f"the equation's paths at time {step * scheme.lr:g}")
+        progress(step, steps)
+
+    def error(phi: Callable[[Tensor], Tensor]) -> list[float]:
+        weighted = [weight * phi(level) for level, (_, weight) in zip(levels, LEVELS, strict=True)]
+        return [float(part.mean()) for part in (phi(real) - sum(weighted)).chunk(GROUPS)]
+
+    return {"f": error(vmap(lambda x: problem.losses(x).mean())), "|x|^2": error(lambda x: x.square().sum(1))}

@@ -15,12 +15,7 @@ from steppe.sde.finite_sum import FiniteSum, SDEError
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a regularised loss at a point.
-
-    Attributes:
-        value: shape ``()``.
-        gradient: shape ``(d,)``, by autograd through the per-example gradients.
-    """
+    """The value of a term of a regularised loss, shape ``()``, and its gradient, shape ``(d,)``, by autograd."""
 
     value: Tensor
     gradient: Tensor
@@ -84,11 +79,14 @@ def regularisers(
     checks.non_negative("rho", rho)
     checks.positive_integer("m", m)
     checks.positive_integer("repeats", repeats)
-    n = len(problem)
+    n, orders = len(problem), 1 if m in (1, len(problem)) else repeats
     if m > n and not replacement:
         raise SDEError(f"m must be at most the number of examples, got {m} of {n}")
     problem.check(x)
-    index = _micro_batches(n, m, replacement, repeats, generator)
+    if replacement:
+        index = torch.randint(n, (repeats * max(1, n // m), m), generator=generator)
+    else:
+        index = torch.cat([torch.randperm(n, generator=generator)[: n - n % m].view(-1, m) for _ in range(orders)])
     c = 1.0 if replacement else (n - m) / max(1, n - 1)
 
     def term(of: Callable[[Tensor], Tensor]) -> Term:
@@ -103,13 +101,3 @@ def regularisers(
         full_norm=term(lambda g_i: rho * g_i.mean(0).square().sum().sqrt()),
         norm=term(lambda g_i: rho * g_i[index].mean(1).square().sum(1).sqrt().mean()),
     )
-
-
-def _micro_batches(n: int, m: int, replacement: bool, repeats: int, generator: torch.Generator | None) -> Tensor:
-    """Return indices of shape ``(count, m)``."""
-    if replacement:
-        return torch.randint(n, (repeats * max(1, n // m), m), generator=generator)
-    if m in (1, n):
-        repeats = 1
-    orders = [torch.randperm(n, generator=generator)[: n - n % m].view(-1, m) for _ in range(repeats)]
-    return torch.cat(orders)

@@ -1,7 +1,5 @@
 """The optimizer that an equation approximates: a rule, its step size, its radius, its batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,8 @@ from steppe.pieces.sample import Mean, OnFull
 from steppe.pieces.select import All
 from steppe.rule import Micro, Plain, Rule
 from steppe.sde.finite_sum import SDEError
+
+KNOWN = {"sample": (Mean, OnFull), "geometry": (Euclidean, Unnormalised), "select": (All,), "combine": (Perturbed,)}
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Scheme:
         checks.number("lr", self.lr, "a finite number > 0", low=1e-300)
         checks.non_negative("rho", self.rho)
         checks.positive_integer("size", self.size)
-        _refuse_other_rules(self.rule)
+        if self.full and isinstance(self.rule, Micro):
+            raise SDEError("no equation for micro-batches of the n-form: they share one perturbation; leave Micro out")
         if self.size % self.m:
             raise SDEError(f"size must be a multiple of m, got {self.size} examples in micro-batches of {self.m}")
 
     @property
     def m(self) -> int:
-        """Return the number of examples that share a perturbation: those of a micro-batch, or of the batch."""
+        """Return the number of examples that share a perturbation, a micro-batch's or the batch's."""
         return min(self.rule.m, self.size) if isinstance(self.rule, Micro) else self.size
 
     @property
-    def inner(self) -> AnyRule:
-        """Return the rule of a micro-batch."""
-        return self.rule.rule if isinstance(self.rule, Micro) else self.rule
-
-    @property
-    def perturbed(self) -> bool:
-        """Return True if there is a perturbation."""
-        return isinstance(self.inner, Rule) and self.rho > 0
-
-    @property
-    def normalised(self) -> bool:
-        """Return True if the perturbation has length ``rho`` (SAM), not ``rho`` times the gradient's norm (USAM)."""
-        return isinstance(self.inner, Rule) and isinstance(self.inner.geometry, Euclidean)
+    def inner(self) -> Plain | Rule:
+        """Return the rule of a micro-batch; raise :class:`SDEError` if it has no equation."""
+        inner = self.rule.rule if isinstance(self.rule, Micro) else self.rule
+        if isinstance(inner, Plain):
+            return inner
+        if not isinstance(inner, Rule):
+            raise SDEError(f"no equation for the rule {inner!r}: only for Plain() and Rule(...), bare or in Micro")
+        for name, kinds in KNOWN.items():
+            if not isinstance(piece := getattr(inner, name), kinds):
+                known = " or ".join(f"{kind.__name__}()" for kind in kinds)
+                raise SDEError(f"no equation for a rule with {name}={piece!r}: only for {known}")
+        return inner
 
     @property
     def full(self) -> bool:
@@ -88,35 +88,12 @@ def scheme_of(optimizer: torch.optim.Optimizer, size: int, replacement: bool = F
     """
     base = optimizer.base if isinstance(optimizer, SharpnessAware) else optimizer
     if not isinstance(base, torch.optim.SGD):
-        raise SDEError(
-            f"the base optimizer must be torch.optim.SGD, got {type(base).__name__}: no equation for it here"
-        )
+        raise SDEError(f"the base optimizer must be torch.optim.SGD, got {type(base).__name__}: no equation for it")
     if len(base.param_groups) != 1:
         raise SDEError(f"the optimizer must have one parameter group, got {len(base.param_groups)}")
     group = base.param_groups[0]
     for name in ("momentum", "weight_decay", "maximize"):
         if group[name]:
-            raise SDEError(f"the base optimizer must be plain SGD, got {name}={group[name]!r}: no equation for it here")
+            raise SDEError(f"the base optimizer must be plain SGD, got {name}={group[name]!r}: no equation for it")
     rule = optimizer.rule if isinstance(optimizer, SharpnessAware) else Plain()
     return Scheme(rule, float(group["lr"]), float(group.get("rho", 0.0)), size, replacement)
-
-
-def _refuse_other_rules(rule: AnyRule) -> None:
-    inner = rule.rule if isinstance(rule, Micro) else rule
-    if isinstance(inner, Plain):
-        return
-    if not isinstance(inner, Rule):
-        raise SDEError(f"no equation for the rule {inner!r}: only for Plain() and Rule(...), by themselves or in Micro")
-    allowed = {
-        "sample": (Mean, OnFull),
-        "geometry": (Euclidean, Unnormalised),
-        "select": (All,),
-        "combine": (Perturbed,),
-    }
-    for name, kinds in allowed.items():
-        piece = getattr(inner, name)
-        if not isinstance(piece, kinds):
-            known = " or ".join(f"{kind.__name__}()" for kind in kinds)
-            raise SDEError(f"no equation for a rule with {name}={piece!r}: only for {known}")
-    if isinstance(rule, Micro) and isinstance(inner.sample, OnFull):
-        raise SDEError("no equation for micro-batches of the n-form: they share one perturbation; leave Micro out")

@@ -4,20 +4,10 @@ Trajectories come from the library's optimizers. Stationary points need SciPy, f
 matplotlib; ``pip install "steppe[lab]"`` has both.
 """
 
-from steppe.toy.landscape import FIGURE_2, Landscape, ToyError, kl_wells
+from steppe.toy.landscape import FIGURE_2, SGDM, Landscape, Method, ToyError, kl_wells, methods, trajectory
 from steppe.toy.stationary import Stationary, place, stationary_points
-from steppe.toy.trajectory import SGDM, Method, methods, trajectory
 
 __all__ = [
-    "FIGURE_2",
-    "SGDM",
-    "Landscape",
-    "Method",
-    "Stationary",
-    "ToyError",
-    "kl_wells",
-    "methods",
-    "place",
-    "stationary_points",
-    "trajectory",
-]
+    "FIGURE_2", "SGDM", "Landscape", "Method", "Stationary", "ToyError", "kl_wells", "methods", "place",
+    "stationary_points", "trajectory",
+]  # fmt: skip

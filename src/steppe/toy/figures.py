@@ -18,15 +18,8 @@ if TYPE_CHECKING:
 
 CELLS = 100  # of the contours, along each axis
 MARKS = {"minimum": "*", "saddle": "X", "maximum": "^"}
-COLORS = (
-    "#444444",
-    "#0072b2",
-    "#e69f00",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-)  # distinct to colour-blind readers
+# distinct to colour-blind readers
+COLORS = ("#444444", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
 def trajectories(landscape: Landscape, paths: Mapping[str, Tensor], points: Sequence[Stationary], title: str) -> Figure:
@@ -37,15 +30,19 @@ def trajectories(landscape: Landscape, paths: Mapping[str, Tensor], points: Sequ
     axis.plot(*landscape.start, "s", color="black", markersize=7, label="start", zorder=5)
     axis.plot([], [], "o", color="grey", label=f"after {landscape.steps} steps")
     for kind, mark in MARKS.items():
-        same = [s for s in points if s.kind == kind]
-        xs, ys = [s.point[0] for s in same], [s.point[1] for s in same]
-        if same:
+        if same := [s.point for s in points if s.kind == kind]:
+            xs, ys = zip(*same, strict=True)
             axis.plot(xs, ys, mark, color="white", markeredgecolor="black", markersize=14, label=kind, zorder=3)
     for s in points:
         axis.annotate(s.name, s.point, (0, -17), textcoords="offset points", ha="center", fontsize=9, zorder=6)
     axis.set(xlim=landscape.x, ylim=landscape.y, xlabel=landscape.axes[0], ylabel=landscape.axes[1], title=title)
-    if landscape.zoom is not None:
-        _inset(axis, landscape, paths)
+    if landscape.zoom is not None:  # enlarge the part of the window where the paths lie close together
+        xlim, ylim = landscape.zoom
+        inset = axis.inset_axes((0.45, 0.02, 0.53, 0.4), xlim=xlim, ylim=ylim, xticks=[], yticks=[])
+        inset.set_facecolor("#f4f4f4")
+        _draw(inset, paths)
+        inset.plot(*landscape.start, "s", color="black", markersize=7)
+        axis.indicate_inset_zoom(inset, edgecolor="black")
     figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
@@ -63,18 +60,15 @@ def update(landscape: Landscape, gammas: Sequence[float]) -> Figure:
     ends = {gamma: -(g + gamma / (1 - gamma) * (g_adv - g)) for gamma in (0.0, 0.5, *gammas)}
     xs, ys = torch.stack(list(ends.values())).T.numpy()
     axis.plot(xs, ys, color="grey", linewidth=1, linestyle=":", zorder=1)
-    special = {0.0: "0: -g, the base's", 0.5: "0.5: -g_adv, SAM's"}
-    for i, (gamma, end) in enumerate(ends.items()):
-        color = COLORS[(0, 1, 3)[min(i, 2)]]
+    special = {0.0: ("0: -g, the base's", COLORS[0]), 0.5: ("0.5: -g_adv, SAM's", COLORS[1])}
+    for gamma, end in ends.items():
+        name, color = special.get(gamma, (f"{gamma:g}", COLORS[3]))
         arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
         tip = float(end[0]), float(end[1])
         axis.annotate("", tip, (0, 0), arrowprops=arrow)
-        text, (offset, align) = (
-            f"gamma {special.get(gamma, f'{gamma:g}')}",
-            (-8, "right") if tip[0] < 0 else (8, "left"),
-        )
+        offset, align = (-8, "right") if tip[0] < 0 else (8, "left")
         place: dict[str, Any] = {"textcoords": "offset points", "ha": align, "va": "center"}
-        axis.annotate(text, tip, (offset, 0), fontsize=9, color=color, **place)
+        axis.annotate(f"gamma {name}", tip, (offset, 0), fontsize=9, color=color, **place)
     axis.plot(0, 0, "s", color="black", markersize=6, label="w")
     axis.margins(x=0.35, y=0.1)
     x, y = landscape.start
@@ -113,17 +107,6 @@ def _draw(axis: Axes, paths: Mapping[str, Tensor]) -> None:
         x, y = path.T.numpy()
         axis.plot(x, y, style, color=color, linewidth=1.8, label=name)
         axis.plot(x[-1], y[-1], "o", color=color, markersize=6, markeredgecolor="white", zorder=4)
-
-
-def _inset(axis: Axes, landscape: Landscape, paths: Mapping[str, Tensor]) -> None:
-    """Enlarge the part of the window where the paths lie close together."""
-    assert landscape.zoom is not None
-    xlim, ylim = landscape.zoom
-    inset = axis.inset_axes((0.45, 0.02, 0.53, 0.4), xlim=xlim, ylim=ylim, xticks=[], yticks=[])
-    inset.set_facecolor("#f4f4f4")
-    _draw(inset, paths)
-    inset.plot(*landscape.start, "s", color="black", markersize=7)
-    axis.indicate_inset_zoom(inset, edgecolor="black")
 
 
 def _contours(figure: Figure, axis: Axes, landscape: Landscape) -> None:

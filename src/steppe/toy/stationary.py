@@ -40,9 +40,18 @@ def stationary_points(landscape: Landscape) -> list[Stationary]:
     for x in torch.linspace(*landscape.x, GRID + 2, dtype=torch.float64)[1:-1]:
         for y in torch.linspace(*landscape.y, GRID + 2, dtype=torch.float64)[1:-1]:
             point = _solve(landscape, torch.stack([x, y]))
-            if point is not None and all(_distance(point, s.point) > SAME * landscape.diagonal for s in found):
+            if point is not None and all(math.dist(point.tolist(), s.point) > SAME * landscape.diagonal for s in found):
                 found.append(_classified(landscape, point))
-    return _named(found)
+    named: list[Stationary] = []
+    for kind in ("minimum", "saddle", "maximum", "degenerate point"):
+        same = sorted((s for s in found if s.kind == kind), key=lambda s: s.loss)
+        names = [f"{kind} {i}" for i in range(1, len(same) + 1)] if len(same) > 1 else [kind]
+        if kind == "minimum" and len(same) == 2:
+            names = ["sharp minimum", "flat minimum"]
+            if same[0].eigenvalues[1] < same[1].eigenvalues[1]:
+                names.reverse()
+        named += [replace(s, name=name) for s, name in zip(same, names, strict=False)]
+    return named
 
 
 def place(landscape: Landscape, end: Tensor, points: Sequence[Stationary]) -> str:
@@ -51,13 +60,12 @@ def place(landscape: Landscape, end: Tensor, points: Sequence[Stationary]) -> st
     ``end`` is at the nearest stationary point if that is within rho, because a normalised perturbation keeps moving
     around a minimum by about rho. Else it is in the basin of the minimum to which the flow ``dx/dt = -grad L`` leads.
     """
-    near = min(points, key=lambda s: _distance(end, s.point), default=None)
-    if near is not None and _distance(end, near.point) <= landscape.rho:
+    near = min(points, key=lambda s: math.dist(end.tolist(), s.point), default=None)
+    if near is not None and math.dist(end.tolist(), near.point) <= landscape.rho:
         return near.name
-    minima = [s for s in points if s.kind == "minimum"]
-    bottom = _flow(landscape, end)
-    reached = [s for s in minima if bottom is not None and _distance(bottom, s.point) < 1e-2 * landscape.diagonal]
-    return f"basin of the {reached[0].name}" if reached else "no minimum in the window"
+    bottom = _bottom(landscape, end).tolist()
+    minima = [s for s in points if s.kind == "minimum" and math.dist(bottom, s.point) < 1e-2 * landscape.diagonal]
+    return f"basin of the {minima[0].name}" if minima else "no minimum in the window"
 
 
 def eigenvalues(landscape: Landscape, point: Tensor) -> tuple[float, float]:
@@ -93,20 +101,8 @@ def _classified(landscape: Landscape, point: Tensor) -> Stationary:
     return Stationary(kind, kind, (x, y), landscape.value(point), (low, high))
 
 
-def _named(found: list[Stationary]) -> list[Stationary]:
-    named: list[Stationary] = []
-    for kind in ("minimum", "saddle", "maximum", "degenerate point"):
-        same = sorted((s for s in found if s.kind == kind), key=lambda s: s.loss)
-        if kind == "minimum" and len(same) == 2:
-            sharper = max(same, key=lambda s: s.eigenvalues[1])
-            named += [replace(s, name="sharp minimum" if s is sharper else "flat minimum") for s in same]
-        else:
-            named += [replace(s, name=f"{kind} {i}" if len(same) > 1 else kind) for i, s in enumerate(same, 1)]
-    return named
-
-
-def _flow(landscape: Landscape, start: Tensor) -> Tensor | None:
-    """Return the end of steepest descent in continuous time; ``None`` if the integration fails."""
+def _bottom(landscape: Landscape, start: Tensor) -> Tensor:
+    """Return the end of steepest descent in continuous time; infinite if the integration fails."""
     from scipy.integrate import solve_ivp
 
     scale = float(landscape.gradient(start).norm())
@@ -117,8 +113,4 @@ def _flow(landscape: Landscape, start: Tensor) -> Tensor | None:
         return -landscape.gradient(torch.tensor(at)).nan_to_num(0.0).numpy() / scale
 
     result = solve_ivp(downhill, (0, 1e4 * landscape.diagonal), start.numpy(), method="LSODA", rtol=1e-6, atol=1e-9)
-    return torch.tensor(result.y[:, -1]) if result.success else None
-
-
-def _distance(a: Tensor | tuple[float, float], b: tuple[float, float]) -> float:
-    return math.hypot(float(a[0]) - b[0], float(a[1]) - b[1])
+    return torch.tensor(result.y[:, -1] if result.success else (math.inf, math.inf))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from steppe.lab.errors import LabError
 from steppe.lab.terminal import Display, line, table
 
 if TYPE_CHECKING:
-    from steppe.sde.compare import Errors
+    from steppe.sde.paths import Errors
     from steppe.sde.study import Case, ErrorCurve, ErrorStudy
 
 QUICK = ["SGD", "USAM", "m-SAM"]
@@ -38,7 +39,6 @@ def sde(
     Against lr at a small rho, for the equation without and with its correction; against rho at one lr. The options
     --rule, --lr and --rho are repeatable. The same command continues a directory, also with more of these.
     """
-    from steppe.lab.errors import LabError
     from steppe.sde.study import RULES, ErrorStudy
 
     console = Console()
@@ -57,8 +57,6 @@ def sde(
 
 def _recorded(file: Path, study: "ErrorStudy") -> "dict[str, Errors]":
     """Return the errors that are measured already, by the key of their case."""
-    from steppe.lab.errors import LabError
-
     if not file.exists():
         return {}
     try:
@@ -79,7 +77,10 @@ def _measure(
 
     missing = [case for case in cases if case.key not in errors]
     line(console, f"{len(missing)} weak errors to measure, {len(cases) - len(missing)} known")
-    work = {case: _work(study, case) for case in missing}
+    work = {
+        case: study.time_of(case) / case.lr * (3 if case.corrected else 1) * (1 if case.rule == "SGD" else 3)
+        for case in missing
+    }  # relative
     with Display(console, "all", sum(work.values())) as display:
         for case in missing:
 
@@ -90,15 +91,9 @@ def _measure(
             write(file, json.dumps({"settings": asdict(study), "errors": errors}, indent=1) + "\n")
 
 
-def _work(study: "ErrorStudy", case: "Case") -> float:
-    """Return the relative cost of a case."""
-    return study.time_of(case) / case.lr * (3 if case.corrected else 1) * (1 if case.rule == "SGD" else 3)
-
-
 def _report(errors: "dict[str, Errors]", cases: "list[Case]", folder: Path, console: Console) -> None:
     from steppe.lab.files import write
-    from steppe.sde.figures import orders
-    from steppe.sde.study import curves
+    from steppe.sde.study import curves, orders
 
     found = list(curves(errors, cases))
     for against, claim in CLAIMS.items():

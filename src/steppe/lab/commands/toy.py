@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from steppe.lab.errors import LabError
 from steppe.lab.terminal import Display, line, table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steppe.toy import Landscape, Method, Stationary
+    from steppe.toy import Landscape, Stationary
 
 Two = tuple[float, float] | None
 PUBLISHED = "WSAM's Figure 2"
@@ -41,48 +42,37 @@ def toy(
     Prints where each ends and writes figures: the trajectories, the update as a function of gamma, and the end as a
     function of gamma.
     """
-    from steppe.lab.errors import LabError
-    from steppe.toy import ToyError, methods, stationary_points
+    from steppe.lab.files import write
+    from steppe.lab.importing import imported
+    from steppe.toy import FIGURE_2, Landscape, ToyError, figures, stationary_points
 
     console = Console()
     asked = {"start": start, "lr": lr, "rho": rho, "steps": steps, "x": x, "y": y}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if bad := [g for g in gamma if not 0 <= g < 1]:
         raise LabError(f"gamma must be a number in [0, 1), got {bad[0]:g}")
     try:
-        landscape = _landscape(function, {name: value for name, value in asked.items() if value is not None})
+        landscape = replace(FIGURE_2, **given) if function is None else Landscape(imported(function), **(OWN | given))
         points = stationary_points(landscape)
-        paths = _finite_paths(landscape, methods(gamma), console)
+        paths = _finite_paths(landscape, gamma, console)
     except ToyError as error:
         raise LabError(str(error)) from error
     _print(landscape, points, paths, console)
-    _draw(landscape, points, paths, function or PUBLISHED, out)
+    numbers = f"lr {landscape.lr:g}, momentum {landscape.momentum:g}, rho {landscape.rho:g}"
+    title = f"{function or PUBLISHED}: {numbers}"
+    write(out / "trajectories.png", figures.trajectories(landscape, paths, points, title).savefig)
+    write(out / "update.png", figures.update(landscape, SHOWN).savefig)
     if sweep:
         _sweep(landscape, points, out, console)
     line(console, f"\nFigures: {out}")
 
 
-def _landscape(function: str | None, given: dict[str, Any]) -> "Landscape":
-    from steppe.lab.importing import imported
-    from steppe.toy import FIGURE_2, Landscape
-
-    return replace(FIGURE_2, **given) if function is None else Landscape(imported(function), **(OWN | given))
-
-
-def _draw(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str, Tensor]", name: str, out: Path) -> None:
-    from steppe.lab.files import write
-    from steppe.toy import figures
-
-    title = f"{name}: lr {landscape.lr:g}, momentum {landscape.momentum:g}, rho {landscape.rho:g}"
-    write(out / "trajectories.png", figures.trajectories(landscape, paths, points, title).savefig)
-    write(out / "update.png", figures.update(landscape, SHOWN).savefig)
-
-
-def _finite_paths(landscape: "Landscape", chosen: "dict[str, Method]", console: Console) -> "dict[str, Tensor]":
+def _finite_paths(landscape: "Landscape", gammas: list[float], console: Console) -> "dict[str, Tensor]":
     """Return the trajectories; print a line for each that diverges."""
-    from steppe.toy import ToyError, trajectory
+    from steppe.toy import ToyError, methods, trajectory
 
     paths = {}
-    for label, method in chosen.items():
+    for label, method in methods(gammas).items():
         try:
             paths[label] = trajectory(landscape, method, label)
         except ToyError as error:
@@ -93,22 +83,20 @@ def _finite_paths(landscape: "Landscape", chosen: "dict[str, Method]", console: 
 
 
 def _print(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str, Tensor]", console: Console) -> None:
-    from steppe.toy import place
-    from steppe.toy.stationary import eigenvalues
+    from steppe.toy.stationary import eigenvalues, place
+
+    def cells(point: tuple[float, ...], loss: float, hessian: tuple[float, float]) -> list[str]:
+        return [f"{point[0]:.2f}, {point[1]:.2f}", f"{loss:.4g}", f"{hessian[0]:.2g}, {hessian[1]:.2g}"]
 
     headers = [", ".join(landscape.axes), "loss", "eigenvalues of H"]
-    found = [[s.name, *_cells(s.point, s.loss, s.eigenvalues)] for s in points]
+    found = [[s.name, *cells(s.point, s.loss, s.eigenvalues)] for s in points]
     console.print(table(["stationary point", *headers], found, "In the window"))
     ends = []
     for name, path in paths.items():
         end = path[-1]
-        cells = _cells(tuple(end.tolist()), landscape.value(end), eigenvalues(landscape, end))
-        ends.append([name, *cells, place(landscape, end, points)])
+        numbers = cells(tuple(end.tolist()), landscape.value(end), eigenvalues(landscape, end))
+        ends.append([name, *numbers, place(landscape, end, points)])
     console.print(table(["method", *headers, "where"], ends, f"After {landscape.steps} steps"))
-
-
-def _cells(point: tuple[float, ...], loss: float, hessian: tuple[float, float]) -> list[str]:
-    return [f"{point[0]:.2f}, {point[1]:.2f}", f"{loss:.4g}", f"{hessian[0]:.2g}, {hessian[1]:.2g}"]
 
 
 def _sweep(landscape: "Landscape", points: "list[Stationary]", out: Path, console: Console) -> None:
