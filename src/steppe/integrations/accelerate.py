@@ -1,7 +1,5 @@
 """The passes of a sharpness-aware step in place of accelerate's ``accelerator.backward(loss)``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial

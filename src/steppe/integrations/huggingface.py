@@ -1,7 +1,5 @@
 """The passes of a sharpness-aware step inside the Hugging Face Trainer's ``training_step``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
