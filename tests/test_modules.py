@@ -22,7 +22,25 @@ class Trainer:
         return self.model(torch.ones(1, 3)).sum()
 
 
+class Callable:
+    def __call__(self) -> torch.Tensor:
+        return HELD[0](torch.ones(1, 3))
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def call(self) -> torch.Tensor:
+        return HELD[0](torch.ones(1, 3))
+
+
+HELD: list[nn.Module] = []
+
+
 def closures(model: nn.Module):
+    HELD[:], many = [model], [object() for _ in range(500)] + [model]
+    slotted = Slotted()
+    slotted.inner = model
     trainer, box, held = Trainer(model), [model], SimpleNamespace(inner=SimpleNamespace(net=model))
     compiled = torch.compile(lambda: model(torch.ones(1, 3)), backend="eager")
     return {
@@ -35,6 +53,10 @@ def closures(model: nn.Module):
         "container": lambda: box[0](torch.ones(1, 3)),
         "forward": lambda f=model.forward: f(torch.ones(1, 3)),
         "compiled function": lambda: compiled(),
+        "global of a callable object": Callable(),
+        "global of a method": lambda: slotted.call(),
+        "slot": lambda: slotted,
+        "one of many": lambda: many[-1](torch.ones(1, 3)),
         "inside a comprehension": lambda: [model(x) for x in torch.ones(2, 3)],
     }
 
@@ -57,7 +79,7 @@ def test_the_outermost_module_with_the_parameters_is_found() -> None:
 
 
 def test_large_containers_and_empty_cells_are_passed_over() -> None:
-    data = [torch.ones(1)] * 1000 + [NET]
+    data = [torch.ones(1)] * 1001 + [NET]
 
     def closure():
         return data, later
@@ -91,9 +113,9 @@ def test_nothing_that_the_search_passes_runs_code_of_its_own() -> None:
 def test_a_named_model_is_not_searched_for_and_follows_a_copy() -> None:
     model = nn.Linear(3, 2)
     modules = Modules(model)
-    assert list(modules.of(lambda: None, list(model.parameters()))) == [model]
+    assert list(modules.of(lambda: None, list(model.parameters()))()) == [model]
     other, copied = copy.deepcopy((model, modules))
-    assert list(copied.of(lambda: None, [])) == [other]
+    assert list(copied.of(lambda: None, [])()) == [other]
     with pytest.raises(TypeError, match=r"torch\.nn.Module or None, got int"):
         steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=3)
 
@@ -101,5 +123,21 @@ def test_a_named_model_is_not_searched_for_and_follows_a_copy() -> None:
 def test_another_closure_is_searched_anew() -> None:
     a, b = nn.Linear(3, 2), nn.Linear(3, 2)
     modules, parameters = Modules(), [*a.parameters(), *b.parameters()]
-    assert list(modules.of(lambda: a, parameters)) == [a]
-    assert list(modules.of(lambda: b, parameters)) == [b]
+    assert list(modules.of(lambda: a, parameters)()) == [a]
+    assert list(modules.of(lambda: b, list(b.parameters()))()) == [b]
+
+
+def test_a_model_that_changes_behind_the_same_closure_is_found() -> None:
+    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    trainer, modules = Trainer(a), Modules()
+    for model in (a, b):
+        trainer.model = model
+        assert list(modules.of(trainer.loss, list(model.parameters()))()) == [model]
+
+
+def test_a_search_that_finds_nothing_ends() -> None:
+    grid = [[object() for _ in range(900)] for _ in range(900)]
+    deep: object = NET
+    for _ in range(9):
+        deep = [deep]
+    assert referred(lambda: (grid, deep), list(NET.parameters())) == []

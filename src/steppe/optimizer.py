@@ -25,7 +25,7 @@ from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
 
 Scaler = torch.amp.GradScaler
-KEPT = {"base", "telemetry", "_radius", "_memory", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
+KEPT = {"telemetry", "_radius", "_memory", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
 class Options(TypedDict, total=False):
@@ -108,7 +108,7 @@ class SharpnessAware(Facade):
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
-        super().__setstate__(_fields(base=base, _radius=radius, _memory=memory, _stepper=stepper))
+        super().__setstate__(_fields(_radius=radius, _memory=memory, _stepper=stepper))
 
     def __getstate__(self) -> dict[str, Any]:
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
@@ -119,9 +119,22 @@ class SharpnessAware(Facade):
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 
     @property
+    def base(self) -> torch.optim.Optimizer:
+        """The base optimizer."""
+        return self._stepper.base
+
+    @base.setter
+    def base(self, base: torch.optim.Optimizer) -> None:
+        self._stepper.base = base
+
+    @property
     def rule(self) -> AnyRule:
         """The rule: a function from oracle to update."""
         return self._stepper.rule
+
+    @rule.setter
+    def rule(self, rule: AnyRule) -> None:
+        self._stepper.rule, self._memory.names = rule, declared(rule).remembers
 
     @property
     def full(self) -> Closure | None:
@@ -169,8 +182,10 @@ class SharpnessAware(Facade):
             return None
         f, pending = self._stepper.passes(as_closure(closure), scaler)
         self._report(f, pending)
+        loss = f.passes.log.loss
+        del f  # with it the memory of g
         self._move(pending)
-        return f.passes.log.loss
+        return loss
 
     @_disable_dynamo
     @torch.no_grad()
@@ -203,10 +218,10 @@ class SharpnessAware(Facade):
         """
         self._refuse_half_step()
         self._pending = None
-        f, pending = self._stepper.passes(as_closure(closure), scaler)
+        closed = as_closure(closure)
+        f, pending = self._stepper.passes(closed, scaler)
         self._report(f, pending)
-        pending.rescaled = rescale
-        pending.leave_gradients(f, (scaler or getattr(closure, "scaler", None)) if rescale else None)
+        pending.leave_gradients(f, (scaler or getattr(closed, "scaler", None)) if rescale else None)
         self._pending = pending
         return f.passes.log.loss
 
@@ -256,6 +271,7 @@ class SharpnessAware(Facade):
         half, self._half = self._half, None
         self._pending = self._stepper.second_half(half)
         self._report(half.f, self._pending)
+        del half
         self.step()  # so that hooks and schedulers of this optimizer see a step
         if zero_grad:
             self.zero_grad()

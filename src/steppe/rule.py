@@ -49,13 +49,14 @@ class Rule:
 
     def perturbation(self, f: Oracle) -> Vector:
         """Return ``eps``; parameters whose group has rho 0 take no part, not even in the norm."""
-        with f.looking():
+        with f.looking(declared(self)):
             return f.rho * self.geometry(f, f.movable(self.sample(f)))
 
     @property
     def declares(self) -> Declaration:
-        """Which gradients the update is made of."""
-        return Declaration(g=declared(self.combine).g)
+        """Which gradients the update is made of, and how."""
+        combine = declared(self.combine)
+        return Declaration(g=combine.g, linear=combine.linear)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,12 @@ class Every:
     def __call__(self, f: Oracle) -> Update:
         """Return this step's update."""
         return f.average(self.at(f.step))
+
+    @property
+    def declares(self) -> Declaration:
+        """The gradients that either rule asks for."""
+        rule, between = declared(self.rule), declared(self.between)
+        return Declaration(g=rule.g or between.g, g_adv=rule.g_adv or between.g_adv)
 
     def at(self, step: int) -> AnyRule:
         """Return the rule of this step."""

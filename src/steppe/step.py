@@ -64,6 +64,7 @@ class Pending:
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Scale the gradients again, for a framework whose scaler will unscale them."""
+        self.rescaled = scaler is not None
         if scaler is not None:
             for p in self.parameters:
                 p.grad = None if p.grad is None else scaler.scale(p.grad)
@@ -103,6 +104,7 @@ class Skipped:
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Set the gradients to NaN, so that whoever checks them skips the step too."""
+        self.rescaled = scaler is not None
         for p in f.passes.parameters.tensors:
             p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
 
@@ -163,12 +165,12 @@ class HalfStep:
             g_adv = f.passes.given()
         finally:
             self.leave()
-        if not self.finite:
-            return None
         if not ranks.alone:
             if f.needs_g:  # this rank's, or the mean already, whose mean it is
-                f.g = ranks.mean(f.g, f.passes.parameters.tensors)
+                f.g = ranks.mean(f.g, f.passes.parameters.tensors)  # on every rank, also on one that is not finite
             ranks.averaged = True
+        if not self.finite:
+            return None
         if isinstance(self.rule, Rule):
             f.passes.log.compare(f.g if f.needs_g else None, g_adv)
             return self.rule.combine(f, g_adv)
@@ -211,7 +213,7 @@ class Stepper:
         groups = self.base.param_groups
         parameters = [p for group in groups for p in group["params"]]
         names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
-        modules = closure.modules if isinstance(closure, Batch) else partial(self.modules.of, closure, parameters)
+        modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
         self.state.clear_room(self.base.state)
@@ -240,8 +242,8 @@ class Stepper:
         """
         f = self.oracle(closure, scaler)
         rule: AnyRule = rule_at(self.rule, f.step) if f.rho.largest() else Plain()
-        if declared(rule).examples:
-            f.batch(repr(self.rule))
+        if declared(self.rule).examples and f.rho.largest():
+            f.batch(repr(self.rule))  # also where only another step's rule looks at examples: before any has moved
         if f.passes.ranks.unprepared:
             f.passes.rehearse()
         if self.gradient_noise:

@@ -49,11 +49,12 @@ class Facade(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
-        groups = self.param_groups
-        self.base.add_param_group(self._radius.checked(param_group, self.defaults, steps_of(groups), len(groups)))
+        group = self._radius.checked(param_group, self.defaults, steps_of(self.param_groups))
+        self.base.add_param_group(group)
+        self._radius.added("rho" in param_group, len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" in state:  # unpickled or copied
+        if "_memory" in state:  # unpickled or copied
             super().__setstate__(state)
         else:  # load_state_dict
             forget_foreign(state)

@@ -1,24 +1,25 @@
 """The modules that a plain closure runs, found by looking at what the closure refers to."""
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain, islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
-DEPTH = 5  # closure -> compiled function -> function -> trainer -> attribute of the trainer
-LARGE = 100  # containers with more items hold data, not models
+MOST = 2_000  # values that a search looks at: about 1 ms
+LARGE = 1_000  # containers with more items hold data, not models
 
 
 class Modules:
     """Finds the modules of a closure that hold the optimizer's parameters.
 
     A plain closure does not name its model. The modules that it calls are found by a forward hook, but compiled code
-    and a direct ``module.forward`` run without hooks, and DDP has to be told before its forward. So variables that the
-    closure refers to are searched: cells, globals, bound objects and their attributes.
+    and a direct ``module.forward`` run without hooks, and DDP has to be told before its forward. So the variables that
+    the closure refers to are searched once a step: cells, globals, bound objects, their attributes and methods.
 
     Args:
         model: the module that closures run, where the user has named it; then nothing is searched.
@@ -26,43 +27,46 @@ class Modules:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
-        self._known: tuple[object, int] | None = None  # the closure's code and the number of parameters
-        self._found: list[weakref.ref[nn.Module]] = []
 
-    def of(self, closure: object, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
-        """Yield every module inside those that the closure refers to and that hold any of the parameters."""
-        if self._model is not None:
-            yield from self._model.modules()
-            return
-        known = getattr(closure, "__code__", None), len(parameters)
-        if self._known != known or not self._found or any(module() is None for module in self._found):
-            self._known, self._found = known, [weakref.ref(module) for module in referred(closure, parameters)]
-        for reference in self._found:
-            module = reference()
-            if module is not None:
-                yield from module.modules()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model, "_known": None, "_found": []}  # a copy's closures run a model of their own
+    def of(self, closure: object, parameters: Sequence[Tensor]) -> Callable[[], Iterator[nn.Module]]:
+        """Return what yields every module inside those that the closure refers to and that hold any parameter."""
+        found = referred(closure, parameters) if self._model is None else [self._model]
+        return lambda: chain.from_iterable(module.modules() for module in found)
 
 
 def referred(closure: object, parameters: Iterable[Tensor]) -> list[nn.Module]:
-    """Return the outermost modules that a closure refers to and that hold any of the parameters."""
+    """Return the outermost modules that a closure refers to and that hold any of the parameters.
+
+    The nearest variables come first. In one process the search ends where every parameter has been found; with several
+    it goes on, as a replica around the model may be farther away.
+    """
     wanted = {id(p) for p in parameters}
-    found = {id(m): m for m in _search(closure, DEPTH, set()) if any(id(p) in wanted for p in m.parameters())}
-    inner = {id(child) for m in found.values() for child in m.modules() if child is not m}
-    return [m for key, m in found.items() if key not in inner]
+    several = distributed.is_available() and distributed.is_initialized()
+    found: list[nn.Module] = []
+    missing = set(wanted)
+    for modules in _levels(closure):
+        for module in modules:
+            held = {id(p) for p in module.parameters()}
+            if held & wanted:
+                found.append(module)
+                missing -= held
+        if not missing and not several:
+            break
+    inner = {id(child) for module in found for child in module.modules() if child is not module}
+    return [module for module in found if id(module) not in inner]
 
 
-def _search(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if issubclass(type(value), nn.Module):
-        yield value
-    elif depth:
-        for inner in _inside(value):
-            yield from _search(inner, depth - 1, seen)
+def _levels(closure: object) -> Iterator[list[nn.Module]]:
+    """Yield the modules that are one reference away from the closure, then those at two, and so on."""
+    seen, level = {id(closure)}, [closure]
+    while level:
+        yield [value for value in level if issubclass(type(value), nn.Module)]  # type: ignore[misc]
+        inner = (v for value in level if not issubclass(type(value), nn.Module) for v in _inside(value))
+        level = []
+        for value in islice(inner, MOST):
+            if id(value) not in seen and len(seen) < MOST:
+                seen.add(id(value))
+                level.append(value)
 
 
 def _inside(value: Any) -> Iterable[Any]:
@@ -71,7 +75,7 @@ def _inside(value: Any) -> Iterable[Any]:
     By its type alone, so that no property, proxy or lazy container runs code of its own.
     """
     kind = type(value)
-    if issubclass(kind, type | Tensor | ModuleType):
+    if issubclass(kind, type | Tensor | ModuleType | Optimizer | str | bytes | int | float | None):
         return ()
     if kind is MethodType:
         return [value.__self__, value.__func__]
@@ -83,10 +87,19 @@ def _inside(value: Any) -> Iterable[Any]:
         return list(dict.values(value)) if dict.__len__(value) <= LARGE else ()
     if kind in (list, tuple):
         return value if len(value) <= LARGE else ()
-    try:
-        return list(object.__getattribute__(value, "__dict__").values())
-    except AttributeError:
-        return ()
+    return _attributes(value, kind)
+
+
+def _attributes(value: Any, kind: type) -> Iterator[Any]:
+    """Yield the attributes of an object, and the functions of its class, whose globals they may use."""
+    with suppress(AttributeError):
+        yield from object.__getattribute__(value, "__dict__").values()
+    for base in kind.__mro__[:-1]:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            with suppress(AttributeError):
+                yield object.__getattribute__(value, name)
+        yield from (member for member in base.__dict__.values() if type(member) is FunctionType)
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:

@@ -153,11 +153,12 @@ class Oracle:
             TypeError: ``on`` or ``weights`` is given, and the closure is no :class:`~steppe.Batch`.
         """
         away = self.passes.away
-        if weights is not None and not away and self._shortcuts is not None:
+        if self._looking and weights is not None and on is None and wrt is None and not away and self._shortcuts:
             d = self._shortcuts.weighted_gradient(self, weights)
             if d is not None:
                 return self.passes.made(d)
-        alone = self._declares.g_adv and not self._declares.g if away else not self._declares.g_adv
+        says = self._declares
+        alone = (says.linear and not says.g) if away else not says.g_adv
         final = alone and self.is_whole and not self._looking  # the update is made of this gradient alone
         g = self.passes.gradient(on, weights, wrt, final=final)
         if away and not self._looking:
@@ -257,8 +258,13 @@ class Oracle:
         return self._whole is None
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Surround the computation of ``eps``: gradients and moves inside are not those of the template."""
+    def looking(self, says: Declaration) -> Iterator[None]:
+        """Surround the computation of ``eps`` by a template, whose gradients and moves are not those of the update.
+
+        What the template declares to need holds from here on, also where a function calls it.
+        """
+        if not (says.remembers <= self._declares.remembers and says.losses_at_w <= self._declares.losses_at_w):
+            self._declares = self._declares.with_needs(says)
         before, self._looking = self._looking, True
         try:
             yield

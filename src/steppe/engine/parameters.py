@@ -81,16 +81,17 @@ class RadiusOfGroups:
             group[STEP] = 0
             group.setdefault("rho", radius)
 
-    def checked(self, group: Group, defaults: Group, steps: int, index: int) -> Group:
-        """Return a new group with its radius and the steps so far.
-
-        Raises:
-            TypeError, ValueError: the group is no good.
-        """
+    def checked(self, group: Group, defaults: Group, steps: int) -> Group:
+        """Return a new group with its radius and the steps so far, checked."""
+        params = group["params"]
+        if not isinstance(params, Tensor | set):
+            group = {**group, "params": list(params)}  # it may be a generator
         checks.check_group(group)
-        if "rho" in group:
-            self._own.add(index)
         return {"rho": scheduled(self._rho, steps, defaults | group), **group, STEP: steps}
+
+    def added(self, own: bool, index: int) -> None:
+        """Note a group that the base has accepted, and whether its radius is its own."""
+        self._own |= {index} if own else set()
 
     def update(self, groups: Sequence[Group]) -> Radii:
         """Ask the schedule, check the numbers, and return the radius of every parameter."""

@@ -157,6 +157,10 @@ class Passes:
             under: a context for the forward pass of a :class:`~steppe.Batch`.
             final: the update is made of this gradient alone, so DDP may average it in its backward pass.
         """
+        reused = (
+            under is None and on is None and not self.away and self._losses is not None and self._losses.requires_grad
+        )
+        final = final and wrt is None and not reused  # DDP averages what its own forward, in this pass, has prepared
         synced = wrt is None and (self.ranks.shared or final)
         left_out, inputs = wrt, None
         if self.parameters.sharded:
@@ -168,7 +172,7 @@ class Passes:
                 wrt = [k or p.dim() < 2 for p, k in zip(self.parameters.tensors, wrt, strict=True)]
         with self.one(), only(self.parameters.tensors, wrt):
             if isinstance(self.closure, Batch) or on is not None or weights is not None:
-                self._run_batch(on, weights, inputs, under or nullcontext(), synced)
+                self._run_batch(on, weights, inputs, under or nullcontext(), synced, reused)
             else:
                 with self.ranks.passing(synced):
                     self._run_closure()
@@ -232,17 +236,18 @@ class Passes:
         inputs: list[Tensor] | None,
         under: AbstractContextManager[Any],
         synced: bool,
+        reused: bool,
     ) -> None:
         whole = self.batch("a choice of examples, or weights on them")
         batch = whole if on is None else whole.subset(on)
         batch.zero_grad()
         chunks = chunks_of(batch)
-        ready = None if self.away or on is not None else self._losses
+        ready = self._losses if reused else None
         seen = []
         for k, (chunk, w) in enumerate(zip(chunks, batch.shares(weights), strict=True)):
             with self.ranks.passing(synced and k == len(chunks) - 1):
                 losses = ready
-                if losses is None or losses.grad_fn is None:
+                if losses is None:
                     with under:
                         losses = chunk.losses()
                     self.log.count("forwards", len(chunk) / len(whole))

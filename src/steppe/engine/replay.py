@@ -56,9 +56,9 @@ class _Snapshot:
 
     def take(self, module: nn.Module) -> None:
         """Copy the buffers of a module in training mode."""
-        compiled = module._modules.get("_orig_mod")
-        for inner in compiled.modules() if compiled is not None else ():  # which run without hooks
-            self.take(inner)
+        if "_orig_mod" in module._modules:  # compiled: the modules inside run without hooks
+            for inner in list(module.modules())[1:]:
+                self.take(inner)
         if not module.training or not module._buffers:
             return
         known = (id(module), 0) in self.seen

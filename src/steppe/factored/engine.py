@@ -53,7 +53,7 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
         """
-        if not self.parallel or not isinstance(rule, Rule) or not shareable(rule) or not self._worth(f, rule, m):
+        if not self.parallel or type(rule) is not Rule or not shareable(rule) or not self._worth(f, m):
             return None
         parts = Parts(len(f.batch()), len(f.batch()) if m is None else m)
         before, needs_g = RandomState.now(f.passes.parameters.devices), f.needs_g
@@ -77,7 +77,7 @@ class SharedPasses:
         f.passes.log.compare(f.g if needs_g else None, g_adv)
         return rule.combine(f, g_adv)
 
-    def _worth(self, f: Oracle, rule: Rule, m: int | None) -> bool:
+    def _worth(self, f: Oracle, m: int | None) -> bool:
         """Tell whether to try: one part, or on a CPU two, gain by shared passes only where plain SAM does."""
         if m is None:
             return not f.needs_g and self._cheaper_than_sam(f)

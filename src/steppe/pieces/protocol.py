@@ -7,8 +7,9 @@ most expensive, way. What is declared is relied upon, so a wrong declaration giv
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Declaration:
     Attributes:
         g: ``combine``, or a rule, asks for ``f.g`` after the weights have moved. Without it ``g`` is freed before the
             second pass, which saves one copy of the parameters.
-        g_adv: a rule takes the gradient at ``w + eps``. A rule without it costs one pass.
+        g_adv: a rule takes the gradient at ``w + eps``. A rule without it makes its update of gradients at ``w``, which
+            DDP averages in their backward passes.
         examples: looks at single examples, so ``step`` needs a :class:`~steppe.Batch`.
         losses_at_w: asks for ``f.losses_at_w()`` at ``w + eps``.
         remembers: the names that it passes to ``f.recall`` and ``f.remember``.
@@ -26,7 +28,9 @@ class Declaration:
             norms of the per-example gradients.
         radial: ``geometry`` multiplies ``d`` by ``piece.radial(norm)``, a number made from the norm of ``d`` alone.
         everything: ``select`` takes the whole batch.
-        linear: ``combine`` is linear in ``(g, g_adv)``, so the mean of updates is the update of the means.
+        linear: ``combine`` is linear in ``(g, g_adv)`` and takes no gradient of its own, so the mean of updates is the
+            update of the means. With ``g=False`` the update is a multiple of ``g_adv``, and DDP averages that in its
+            backward pass.
     """
 
     g: bool = True
@@ -39,24 +43,33 @@ class Declaration:
     everything: bool = False
     linear: bool = False
 
+    def with_needs(self, other: Self) -> Self:
+        """Return this declaration with what another one needs and remembers."""
+        return replace(
+            self,
+            examples=self.examples or other.examples,
+            losses_at_w=self.losses_at_w or other.losses_at_w,
+            remembers=self.remembers | other.remembers,
+        )
+
 
 def declared(piece: Any) -> Declaration:
     """Return what a piece or a rule declares, with the needs and the memory of the pieces that it is made of."""
     try:
-        return _cached(piece)
-    except TypeError:  # a field that has no hash
+        known = _known.get(piece)
+    except TypeError:  # no hash, or no weak references
         return _merged(piece)
+    if known is None:
+        known = _merged(piece)
+        if is_dataclass(piece):  # frozen; what a function declares may change
+            _known[piece] = known
+    return known
 
 
 def _merged(piece: Any) -> Declaration:
     own: Declaration = getattr(piece, "declares", Declaration())
     parts = [declared(getattr(piece, field.name)) for field in fields(piece)] if is_dataclass(piece) else []
-    return replace(
-        own,
-        examples=own.examples or any(part.examples for part in parts),
-        losses_at_w=own.losses_at_w or any(part.losses_at_w for part in parts),
-        remembers=own.remembers.union(*(part.remembers for part in parts)),
-    )
+    return reduce(Declaration.with_needs, parts, own)
 
 
-_cached = lru_cache(maxsize=256)(_merged)  # asked for several times a step
+_known: WeakKeyDictionary[Any, Declaration] = WeakKeyDictionary()  # asked for several times a step
