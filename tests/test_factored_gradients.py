@@ -8,13 +8,12 @@ from torch import nn
 
 import steppe
 from steppe.engine.parameters import Parameters, Radii
-from steppe.factored import held
-from steppe.factored.cost import Cost
+from steppe.factored import gradients
+from steppe.factored.collect import Cost
 from steppe.factored.engine import SharedPasses
-from steppe.factored.held import Held, Pool
-from steppe.factored.lookups import Coalesced, Lookup
-from steppe.factored.parts import Parts
-from steppe.factored.terms import Dense, Factored, Product, squared_norms
+from steppe.factored.gradients import Factors, Product, Rows, TensorPool, Whole, squared_norms
+from steppe.factored.maps import Dense, Lookup
+from steppe.factored.microbatches import MicroBatches
 from tests.cases import sgd, sgdm
 from tests.factored_models import EXAMPLES, Example, hold, loss
 from tests.test_factored import N, assert_equal, ends
@@ -28,7 +27,7 @@ def lookups(n: int, seed: int = 0) -> Lookup:
     return Lookup(index, torch.randn(n, Q, WIDTH, generator=random, dtype=torch.float64), HEIGHT)
 
 
-def tables(terms: list[Lookup], parts: Parts) -> torch.Tensor:
+def tables(terms: list[Lookup], parts: MicroBatches) -> torch.Tensor:
     """``G_k``, by loops."""
     G = torch.zeros(parts.k, HEIGHT, WIDTH, dtype=torch.float64)
     for term in terms:
@@ -41,9 +40,9 @@ def tables(terms: list[Lookup], parts: Parts) -> torch.Tensor:
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 12, 20])
 def test_lookups_are_summed_by_row(m: int, uses: int) -> None:
-    parts, terms = Parts(N, m), [lookups(N, seed) for seed in range(uses)]
+    parts, terms = MicroBatches(N, m), [lookups(N, seed) for seed in range(uses)]
     G = tables(terms, parts)
-    coalesced, whole = Coalesced(terms, parts), Held(terms, parts)
+    coalesced, whole = Rows(terms, parts), Whole(terms, parts)
     for found in (coalesced, whole):
         torch.testing.assert_close(found.squares(), G.square().sum((1, 2)), rtol=1e-12, atol=0)
     other = torch.randint(HEIGHT, (N, 6), generator=torch.Generator().manual_seed(5))  # not those that were recorded
@@ -52,7 +51,7 @@ def test_lookups_are_summed_by_row(m: int, uses: int) -> None:
     torch.testing.assert_close(torch.cat(whole.chunks), G, rtol=1e-12, atol=1e-14)
     if m == 1:
         c = torch.rand(N, dtype=torch.float64)
-        for found in (coalesced, whole, Factored(terms, parts)):
+        for found in (coalesced, whole, Factors(terms, parts)):
             torch.testing.assert_close(found.weighted(c), torch.einsum("k,kij->ij", c, G), rtol=1e-12, atol=1e-14)
 
 
@@ -87,7 +86,7 @@ def test_tables_that_are_only_looked_up(m: int) -> None:
 @pytest.mark.parametrize("m", [1, 5, 6])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_blocks_of_any_size_are_exact(name: str, m: int, cache: int, monkeypatch) -> None:
-    monkeypatch.setattr(held, "CACHE", cache)
+    monkeypatch.setattr(gradients, "CACHE", cache)
     hold(True, monkeypatch)
     make = lambda model, p: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
@@ -125,13 +124,13 @@ def test_a_bias_that_two_layers_share() -> None:
 
 
 def test_a_bias_is_a_column_of_ones() -> None:
-    parts = Parts(N, 5)
+    parts = MicroBatches(N, 5)
     left, right = (
         torch.randn(N, 2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)) for d in (3, 4)
     )
-    alone, riding = Factored([Dense(left, right)], parts), Factored([Dense(left, right, bias=1)], parts)
+    alone, riding = Factors([Dense(left, right)], parts), Factors([Dense(left, right, bias=1)], parts)
     ones = torch.cat([right, torch.ones(N, 2, 1, dtype=torch.float64)], 2)
-    augmented = Factored([Dense(left, ones)], parts)
+    augmented = Factors([Dense(left, ones)], parts)
     assert (alone.bias, riding.bias) == (None, 1)
     torch.testing.assert_close(squared_norms([riding], []), squared_norms([augmented], []))
     x, s = torch.randn(N, 2, 4, dtype=torch.float64), torch.rand(parts.k, dtype=torch.float64)
@@ -146,15 +145,15 @@ def test_a_bias_is_a_column_of_ones() -> None:
 
 
 def test_memory_goes_back_to_the_pool() -> None:
-    pool, parts = Pool(), Parts(N, 4)
+    pool, parts = TensorPool(), MicroBatches(N, 4)
     dense = Dense(torch.randn(N, 1, 3), torch.randn(N, 1, 2))
-    one = Held([dense], parts, pool)
-    two = Held([dense], parts, pool)  # while the first is in use
+    one = Whole([dense], parts, pool)
+    two = Whole([dense], parts, pool)  # while the first is in use
     places = {G.data_ptr() for h in (one, two) for G in h.chunks}
     assert len(places) == 2
     del one, two
     gc.collect()
-    three = Held([Dense(2 * dense.left, dense.right)], parts, pool)
+    three = Whole([Dense(2 * dense.left, dense.right)], parts, pool)
     assert three.chunks[0].data_ptr() in places
     torch.testing.assert_close(three.chunks[0], 2 * torch.stack([
         (dense.left[i : i + 4].flatten(0, 1).mT @ dense.right[i : i + 4].flatten(0, 1)) for i in (0, 4, 8)
