@@ -13,7 +13,7 @@ import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics, plans, register_factored
-from steppe.factored.collect import HELD, TWO_PASSES, collected
+from steppe.factored.collect import TWO_PASSES, Cost, collected
 from steppe.factored.engine import SharedPasses
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches
@@ -445,7 +445,7 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     plan = SharedPasses(True).entry(f, batch).plan
     assert plan.mixes
     recorded = SharedPasses(True).first_pass(f)
-    matrices, small = collected(recorded.first, MicroBatches(N, 5), HELD)
+    matrices, small = collected(recorded.first, MicroBatches(N, 5), Cost(10**9))
     total = [
         sum(c.sum(0) for c in matrices[i].chunks) if i in matrices else small[i].sum(0) for i in range(len(inputs))
     ]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored import engine, gradients
+from steppe.factored import engine
 from steppe.factored.collect import Collector, Cost
 from steppe.factored.gradients import Factors, Whole
-from steppe.factored.maps import Dense
+from steppe.factored.maps import Dense, Use
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.patches import ConvSpec, from_patches, patches
 from tests.cases import sgdm
@@ -135,19 +135,13 @@ def test_failed_collecting_is_freed_before_the_serial_loop_runs(monkeypatch) -> 
     assert alive == [False] * 8  # four micro-batches, two passes
 
 
-def test_perturbed_weights_left_half_way_are_not_perturbed_again(monkeypatch) -> None:
-    monkeypatch.setattr(gradients, "CACHE", 1)
+def test_weights_are_perturbed_once() -> None:
     parts = MicroBatches(4, 1)
-    G = Whole([Dense(torch.randn(4, 2, 3), torch.randn(4, 2, 5))], parts)
+    G = Whole([Use(Dense(), torch.randn(4, 2, 5), torch.randn(4, 2, 3))], parts)
     W, s = torch.randn(3, 5), torch.rand(4)
     expected = W + s[:, None, None] * G.chunks[0].clone()
-    half = G.perturbed(W, s, W.dtype)
-    next(half)
-    with pytest.raises(RuntimeError, match="half way"):
-        next(G.perturbed(W, s, W.dtype))
-    list(half)
     for _ in range(2):  # forward, backward
-        torch.testing.assert_close(torch.cat([P for *_, P in G.perturbed(W, s, W.dtype)]), expected)
+        torch.testing.assert_close(torch.cat(G.weights(W, s, W.dtype)), expected)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
     modules = model.modules() if _registered else ()
     found = [m for m in modules if type(m) in _registered and "forward" not in vars(m) and _names(m, passing)]
     for module in found:
-        module.forward = partial(_run, BlackBox(module), passing)
+        module.forward = partial(_run, BlackBox(module, _names(module, passing)), passing)
     try:
         with passing:
             yield
@@ -59,9 +59,8 @@ def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
 
 def _run(box: BlackBox, passing: Interception, x: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():  # the functions that the module calls are not intercepted
-        if isinstance(passing, FirstPass):
-            return box.record(passing, x)
-        return box.evaluate(cast(SecondPass, passing), x)
+        y: Tensor = getattr(box, passing.method)(passing, x)
+        return y
 
 
 def _names(module: nn.Module, passing: Interception) -> dict[str, int]:
@@ -74,34 +73,33 @@ class BlackBox:
     """A module as one layer."""
 
     module: nn.Module
+    names: dict[str, int]  # of its perturbed parameters -> index
 
     def record(self, first: FirstPass, x: Tensor) -> Tensor:
         """Run the module, and keep its input."""
         if x.dim() == 0 or len(x) != first.tracked.n:
             raise CannotFactor(f"{type(self.module).__name__} is registered but has no example dimension first")
         y: Tensor = type(self.module).forward(self.module, x)
-        site = Site(self, None, None, x.detach(), (len(x),), (_names(self.module, first),))
-        return first.watch(y, site)
+        return first.watch(y, Site(self, None, None, x.detach(), (len(x),)))
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """Add the per-example gradients of the module's parameters."""
-        names = site.static[0]
         assert site.kept is not None
         p = {name: t.detach() for name, t in self.module.named_parameters()}
 
         def inner(mine: dict[str, Tensor], x: Tensor, delta: Tensor) -> Tensor:
             return (self.run(p | mine, x) * delta).sum()
 
-        mine = {name: p[name] for name in names}
+        mine = {name: p[name] for name in self.names}
         gradients = vmap(grad(inner), (None, 0, 0))(mine, site.kept, site.deltas[0])
-        for name, i in names.items():
+        for name, i in self.names.items():
             small.setdefault(i, []).append(gradients[name])
 
     def evaluate(self, second: SecondPass, x: Tensor) -> Tensor:
         """Run every example with the parameters of its micro-batch."""
         second.next(self, None, None)
         p = dict(self.module.named_parameters())
-        mine = {name: p[name] + second.parts.spread(second.small[i]) for name, i in _names(self.module, second).items()}
+        mine = {name: p[name] + second.parts.spread(second.small[i]) for name, i in self.names.items()}
         y: Tensor = vmap(lambda mine, x: self.run(p | mine, x))(mine, x)
         return y
 

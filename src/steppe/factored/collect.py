@@ -1,33 +1,33 @@
-"""From the sites of the first pass to every micro-batch's gradients, held whole or as factors: by cost, from shapes."""
+"""Makes the gradients of every micro-batch from the sites of the first pass, whole or as factors, as is cheaper."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
 from steppe.engine.vector import Vector
 from steppe.factored.gradients import Factors, Gradient, Rows, Whole, squared_norms
-from steppe.factored.maps import Convolved, Dense, Lookup
+from steppe.factored.maps import Conv, Lookup, Use
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import CannotFactor, FirstPass, Matrices, Site, Small
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What is to be done with ``G_k`` (``height x width``, ``rows`` of factors a part).
+    """The work that follows with ``G_k``, which decides whether to hold it whole.
+
+    Multiplications are counted for one micro-batch, with ``rows`` rows of factors and a matrix of ``height x width``.
 
     Attributes:
-        products: how many products with the factors, of ``rows^2 (height + width)`` multiplications a part each: the
-            Gram matrices, the perturbed forward and its backward.
-        weighted: whether a weighted sum of the gradients is to follow, which takes factors another
-            ``rows height width``.
-        memory: how many multiplications the passes over a number of ``G_k`` in memory are worth.
+        products: how many products with factors follow, of ``rows^2 (height + width)`` each: Gram matrices, the
+            perturbed forward and its backward.
+        weighted: whether a weighted sum follows, which costs factors another ``rows height width``.
+        memory: the multiplications that the passes over one number of ``G_k`` in memory are worth.
     """
 
     products: int
@@ -44,113 +44,89 @@ class Cost:
         return height <= 2 * rows
 
 
-class HoldAll(Cost):
-    """The choice to hold every gradient whole."""
-
-    def whole(self, rows: int, height: int, width: int) -> bool:
-        """Return ``True``."""
-        return True
-
-    def table(self, rows: int, height: int) -> bool:
-        """Return ``True``."""
-        return True
-
-
-TWO_PASSES, NORMS, WEIGHTED, HELD = Cost(3, memory=50), Cost(1), Cost(1, weighted=True), HoldAll(0)
+TWO_PASSES, NORMS, WEIGHTED = Cost(3, memory=50), Cost(1), Cost(1, weighted=True)
 
 
 Gradients = tuple[Mapping[int, Gradient], Mapping[int, Tensor]]
 
 
 class Collector:
-    """Every micro-batch's gradients, gathered from the sites of the first pass.
+    """The gradients of every micro-batch, collected from the sites of the first pass.
 
-    A parameter's are made when all its uses have come: in backward, while the gradient that has just been made is near
-    and before the next one needs memory, or after it. The losses' mean over the batch was differentiated: these are its
-    parts, ``n / m`` times too small as means over ``m``.
+    Those of a parameter are made when backward has reached all its uses, or after the pass. So their factors are freed
+    before the next layer needs memory. They are contributions to the gradient of the batch's mean loss: ``m / n`` times
+    the gradient of a micro-batch's own mean.
 
     Args:
-        look: the recorded pass; its forward has ended when the first site is taken.
+        first: the recorded pass. Its forward has ended when the first site is taken.
         parts: the micro-batches.
-        cost: which matrices to hold whole.
-        rho: by parameter; a bias rides along with the factors of its weight where both have the same.
+        cost: what decides which matrices are held whole.
+        rho: the radius of every parameter; a bias is kept with the factors of its weight where both are equal.
     """
 
     def __init__(self, first: FirstPass, parts: MicroBatches, cost: Cost, rho: Sequence[float] | None = None) -> None:
         self.first, self.parts, self.cost, self.rho = first, parts, cost, rho
-        self.terms: Matrices = {}
+        self.uses: Matrices = {}
         self.by_example: Small = {}
         self.matrices: dict[int, Gradient] = {}
 
     @cached_property
-    def uses(self) -> Counter[int | None]:
+    def counts(self) -> Counter[int | None]:
         """The number of uses of each parameter."""
         return Counter(i for site in self.first.sites for i in (site.weight, site.bias))
 
     def take(self, site: Site) -> None:
         """Add the contribution of one use."""
-        site.layer.collect(site, self.terms, self.by_example)
-        if site.weight is not None and len(self.terms.get(site.weight, ())) == self.uses[site.weight]:
-            self.matrices[site.weight] = self.made(site.weight, self.terms.pop(site.weight))
+        site.layer.collect(site, self.uses, self.by_example)
+        if site.weight is not None and len(self.uses.get(site.weight, ())) == self.counts[site.weight]:
+            self.matrices[site.weight] = self._made(site.weight, self.uses.pop(site.weight))
 
-    def made(self, i: int, terms: Sequence[Any]) -> Gradient:
+    def _made(self, i: int, uses: Sequence[Use]) -> Gradient:
         """Return the gradients of one matrix, whole or as factors."""
-        terms, whole = choose(terms, self.parts, self.cost)
-        biases = [t.bias for t in terms if isinstance(t, Dense) and t.bias is not None]
-        unlike = any(self.uses[b] > 1 or (self.rho and self.rho[b] != self.rho[i]) for b in biases)
-        if whole or len(terms) > 1 or unlike:
-            terms = [_alone(t, self.by_example) for t in terms]
+        whole = hold_whole(uses, self.parts, self.cost)
+        b = uses[0].bias
+        equal = b is None or (self.counts[b] == 1 and (not self.rho or self.rho[b] == self.rho[i]))
+        if whole or len(uses) > 1 or not equal:
+            for use in uses:
+                if use.bias is not None:
+                    delta = use.delta[:, 0] if use.delta.shape[1] == 1 else use.delta.sum(1)
+                    self.by_example.setdefault(use.bias, []).append(delta)
+            b = None
         if whole:
-            return Whole(terms, self.parts, self.first.pool)
-        if all(isinstance(t, Lookup) for t in terms):
-            return Rows(terms, self.parts)
-        return Factors(_multipliable(terms), self.parts)
+            return Whole(uses, self.parts, self.first.pool)
+        if all(isinstance(use.map, Lookup) for use in uses):
+            return Rows(uses, self.parts)
+        return Factors(uses, self.parts, b)
 
     def gradients(self) -> Gradients:
         """Return the gradients of all matrices, whole or as factors, and of other parameters, ``(k, *shape)``."""
-        for i in self.by_example.keys() & (self.matrices.keys() | self.terms.keys()):
+        for i in self.by_example.keys() & (self.matrices.keys() | self.uses.keys()):
             raise CannotFactor(f"{self.first.tracked.names[i]} is used both as a matrix and directly")
         return self.matrices, _by_part(self.by_example, self.parts)
 
 
 def collected(first: FirstPass, parts: MicroBatches, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
-    """Return what a :class:`Collector` gathers after the pass."""
+    """Return what a :class:`Collector` makes after the pass."""
     collector = Collector(first, parts, cost, rho)
     for site in first.sites:
         collector.take(site)
     return collector.gradients()
 
 
-def choose(terms: Sequence[Any], parts: MicroBatches, cost: Cost) -> tuple[Sequence[Any], bool]:
-    """Return the terms of a matrix, and whether to hold its gradients whole."""
-    if any(isinstance(t, Convolved) for t in terms):
-        if not all(isinstance(t, Convolved) for t in terms):
-            raise CannotFactor("the weight of a convolution is used by something else, too")
-        by_patches = all(_suits_patches(t, parts, cost) for t in terms)  # one order of columns for all
-        return ([t.dense() for t in terms], False) if by_patches else (terms, True)
-    rows = min(parts.m, parts.n) * sum(t.right.shape[1] for t in terms)
-    dense = [t for t in terms if isinstance(t, Dense)]
-    return terms, cost.whole(rows, *dense[0].size) if dense else cost.table(rows, terms[0].height)
-
-
-def _suits_patches(term: Convolved, parts: MicroBatches, cost: Cost) -> bool:
-    """Return whether the product of patches is cheaper than a convolution; it needs a single group."""
-    rows, height, width = term.shape(parts)
-    return term.spec.groups == 1 and not cost.whole(2 * rows, height, width)
-
-
-def _multipliable(terms: Sequence[Any]) -> Sequence[Any]:
-    """Return the terms in one dtype, and not in float16, in which their products overflow at 65504."""
-    types = {t.right.dtype for t in terms}
-    return [t.to(torch.float32) for t in terms] if len(types) > 1 or torch.float16 in types else terms
-
-
-def _alone(term: Any, by_example: Small) -> Any:
-    """Return a term without the gradient of the bias, which is added to those of other small parameters."""
-    if not isinstance(term, Dense) or term.bias is None:
-        return term
-    by_example.setdefault(term.bias, []).append(term.left.sum(1))
-    return replace(term, bias=None)
+def hold_whole(uses: Sequence[Use], parts: MicroBatches, cost: Cost) -> bool:
+    """Return whether to hold the gradients of a matrix whole."""
+    m = min(parts.m, parts.n)
+    shapes = [use.shape for use in uses]
+    convs = [use.map for use in uses if isinstance(use.map, Conv)]
+    if convs and len(convs) < len(uses):
+        raise CannotFactor("the weight of a convolution is used by something else, too")
+    if convs:  # patches cost as much again, and need a single group
+        return any(
+            map.spec.groups > 1 or cost.whole(2 * m * q, h, w) for map, (q, h, w) in zip(convs, shapes, strict=True)
+        )
+    rows, (_, height, width) = m * sum(q for q, *_ in shapes), shapes[0]
+    only_looked_up = all(isinstance(use.map, Lookup) for use in uses)
+    return cost.table(rows, height) if only_looked_up else cost.whole(rows, height, width)
 
 
 def _by_part(by_example: Small, parts: MicroBatches) -> dict[int, Tensor]:
@@ -217,14 +193,8 @@ class Recorded:
 
     def mean(self) -> Vector:
         """Return the gradient of the mean loss on the perturbed parameters, without a backward pass."""
-        matrices, small = self.of(MicroBatches(self.n, self.n), HELD)
-        made: list[Tensor | None] = [None] * len(self.parameters)
-        for i, gradient in matrices.items():
-            assert isinstance(gradient, Whole)
-            made[i] = gradient.chunks[0][0].reshape(self.parameters[i].shape).clone()  # its memory serves the next
-        for i, t in small.items():
-            made[i] = t[0].reshape(self.parameters[i].shape)
-        return Vector(made) / self.loss_scale
+        ones = self.parameters[0].new_ones(self.n)
+        return Vector(weighted_sum(self.first, ones, self.parameters)) / self.loss_scale
 
     def scale(self, c: Tensor) -> None:
         """Multiply the loss of every example, and so its gradients, by ``c_i``."""
@@ -236,24 +206,45 @@ class Recorded:
             site.deltas[0] = delta * c_rows.reshape(*site.leading, *[1] * (delta.dim() - len(site.leading)))
 
 
+def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return ``sum_i c_i G_i`` over examples from the sites of a pass, by parameter."""
+    matrices, small = _uses(first)
+    found: dict[int, list[Tensor]] = {}
+    with torch.no_grad():
+        for i, uses in matrices.items():
+            found[i] = [use.weighted(c) for use in uses]
+            for use in uses:
+                if use.bias is not None:
+                    small.setdefault(use.bias, []).append(use.delta.sum(1))
+        for i, of_uses in small.items():
+            found.setdefault(i, []).extend(c.to(t.dtype) @ t.flatten(1) for t in of_uses)
+        total = {i: reduce(torch.add, (t.reshape(parameters[i].shape) for t in ts)) for i, ts in found.items()}
+    return [total.get(i) for i in range(len(parameters))]
+
+
+def _uses(first: FirstPass) -> tuple[Matrices, Small]:
+    matrices: Matrices = {}
+    small: Small = {}
+    with torch.no_grad():
+        for site in first.sites:
+            site.layer.collect(site, matrices, small)
+    return matrices, small
+
+
 def relative_cost(first: FirstPass) -> float:
     """Return the multiplications of a step with one micro-batch, relative to two forwards and backwards.
 
     Factors save a weight gradient and pay for Gram matrices. Gradients that are held whole save nothing.
     """
     parts = MicroBatches(first.tracked.n, first.tracked.n)
-    matrices: Matrices = {}
-    small: Small = {}
     usual = shared = 0.0
-    with torch.no_grad():
-        for site in first.sites:
-            site.layer.collect(site, matrices, small)
-    for found in matrices.values():
-        terms, whole = choose(found, parts, TWO_PASSES)
-        for term in terms:
-            if isinstance(term, Lookup):
+    for uses in _uses(first)[0].values():
+        whole = hold_whole(uses, parts, TWO_PASSES)
+        for use in uses:
+            if isinstance(use.map, Lookup):
                 continue
-            rows, height, width = term.shape(parts)
+            q, height, width = use.shape
+            rows = parts.n * q
             usual += 6.0 * rows * height * width
             gram = 5.0 * rows * height * width + 3.0 * rows * rows * (height + width)
             shared += 6.0 * rows * height * width if whole else gram

@@ -70,7 +70,7 @@ class NormLayer:
         """Return the sums over the rows of each example, ``(n, *shape of the parameter)``."""
         if self.channels_first and t.dim() > 2:
             t = t.flatten(2).sum(2)
-        return site.by_example(t).sum(1)
+        return site.sums(t)
 
     def evaluate(self, second: SecondPass, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         """Normalise, and apply the scale and shift of each micro-batch."""
@@ -93,17 +93,21 @@ class NormLayer:
 class GroupNormLayer:
     """Group normalisation of all examples in one call, the groups of the examples side by side."""
 
-    def record(self, first: FirstPass, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Repeat scale and shift for every example, and watch the copies."""
+    def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Normalise with a copy of scale and shift for every example."""
         x, groups, parameters, eps = self.read(*args, **kwargs)
-        index = [first.tracked.index(p) for p in parameters]
+        index = [passing.tracked.index(p) for p in parameters]
         if all(i is None for i in index):
             return NotImplemented
-        rows = []
-        for p, i in zip(parameters, index, strict=True):
-            repeated = p.expand(len(x), -1)
-            rows.append(repeated if i is None else first.watch(repeated, Site(self, i, None, None, (len(x),))))
-        return self.run(x, groups, rows, eps)
+        n = len(x)
+        rows = [
+            (p.expand(n, -1) if i is None else passing.copies(self, p, i, n)).flatten()
+            for p, i in zip(parameters, index, strict=True)
+        ]
+        scale, shift = (*rows, None)[:2]
+        return F.group_norm(x.reshape(1, -1, *x.shape[2:]), n * groups, scale, shift, eps).reshape(x.shape)
+
+    record = evaluate = run
 
     @staticmethod
     def read(
@@ -114,31 +118,9 @@ class GroupNormLayer:
             raise CannotFactor("group normalisation with a shift and no scale has no factored form")
         return x, num_groups, [p for p in (weight, bias) if p is not None], eps
 
-    @staticmethod
-    def run(x: Tensor, groups: int, rows: list[Tensor], eps: float) -> Tensor:
-        """Normalise ``n`` examples as one example with ``n`` times the channels and groups."""
-        n = len(x)
-        scale, shift = (*(row.reshape(-1) for row in rows), None)[:2]
-        return F.group_norm(x.reshape(1, -1, *x.shape[2:]), n * groups, scale, shift, eps).reshape(x.shape)
-
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of each example's copy."""
-        assert site.weight is not None
-        small.setdefault(site.weight, []).append(site.delta.sum(1))
-
-    def evaluate(self, second: SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Normalise with the scale and shift of each micro-batch."""
-        x, groups, parameters, eps = self.read(*args, **kwargs)
-        index = [second.tracked.index(p) for p in parameters]
-        if all(i is None for i in index):
-            return NotImplemented
-        rows = []
-        for p, i in zip(parameters, index, strict=True):
-            if i is None:
-                rows.append(p.expand(len(x), -1))
-            else:
-                rows.append(second.rows_of(second.next(self, i, None), p, i, x.shape[:1]))
-        return self.run(x, groups, rows, eps)
+        """Add the gradients of the copies."""
+        small.setdefault(site.weight, []).append(site.sums(site.deltas[0]))  # type: ignore[arg-type]
 
 
 class Elementwise:
@@ -154,7 +136,7 @@ class Elementwise:
         self.in_place = in_place
 
     def find(self, tracked: Tracked, args: tuple[Any, ...]) -> tuple[int, int] | None:
-        """Return the position of the parameter and its index; ``None`` if it cannot be repeated by example."""
+        """Return the position of the parameter and its index; ``None`` if it cannot be copied for every example."""
         if len(args) < 2:
             return None
         index = [tracked.index(a) for a in args[:2]]
@@ -170,36 +152,20 @@ class Elementwise:
             fits &= p.dim() < other.dim() or (p.dim() == other.dim() and p.shape[0] == 1)
         return (at, index[at]) if fits else None  # type: ignore[return-value]
 
-    @staticmethod
-    def repeated(p: Tensor, args: tuple[Any, ...], at: int, n: int) -> Tensor:
-        """Return ``p`` for every example, with as many dimensions as the other operand."""
-        other = args[1 - at]
+    def run(self, passing: FirstPass | SecondPass, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Apply the operation to a copy of the parameter for every example."""
+        found = self.find(passing.tracked, args)
+        if found is None:
+            return NotImplemented
+        at, index = found
+        p, other = args[at], args[1 - at]
         dims = other.dim() if isinstance(other, Tensor) else p.dim()
         shape = p.shape[1:] if p.dim() == dims else (*[1] * (dims - 1 - p.dim()), *p.shape)
-        return p.reshape(1, *shape).expand(n, *shape)
+        copies = passing.copies(self, p.reshape(shape), index, passing.tracked.n)
+        return func(*args[:at], copies, *args[at + 1 :], **kwargs)
 
-    def record(self, first: FirstPass, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Apply the operation to copies of the parameter, and watch these."""
-        found = self.find(first.tracked, args)
-        if found is None:
-            return NotImplemented
-        at, index = found
-        p = self.repeated(args[at], args, at, first.tracked.n)
-        p = first.watch(p.clone(), Site(self, index, None, None, (first.tracked.n,)))
-        return func(*args[:at], p, *args[at + 1 :], **kwargs)
+    record = evaluate = run
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradient of each example's copy."""
-        assert site.weight is not None
-        small.setdefault(site.weight, []).append(site.deltas[0])
-
-    def evaluate(self, second: SecondPass, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Apply the operation to the parameter of each micro-batch."""
-        found = self.find(second.tracked, args)
-        if found is None:
-            return NotImplemented
-        at, index = found
-        second.next(self, index, None)
-        p = self.repeated(args[at], args, at, second.tracked.n)
-        eps = second.parts.spread(second.small[index]).to(p.dtype)
-        return func(*args[:at], p + eps.reshape(p.shape), *args[at + 1 :], **kwargs)
+        """Add the gradients of the copies."""
+        small.setdefault(site.weight, []).append(site.sums(site.deltas[0]))  # type: ignore[arg-type]

@@ -52,12 +52,15 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
         """
-        if not self.parallel or not isinstance(rule, Rule) or not shareable(rule) or not self._worth(f, rule, m):
+        if not self.parallel or not isinstance(rule, Rule):
+            return None
+        weights = shared_weights(rule)
+        if weights is None or not self._worth(f, m):
             return None
         n = len(f.batch())
         parts = MicroBatches(n, n if m is None else m)
         before, needs_g = RandomState.now(f.passes.parameters.devices), f.needs_g
-        reweighted = declared(rule.sample).weights == "norms"  # which are known only after the whole pass
+        reweighted = weights == "norms"  # which are known only after the whole pass
         collector = None if reweighted else lambda first: Collector(first, parts, TWO_PASSES, f.rho.values)
         recorded = self.first_pass(f, needs_g, collector=collector)
         if recorded is None:
@@ -77,7 +80,7 @@ class SharedPasses:
         f.passes.log.compare(f.g if needs_g else None, g_adv)
         return rule.combine(f, g_adv)
 
-    def _worth(self, f: Oracle, rule: Rule, m: int | None) -> bool:
+    def _worth(self, f: Oracle, m: int | None) -> bool:
         """Return whether to try: one micro-batch, or two on a CPU, gain only where plain SAM does."""
         if m is None:
             return not f.needs_g and self._cheaper_than_sam(f)
@@ -232,14 +235,10 @@ class SharedPasses:
             raise refusal(str(error)) from error
 
 
-def shareable(rule: Rule) -> bool:
-    """Return whether the rule allows shared passes: weights from norms, a radial geometry, all examples, linear."""
-    return (
-        declared(rule.sample).weights is not None
-        and declared(rule.geometry).radial
-        and declared(rule.select).everything
-        and declared(rule.combine).linear
-    )
+def shared_weights(rule: Rule) -> str | None:
+    """Return how the rule weighs examples, if its micro-batches may share passes: all of them, radial, linear."""
+    shareable = declared(rule.geometry).radial and declared(rule.select).everything and declared(rule.combine).linear
+    return declared(rule.sample).weights if shareable else None
 
 
 def _collecting(collector: Collector, plan: SharingPlan) -> Callable[[Site], None]:

@@ -1,231 +1,245 @@
-"""What one use of a matrix contributes to its micro-batch gradients: dense rows, a convolution, looked-up rows.
+"""Layers as bilinear maps ``y = B(x, W)``: a matrix product, a convolution, a lookup.
 
-The gradient of a matrix of shape ``(height, width)`` for micro-batch ``k`` is ``G_k = sum_r left_r right_r^T`` over the
-rows ``r`` of its examples. For ``y = W a``, ``left`` is the gradient of the output and ``right`` the input.
+A map is applied, and its gradients are taken, with the weights ``P_k`` of each micro-batch, ``(k, height, width)``. One
+``W`` for the whole batch is the case of one micro-batch. The gradient of ``W`` for micro-batch ``k`` is a product
+``G_k = left_k^T right_k`` over the rows of its examples, and ``factors`` returns both sides. For ``y = x W^T``,
+``left`` is the gradient of the output, and ``right`` is the input. A map that is ``turned`` has ``y = x W``, and the
+sides exchanged. An integer tensor of indices stands for one-hot rows.
+
+Tensors by example are ``(n, q, ...)``, those by micro-batch ``(k, rows, ...)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from steppe.factored.microbatches import MicroBatches
-from steppe.factored.patches import ConvSpec, patches
+from steppe.factored.patches import ConvSpec, from_patches, patches
+
+Times = Callable[[Tensor, Tensor], None]  # (y, x): adds a product with the rows of x to the rows of y, in place
 
 
 @dataclass(frozen=True)
 class Dense:
-    """``left``: ``(n, q, rows)``, ``right``: ``(n, q, columns)``.
+    """``y = x W^T + b``; ``turned``, ``y = x W + b``."""
 
-    With ``bias``, the index of a parameter, ``right`` has one more column, of ones: its gradient rides along. With
-    ``source``, of which these are the patches, that makes the weighted sum.
-    """
+    turned: bool = False
 
-    left: Tensor
-    right: Tensor
-    bias: int | None = None
-    source: Any = None  # a convolution's term
+    def apply(self, x: Tensor, P: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return the output for ``x``, ``(k, rows, width)``, with ``b`` of ``(k, height)``."""
+        P = P if self.turned else P.mT
+        return torch.bmm(x, P) if b is None else torch.baddbmm(b[:, None], x, P)
 
-    def to(self, dtype: torch.dtype) -> Dense:
-        """Return the term in another dtype."""
-        source = self.source and self.source.to(dtype)
-        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype), source=source)
+    def input_gradient(self, d: Tensor, x: Tensor, P: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+        return torch.bmm(d, P.mT if self.turned else P)
 
-    def weighted(self, c: Tensor) -> Tensor:
-        """Return ``sum_i c_i G_i`` over examples."""
-        if self.source is not None:
-            return self.source.weighted(c)  # type: ignore[no-any-return]
-        left = self.left * c.to(self.left.dtype)[:, None, None]
-        return left.flatten(0, 1).mT @ self.right.flatten(0, 1)
-
-    def shape(self, parts: MicroBatches) -> tuple[int, int, int]:
-        """Return the rows of a micro-batch, and height and width of ``G_k``."""
-        return min(parts.m, parts.n) * self.left.shape[1], *self.size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of ``G_k``."""
-        return self.left.shape[-1], self.right.shape[-1]
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """The arguments of :meth:`write`, by example."""
-        return self.left, self.right
-
-    @staticmethod
-    def write(G: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-        """Write ``G_k`` of some micro-batches, or add it to the content."""
+    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
+        """Write the gradients of the weights to ``G``, or add them."""
+        left, right = self.factors(x, d)
         if G.dtype == left.dtype:
             torch.baddbmm(G, left.mT, right, beta=int(add), out=G)
         else:  # under autocast, beside a lookup
             G.add_(left.mT @ right) if add else G.copy_(left.mT @ right)
 
-    def add_times(self, y: Tensor, x: Tensor, s: Tensor, parts: MicroBatches) -> None:
-        """Add in place ``y_k += s_k (x_k, 1) G_k^T`` in place, the 1 where a bias rides along."""
-        for y_k, x_k, s_k, left, right in parts.zip(y, x, s, self.left, self.right):
-            y_k.baddbmm_(times(self._plus_ones(x_k @ right.to(x.dtype).mT), s_k), left.to(y.dtype))
+    def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return left and right, ``(n, rows, height)`` and ``(n, rows, width)``."""
+        return (x, d) if self.turned else (d, x)
 
-    def add_transposed_times(self, y: Tensor, x: Tensor, s: Tensor, parts: MicroBatches) -> None:
-        """Add in place ``y_k += s_k x_k G_k`` in place."""
-        for y_k, x_k, s_k, left, right in parts.zip(y, x, s, self.left, self.right):
-            y_k.baddbmm_(times(x_k @ left.to(x.dtype).mT, s_k), right.to(y.dtype))
+    def shape(self, x: Tensor, d: Tensor) -> tuple[int, int, int]:
+        """Return the rows of an example, and height and width of ``W``."""
+        left, right = self.factors(x, d)
+        return left.shape[1], left.shape[2], right.shape[2]
 
-    def rows(self, index: Tensor, parts: MicroBatches) -> list[Tensor]:
-        """``G_k[index]`` by chunk, for indices of ``(n, q)``."""
-        return [columns(left, i).mT @ right for i, left, right in parts.zip(index, self.left, self.right)]
+    def add_output(self, y: Tensor, x: Tensor, times: Times) -> None:
+        """Add ``times`` the rows of ``x`` to those of ``y``."""
+        times(y, x)
 
-    def _plus_ones(self, products: Tensor) -> Tensor:
-        return products if self.bias is None else products.add_(1)
+    def add_input_gradient(self, dx: Tensor, d: Tensor, times: Times) -> None:
+        """Add ``times`` the rows of the output's gradient to those of the input's."""
+        times(dx, d)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """``y = conv(x, W) + b`` in one, two or three dimensions; micro-batches are groups of one convolution."""
+
+    spec: ConvSpec
+    turned = False
+
+    def apply(self, x: Tensor, P: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return the output for ``x``, ``(k, inputs, C, ...)``, with ``b`` of ``(k, height)``."""
+        P, groups = P.reshape(-1, *self.spec.shape), self.spec.groups
+        if in_loop(x):
+            biases = [None] * len(P) if b is None else list(b)
+            return torch.stack([self.spec.forward(x[i], p, groups, biases[i]) for i, p in enumerate(P)])
+        bias = None if b is None else b.flatten()
+        return apart(self.spec.forward(side_by_side(x), P.flatten(0, 1), len(P) * groups, bias), len(P))
+
+    def input_gradient(self, d: Tensor, x: Tensor, P: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+        P, groups, only = P.reshape(-1, *self.spec.shape), self.spec.groups, [True, False]
+        if in_loop(x):
+            parts = zip(d, x, P, strict=True)
+            return torch.stack([self.spec.backward(d_k, x_k, p, groups, only)[0] for d_k, x_k, p in parts])
+        like = x.new_empty(x.shape[1], len(P) * x.shape[2], *x.shape[3:])  # for its shape alone
+        return apart(self.spec.backward(side_by_side(d), like, P.flatten(0, 1), len(P) * groups, only)[0], len(P))
+
+    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
+        """Write the gradients of the weights to ``G``, or add them."""
+        if in_loop(x):
+            made = [self.spec.weight_gradient(d_k, x_k).reshape(G[0].shape) for d_k, x_k in zip(d, x, strict=True)]
+        else:
+            G, made = G[None], [self.spec.weight_gradient(side_by_side(d), side_by_side(x), len(x)).reshape(G.shape)]
+        for to, g in zip(G, made, strict=True):
+            to.add_(g) if add else to.copy_(g)
+
+    def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output's gradient by position, and the patch of the input (channels last) at each position."""
+        return self._positions(d), self._patches(x)
+
+    def shape(self, x: Tensor, d: Tensor) -> tuple[int, int, int]:
+        """Return the positions of an example, and height and width of ``W``."""
+        return d[0, :, 0].numel(), self.spec.shape[0], self.spec.shape[1:].numel()
+
+    def add_output(self, y: Tensor, x: Tensor, times: Times) -> None:
+        """Add ``times`` the patches of ``x`` to the positions of ``y``."""
+        rows = y.new_zeros(len(y), y[0, :, 0].numel(), y.shape[2])
+        times(rows, self._patches(x))
+        y += rows.reshape(*y.shape[:2], -1, y.shape[2]).mT.reshape(y.shape)
+
+    def add_input_gradient(self, dx: Tensor, d: Tensor, times: Times) -> None:
+        """Add ``times`` the positions of the output's gradient to the patches of the input's."""
+        rows = d.new_zeros(len(d), d[0, :, 0].numel(), self.spec.shape[1:].numel())
+        times(rows, self._positions(d))
+        size = dx.flatten(0, 1).shape
+        dx += from_patches(rows.reshape(size[0], -1, rows.shape[-1]), size, self.spec).reshape(dx.shape)
+
+    @staticmethod
+    def _positions(d: Tensor) -> Tensor:
+        return d.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        rows = patches(x.flatten(0, 1), self.spec)
+        return rows.reshape(len(x), -1, rows.shape[-1])
+
+
+LOOP = 8  # inputs of a micro-batch from which a loop is faster on a CPU than groups, which copy (by 8 % on a small CNN)
+
+
+def in_loop(x: Tensor) -> bool:
+    """Return whether to call one convolution for each of ``(k, inputs, C, ...)``; accelerators prefer one call."""
+    return x.device.type == "cpu" and x.shape[1] >= LOOP and len(x) > 1
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Return ``(k, inputs, C, ...)`` as ``(inputs, k C, ...)``: the channels of the micro-batches side by side."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def apart(y: Tensor, k: int) -> Tensor:
+    """Invert :func:`side_by_side`."""
+    made: Tensor = y.unflatten(1, (k, -1)).transpose(0, 1)
+    return made
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """``G_k[index_r] += right_r``; ``index``: ``(n, q)``, ``right``: ``(n, q, columns)``, ``height`` rows."""
+    """``y = W[x]``, the product of one-hot rows with ``W``.
 
-    index: Tensor
-    right: Tensor
+    Args:
+        height: the rows of ``W``.
+        padding: the index of a row that has no gradient.
+    """
+
     height: int
+    padding: int | None = None
+    turned = True
 
-    def to(self, dtype: torch.dtype) -> Lookup:
-        """Return the term in another dtype."""
-        return Lookup(self.index, self.right.to(dtype), self.height)
+    def apply(self, x: Tensor, P: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return the output for indices ``x``, ``(k, rows)``."""
+        return P.gather(1, x[..., None].expand(-1, -1, P.shape[2]))
+
+    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
+        """Write the gradients of the tables to ``G``, or add them."""
+        rows = torch.arange(len(x), device=x.device)[:, None] * self.height + x
+        made = torch.ops.aten.embedding_dense_backward(self.factors(x, d)[1], rows, len(x) * self.height, -1, False)
+        G.add_(made.view_as(G)) if add else G.copy_(made.view_as(G))
+
+    def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices, for one-hot rows, and the output's gradient, which is 0 at the padding."""
+        return x, d if self.padding is None else d * (x != self.padding)[..., None]
+
+    def shape(self, x: Tensor, d: Tensor) -> tuple[int, int, int]:
+        """Return the lookups of an example, and height and width of ``W``."""
+        return d.shape[1], self.height, d.shape[2]
+
+    def add_output(self, y: Tensor, x: Tensor, times: Times) -> None:
+        """Add ``times`` the one-hot rows of ``x`` to the rows of ``y``."""
+        times(y, x)
+
+
+Map = Dense | Conv | Lookup
+
+
+@dataclass
+class Use:
+    """One use of a matrix in the first pass.
+
+    Attributes:
+        map: the layer.
+        x: its input, ``(n, q, ...)``.
+        delta: the gradient of its output, ``(n, q, ...)``.
+        bias: the index of its bias.
+    """
+
+    map: Map
+    x: Tensor
+    delta: Tensor
+    bias: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The rows of an example, and height and width of the matrix."""
+        return self.map.shape(self.x, self.delta)
+
+    def to(self, dtype: torch.dtype) -> Use:
+        """Return the use in another dtype; indices stay."""
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        return replace(self, x=x, delta=self.delta.to(dtype))
 
     def weighted(self, c: Tensor) -> Tensor:
         """Return ``sum_i c_i G_i`` over examples."""
-        rows = (self.right * c.to(self.right.dtype)[:, None, None]).flatten(0, 1)
-        return rows.new_zeros(self.height, rows.shape[1]).index_add_(0, self.index.flatten(), rows)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of ``G_k``."""
-        return self.height, self.right.shape[-1]
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """The arguments of :meth:`write`, by example."""
-        return self.index, self.right
-
-    @staticmethod
-    def write(G: Tensor, index: Tensor, right: Tensor, add: bool) -> None:
-        """Write ``G_k`` of some micro-batches, or add it to the content."""
-        (G if add else G.zero_()).scatter_add_(1, index[..., None].expand_as(right), right.to(G.dtype))
-
-    def add_times(self, y: Tensor, x: Tensor, s: Tensor, parts: MicroBatches) -> None:
-        """Add in place ``y_k += s_k x_k G_k^T`` in place."""
-        for y_k, x_k, s_k, index, right in parts.zip(y, x, s, self.index, self.right):
-            products = times(x_k @ right.to(x.dtype).mT, s_k)
-            y_k.scatter_add_(2, index[:, None].expand_as(products), products)
-
-    def add_transposed_times(self, y: Tensor, x: Tensor, s: Tensor, parts: MicroBatches) -> None:
-        """Add in place ``y_k += s_k x_k G_k`` in place."""
-        for y_k, x_k, s_k, index, right in parts.zip(y, x, s, self.index, self.right):
-            y_k.baddbmm_(times(columns(x_k, index), s_k), right.to(y.dtype))
-
-    def rows(self, index: Tensor, parts: MicroBatches) -> list[Tensor]:
-        """``G_k[index]`` by chunk, for indices of ``(n, q)``."""
-        mine = parts.zip(index, self.index, self.right)
-        return [(i[:, :, None] == j[:, None, :]).to(right.dtype) @ right for i, j, right in mine]
+        c = c.to(self.delta.dtype).reshape(-1, *[1] * (self.delta.dim() - 1))
+        return weight_gradient(self.map, self.delta * c, self.x)
 
 
-LOOP = 8  # inputs in a part from which on a CPU one convolution a part is faster than a group a part, which copies
+def as_one(t: Tensor) -> Tensor:
+    """Return ``(n, q, ...)`` as one micro-batch, ``(1, n q, ...)``."""
+    return t.reshape(1, -1, *t.shape[2:])
 
 
-def one_by_one(x: Tensor) -> bool:
-    """Return whether to call one convolution for each of ``(k, m, C, ...)``; accelerators prefer one call."""
-    return x.device.type == "cpu" and x.shape[1] >= LOOP
+def weight_gradient(map: Map, d: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the whole batch, ``(height, width)``."""
+    _, height, width = map.shape(x, d)
+    G = d.new_empty(1, height, width)
+    map.write(G, as_one(d), as_one(x))
+    return G[0]
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """Return ``(k, m, C, ...)`` as ``(m, k C, ...)``: the parts' channels beside each other."""
-    return x.transpose(0, 1).flatten(1, 2)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a_k b_k^T`` for rows of ``(k, rows, width)``, or for one-hot rows of ``(k, rows)``."""
+    if a.dim() == b.dim():
+        return a @ b.to(a.dtype).mT if a.dim() == 3 else a[:, :, None] == b[:, None, :]
+    return a.gather(2, b[:, None].expand(-1, a.shape[1], -1)) if a.dim() == 3 else dot(b, a).mT
 
 
-def below(y: Tensor, k: int) -> Tensor:
-    """Invert :func:`side_by_side`: ``(k m, C, ...)``."""
-    return y.reshape(len(y), k, -1, *y.shape[2:]).transpose(0, 1).reshape(len(y) * k, -1, *y.shape[2:])
-
-
-@dataclass(frozen=True)
-class Convolved:
-    """A convolution's term: ``x`` ``(n, q, C, ...)`` and ``left`` ``(n, q, C_out, ...)``, ``q`` inputs an example."""
-
-    x: Tensor
-    left: Tensor
-    spec: ConvSpec
-
-    def to(self, dtype: torch.dtype) -> Convolved:
-        """Return the term in another dtype."""
-        return Convolved(self.x.to(dtype), self.left.to(dtype), self.spec)
-
-    def shape(self, parts: MicroBatches) -> tuple[int, int, int]:
-        """Return the rows of a micro-batch, and height and width of ``G_k``."""
-        return min(parts.m, parts.n) * self.left[0, :, 0].numel(), *self.size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of ``G_k``."""
-        return self.spec.shape[0], self.spec.shape[1:].numel()
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """The arguments of :meth:`write`, by example."""
-        return self.left, self.x
-
-    def write(self, G: Tensor, left: Tensor, x: Tensor, add: bool) -> None:
-        """Write ``G_k`` of some micro-batches, or add it to the content."""
-        if one_by_one(x):
-            made = [self.spec.weight_gradient(d, a).reshape(G[0].shape) for d, a in zip(left, x, strict=True)]
-        else:
-            whole = self.spec.weight_gradient(side_by_side(left), side_by_side(x), len(x))
-            G, made = G[None], [whole.reshape(G.shape)]
-        for to, g in zip(G, made, strict=True):
-            to.add_(g) if add else to.copy_(g)
-
-    def dense(self) -> Dense:
-        """Return the same term as a product of patches."""
-        left = self.left.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
-        right = patches(self.x.flatten(0, 1), self.spec)
-        return Dense(left, right.reshape(len(self.x), -1, right.shape[-1]), source=self)
-
-    def weighted(self, c: Tensor) -> Tensor:
-        """Return ``sum_i c_i G_i`` over examples, by one convolution: of the weight's shape."""
-        delta = self.left * c.to(self.left.dtype).reshape(-1, *[1] * (self.left.dim() - 1))
-        return self.spec.weight_gradient(delta.flatten(0, 1), self.x.flatten(0, 1))
-
-
-Term = Dense | Lookup
-
-
-def gram(a: Term, b: Term, parts: MicroBatches) -> list[tuple[Tensor, Tensor]]:
-    """Return products of rows by chunk: ``<G_k of a, G_k of b>`` is the sum of left times right."""
-    right = [x @ y.mT for x, y in parts.zip(a.right, b.right)]
-    if isinstance(a, Dense) and a.bias is not None:
-        right = [r.add_(1) for r in right]
-    return list(zip(_left_products(a, b, parts), right, strict=True))
-
-
-def _left_products(a: Term, b: Term, parts: MicroBatches) -> list[Tensor]:
-    match a, b:
-        case Dense(), Dense():
-            return [x @ y.mT for x, y in parts.zip(a.left, b.left)]
-        case Dense(), Lookup():
-            return [columns(x, j) for x, j in parts.zip(a.left, b.index)]
-        case Lookup(), Dense():
-            return [p.mT for p in _left_products(b, a, parts)]
-        case Lookup(), Lookup():
-            return [(i[:, :, None] == j[:, None, :]).to(a.right.dtype) for i, j in parts.zip(a.index, b.index)]
-    raise TypeError((a, b))
-
-
-def columns(x: Tensor, index: Tensor) -> Tensor:
-    """Return ``x[..., index]`` for every part: ``(parts, rows of x, rows)``."""
-    return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
-
-
-def times(products: Tensor, s: Tensor) -> Tensor:
-    """Return ``s_k products_k``, in place where the dtypes allow, rounded once."""
-    s = s[:, None, None]
-    return products.mul_(s) if products.dtype == s.dtype else (products * s).to(products.dtype)
+def add_product(y: Tensor, c: Tensor, b: Tensor) -> None:
+    """Add ``c_k b_k`` to ``y_k`` in place, for rows ``b_k`` as in :func:`dot`."""
+    if b.dim() == 3:
+        y.baddbmm_(c, b.to(y.dtype))
+    else:
+        y.scatter_add_(2, b[:, None].expand_as(c), c)

@@ -47,7 +47,7 @@ class Site:
         bias: the index of the bias, likewise.
         kept: the layer's input, or what else it needs for the gradient.
         leading: the sizes of the dimensions in which examples lie.
-        static: other arguments that the layer needs again.
+        map: the bilinear map of a layer with a weight matrix.
         deltas: the gradients of the output, one for each backward pass.
         layout: which rows belong to which example.
         version: the version counter of ``kept`` when it was recorded.
@@ -59,7 +59,7 @@ class Site:
     bias: int | None
     kept: Tensor | None
     leading: tuple[int, ...]
-    static: tuple[Any, ...] = ()
+    map: Any = None
     deltas: list[Tensor] = field(default_factory=list)
     layout: Layout | None = None
     version: int = 0
@@ -70,15 +70,15 @@ class Site:
         self.freed, self.kept = True, None
         self.deltas.clear()
 
-    @property
-    def delta(self) -> Tensor:
-        """The gradient of the output by example, ``(n, q, ...)``."""
-        return self.by_example(self.deltas[0])
-
     def by_example(self, t: Tensor) -> Tensor:
         """Return a tensor with this site's leading dimensions as ``(n, q, ...)``."""
         assert self.layout is not None
         return self.layout.by_example(t.reshape(-1, *t.shape[len(self.leading) :]))
+
+    def sums(self, t: Tensor) -> Tensor:
+        """Return the sums over the rows of each example: ``(n, ...)``."""
+        t = self.by_example(t)
+        return t[:, 0] if t.shape[1] == 1 else t.sum(1)
 
     def by_row(self, t: Tensor, leading: Iterable[int]) -> Tensor:
         """Invert :meth:`by_example`."""
@@ -139,15 +139,21 @@ def _name(func: Callable[..., Any]) -> str:
 class Interception(TorchFunctionMode):
     """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
 
+    A layer has ``record`` for the first pass, ``collect`` for the gradients of its uses, and ``evaluate`` for the
+    second. ``record`` and ``evaluate`` return ``NotImplemented`` where they do not support the call.
+
     Args:
         tracked: the perturbed parameters.
         layers: torch function -> layer.
     """
 
+    method: str
+
     def __init__(self, tracked: Tracked, layers: Mapping[Any, Any]) -> None:
         super().__init__()
         self.tracked, self.layers = tracked, layers
         self.sites: list[Site] = []
+        self.count = 0  # of the sites so far
         self.batch_norm = False  # whether the statistics of the whole batch were used
 
     def __torch_function__(
@@ -158,7 +164,7 @@ class Interception(TorchFunctionMode):
             self.batch_norm |= bool(args[5] if len(args) > 5 else kwargs.get("training", False))
         layer = self.layers.get(func)
         if layer is not None:
-            made = self.handle(layer, func, args, kwargs)
+            made = getattr(layer, self.method)(self, func, *args, **kwargs)
             if made is not NotImplemented:
                 return made
         index = self.tracked.first_in((*args, *kwargs.values()))
@@ -166,9 +172,9 @@ class Interception(TorchFunctionMode):
             raise CannotFactor(f"{self.tracked.names[index]} is used by {_name(func)}, which has no factored form")
         return func(*args, **kwargs)
 
-    def handle(self, layer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the layer's output, or ``NotImplemented`` where it uses no tracked parameter."""
-        raise NotImplementedError
+    def next_is_unbatched(self) -> bool:
+        """Return whether the rows of the next site belong to no example."""
+        return self.count in self.tracked.unbatched
 
 
 class FirstPass(Interception):
@@ -180,15 +186,17 @@ class FirstPass(Interception):
         pool: the memory of gradients that are held whole.
     """
 
+    method = "record"
+
     def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], pool: TensorPool | None = None) -> None:
         super().__init__(tracked, layers)
         self.pool = pool
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def handle(self, layer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the layer's output, with a hook on its gradient."""
-        return layer.record(self, func, *args, **kwargs)
+    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
+        """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
+        return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
@@ -209,6 +217,7 @@ class FirstPass(Interception):
         y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
         site.version = 0 if site.kept is None else site.kept._version
         self.sites.append(site)
+        self.count += 1
         return y
 
     def _store(self, site: Site, delta: Tensor) -> None:
@@ -220,10 +229,6 @@ class FirstPass(Interception):
     def uses(self) -> tuple[Any, ...]:
         """Return layer, parameters and leading dimensions of every site, in order."""
         return tuple((site.layer, site.weight, site.bias, site.leading) for site in self.sites)
-
-    def next_is_unbatched(self) -> bool:
-        """Return whether the rows of the next site belong to no example."""
-        return len(self.sites) in self.tracked.unbatched
 
     def check(self) -> None:
         """Raise where a site has no gradient, or several, or its input was changed in place."""
@@ -254,6 +259,8 @@ class SecondPass(Interception):
         small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
     """
 
+    method = "evaluate"
+
     def __init__(
         self,
         tracked: Tracked,
@@ -265,19 +272,18 @@ class SecondPass(Interception):
     ) -> None:
         super().__init__(tracked, layers)
         self.sites, self.parts, self.matrices, self.small = sites, parts, matrices, small
-        self._next = 0
-
-    def handle(self, layer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the layer's output, each micro-batch at its own weights."""
-        return layer.evaluate(self, func, *args, **kwargs)
 
     def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
         """Return the site that the first pass recorded here."""
-        site = self.sites[self._next] if self._next < len(self.sites) else None
+        site = self.sites[self.count] if self.count < len(self.sites) else None
         if site is None or (site.layer, site.weight, site.bias) != (layer, weight, bias):
             raise CannotFactor("the second forward pass uses other parameters than the first")
-        self._next += 1
+        self.count += 1
         return site
+
+    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
+        """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
+        return self.rows_of(self.next(layer, index, None), p, index, (rows,))
 
     def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
         """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""
@@ -288,10 +294,3 @@ class SecondPass(Interception):
             return p + eps.reshape(first, *[1] * len(others), *p.shape)
         rows = site.layout.example_of_row(first * prod(others), p.device)
         return p + eps[rows].reshape(first, *others, *p.shape)
-
-    def of_parts(self, p: Tensor, index: int | None) -> Tensor:
-        """Return ``p + eps_k`` for every micro-batch, detached: ``(k, *p.shape)``."""
-        p = p.detach()
-        if index is None or index not in self.small:
-            return p.expand(self.parts.k, *p.shape)
-        return p + self.small[index].to(p.dtype)
