@@ -24,22 +24,22 @@ class ConvSpec:
     groups: int
     shape: torch.Size
 
-    def backward(self, delta: Tensor, x: Tensor, W: Tensor, groups: int, mask: list[bool]) -> Any:
+    def forward(self, x: Tensor, W: Tensor, k: int = 1, b: Tensor | None = None) -> Tensor:
+        """Return the convolution of ``x`` with ``W``, of ``k`` micro-batches side by side."""
+        zero = [0] * len(self.stride)
+        return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, k * self.groups)
+
+    def backward(self, delta: Tensor, x: Tensor, W: Tensor, mask: list[bool], k: int = 1) -> Any:
         """Return the gradients of input and weight that ``mask`` asks for."""
         zero = [0] * len(self.stride)
-        where = (self.stride, self.padding, self.dilation, False, zero, groups, [*mask, False])
+        where = (self.stride, self.padding, self.dilation, False, zero, k * self.groups, [*mask, False])
         return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
 
     def weight_gradient(self, delta: Tensor, x: Tensor, k: int = 1) -> Tensor:
-        """Return the gradient of the weight, or of ``k`` weights where ``k`` micro-batches are side by side."""
+        """Return the gradients of the weights of ``k`` micro-batches side by side, below each other."""
         W = delta.new_empty(k * self.shape[0], *self.shape[1:])  # for its shape alone
-        made: Tensor = self.backward(delta, x, W, k * self.groups, [False, True])[1]
+        made: Tensor = self.backward(delta, x, W, [False, True], k)[1]
         return made
-
-    def forward(self, x: Tensor, W: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
-        """Return the convolution of ``x`` with ``W``."""
-        zero = [0] * len(self.stride)
-        return torch.convolution(x, W, b, self.stride, self.padding, self.dilation, False, zero, groups)
 
     def positions(self, size: Sequence[int]) -> list[int]:
         """Return the size of the output for that of an input."""
