@@ -159,18 +159,14 @@ class Recorded:
 
     def norms(self, parts: MicroBatches) -> Tensor:
         """Return ``norm(G_k)`` over all perturbed parameters together, shape ``(k,)``."""
-        return self._norms(parts, self.of(parts, NORMS))
-
-    def by_example(self) -> Tensor:
-        """Return ``norm(grad f_i)``, shape ``(n,)``, of collected examples; :meth:`weighted` may follow."""
-        assert self.collected is not None
-        return self._norms(MicroBatches(self.n, 1), self.collected)
-
-    def _norms(self, parts: MicroBatches, gradients: Gradients) -> Tensor:
-        matrices, small = gradients
+        matrices, small = self.collected or self.of(parts, NORMS)
         with torch.no_grad():
             squares = squared_norms(matrices.values(), small.values())
             return self.to_own_mean(parts, squares) * squares.clamp_min(0).sqrt()
+
+    def by_example(self) -> Tensor:
+        """Return ``norm(grad f_i)``, shape ``(n,)``; :meth:`weighted` may follow, if it was collected by example."""
+        return self.norms(MicroBatches(self.n, 1))
 
     def to_own_mean(self, parts: MicroBatches, like: Tensor) -> Tensor:
         """Return what turns contributions into gradients of each micro-batch's mean loss, shape ``(k,)``."""
@@ -199,11 +195,8 @@ class Recorded:
     def scale(self, c: Tensor) -> None:
         """Multiply the loss of every example, and so its gradients, by ``c_i``."""
         for site in self.first.sites:
-            delta = site.deltas[0]
-            rows = delta.shape[: len(site.leading)].numel()
-            assert site.layout is not None
-            c_rows = c[site.layout.example_of_row(rows, c.device)].to(delta.dtype)
-            site.deltas[0] = delta * c_rows.reshape(*site.leading, *[1] * (delta.dim() - len(site.leading)))
+            delta = site.by_example(site.deltas[0])
+            site.deltas[0] = site.by_row(delta * c.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1)), site.leading)
 
 
 def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
