@@ -86,7 +86,8 @@ def embedding(
 ) -> Call | None:
     """Read the arguments of ``F.embedding``; options that have no factored form are refused by its name."""
     supported = max_norm is None and not scale_grad_by_freq and not sparse
-    return Call(Lookup(len(weight), padding_idx), input, input.shape, weight) if supported else None
+    padding = None if padding_idx is None else padding_idx % len(weight)
+    return Call(Lookup(len(weight), padding), input, input.shape, weight) if supported else None
 
 
 class MatrixLayer:
