@@ -21,7 +21,7 @@ from benchmarks.memory import peak
 from benchmarks.models import CASES, Case
 from benchmarks.timing import Timer, interleave
 from benchmarks.vmap_sam import VmapSAM
-from steppe.factored import plan
+from steppe.factored import plans
 
 WAYS = ("serial", "vmap", "parallel", "rw_exact", "rw_difference")
 Step = Callable[[], object]
@@ -132,7 +132,7 @@ def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[st
 
 def let_go() -> None:
     """Free the memory that held gradients keep for the next step, so that the next step is seen to allocate it."""
-    for entries in plan._entries.values():
+    for entries in plans._entries.values():
         for entry in entries.values():
             entry.plan.pool.free.clear()
 
@@ -188,7 +188,7 @@ def shown(row: dict[str, Any]) -> str:
 
 def steady() -> None:
     """Rehearse at the first step alone: most steps do not rehearse."""
-    plan.Entry.due = lambda self: False  # type: ignore[method-assign]
+    plans.Entry.due = lambda self: False  # type: ignore[method-assign]
 
 
 def main() -> None:

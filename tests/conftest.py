@@ -11,9 +11,9 @@ def _one_thread():
 @pytest.fixture
 def rehearsed_once(monkeypatch):
     """Models rehearse at their first step alone, for tests that count or spoil single forwards."""
-    from steppe.factored import plan
+    from steppe.factored import plans
 
-    monkeypatch.setattr(plan.Entry, "due", lambda self: False)
+    monkeypatch.setattr(plans.Entry, "due", lambda self: False)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored.cost import Cost
+from steppe.factored.collect import Cost
 
 
 class ConvNet(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.factored import terms
+from steppe.factored import gradients
 from tests.cases import (
     BASES,
     CASES,
@@ -257,8 +257,8 @@ def test_one_wait_for_the_device_a_step(case: Case, monkeypatch) -> None:
     at = steppe.Oracle.at
     monkeypatch.setattr(steppe.Oracle, "at", lambda self, *args, **kw: (looks.append(1), at(self, *args, **kw))[1])
     grams = []  # nor to look whether examples cancel
-    gram = terms._grams
-    monkeypatch.setattr(terms, "_grams", lambda gradients: (grams.append(1), gram(gradients))[1])
+    gram = gradients._grams
+    monkeypatch.setattr(gradients, "_grams", lambda gradients: (grams.append(1), gram(gradients))[1])
     for check_finite in (True, False):
         w = world(torch.float32)
         opt = case.make(sgdm(w), w, 0.1)

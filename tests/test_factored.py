@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
 from steppe.engine.parameters import Parameters, Radii
-from steppe.factored import gradient_statistics, register_factored
-from steppe.factored import plan as plans
-from steppe.factored.cost import HELD, TWO_PASSES
+from steppe.factored import gradient_statistics, plans, register_factored
+from steppe.factored.collect import TWO_PASSES, Cost, collected
 from steppe.factored.engine import SharedPasses
-from steppe.factored.gradients import gradients
-from steppe.factored.parts import Parts
+from steppe.factored.layers import LAYERS
+from steppe.factored.microbatches import MicroBatches
+from steppe.factored.passes import FirstPass
 from tests.cases import assert_close, flat, sgdm
 from tests.factored_models import EXAMPLES, Example, hold
 
@@ -260,7 +260,7 @@ def test_multi_head_attention() -> None:
     f = steppe.Oracle(batch, Parameters(list(model.parameters()), Radii([1.0] * 8)))
     plan = SharedPasses(True).entry(f, batch).plan
     assert not plan.reason
-    with steppe.factored.tape.Look(plan.tracked, steppe.factored.operations.OPERATIONS):
+    with FirstPass(plan.tracked, LAYERS):
         torch.testing.assert_close(batch.losses(), expected)
     for m in (1, 5):
         assert_equal(ends(example, lambda model, p, m=m: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)), 1e-10)
@@ -444,8 +444,8 @@ def test_batch_norm_on_demand_uses_one_set_of_statistics() -> None:
     f = steppe.Oracle(batch, Parameters(inputs, Radii([1.0] * len(inputs))))
     plan = SharedPasses(True).entry(f, batch).plan
     assert plan.mixes
-    factors = SharedPasses(True).first_pass(f)
-    matrices, small = gradients(factors.look, Parts(N, 5), HELD)
+    recorded = SharedPasses(True).first_pass(f)
+    matrices, small = collected(recorded.first, MicroBatches(N, 5), Cost(10**9))
     total = [
         sum(c.sum(0) for c in matrices[i].chunks) if i in matrices else small[i].sum(0) for i in range(len(inputs))
     ]

@@ -9,7 +9,7 @@ from torch import nn
 
 import steppe
 from steppe.factored.engine import SharedPasses
-from steppe.factored.plan import TRIES
+from steppe.factored.plans import TRIES
 from tests.cases import flat, same_bits, sgdm
 from tests.factored_models import EXAMPLES, Example
 from tests.models import Faulty
@@ -67,7 +67,7 @@ def test_one_step_without_memory_is_serial_and_the_next_is_not(at: int, caplog) 
     assert opt.telemetry.forwards == 2
     assert steps_in_shared_passes(model, opt, batches[3])
     assert len(caplog.records) == 1
-    assert "one after the other in this step: OutOfMemoryError: tried to allocate" in caplog.records[0].message
+    assert "in a loop in this step: OutOfMemoryError: tried to allocate" in caplog.records[0].message
 
 
 def test_steps_in_a_row_without_memory_are_for_good(caplog) -> None:
@@ -87,7 +87,7 @@ def test_steps_in_a_row_without_memory_are_for_good(caplog) -> None:
         assert model.calls == calls + 2 * 3  # parts of 5, 5 and 2
     assert len(caplog.records) == 2  # "in this step", once, and for good
     assert "in this step" in caplog.records[0].message
-    assert "one after the other: OutOfMemoryError" in caplog.records[1].message
+    assert "in a loop: OutOfMemoryError" in caplog.records[1].message
 
 
 def test_bad_data_says_nothing_of_the_model() -> None:
@@ -126,13 +126,13 @@ def test_parallel_true_gives_the_error_itself() -> None:
 @pytest.mark.parametrize("broken", ["by_example", "weighted"])
 def test_rw_sam_without_memory_takes_the_probe(broken: str, monkeypatch) -> None:
     _, opt, batches = warm(lambda base: steppe.RWSAM(base, 0.3))
-    from steppe.factored.record import Factors
+    from steppe.factored.collect import Recorded
 
     def fails(self, *_):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Factors, broken, fails)
+        patch.setattr(Recorded, broken, fails)
         opt.step(batches[0])
         assert opt.telemetry.forwards > 2
     opt.step(batches[1])

@@ -8,51 +8,49 @@ from torch import nn
 
 import steppe
 from steppe.engine.parameters import Parameters, Radii
-from steppe.factored import held
-from steppe.factored.cost import Cost
+from steppe.factored.collect import Cost
 from steppe.factored.engine import SharedPasses
-from steppe.factored.held import Held, Pool
-from steppe.factored.lookups import Coalesced, Lookup
-from steppe.factored.parts import Parts
-from steppe.factored.terms import Dense, Factored, Product, squared_norms
+from steppe.factored.gradients import Factors, Rows, TensorPool, Whole, squared_norms
+from steppe.factored.maps import Dense, Lookup, Use
+from steppe.factored.microbatches import MicroBatches
 from tests.cases import sgd, sgdm
-from tests.factored_models import EXAMPLES, Example, hold, loss
+from tests.factored_models import EXAMPLES, Example, loss
 from tests.test_factored import N, assert_equal, ends
 
 HEIGHT, WIDTH, Q = 7, 3, 4
 
 
-def lookups(n: int, seed: int = 0) -> Lookup:
+def lookups(n: int, seed: int = 0) -> Use:
     random = torch.Generator().manual_seed(seed)
     index = torch.randint(HEIGHT, (n, Q), generator=random)
-    return Lookup(index, torch.randn(n, Q, WIDTH, generator=random, dtype=torch.float64), HEIGHT)
+    return Use(Lookup(HEIGHT), index, torch.randn(n, Q, WIDTH, generator=random, dtype=torch.float64))
 
 
-def tables(terms: list[Lookup], parts: Parts) -> torch.Tensor:
+def tables(uses: list[Use], parts: MicroBatches) -> torch.Tensor:
     """``G_k``, by loops."""
     G = torch.zeros(parts.k, HEIGHT, WIDTH, dtype=torch.float64)
-    for term in terms:
-        for i, (row, right) in enumerate(zip(term.index.tolist(), term.right, strict=True)):
+    for use in uses:
+        for i, (row, right) in enumerate(zip(use.x.tolist(), use.delta, strict=True)):
             for v, r in zip(row, right, strict=True):
                 G[i // parts.m, v] += r
     return G
 
 
-@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 12, 20])
-def test_lookups_are_summed_by_row(m: int, uses: int) -> None:
-    parts, terms = Parts(N, m), [lookups(N, seed) for seed in range(uses)]
-    G = tables(terms, parts)
-    coalesced, whole = Coalesced(terms, parts), Held(terms, parts)
+def test_lookups_are_summed_by_row(m: int, times: int) -> None:
+    parts, uses = MicroBatches(N, m), [lookups(N, seed) for seed in range(times)]
+    G = tables(uses, parts)
+    coalesced, whole = Rows(uses, parts), Whole(uses, parts)
     for found in (coalesced, whole):
-        torch.testing.assert_close(found.squares(), G.square().sum((1, 2)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.squares, G.square().sum((1, 2)), rtol=1e-12, atol=0)
     other = torch.randint(HEIGHT, (N, 6), generator=torch.Generator().manual_seed(5))  # not those that were recorded
     expected = torch.stack([G[i // m][row] for i, row in enumerate(other)])
     torch.testing.assert_close(coalesced.rows(other), expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(torch.cat(whole.chunks), G, rtol=1e-12, atol=1e-14)
     if m == 1:
         c = torch.rand(N, dtype=torch.float64)
-        for found in (coalesced, whole, Factored(terms, parts)):
+        for found in (coalesced, whole, Factors(uses, parts)):
             torch.testing.assert_close(found.weighted(c), torch.einsum("k,kij->ij", c, G), rtol=1e-12, atol=1e-14)
 
 
@@ -81,16 +79,6 @@ def test_tables_that_are_only_looked_up(m: int) -> None:
     opt = exact(model, True)
     opt.step(TEXT.batch(model, N, torch.float64))
     assert opt.telemetry.forwards == 2  # no probe
-
-
-@pytest.mark.parametrize("cache", [1, 1 << 40], ids=["part by part", "all at once"])
-@pytest.mark.parametrize("m", [1, 5, 6])
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_blocks_of_any_size_are_exact(name: str, m: int, cache: int, monkeypatch) -> None:
-    monkeypatch.setattr(held, "CACHE", cache)
-    hold(True, monkeypatch)
-    make = lambda model, p: steppe.SAM(sgdm(model), 0.3, m=m, parallel=p)  # noqa: E731
-    assert_equal(ends(EXAMPLES[name], make), 1e-10)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -125,39 +113,41 @@ def test_a_bias_that_two_layers_share() -> None:
 
 
 def test_a_bias_is_a_column_of_ones() -> None:
-    parts = Parts(N, 5)
+    parts = MicroBatches(N, 5)
     left, right = (
         torch.randn(N, 2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)) for d in (3, 4)
     )
-    alone, riding = Factored([Dense(left, right)], parts), Factored([Dense(left, right, bias=1)], parts)
+    alone, riding = Factors([Use(Dense(), right, left)], parts), Factors([Use(Dense(), right, left)], parts, bias=1)
     ones = torch.cat([right, torch.ones(N, 2, 1, dtype=torch.float64)], 2)
-    augmented = Factored([Dense(left, ones)], parts)
+    augmented = Factors([Use(Dense(), ones, left)], parts)
     assert (alone.bias, riding.bias) == (None, 1)
     torch.testing.assert_close(squared_norms([riding], []), squared_norms([augmented], []))
     x, s = torch.randn(N, 2, 4, dtype=torch.float64), torch.rand(parts.k, dtype=torch.float64)
+    W = torch.randn(3, 5, dtype=torch.float64)
     with_one = torch.cat([x, torch.ones(N, 2, 1, dtype=torch.float64)], 2)
-    y, expected = torch.zeros(2, N, 2, 3, dtype=torch.float64)
-    Product(riding, s).add(y, x)
-    Product(augmented, s).add(expected, with_one)
-    torch.testing.assert_close(y, expected)
+    y = riding.apply(Dense(), x, W[:, :4], s, W[:, 4])
+    torch.testing.assert_close(y, augmented.apply(Dense(), with_one, W, s))
+    d = torch.randn(N, 2, 3, dtype=torch.float64)
+    dx = augmented.input_gradient(Dense(), d, with_one, W, s)[..., :4]
+    torch.testing.assert_close(riding.input_gradient(Dense(), d, x, W[:, :4], s), dx)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_memory_goes_back_to_the_pool() -> None:
-    pool, parts = Pool(), Parts(N, 4)
-    dense = Dense(torch.randn(N, 1, 3), torch.randn(N, 1, 2))
-    one = Held([dense], parts, pool)
-    two = Held([dense], parts, pool)  # while the first is in use
+    pool, parts = TensorPool(), MicroBatches(N, 4)
+    dense = Use(Dense(), torch.randn(N, 1, 2), torch.randn(N, 1, 3))
+    one = Whole([dense], parts, pool)
+    two = Whole([dense], parts, pool)  # while the first is in use
     places = {G.data_ptr() for h in (one, two) for G in h.chunks}
     assert len(places) == 2
     del one, two
     gc.collect()
-    three = Held([Dense(2 * dense.left, dense.right)], parts, pool)
+    three = Whole([Use(Dense(), dense.x, 2 * dense.delta)], parts, pool)
     assert three.chunks[0].data_ptr() in places
     torch.testing.assert_close(three.chunks[0], 2 * torch.stack([
-        (dense.left[i : i + 4].flatten(0, 1).mT @ dense.right[i : i + 4].flatten(0, 1)) for i in (0, 4, 8)
+        (dense.delta[i : i + 4].flatten(0, 1).mT @ dense.x[i : i + 4].flatten(0, 1)) for i in (0, 4, 8)
     ]))  # fmt: skip
 
 

@@ -9,23 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored import engine, held
-from steppe.factored.cost import Cost
-from steppe.factored.gradients import Harvest
-from steppe.factored.held import Held
-from steppe.factored.parts import Parts
-from steppe.factored.patches import from_patches, patches
-from steppe.factored.spec import Spec
-from steppe.factored.terms import Dense, Factored
+from steppe.factored import engine
+from steppe.factored.collect import Collector, Cost
+from steppe.factored.gradients import Factors, Whole
+from steppe.factored.maps import Dense, Use
+from steppe.factored.microbatches import MicroBatches
+from steppe.factored.patches import ConvSpec, from_patches, patches
 from tests.cases import sgdm
 from tests.factored_models import EXAMPLES, Example, hold
 from tests.test_factored import N, assert_equal, ends
 
 SPECS = {
-    "1-d": Spec((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
-    "2-d": Spec((1, 2), (1, 0), (1, 2), 1, torch.Size([5, 3, 3, 2])),
-    "2-d, whole": Spec((1, 1), (0, 0), (1, 1), 1, torch.Size([5, 3, 9, 7])),
-    "3-d": Spec((1, 2, 3), (0, 1, 2), (2, 1, 1), 1, torch.Size([5, 3, 1, 2, 3])),
+    "1-d": ConvSpec((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
+    "2-d": ConvSpec((1, 2), (1, 0), (1, 2), 1, torch.Size([5, 3, 3, 2])),
+    "2-d, whole": ConvSpec((1, 1), (0, 0), (1, 1), 1, torch.Size([5, 3, 9, 7])),
+    "3-d": ConvSpec((1, 2, 3), (0, 1, 2), (2, 1, 1), 1, torch.Size([5, 3, 1, 2, 3])),
 }
 SIZE = (9, 7, 6)
 
@@ -48,7 +46,7 @@ def test_patches_convolve_and_their_transpose_too(name: str) -> None:
 
 
 def test_patches_are_those_of_unfold() -> None:
-    spec = Spec((2, 1), (1, 2), (1, 2), 1, torch.Size([1, 3, 2, 3]))
+    spec = ConvSpec((2, 1), (1, 2), (1, 2), 1, torch.Size([1, 3, 2, 3]))
     x = torch.randn(4, 3, 8, 7)
     theirs = F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
     ours = patches(x, spec).unflatten(2, (2, 3, 3)).movedim(-1, 2).flatten(2)
@@ -106,15 +104,15 @@ def test_what_a_layer_returns_may_be_changed_in_place(dims: int, whole: bool | N
         assert_equal(ends(example, make), 1e-10)
 
 
-def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> None:
+def test_failed_collecting_is_freed_before_the_serial_loop_runs(monkeypatch) -> None:
     """Out of memory, the factors are what has to go first."""
-    harvests: list[weakref.ref[Harvest]] = []
+    collectors: list[weakref.ref[Collector]] = []
 
-    class Poor(Harvest):
+    class Poor(Collector):
         def take(self, site):
             super().take(site)
             if self.matrices:
-                harvests.append(weakref.ref(self))
+                collectors.append(weakref.ref(self))
                 raise MemoryError("no more")
 
     example = EXAMPLES["mlp"]
@@ -122,10 +120,10 @@ def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> No
     opt = steppe.SAM(sgdm(model), 0.1, m=3)
     opt.step(example.batch(model, N, torch.float32))
     opt.step(example.batch(model, N, torch.float32))  # rehearsed again
-    monkeypatch.setattr(engine, "Harvest", Poor)
+    monkeypatch.setattr(engine, "Collector", Poor)
     alive: list[bool] = []
     model.register_forward_pre_hook(
-        lambda *_: alive.append(any(h() is not None for h in harvests)) if harvests else None
+        lambda *_: alive.append(any(h() is not None for h in collectors)) if collectors else None
     )
     gc.collect()
     gc.disable()
@@ -133,23 +131,17 @@ def test_a_failed_harvest_is_gone_before_the_serial_loop_runs(monkeypatch) -> No
         opt.step(example.batch(model, N, torch.float32))
     finally:
         gc.enable()
-    assert len(harvests) == 1
+    assert len(collectors) == 1
     assert alive == [False] * 8  # four micro-batches, two passes
 
 
-def test_perturbed_weights_left_half_way_are_not_perturbed_again(monkeypatch) -> None:
-    monkeypatch.setattr(held, "CACHE", 1)
-    parts = Parts(4, 1)
-    G = Held([Dense(torch.randn(4, 2, 3), torch.randn(4, 2, 5))], parts)
+def test_weights_are_perturbed_once() -> None:
+    parts = MicroBatches(4, 1)
+    G = Whole([Use(Dense(), torch.randn(4, 2, 5), torch.randn(4, 2, 3))], parts)
     W, s = torch.randn(3, 5), torch.rand(4)
     expected = W + s[:, None, None] * G.chunks[0].clone()
-    half = G.perturbed(W, s, W.dtype)
-    next(half)
-    with pytest.raises(RuntimeError, match="half way"):
-        next(G.perturbed(W, s, W.dtype))
-    list(half)
     for _ in range(2):  # forward, backward
-        torch.testing.assert_close(torch.cat([P for *_, P in G.perturbed(W, s, W.dtype)]), expected)
+        torch.testing.assert_close(torch.cat(G.weights(W, s, W.dtype)), expected)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -168,7 +160,7 @@ def test_a_step_leaves_no_garbage(name: str) -> None:
             opt.step(batches[3])
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            left = [o for o in gc.garbage if isinstance(o, Tensor | Held | Factored)]
+            left = [o for o in gc.garbage if isinstance(o, Tensor | Whole | Factors)]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
@@ -182,14 +174,14 @@ def test_what_was_recorded_is_let_go_of_as_backward_goes(method: str, whole: boo
     waiting: list[int] = []  # sites that still hold something, whenever one has been taken
     alive: list[bool] = []  # and whether the gradients that came last are in use
 
-    class Watched(Harvest):
+    class Watched(Collector):
         def take(self, site):
             super().take(site)
-            waiting.append(sum(bool(s.deltas) for s in self.look.sites))
-            alive.append(any(isinstance(g, Factored) for g in self.matrices.values()))
+            waiting.append(sum(bool(s.deltas) for s in self.first.sites))
+            alive.append(any(isinstance(g, Factors) for g in self.matrices.values()))
 
     monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-    monkeypatch.setattr(engine, "Harvest", Watched)
+    monkeypatch.setattr(engine, "Collector", Watched)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 3))
     options = {"m": 3} if method == "SAM" else {}
     opt = getattr(steppe, method)(sgdm(model), 0.1, parallel=True, **options)

@@ -183,7 +183,7 @@ def test_ranks_that_share_gradients_go_the_same_way(two_ranks, sync) -> None:
 
 
 def train_in_trouble(options: dict):
-    from steppe.factored.record import Factors
+    from steppe.factored.collect import Recorded
 
     model = DistributedDataParallel(net())
     optimizer = steppe.RWSAM(sgd(model), rho=0.3, **options)
@@ -191,11 +191,11 @@ def train_in_trouble(options: dict):
     seen = []
     for step in range(4):
         rank, method = trouble.get(step, (None, "norms"))
-        real = getattr(Factors, method)
+        real = getattr(Recorded, method)
         if rank == distributed.get_rank():
-            setattr(Factors, method, _no_memory)
+            setattr(Recorded, method, _no_memory)
         optimizer.step(batch_of(model, *map(share, data(step))))
-        setattr(Factors, method, real)
+        setattr(Recorded, method, real)
         seen.append(optimizer.telemetry)
     return weights(model), seen
 

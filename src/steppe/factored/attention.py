@@ -1,4 +1,4 @@
-"""Multi-head attention through its linear maps."""
+"""Multi-head attention, decomposed into its linear layers."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from steppe.factored.tape import CannotFactor, Tape
+from steppe.factored.passes import CannotFactor, Interception
 
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
 class Attention:
-    """``torch.nn.MultiheadAttention``'s function, written so that its projections are seen."""
+    """The function of ``torch.nn.MultiheadAttention``, with its projections as calls of ``F.linear``."""
 
-    def run(self, tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same attention; its own linear maps are recorded."""
+    def run(self, passing: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the same attention; its linear layers are intercepted."""
         call = SIGNATURE.bind(*args, **kwargs)
         call.apply_defaults()
         a = call.arguments
-        if tape.tracked.found(a.values()) is None:
+        if passing.tracked.first_in(a.values()) is None:
             return NotImplemented
         odd = ("bias_k", "bias_v", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v")
         used = [name for name in odd if a[name] is not None] + ["add_zero_attn"] * a["add_zero_attn"]
         if used or a["query"].dim() != 3:
             raise CannotFactor(f"multi-head attention with {', '.join(used) or 'unbatched input'} has no factored form")
-        with tape:
+        with passing:
             return self.attend(a)
 
-    look = see = run
+    record = evaluate = run
 
     def attend(self, a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Project, attend, project, with examples first: one example's rows are neighbours."""
+        """Return output and weights; examples come first, so that the rows of an example are neighbours."""
         q, k, v = (self.heads(t, a["num_heads"]) for t in self.projected(a))  # (n, heads, length, d)
         mask, dropout = self.mask(a, q), a["dropout_p"] if a["training"] else 0.0
         weights = None
@@ -50,7 +50,7 @@ class Attention:
         return out.transpose(0, 1), weights
 
     def projected(self, a: dict[str, Any]) -> list[Tensor]:
-        """Query, key and value through ``in_proj``: ``(n, length, heads d)``."""
+        """Return query, key and value after ``in_proj``: ``(n, length, heads d)``."""
         q, k, v, W, b = (a[name] for name in ("query", "key", "value", "in_proj_weight", "in_proj_bias"))
         if q is k and k is v:
             return list(F.linear(q.transpose(0, 1), W, b).chunk(3, -1))
@@ -58,12 +58,12 @@ class Attention:
 
     @staticmethod
     def heads(t: Tensor, heads: int) -> Tensor:
-        """``(n, length, heads d)`` as ``(n, heads, length, d)``."""
+        """Return ``(n, length, heads d)`` as ``(n, heads, length, d)``."""
         return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
 
     @staticmethod
     def mask(a: dict[str, Any], q: Tensor) -> Tensor | None:
-        """What is added to the scores."""
+        """Return the sum of both masks, to be added to the scores; ``None`` without one."""
         n, heads = q.shape[:2]
         masks = []
         if a["attn_mask"] is not None:

@@ -1,8 +1,8 @@
-"""Shared passes: m-SAM, RW-SAM and SAM by per-example gradients from one pass over the whole batch."""
+"""Shared passes: m-SAM, RW-SAM and SAM by the per-example gradients of one pass over the whole batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import TypeVar
@@ -16,15 +16,13 @@ from steppe.engine.replay import RandomState
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.factored.black_box import black_boxes
-from steppe.factored.cost import TWO_PASSES, WEIGHTED
-from steppe.factored.gradients import Harvest
-from steppe.factored.operations import OPERATIONS
-from steppe.factored.parts import Parts
-from steppe.factored.plan import Entry, entry_for, refusal
-from steppe.factored.record import Factors
-from steppe.factored.rehearsal import Plan, described
-from steppe.factored.tape import CannotFactor, Look, See, Site
-from steppe.factored.terms import squared_norms, uncast
+from steppe.factored.collect import TWO_PASSES, WEIGHTED, Collector, Recorded
+from steppe.factored.gradients import squared_norms, uncast
+from steppe.factored.layers import LAYERS
+from steppe.factored.microbatches import MicroBatches
+from steppe.factored.passes import CannotFactor, FirstPass, SecondPass, Site
+from steppe.factored.plans import Entry, entry_for, refusal
+from steppe.factored.verify import SharingPlan, described
 from steppe.pieces.protocol import declared
 from steppe.rule import Rule
 
@@ -32,64 +30,69 @@ T = TypeVar("T")
 
 
 class SharedPasses:
-    """The shortcuts of one step (:class:`steppe.engine.oracle.Shortcuts`), where the batch's model has factors.
+    """The shortcuts of one step (:class:`steppe.engine.oracle.Shortcuts`), for a batch whose model factors.
 
     Args:
-        parallel: ``"auto"`` where the model allows it and it is cheaper, ``True`` always, or an error; ``False`` never.
+        parallel: ``"auto"`` shares passes where the model allows it and it is cheaper. ``True`` always does, or raises.
+            ``False`` never does.
     """
 
     def __init__(self, parallel: bool | str = "auto") -> None:
         self.parallel = parallel
-        self._entries: dict[int, tuple[Batch, Entry]] = {}  # by the id of a batch, which is kept so that its id is
-        self._factors: tuple[Oracle, Factors] | None = None  # between example_norms and weighted_gradient
+        self._entries: dict[int, tuple[Batch, Entry]] = {}  # by the id of the batch, kept so that it is not reused
+        self._recorded: tuple[Oracle, Recorded] | None = None  # between example_norms and weighted_gradient
 
     # ---- m-SAM
 
     def update(self, f: Oracle, rule: AnyRule, m: int | None) -> Update | None:
-        """Return the update of ``Micro(m, rule)`` in two passes over the whole batch, or that of ``rule`` for ``None``.
+        """Return the update of ``Micro(m, rule)``, or for ``m=None`` of ``rule``, from two passes over the batch.
 
-        ``None`` where the rule or the model does not allow it, or where the plain way is cheaper.
+        Return ``None`` where the rule or the model does not allow it, or where the loop is cheaper.
 
         Raises:
             ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
         """
-        if not self.parallel or type(rule) is not Rule or not shareable(rule) or not self._worth(f, m):
+        if not self.parallel or type(rule) is not Rule:
             return None
-        parts = Parts(len(f.batch()), len(f.batch()) if m is None else m)
+        weights = shared_weights(rule)
+        if weights is None or not self._worth(f, m):
+            return None
+        n = len(f.batch())
+        parts = MicroBatches(n, n if m is None else m)
         before, needs_g = RandomState.now(f.passes.parameters.devices), f.needs_g
-        reweighted = declared(rule.sample).weights == "norms"  # by norms that the whole pass gives
-        early = None if reweighted else lambda look: Harvest(look, parts, TWO_PASSES, f.rho.values)
-        factors = self.first_pass(f, needs_g, early=early)
-        if factors is None:
+        reweighted = weights == "norms"  # which are known only after the whole pass
+        collector = None if reweighted else lambda first: Collector(first, parts, TWO_PASSES, f.rho.values)
+        recorded = self.first_pass(f, needs_g, collector=collector)
+        if recorded is None:
             return None
         try:
             if reweighted:
-                _reweight(factors, parts, rule)
-            see = _perturbed(f, factors, parts, rule)
+                _reweight(recorded, parts, rule)
+            second = _second_pass(f, recorded, parts, rule)
             if needs_g:
-                f.g = factors.g
+                f.g = recorded.g
             with f.passes.moved():
-                g_adv = f.passes.gradient(under=black_boxes(f.batch().model, see))
-        except Exception as error:  # the serial loop will raise it again, if it is the model's own
-            self._fall_back(f, factors.entry, error, before)
+                g_adv = f.passes.gradient(under=black_boxes(f.batch().model, second))
+        except Exception as error:  # an error of the model itself: the loop will raise it again
+            self._fall_back(f, error, before)
             return None
-        factors.entry.succeed()
+        self.entry(f, f.batch()).succeed()
         f.passes.log.compare(f.g if needs_g else None, g_adv)
         return rule.combine(f, g_adv)
 
     def _worth(self, f: Oracle, m: int | None) -> bool:
-        """Tell whether to try: one part, or on a CPU two, gain by shared passes only where plain SAM does."""
+        """Return whether to try: one micro-batch, or two on a CPU, gain only where plain SAM does."""
         if m is None:
             return not f.needs_g and self._cheaper_than_sam(f)
         few = 1 if f.passes.parameters.devices else 2
         return len(f.batch()) > few * m or self.parallel is True or self._cheaper_than_sam(f)
 
     def _cheaper_than_sam(self, f: Oracle) -> bool:
-        """Tell whether plain SAM's own two passes cost less with factors, by counted multiplications."""
+        """Return whether factors save multiplications in the two passes of plain SAM."""
         if self.parallel != "auto" or not f.is_whole or not f.passes.ranks.alone:
             return False
         batch = f.passes.closure
-        if not isinstance(batch, Batch) or isinstance(batch, Batches):  # of accumulated batches one is held at a time
+        if not isinstance(batch, Batch) or isinstance(batch, Batches):  # whose factors are held one batch at a time
             return False
         plan = self.entry(f, batch).plan
         return not plan.reason and plan.cost < 0.95
@@ -100,7 +103,7 @@ class SharedPasses:
         """Return ``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
 
         The factors are kept for the weighted gradient. Those of accumulated batches are held one batch at a time, in
-        passes that count for nothing else, so that the weighted gradient is an ordinary pass over them again.
+        additional passes; the weighted gradient is then an ordinary pass over all of them.
         """
         if not self.parallel:
             return None
@@ -108,26 +111,26 @@ class SharedPasses:
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)
             else:
-                factors = self.first_pass(f, early=_by_example)
-                norms = None if factors is None else self._or_fall_back(f, factors, factors.by_example)
-                self._factors = None if factors is None or norms is None else (f, factors)
+                recorded = self.first_pass(f, collector=_by_example)
+                norms = None if recorded is None else self._or_fall_back(f, recorded, recorded.by_example)
+                self._recorded = None if recorded is None or norms is None else (f, recorded)
         return self._agreed(f, norms)
 
     def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
-        """Return ``sum_i p_i grad f_i`` from the factors of :meth:`example_norms`; ``None`` where there are none."""
-        if self._factors is None or self._factors[0] is not f:
+        """Return ``sum_i p_i grad f_i`` from the factors of :meth:`example_norms`; ``None`` without them."""
+        if self._recorded is None or self._recorded[0] is not f:
             return None
-        (_, factors), self._factors = self._factors, None
-        d = self._agreed(f, self._or_fall_back(f, factors, lambda: factors.weighted(weights)))
+        (_, recorded), self._recorded = self._recorded, None
+        d = self._agreed(f, self._or_fall_back(f, recorded, lambda: recorded.weighted(weights)))
         if d is not None:
-            factors.entry.succeed()
+            self.entry(f, f.batch()).succeed()
         return d
 
     def _agreed(self, f: Oracle, found: T | None) -> T | None:
-        """Return what was found, if it was on all ranks that share gradients."""
+        """Return the result if all ranks that share gradients have one, else ``None``."""
         found = f.passes.ranks.agreed(found, f.passes.parameters.tensors[0].device)
         if found is None:
-            self._factors = None
+            self._recorded = None
         return found
 
     def _norms_by_batch(self, f: Oracle, batches: Batches) -> Tensor | None:
@@ -137,21 +140,21 @@ class SharedPasses:
         found: list[Tensor] = []
         with f.passes.trial():
             for (_, part), entry in zip(f.parts(batches.chunks), entries, strict=True):
-                factors = self.first_pass(part, entry=entry, early=_by_example)
-                norms = None if factors is None else self._or_fall_back(part, factors, factors.by_example)
+                recorded = self.first_pass(part, collector=_by_example)
+                norms = None if recorded is None else self._or_fall_back(part, recorded, recorded.by_example)
                 if norms is None:
                     break
                 entry.succeed()
                 found.append(norms)
-                del factors
+                del recorded
         return torch.cat(found) if len(found) == len(entries) else None
 
-    def _or_fall_back(self, f: Oracle, factors: Factors, make: Callable[[], T]) -> T | None:
+    def _or_fall_back(self, f: Oracle, recorded: Recorded, make: Callable[[], T]) -> T | None:
         before = RandomState.now(f.passes.parameters.devices)
         try:
             return make()
         except Exception as error:
-            self._fall_back(f, factors.entry, error, before)
+            self._fall_back(f, error, before)
         return None
 
     # ---- the first pass
@@ -160,54 +163,52 @@ class SharedPasses:
         self,
         f: Oracle,
         needs_g: bool = False,
-        entry: Entry | None = None,
-        early: Callable[[Look], Harvest] | None = None,
-    ) -> Factors | None:
-        """Run the first pass and record its factors; ``None`` where the model does not factor.
+        collector: Callable[[FirstPass], Collector] | None = None,
+    ) -> Recorded | None:
+        """Run the first pass and return its factors; ``None`` where the model does not factor.
 
         Args:
             f: the oracle, of one batch.
-            needs_g: whether ``g`` is wanted too.
-            entry: the entry of its model, where that has been asked for already.
-            early: gathers gradients during the backward pass, so that what they are made of is freed there.
+            needs_g: whether to compute ``g`` too.
+            collector: makes a collector of gradients, which works and frees factors during the backward pass.
 
         Raises:
             ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
         """
         batch = f.batch("its examples' gradients")
-        entry = entry or self.entry(f, batch)
-        if not self._allowed(entry.plan):
+        plan = self.entry(f, batch).plan
+        if not self._allowed(plan):
             return None
         parameters = f.passes.parameters
         before = RandomState.now(parameters.devices)
-        look = Look(entry.plan.tracked, OPERATIONS, entry.plan.pool)
-        harvest = early(look) if early else None
-        look.gather = None if harvest is None else _gathering(harvest, entry.plan)
+        first = FirstPass(plan.tracked, LAYERS, plan.pool)
+        collecting = collector(first) if collector else None
+        first.on_delta = None if collecting is None else _collecting(collecting, plan)
         try:
             wrt = None if needs_g else [False] * len(parameters.tensors)
-            g = f.passes.gradient(wrt=wrt, under=black_boxes(batch.model, look))
-            look.check()
-            entry.plan.apply(look)
+            g = f.passes.gradient(wrt=wrt, under=black_boxes(batch.model, first))
+            first.check()
+            plan.apply(first)
             scale = batch.loss_scale(parameters.tensors[0].detach())
-            gathered = None if harvest is None else harvest.gradients()
-            return Factors(look, len(batch), parameters.tensors, g, entry, scale, gathered)
-        except Exception as error:  # the serial loop will raise it again, if it is the model's own
-            self._fall_back(f, entry, error, before)
+            collected = None if collecting is None else collecting.gradients()
+            return Recorded(first, len(batch), parameters.tensors, g, scale, collected)
+        except Exception as error:  # an error of the model itself: the loop will raise it again
+            self._fall_back(f, error, before)
         finally:
-            look.gather = None  # else what is gathered would hang in a circle
+            first.on_delta = None  # breaks the reference cycle that would keep the gradients
         return None
 
     def entry(self, f: Oracle, batch: Batch) -> Entry:
-        """Return what is known of the batch's model; asked again in the same step it is the same."""
+        """Return the entry of the batch's model; a step that asks again gets the same one."""
         if id(batch) not in self._entries:
             self._entries[id(batch)] = batch, entry_for(f, batch)
         return self._entries[id(batch)][1]
 
-    def _allowed(self, plan: Plan) -> bool:
-        """Tell whether micro-batches can share passes.
+    def _allowed(self, plan: SharingPlan) -> bool:
+        """Return whether micro-batches may share passes.
 
         Raises:
-            ValueError: they cannot, and ``parallel=True`` was asked for; the message says why.
+            ValueError: they may not, and ``parallel=True`` was asked for; the message says why.
         """
         if not plan.reason or (plan.mixes and self.parallel is True):
             return True
@@ -215,13 +216,14 @@ class SharedPasses:
             raise refusal(plan.reason)
         return False
 
-    def _fall_back(self, f: Oracle, entry: Entry, error: Exception, before: RandomState) -> None:
-        """After an error in the shared passes, restore the random state for the serial loop.
+    def _fall_back(self, f: Oracle, error: Exception, before: RandomState) -> None:
+        """Restore the random state for the loop, after an error in the shared passes.
 
         Raises:
-            ValueError: ``parallel=True`` leaves no serial loop, and the model does not factor.
-            Exception: ``error`` itself, where there is none and it is another one.
+            ValueError: ``parallel=True`` excludes the loop, and the model does not factor.
+            Exception: ``parallel=True`` excludes the loop; any other ``error`` is raised again.
         """
+        entry = self.entry(f, f.batch())
         if isinstance(error, CannotFactor):
             entry.fail(str(error))
         elif self.parallel is True:
@@ -233,71 +235,63 @@ class SharedPasses:
             raise refusal(str(error)) from error
 
 
-def shareable(rule: Rule) -> bool:
-    """Tell whether the rule's micro-batches can share two passes: weighted by norms, radial, on all, linear."""
-    return (
-        declared(rule.sample).weights is not None
-        and declared(rule.geometry).radial
-        and declared(rule.select).everything
-        and declared(rule.combine).linear
-    )
+def shared_weights(rule: Rule) -> str | None:
+    """Return how the rule weighs examples, if its micro-batches may share passes: all of them, radial, linear."""
+    shareable = declared(rule.geometry).radial and declared(rule.select).everything and declared(rule.combine).linear
+    return declared(rule.sample).weights if shareable else None
 
 
-def _gathering(harvest: Harvest, plan: Plan) -> Callable[[Site], None]:
-    def gather(site: Site) -> None:
+def _collecting(collector: Collector, plan: SharingPlan) -> Callable[[Site], None]:
+    def collect(site: Site) -> None:
         if site.layout is None:  # the first one
-            plan.apply(harvest.look)
+            plan.apply(collector.first)
         with uncast(site.deltas[0]):
-            harvest.take(site)
-        site.let_go()
+            collector.take(site)
+        site.free()
 
-    return gather
-
-
-def _by_example(look: Look) -> Harvest:
-    return Harvest(look, Parts(look.tracked.n, 1), WEIGHTED)
+    return collect
 
 
-def _reweight(factors: Factors, parts: Parts, rule: Rule) -> None:
-    """Every micro-batch's gradient becomes ``sum_i p_i grad f_i``, with weights over its own examples."""
-    norms = factors.norms(Parts(factors.n, 1))
+def _by_example(first: FirstPass) -> Collector:
+    return Collector(first, MicroBatches(first.tracked.n, 1), WEIGHTED)
+
+
+def _reweight(recorded: Recorded, parts: MicroBatches, rule: Rule) -> None:
+    """Turn every micro-batch's gradient into ``sum_i p_i grad f_i``, with weights over its own examples."""
+    norms = recorded.norms(MicroBatches(recorded.n, 1))
     p = [rule.sample.weights(norms[a:b].reshape(-1, m)) * m for a, b, m in parts.spans]  # type: ignore[attr-defined]
-    factors.scale(torch.cat([chunk.flatten() for chunk in p]))
+    recorded.scale(torch.cat([chunk.flatten() for chunk in p]))
 
 
-def _perturbed(f: Oracle, factors: Factors, parts: Parts, rule: Rule) -> See:
-    """The second pass: ``eps_k = rho radial(norm(G_k)) G_k`` of every micro-batch."""
+def _second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, rule: Rule) -> SecondPass:
+    """Return the second pass, with ``eps_k = rho radial(norm(G_k)) G_k`` for every micro-batch."""
     rho = f.rho.values
-    matrices, small = factors.gathered or factors.of(parts, rho=rho)
+    matrices, small = recorded.collected or recorded.of(parts, rho=rho)
     with torch.no_grad():
         squares = {
             radius: squared_norms(_with(radius, matrices, rho), _with(radius, small, rho))
             for radius in sorted({rho[i] for i in (*matrices, *small)})
         }
-        total = _sum(squares.values()).clamp_min(0)
-        per_mean = factors.to_own_mean(parts, total)
+        total = reduce(add, squares.values()).clamp_min(0)
+        per_mean = recorded.to_own_mean(parts, total)
         norms = per_mean * total.sqrt()
         factor = rule.geometry.radial(norms) * per_mean  # type: ignore[attr-defined]
         scale = {radius: radius * factor for radius in squares}
         eps = {i: scale[rho[i]].reshape(-1, *[1] * (t.dim() - 1)) * t for i, t in small.items()}
-        eps_squares = _sum(scale[radius].square() * square for radius, square in squares.items())
-        _log(f, norms, eps_squares.clamp_min(0).sqrt(), parts.sizes(total) / factors.n)
-    for site in factors.look.sites:
-        site.let_go()
+        eps_squares = reduce(add, (scale[radius].square() * square for radius, square in squares.items()))
+        _log(f, norms, eps_squares.clamp_min(0).sqrt(), parts.sizes(total) / recorded.n)
+    for site in recorded.first.sites:
+        site.free()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
-    return See(factors.look.tracked, OPERATIONS, factors.look.sites, parts, big, eps)
+    return SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
 
 
 def _with(radius: float, found: Mapping[int, T], rho: Sequence[float]) -> list[T]:
     return [value for i, value in found.items() if rho[i] == radius]
 
 
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    return reduce(add, tensors)
-
-
 def _log(f: Oracle, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:
-    """Log the norms of every micro-batch, shape ``(k,)``; telemetry has their mean."""
+    """Log the mean over micro-batches of the norms, shape ``(k,)``."""
     if f.passes.scale is not None:
         f.passes.scale.watch(g_norms)
     f.passes.log.norms.append(g_norms.sum())

@@ -1,4 +1,4 @@
-"""Gradient noise from one pass."""
+"""Gradient statistics: per-example gradient norms and tr V from one pass."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.replay import RandomState
 from steppe.factored.engine import SharedPasses
-from steppe.factored.parts import Parts
-from steppe.factored.plan import Entry
+from steppe.factored.microbatches import MicroBatches
 
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """How the gradients of a batch's examples, or micro-batches, differ.
+    """The norms of per-example (or micro-batch) gradients, and their variance.
 
     Attributes:
         norms: ``norm(G_k)`` of every example or micro-batch, shape ``(k,)``.
@@ -37,20 +36,20 @@ class GradientStatistics:
 
 
 def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m: int = 1) -> GradientStatistics:
-    """Norms of the gradients of every example (or micro-batch of ``m``), and tr V, from one forward and backward.
+    """Return the norms of per-example (or micro-batch) gradients and tr V, from one forward and backward pass.
 
-    No gradient is materialised where its factors are cheaper. Weights, gradients, normalisation statistics and the
-    random stream are left as they were. Micro-batches do not cross accumulated batches (:class:`~steppe.Batches`), of
-    which one is held at a time, beside their mean gradient. Numbers are those of the unscaled loss; where it is scaled
-    (``scaler``) and a gradient overflows, they are not finite, and the scaler hears nothing of it.
+    No gradient is formed where its factors are cheaper. Weights, gradients, running statistics and the random stream
+    are restored. Micro-batches do not cross accumulated batches (:class:`~steppe.Batches`); the factors of one batch
+    are held at a time, beside the mean gradient. Numbers are those of the unscaled loss. Where a scaled loss
+    (``scaler``) overflows, they are not finite, and the scaler is not told.
 
     Args:
         batch: the examples.
-        params: the parameters to differentiate by; ``None`` is every parameter of the model that requires a gradient.
-        m: examples in a micro-batch.
+        params: the parameters to differentiate by; ``None`` means all parameters of the model that require a gradient.
+        m: the number of examples in a micro-batch.
 
     Raises:
-        ValueError: ``m`` is no positive integer, or the model's gradients do not factor; the message says why.
+        ValueError: ``m`` is not a positive integer, or the gradients of the model do not factor; the message says why.
 
     Example:
         >>> noise = gradient_statistics(Batch.supervised(model, criterion, inputs, targets))
@@ -63,11 +62,11 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     before = RandomState.now(f.passes.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
-        entries = [engine.entry(f, chunk) for chunk in chunks_of(batch)]
-        if any(entry.plan.mixes for entry in entries):
+        chunks = chunks_of(batch)
+        if any(engine.entry(f, chunk).plan.mixes for chunk in chunks):
             raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
-        with f.passes.moved():  # statistics are not to count this batch
-            norms, sizes, g_norm = _norms(f, engine, entries, m)
+        with f.passes.moved():  # running statistics do not count this batch
+            norms, sizes, g_norm = _norms(f, engine, chunks, m)
     finally:
         before.restore()
         for p, g in zip(parameters, kept, strict=True):
@@ -76,17 +75,17 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     return GradientStatistics(norms, g_norm, trace, g_norm.square() / trace)
 
 
-def _norms(f: Oracle, engine: SharedPasses, entries: Sequence[Entry], m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm and size of every micro-batch, and the norm of the mean gradient; one batch's factors at a time."""
+def _norms(f: Oracle, engine: SharedPasses, chunks: Sequence[Batch], m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return norm and size of every micro-batch, and the norm of the mean gradient."""
     norms, sizes, mean = [], [], None
-    for (share, part), entry in zip(f.parts(chunks_of(f.batch())), entries, strict=True):
-        factors = engine.first_pass(part, entry=entry)
-        assert factors is not None
-        parts = Parts(factors.n, m)
-        norms.append(factors.norms(parts))
+    for share, part in f.parts(chunks):
+        recorded = engine.first_pass(part)
+        assert recorded is not None
+        parts = MicroBatches(recorded.n, m)
+        norms.append(recorded.norms(parts))
         sizes.append(parts.sizes(norms[-1]))
-        if len(entries) == 1:  # no gradient need be made
-            return norms[0], sizes[0], factors.norms(Parts(factors.n, factors.n))[0]
-        mean = share * factors.mean() if mean is None else mean + share * factors.mean()
+        if len(chunks) == 1:  # no gradient need be formed
+            return norms[0], sizes[0], recorded.norms(MicroBatches(recorded.n, recorded.n))[0]
+        mean = share * recorded.mean() if mean is None else mean + share * recorded.mean()
     assert mean is not None
     return torch.cat(norms), torch.cat(sizes), mean.norm()

@@ -1,0 +1,192 @@
+"""The layers with a weight matrix, and the table of all layers by torch function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from steppe.factored.attention import Attention
+from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
+from steppe.factored.gradients import PerturbedMap
+from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
+from steppe.factored.passes import CannotFactor, FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.patches import ConvSpec
+
+
+@dataclass
+class Call:
+    """The arguments of one call of ``y = map(x, W) + b``; examples lie in the ``leading`` dimensions of ``x``."""
+
+    map: Map
+    x: Tensor
+    leading: torch.Size
+    W: Tensor
+    b: Tensor | None = None
+
+
+DENSE, TURNED = Dense(), Dense(turned=True)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+    """Read the arguments of ``F.linear``."""
+    return Call(DENSE, input, input.shape[:-1], weight, bias) if weight.dim() == 2 else None
+
+
+def product(*args: Any, **kwargs: Any) -> Call | None:
+    """Read the arguments of ``matmul`` or ``mm``."""
+    x, W, *options = (*args, *kwargs.values())
+    return Call(TURNED, x, x.shape[:-1], W) if W.dim() == 2 and not options else None
+
+
+def addmm(*args: Any, **kwargs: Any) -> Call | None:
+    """Read the arguments of ``addmm``."""
+    b, x, W, *options = (*args, *kwargs.values())
+    return Call(TURNED, x, x.shape[:-1], W, b) if not options else None
+
+
+def conv(dims: int) -> Callable[..., Call | None]:
+    """Return the reader of the arguments of a convolution in so many dimensions."""
+
+    def read(
+        input: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Call | None:
+        def each(v: Any) -> tuple[int, ...]:
+            return (v,) * dims if isinstance(v, int) else tuple(v) * (dims // len(v))
+
+        if isinstance(padding, str):
+            reach = [d * (size - 1) for d, size in zip(each(dilation), weight.shape[2:], strict=True)]
+            if padding == "same" and any(r % 2 for r in reach):
+                raise CannotFactor("a convolution with padding='same' and an even kernel has no factored form")
+            padding = tuple(r // 2 for r in reach) if padding == "same" else 0
+        spec = ConvSpec(each(stride), each(padding), each(dilation), groups, weight.shape)
+        return Call(Conv(spec), input, input.shape[:1], weight, bias) if input.dim() == dims + 2 else None
+
+    return read
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call | None:
+    """Read the arguments of ``F.embedding``; options that have no factored form are refused by its name."""
+    supported = max_norm is None and not scale_grad_by_freq and not sparse
+    padding = None if padding_idx is None else padding_idx % len(weight)
+    return Call(Lookup(len(weight), padding), input, input.shape, weight) if supported else None
+
+
+class MatrixLayer:
+    """A layer ``y = map(x, W) + b``.
+
+    Args:
+        read: reads the arguments of the torch function; ``None`` where they have no factored form.
+    """
+
+    def __init__(self, read: Callable[..., Call | None]) -> None:
+        self.read = read
+
+    def call(self, passing: FirstPass | SecondPass, args: Any, kwargs: Any) -> tuple[Call | None, Any, Any]:
+        """Return the call, and the indices of weight and bias; no call where nothing is tracked or supported."""
+        call = self.read(*args, **kwargs)
+        if call is None or passing.tracked.index(call.x) is not None:
+            return None, None, None
+        weight, bias = passing.tracked.index(call.W), passing.tracked.index(call.b)
+        return None if weight is None and bias is None else call, weight, bias
+
+    def record(self, first: FirstPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer, and keep its input."""
+        call, weight, bias = self.call(first, args, kwargs)
+        if call is None:
+            return NotImplemented
+        given, call = call.x, batched(first, call)
+        x = call.x.flatten(0, -2) if isinstance(call.map, Dense) and call.x.dim() > 2 else call.x
+        y = func(*(x if a is given else a for a in args), **{k: x if a is given else a for k, a in kwargs.items()})
+        shape = torch.Size((*call.leading, *y.shape[1 if isinstance(call.map, Conv) else -1 :]))
+        kept = None if weight is None else call.x.detach()
+        if kept is not None and kept.is_floating_point():
+            kept = kept.to(y.dtype)
+        y = first.watch(y, Site(self, weight, bias, kept, tuple(call.leading), call.map), shape)
+        return y if y.shape == shape else y.reshape(shape)
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """Add the use of the weight, and of the bias with it or by itself."""
+        delta, with_weight = site.deltas[0], site.weight is not None and site.map is DENSE
+        if site.weight is not None:
+            x, bias = site.by_example(site.kept), site.bias if with_weight else None  # type: ignore[arg-type]
+            matrices.setdefault(site.weight, []).append(Use(site.map, x, site.by_example(delta), bias))
+        if site.bias is not None and not with_weight:
+            channels = delta.flatten(2).sum(2) if isinstance(site.map, Conv) else delta
+            small.setdefault(site.bias, []).append(site.sums(channels))
+
+    def evaluate(self, second: SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer with the weight and bias of each micro-batch."""
+        call, weight, bias = self.call(second, args, kwargs)
+        if call is None:
+            return NotImplemented
+        call = batched(second, call)
+        site = second.next(self, weight, bias)
+        x = call.x.to(low(call.x)) if call.x.is_floating_point() else call.x
+        if weight is not None:
+            b_eps = second.small.get(bias)  # none where it is kept with that of the weight
+            at = (call.map, *second.matrices[weight])
+            y = PerturbedMap.apply(site.by_example(x), call.W, call.b, b_eps, *at)  # type: ignore[no-untyped-call]
+            return site.by_row(y, call.leading)
+        y = call.map.apply(x.reshape(1, -1, *x.shape[len(call.leading) :]), call.W[None])
+        y = y.reshape(*call.leading, *y.shape[2:])
+        rows = second.rows_of(site, call.b, bias, call.leading)  # type: ignore[arg-type]
+        return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
+
+
+def batched(passing: FirstPass | SecondPass, call: Call) -> Call:
+    """Return the call with indices that belong to no example repeated for each of them, along a first dimension."""
+    if not isinstance(call.map, Lookup) or not passing.next_is_unbatched():
+        return call
+    index = call.x if call.x.dim() > 1 and call.x.shape[0] == 1 else call.x[None]
+    index = index.expand(passing.tracked.n, *index.shape[-1:])
+    return replace(call, x=index, leading=index.shape)
+
+
+def low(t: Tensor) -> torch.dtype:
+    """Return the dtype of a matrix product with ``t`` here: that of autocast where it is on."""
+    device = t.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+
+
+_product, _elementwise, _in_place = MatrixLayer(product), Elementwise(), Elementwise(in_place=True)
+
+LAYERS: dict[Any, Any] = {
+    F.linear: MatrixLayer(linear),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _product),
+    torch.addmm: MatrixLayer(addmm),
+    torch.conv1d: MatrixLayer(conv(1)),
+    torch.conv2d: MatrixLayer(conv(2)),
+    torch.conv3d: MatrixLayer(conv(3)),
+    F.embedding: MatrixLayer(embedding),
+    F.layer_norm: NormLayer((2, 3), channels_first=False),
+    F.rms_norm: NormLayer((2, None), channels_first=False),
+    F.group_norm: GroupNormLayer(),
+    F.instance_norm: NormLayer((3, 4), channels_first=True),
+    F.batch_norm: NormLayer((3, 4), channels_first=True),
+    F.multi_head_attention_forward: Attention(),
+    **dict.fromkeys((torch.add, torch.sub, torch.mul, torch.div, torch.true_divide), _elementwise),
+    **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide), _elementwise),
+    **dict.fromkeys((Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__), _elementwise),
+    **dict.fromkeys((Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__), _elementwise),
+    **dict.fromkeys((Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.true_divide_), _in_place),
+    Tensor.expand: _elementwise,
+}

@@ -1,0 +1,296 @@
+"""Two passes over the whole batch: the first records factors, the second evaluates each micro-batch at its own weights.
+
+Both are modes that intercept torch functions. So every use of a perturbed parameter is seen, whichever module makes it,
+and a use that no layer of :mod:`steppe.factored.layers` understands is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from steppe.batch import Batch
+from steppe.engine.oracle import Oracle
+from steppe.factored.gradients import Gradient, TensorPool
+from steppe.factored.microbatches import Layout, MicroBatches
+
+Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
+Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+
+
+class CannotFactor(Exception):  # noqa: N818
+    """The micro-batch gradients of a model cannot be factored; the message says why."""
+
+    final = True
+
+
+class Unsure(CannotFactor):
+    """This batch cannot tell whether a model factors; the message says why."""
+
+    final = False
+
+
+@dataclass
+class Site:
+    """One use of perturbed parameters in a forward pass.
+
+    Attributes:
+        layer: the layer (:mod:`steppe.factored.layers`) that handles it.
+        weight: the index of the weight, ``None`` where that is not perturbed.
+        bias: the index of the bias, likewise.
+        kept: the layer's input, or what else it needs for the gradient.
+        leading: the sizes of the dimensions in which examples lie.
+        map: the bilinear map of a layer with a weight matrix.
+        deltas: the gradients of the output, one for each backward pass.
+        layout: which rows belong to which example.
+        version: the version counter of ``kept`` when it was recorded.
+        freed: whether what was recorded has been used and freed.
+    """
+
+    layer: Any
+    weight: int | None
+    bias: int | None
+    kept: Tensor | None
+    leading: tuple[int, ...]
+    map: Any = None
+    deltas: list[Tensor] = field(default_factory=list)
+    layout: Layout | None = None
+    version: int = 0
+    freed: bool = False
+
+    def free(self) -> None:
+        """Free the recorded tensors."""
+        self.freed, self.kept = True, None
+        self.deltas.clear()
+
+    def by_example(self, t: Tensor) -> Tensor:
+        """Return a tensor with this site's leading dimensions as ``(n, q, ...)``."""
+        assert self.layout is not None
+        return self.layout.by_example(t.reshape(-1, *t.shape[len(self.leading) :]))
+
+    def sums(self, t: Tensor) -> Tensor:
+        """Return the sums over the rows of each example: ``(n, ...)``."""
+        t = self.by_example(t)
+        return t[:, 0] if t.shape[1] == 1 else t.sum(1)
+
+    def by_row(self, t: Tensor, leading: Iterable[int]) -> Tensor:
+        """Invert :meth:`by_example`."""
+        assert self.layout is not None
+        t = self.layout.by_row(t)
+        return t.reshape(*leading, *t.shape[1:])
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The perturbed parameters of a model.
+
+    Attributes:
+        parameters: id of the parameter -> index.
+        names: index -> name.
+        n: how many examples the batch has.
+        unbatched: the uses, by order, whose rows belong to no example, such as position embeddings.
+    """
+
+    parameters: Mapping[int, int]
+    names: Mapping[int, str]
+    n: int
+    unbatched: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, f: Oracle, batch: Batch) -> Tracked:
+        """Return the parameters of the batch's model that have a radius above 0 and require a gradient."""
+        names = {id(p): name for name, p in batch.model.named_parameters()}
+        radii = zip(f.passes.parameters.tensors, f.rho.values, strict=True)
+        index = {id(p): i for i, (p, rho) in enumerate(radii) if rho and p.requires_grad}
+        return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch))
+
+    def index(self, t: object) -> int | None:
+        """Return the index of a tracked parameter, ``None`` for anything else."""
+        return self.parameters.get(id(t)) if isinstance(t, Tensor) else None
+
+    def first_in(self, args: Iterable[Any]) -> int | None:
+        """Return the index of the first tracked parameter among arguments, also inside lists."""
+        for a in args:
+            index = self.first_in(a) if isinstance(a, list | tuple) else self.index(a)
+            if index is not None:
+                return index
+        return None
+
+
+HARMLESS = {
+    *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "layout", "grad", "is_sparse"),
+    *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
+    *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
+}  # functions that do not use a parameter's value
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+class Interception(TorchFunctionMode):
+    """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
+
+    A layer has ``record`` for the first pass, ``collect`` for the gradients of its uses, and ``evaluate`` for the
+    second. ``record`` and ``evaluate`` return ``NotImplemented`` where they do not support the call.
+
+    Args:
+        tracked: the perturbed parameters.
+        layers: torch function -> layer.
+    """
+
+    method: str
+
+    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.tracked, self.layers = tracked, layers
+        self.sites: list[Site] = []
+        self.count = 0  # of the sites so far
+        self.batch_norm = False  # whether the statistics of the whole batch were used
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self.batch_norm |= bool(args[5] if len(args) > 5 else kwargs.get("training", False))
+        layer = self.layers.get(func)
+        if layer is not None:
+            made = getattr(layer, self.method)(self, func, *args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        index = self.tracked.first_in((*args, *kwargs.values()))
+        if index is not None and _name(func) not in HARMLESS:
+            raise CannotFactor(f"{self.tracked.names[index]} is used by {_name(func)}, which has no factored form")
+        return func(*args, **kwargs)
+
+    def next_is_unbatched(self) -> bool:
+        """Return whether the rows of the next site belong to no example."""
+        return self.count in self.tracked.unbatched
+
+
+class FirstPass(Interception):
+    """An ordinary forward pass that records the input of each site and, in backward, the gradient of its output.
+
+    Args:
+        tracked: the perturbed parameters.
+        layers: torch function -> layer.
+        pool: the memory of gradients that are held whole.
+    """
+
+    method = "record"
+
+    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], pool: TensorPool | None = None) -> None:
+        super().__init__(tracked, layers)
+        self.pool = pool
+        self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
+        self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
+        """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
+        return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
+
+    def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
+        """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
+
+        ``y`` must be no view, because a change in place would drop the hook. Where nothing before ``y`` requires a
+        gradient, a zero that does is added.
+
+        Raises:
+            CannotFactor: no graph is recorded here, or activation checkpointing records it a second time.
+        """
+        if not torch.is_grad_enabled():
+            raise CannotFactor(f"{self.label(site)} is used without gradients")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise CannotFactor(f"{self.label(site)} runs under activation checkpointing")
+        if not y.requires_grad:
+            zero = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+            y = y + self._zeros.setdefault((y.device, y.dtype), zero)
+        y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
+        site.version = 0 if site.kept is None else site.kept._version
+        self.sites.append(site)
+        self.count += 1
+        return y
+
+    def _store(self, site: Site, delta: Tensor) -> None:
+        site.deltas.append(delta)
+        if self.on_delta is not None and not site.freed:
+            self.check_kept(site)
+            self.on_delta(site)
+
+    def uses(self) -> tuple[Any, ...]:
+        """Return layer, parameters and leading dimensions of every site, in order."""
+        return tuple((site.layer, site.weight, site.bias, site.leading) for site in self.sites)
+
+    def check(self) -> None:
+        """Raise where a site has no gradient, or several, or its input was changed in place."""
+        for site in self.sites:
+            if len(site.deltas) + site.freed != 1:
+                raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
+            self.check_kept(site)
+
+    def check_kept(self, site: Site) -> None:
+        """Raise where the input of the site was changed in place."""
+        if site.kept is not None and site.kept._version != site.version:
+            raise CannotFactor(f"the input of {self.label(site)} is changed in place after its use")
+
+    def label(self, site: Site) -> str:
+        """Return the names of the site's parameters."""
+        return " and ".join(self.tracked.names[i] for i in (site.weight, site.bias) if i is not None)
+
+
+class SecondPass(Interception):
+    """A forward pass in which micro-batch ``k`` goes through ``w + eps_k``; gradients flow to ``w``.
+
+    Args:
+        tracked: the same as in the first pass.
+        layers: the same as in the first pass.
+        sites: the sites of the first pass, in order.
+        parts: the micro-batches.
+        matrices: by parameter, the gradients ``G_k`` of a matrix, and ``s_k``, shape ``(k,)``: ``eps_k = s_k G_k``.
+        small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
+    """
+
+    method = "evaluate"
+
+    def __init__(
+        self,
+        tracked: Tracked,
+        layers: Mapping[Any, Any],
+        sites: list[Site],
+        parts: MicroBatches,
+        matrices: Mapping[int, tuple[Gradient, Tensor]],
+        small: Mapping[int, Tensor],
+    ) -> None:
+        super().__init__(tracked, layers)
+        self.sites, self.parts, self.matrices, self.small = sites, parts, matrices, small
+
+    def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
+        """Return the site that the first pass recorded here."""
+        site = self.sites[self.count] if self.count < len(self.sites) else None
+        if site is None or (site.layer, site.weight, site.bias) != (layer, weight, bias):
+            raise CannotFactor("the second forward pass uses other parameters than the first")
+        self.count += 1
+        return site
+
+    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
+        """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
+        return self.rows_of(self.next(layer, index, None), p, index, (rows,))
+
+    def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
+        """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""
+        assert site.layout is not None
+        eps = self.parts.spread(self.small[index]).to(p.dtype)  # (n, *shape)
+        first, *others = leading
+        if site.layout == Layout(first, prod(others)):
+            return p + eps.reshape(first, *[1] * len(others), *p.shape)
+        rows = site.layout.example_of_row(first * prod(others), p.device)
+        return p + eps[rows].reshape(first, *others, *p.shape)
