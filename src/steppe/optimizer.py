@@ -118,33 +118,6 @@ class SharpnessAware(Facade):
         rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 
-    @property
-    def base(self) -> torch.optim.Optimizer:
-        """The base optimizer."""
-        return self._stepper.base
-
-    @base.setter
-    def base(self, base: torch.optim.Optimizer) -> None:
-        self._stepper.base = base
-
-    @property
-    def rule(self) -> AnyRule:
-        """The rule: a function from oracle to update."""
-        return self._stepper.rule
-
-    @rule.setter
-    def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule, self._memory.names = rule, declared(rule).remembers
-
-    @property
-    def full(self) -> Closure | None:
-        """The closure over the larger batch of n-SAM."""
-        return self._stepper.full
-
-    @full.setter
-    def full(self, full: Closure | None) -> None:
-        self._stepper.full = full
-
     # ---- one call
 
     @_disable_dynamo  # a step moves weights between passes: a compiled training loop runs it as it is

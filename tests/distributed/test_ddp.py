@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from steppe.pieces.protocol import Declaration
 from tests.cases import scaler
 from tests.models import Branches
 
@@ -595,3 +598,79 @@ def test_a_hidden_replica_is_refused_and_a_named_one_trains(two_ranks) -> None:
     assert all("pass model= to the optimizer" in message for message in two_ranks(train_hidden, "hidden"))
     mine, theirs = two_ranks(train_hidden, "named")
     assert mine == theirs
+
+
+@dataclass(frozen=True)
+class OfLosses:
+    """A rule of one pass whose backward reuses the graph of its losses."""
+
+    declares: ClassVar[Declaration] = Declaration(g_adv=False, examples=True)
+
+    def __call__(self, f: steppe.Oracle) -> steppe.Update:
+        return steppe.Update(f.grad(weights=torch.softmax(f.losses(), 0)))
+
+
+@dataclass(frozen=True)
+class OfSomeTensors:
+    """A rule of one pass on a choice of tensors."""
+
+    declares: ClassVar[Declaration] = Declaration(g_adv=False)
+
+    def __call__(self, f: steppe.Oracle) -> steppe.Update:
+        return steppe.Update(f.grad(wrt=[True, False] * (len(f.w.tensors) // 2)))
+
+
+@dataclass(frozen=True)
+class TakesAnother:
+    """A combine that takes a gradient of its own, so it is not linear in ``g_adv``."""
+
+    declares: ClassVar[Declaration] = Declaration(g=False)
+
+    def __call__(self, f: steppe.Oracle, g_adv: steppe.Vector) -> steppe.Update:
+        return steppe.Update(0.5 * g_adv + 0.5 * f.grad())
+
+
+OWN = {"losses": OfLosses(), "tensors": OfSomeTensors(), "another": steppe.Rule(combine=TakesAnother())}
+
+
+def train_own(name: str, sync: str) -> list[list[float]]:
+    torch.manual_seed(0)
+    replica = DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    torch.manual_seed(1 + distributed.get_rank())
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    opt = steppe.SharpnessAware(torch.optim.SGD(replica.parameters(), lr=0.1), OWN[name], 0.1, sync=sync)
+    for _ in range(2):
+        opt.step(steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y))
+    return [p.flatten().tolist() for p in replica.parameters()]
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+@pytest.mark.parametrize("name", OWN)
+def test_replicas_stay_equal_with_rules_of_ones_own(two_ranks, name: str, sync: str) -> None:
+    mine, theirs = two_ranks(train_own, name, sync)
+    assert mine == theirs
+
+
+def train_two_calls_with_a_bad_rank(name: str) -> tuple[list[float], bool]:
+    torch.manual_seed(0)
+    replica = DistributedDataParallel(nn.Linear(4, 3))
+    torch.manual_seed(1 + distributed.get_rank())
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    opt = getattr(steppe, name)(torch.optim.SGD(replica.parameters(), lr=0.1), 0.1)
+    for step in range(2):
+        bad = float("nan") if distributed.get_rank() == 1 and step == 1 else 1.0
+        with replica.no_sync():
+            (nn.functional.cross_entropy(replica(x), y) * bad).backward()
+        opt.first_step()
+        nn.functional.cross_entropy(replica(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a step is skipped
+            opt.second_step()
+    return [p.sum().item() for p in replica.parameters()], opt.telemetry.was_skipped
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM"])
+def test_two_calls_are_skipped_on_all_ranks(two_ranks, name: str) -> None:
+    mine, theirs = two_ranks(train_two_calls_with_a_bad_rank, name)
+    assert mine == theirs
+    assert mine[1]

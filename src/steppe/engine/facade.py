@@ -5,14 +5,17 @@ from typing import Any
 import torch
 
 from steppe.engine.checks import STEP, warn
+from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import RadiusOfGroups, steps_of
+from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState, forget_foreign
+from steppe.pieces.protocol import declared
 
 
 class Facade(torch.optim.Optimizer):
     """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
 
-    base: torch.optim.Optimizer
+    _stepper: Any  # carries out the steps: it holds the base, the rule and ``full``
     _radius: RadiusOfGroups
     _memory: RuleState
     _warned: set[str]
@@ -31,6 +34,36 @@ class Facade(torch.optim.Optimizer):
                 "scaler=scaler), where the closure calls scaler.scale(loss).backward() and returns the loss, or "
                 "optimizer.step(steppe.Batch(..., scaler=scaler)); then scaler.update()"
             )
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The base optimizer."""
+        base: torch.optim.Optimizer = self._stepper.base
+        return base
+
+    @base.setter
+    def base(self, base: torch.optim.Optimizer) -> None:
+        self._stepper.base = base
+
+    @property
+    def rule(self) -> AnyRule:
+        """The rule: a function from oracle to update."""
+        rule: AnyRule = self._stepper.rule
+        return rule
+
+    @rule.setter
+    def rule(self, rule: AnyRule) -> None:
+        self._stepper.rule, self._memory.names = rule, declared(rule).remembers
+
+    @property
+    def full(self) -> Closure | None:
+        """The closure over the larger batch of n-SAM."""
+        full: Closure | None = self._stepper.full
+        return full
+
+    @full.setter
+    def full(self, full: Closure | None) -> None:
+        self._stepper.full = full
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

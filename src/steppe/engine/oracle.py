@@ -44,8 +44,7 @@ class Oracle:
     puts the weights back bit for bit, in place, also when the closure raises.
 
     Args:
-        closure: zero, forward, backward, return the loss; a :class:`~steppe.Batch` to look inside the batch.
-        parameters: the parameters and their radii.
+        closure, parameters, modules, ranks, scale: as for :class:`~steppe.engine.passes.Passes`.
         declares: what the rule of the step declares (:mod:`steppe.pieces.protocol`).
         step: how many steps came before, for rules that change with time and pieces that draw random numbers.
         recall: the memory of every parameter by name, from ``optimizer.state``.
@@ -53,9 +52,6 @@ class Oracle:
         keep_g: hold ``g`` until the end of the step, at the cost of one copy of the parameters.
         guard: take no pass at weights that are not finite.
         shortcuts: cheaper ways to some answers (:class:`steppe.factored.engine.SharedPasses`).
-        modules: those that a plain closure may run; a batch names its model.
-        ranks: the replicas of the model under DDP.
-        scale: the scale of the closure's losses; gradients are unscaled when they are taken.
     """
 
     def __init__(
@@ -185,10 +181,7 @@ class Oracle:
         return self.losses()
 
     def example_norms(self) -> Tensor | None:
-        """Return ``norm(grad f_i)`` of every example at ``w``, shape ``(n,)``; ``None`` where the model has no factors.
-
-        They come from the first pass itself (:mod:`steppe.factored`), whose factors also give ``grad(weights=)``.
-        """
+        """Return ``norm(grad f_i)`` at ``w`` from the first pass, shape ``(n,)``; ``None`` if the model has no factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
 
     def grad_on_full(self) -> Vector:
