@@ -63,7 +63,7 @@ torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     record.steady_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(2):
+for _ in range(12):  # the heap takes a few to settle
     torch.ones(2**24)
 before = faults()
 for _ in range(8):
