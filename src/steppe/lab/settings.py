@@ -59,7 +59,7 @@ class Settings:
     warmup: int = 0  # steps over which the learning rate rises linearly to its cosine
     label_smoothing: float = 0.0  # share of the training target spread over all classes
     augment: str = "auto"  # of training images, see steppe.lab.augment; auto: what is usual for the data
-    image_size: int | None = None  # side of images in pixels; None: their size in the data, 224 for folders of files
+    image_size: int | None = None  # side of images in pixels; None: their size in the data
     validation: float = 0.0  # share of the training examples held out; errors are then on these, never on the test set
     test_seed: int | None = None  # draws the digits' test set, the same for all seeds; None: each seed draws one
     start: str | None = None  # initial weights: a method trained first, SGD(epochs=50), or a file x.pt

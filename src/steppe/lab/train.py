@@ -102,7 +102,7 @@ class Session:
         stream = tasks.stream(self.run.seed, f"augment/{self.step}")
         change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
         mine = {key: self.process.share(values) for key, values in change.items()}
-        return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
+        return augment.apply(images, mine, self.task.inputs.shape[-1])
 
     def evaluate(self, epoch: int) -> None:
         """Add a point to the curves; its time does not count as training."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from steppe.lab.terminal import line
 
 Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
-AtScale = Annotated[str, typer.Option(help="paper, gpu-hour or laptop.")]
+AtScale = Annotated[str, typer.Option(help="paper or laptop.")]
 Only = Annotated[str | None, typer.Option(help="One study of the recipe.", show_default="all")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
@@ -72,7 +72,7 @@ def reproduce(
         steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
     """
     from steppe.lab.commands.train import compared, minima_measured
-    from steppe.lab.recipes.reproduce import choose, planned, scale_of
+    from steppe.lab.recipes.reproduce import choose, planned
 
     console, processes = Console(), workers or os.cpu_count() or 1
     recipe, chosen = choose(name, scale, study, data_dir)
@@ -80,6 +80,6 @@ def reproduce(
         line(console, f"{recipe.name}, {each.name}")
         folder = (out or Path("runs") / f"{name}-{scale}") / each.name
         asked = replace(each, seeds=seeds or each.seeds)
-        plan = planned(recipe, scale_of(scale), asked, folder, storage, processes, lambda text: line(console, text))
+        plan = planned(recipe, scale, asked, folder, storage, processes, lambda text: line(console, text))
         if code := compared(folder, plan, processes, console) or (recipe.measured and minima_measured(folder, console)):
             raise typer.Exit(int(code))

@@ -1,13 +1,12 @@
 """Models by name, for inputs shaped like an example."""
 
 import re
-from typing import Any
 
 from torch import Tensor, nn
 
 from steppe.lab.errors import LabError
 from steppe.lab.importing import imported
-from steppe.lab.models import pretrained, resnet, vit
+from steppe.lab.models import resnet, vit
 from steppe.lab.models.small import cnn, mlp
 
 __all__ = ["build", "check", "cnn", "mlp"]
@@ -18,8 +17,6 @@ GRAMMAR = {
     "resnet18": r"resnet(18|50)(-w\d+)?(-gn)?",
     "wrn28-10-gn": r"wrn\d+-\d+(-gn)?",
     "vit-s4": r"vit-((ti|s|b)\d+|\d+x\d+-p\d+)",
-    "minilm": "minilm",
-    "hf:FOLDER": "hf:.+",
     "module:function": r"[\w.]+:\w+",
 }
 
@@ -30,27 +27,22 @@ def check(name: str) -> None:
         raise LabError(f"unknown model {name!r}; write it like one of {', '.join(GRAMMAR)}")
 
 
-def build(name: str, example: Any, classes: int) -> nn.Module:
+def build(name: str, example: Tensor, classes: int) -> nn.Module:
     """Return the model of this name for inputs shaped like ``example``.
 
     ``mlp-WIDTH-WIDTH...``, ``cnn-WIDTH``; ``resnet18``, ``resnet50`` (``-wWIDTH`` for another first width than 64) and
     ``wrnDEPTH-K``, each with batch norm or, with ``-gn``, group norm; ``vit-s4`` (size ti, s or b, side of a patch) or
-    ``vit-WIDTHxDEPTH-pPATCH``; ``minilm`` and ``hf:FOLDER``, pretrained; ``module:function``, called with (example,
-    classes).
+    ``vit-WIDTHxDEPTH-pPATCH``; ``module:function``, called with (example, classes).
 
     Raises:
         LabError: no model has this name, or it does not fit the example.
     """
     check(name)
-    if pretrained.is_pretrained(name):
-        return pretrained.build(name, example, classes)
     if ":" in name:
         made = imported(name)(example, classes)
         if not isinstance(made, nn.Module):
             raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
         return made
-    if not isinstance(example, Tensor):
-        raise LabError(f"model {name} takes no texts; minilm and hf:FOLDER do")
     if name.startswith("mlp"):
         return mlp([example.numel(), *map(int, name.split("-")[1:]), classes])
     if example.ndim != 3:

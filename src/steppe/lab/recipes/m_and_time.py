@@ -1,7 +1,5 @@
 """Two studies of our own: error over m, and error at equal wall-clock time."""
 
-from dataclasses import replace
-
 from steppe.lab.recipes import shared as s
 from steppe.lab.recipes.recipe import Recipe, Study
 from steppe.lab.settings import Settings
@@ -23,10 +21,9 @@ M_SHARPNESS = Recipe(
         ("data, net, radii, seeds", f"{s.UNREAD} in full; here CIFAR-10 and ResNet-18 with WSAM's training"),
         ("numbers", s.UNREAD),
         ("batch norm", "mixes examples, so nets that have it train their micro-batches serially"),
-        ("smaller scales", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; " + s.LAPTOP),
+        ("laptop", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; else " + s.LAPTOP),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, (s.VANILLA, *_family((0.05, 0.1), 128, 64, 32, 16, 8))),),
-    gpu_hour=s.hour(("SGD", *_family((0.05,), 128, 64, 32, 16)), replace(s.HOUR, epochs=10), {}),
     laptop=(
         Study("digits", s.NOISY_DIGITS, _DIGITS),
         Study(
@@ -56,9 +53,8 @@ EQUAL_TIME = Recipe(
         ("time", "that of SGD for twice the epochs; step times are measured first, interleaved, and kept"),
         ("the others", "round(time / their time) epochs, with the cosine over just these"),
         ("reported cost of RW-SAM and ESAM", "7/6 of SAM; 1.4 of the base (abstracts)"),
-        ("smaller scales", "the digits with 40 % label noise; small nets pay for Python, not for arithmetic"),
+        ("laptop", "the digits with 40 % label noise; small nets pay for Python, not for arithmetic"),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, _WITH_EPOCHS, values=s.EXAMPLE, timed=_TIMED),),
-    gpu_hour=s.hour(_WITH_EPOCHS, replace(s.HOUR, epochs=12), timed=_TIMED),
     laptop=(Study("digits", s.NOISY_DIGITS, _WITH_EPOCHS, values={"rho": 0.5, "gamma": 0.9}, timed=_TIMED),),
 )

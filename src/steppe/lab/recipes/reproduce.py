@@ -3,44 +3,31 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from steppe.lab import files, models, tasks
 from steppe.lab.errors import LabError
-from steppe.lab.recipes import SCALES, Recipe, Scale, Study, named
+from steppe.lab.recipes import Recipe, Study, named
 from steppe.lab.recipes.step_times import multiples
 from steppe.lab.runs import RECIPE, SEARCH, Plan
 from steppe.lab.sweep.space import Value, applied, filled
 from steppe.lab.sweep.work import search
 
 
-def scale_of(text: str) -> Scale:
-    """Return the scale of this name."""
-    for scale in SCALES:
-        if scale == text:
-            return scale
-    raise LabError(f"unknown scale {text!r}; choose from {', '.join(SCALES)}")
-
-
 def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tuple[Recipe, list[Study]]:
     """Return the recipe and its studies, all or one, after checking their methods, data and models."""
     recipe = named(name)
-    studies = {study.name: study for study in recipe.studies(scale_of(scale))}
+    studies = {study.name: study for study in recipe.studies(scale)}
     if only is not None and only not in studies:
         raise LabError(f"{name} has no study {only!r} at scale {scale}; choose from {', '.join(studies)}")
-    chosen = [_with_data(study, data_dir) for study in studies.values() if only in (None, study.name)]
+    chosen = [study for study in studies.values() if only in (None, study.name)]
+    if data_dir is not None:
+        folder = str(data_dir.expanduser().resolve())
+        chosen = [replace(study, settings=replace(study.settings, data_dir=folder)) for study in chosen]
     for study in chosen:
         study.check()
-        tasks.check(study.settings)
         task = tasks.load(study.settings, seed=0)
         models.build(study.settings.model, task.inputs[0], task.classes)
     return recipe, chosen
-
-
-def _with_data(study: Study, data_dir: Path | None) -> Study:
-    if data_dir is None:
-        return study
-    return replace(study, settings=replace(study.settings, data_dir=str(data_dir.expanduser().resolve())))
 
 
 def searched(
@@ -59,7 +46,7 @@ def searched(
 
 def planned(
     recipe: Recipe,
-    scale: Scale,
+    scale: str,
     study: Study,
     out: Path,
     storage: str | None = None,
@@ -80,21 +67,8 @@ def planned(
         tell("timing steps")
         methods = {hole: filled(text, values) for hole, text in study.timed.items()}
         values |= multiples(applied(study.settings, values), methods)
-    files.write_json(kept, _about(recipe, scale, study, values))
-    return study.plan(values)
-
-
-def _about(recipe: Recipe, scale: Scale, study: Study, values: dict[str, Value]) -> dict[str, Any]:
-    """Return what a report says of the recipe beside the runs."""
+    about = {"recipe": recipe.name, "scale": scale, "study": study.name, "values": values}
+    about |= {key: getattr(recipe, key) for key in ("question", "source", "facts", "setting")}
     published = {str(filled(text, values)): study.published.get(text) for text in study.methods}
-    return {
-        "recipe": recipe.name,
-        "question": recipe.question,
-        "source": recipe.source,
-        "facts": recipe.facts,
-        "scale": scale,
-        "study": study.name,
-        "values": values,
-        "setting": recipe.setting,
-        "published": published if study.published else {},
-    }
+    files.write_json(kept, about | {"published": published if study.published else {}})
+    return study.plan(values)

@@ -1,16 +1,13 @@
 """Step times of several methods on one machine, interleaved, so that a busy moment slows all of them alike."""
 
-import time
 from collections.abc import Mapping
+from itertools import islice
 from statistics import median
 
-from torch import nn
-
-import steppe
-from steppe.lab import spec, tasks
+from steppe.lab import spec
 from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
-from steppe.lab.train import initial_model, orders
+from steppe.lab.train import Session
 
 ROUNDS, STEPS = 7, 8
 
@@ -21,7 +18,7 @@ def multiples(settings: Settings, methods: Mapping[str, spec.Method]) -> dict[st
     The first method is SGD itself. Each method takes 8 steps a round; the first round only warms up, and the median of
     the others counts.
     """
-    timers = {hole: _Timer(settings, method) for hole, method in methods.items()}
+    timers = {hole: _Timer(Run(method, 0, settings)) for hole, method in methods.items()}
     rounds = [{hole: timer.seconds() for hole, timer in timers.items()} for _ in range(ROUNDS)][1:]
     seconds = {hole: median(each[hole] for each in rounds) for hole in timers}
     budget = 2 * next(iter(seconds.values()))
@@ -29,22 +26,15 @@ def multiples(settings: Settings, methods: Mapping[str, spec.Method]) -> dict[st
 
 
 class _Timer:
-    """A model that one method trains on, some steps at a time."""
+    """A run that trains again and again on its first batches."""
 
-    def __init__(self, settings: Settings, method: spec.Method) -> None:
-        run = Run(method, 0, settings)
-        self.task = tasks.load(settings, 0)
-        self.model = initial_model(run, self.task)
-        self.criterion = nn.CrossEntropyLoss(reduction="none")
-        full = steppe.Batch.supervised(self.model, self.criterion, self.task.inputs, self.task.labels)
-        self.optimizer = spec.build(method, self.model, settings, full=full)
-        self.rows = next(orders(run, self.task))
+    def __init__(self, run: Run) -> None:
+        self.session = Session(run)
+        self.batches = list(islice(self.session.batches(), STEPS))
 
     def seconds(self) -> float:
-        """Return the time of one round."""
-        started = time.perf_counter()
-        for step in range(STEPS):
-            rows = self.rows[step % len(self.rows)]
-            data = self.task.inputs[rows], self.task.labels[rows]
-            self.optimizer.step(steppe.Batch.supervised(self.model, self.criterion, *data))  # type: ignore[arg-type] # torch's stub wants a float
-        return time.perf_counter() - started
+        """Return the training time of one round."""
+        before = self.session.meter.seconds
+        for rows, examples in self.batches:
+            self.session.advance(rows, examples)
+        return self.session.meter.seconds - before
