@@ -15,11 +15,12 @@ from rich.console import Console
 
 import steppe
 from steppe import cli
-from steppe.lab import checkpoint, doctor, files, metrics, notebook, record, runs, spec
+from steppe.lab import checkpoint, doctor, files, notebook, runs, spec
 from steppe.lab import compare as pool
 from steppe.lab.commands import COMMANDS
 from steppe.lab.compare import compare
 from steppe.lab.errors import LabError
+from steppe.lab.record import Record
 from steppe.lab.runs import Plan
 from steppe.lab.train import train
 
@@ -182,7 +183,7 @@ class Comparison(Process):
         found = []
         for path in (self.out / "runs").glob("*.json"):
             with suppress(ValueError):
-                found.append(record.read(path))
+                found.append(files.load(path, Record))
         return found
 
 
@@ -234,7 +235,7 @@ def test_run_from_end_to_end(here):
     assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics"}
     again = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16", "--json")
     found = json.loads(again.stdout)
-    assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error
+    assert found["test_error"] == files.load(folder / "runs" / "sam-rho0.1-s0.json", Record).test_error
     assert found["settings"]["epochs"] == 2
     assert (
         "epochs was 2, now 3"
@@ -248,7 +249,7 @@ def test_run_takes_every_setting(here):
     options += ["--optimizer", "adamw", "--lr", 0.001, "--warmup", 2, "--label-smoothing", 0.1, "--noise", 0.4]
     result = steppe_cli("run", "SAM(rho=0.05, m=10)", *options, "--precision", "bf16", "--out", "r", "--save-every", 1)
     assert result.exit_code == 0, result.output
-    found = record.read(here / "r" / "runs" / "sam-rho0.05-m10-s0.json")
+    found = files.load(here / "r" / "runs" / "sam-rho0.05-m10-s0.json", Record)
     assert found.base == (
         "AdamW(lr=0.001, betas=(0.9, 0.999), weight_decay=0.001), linear warm-up of 2 steps, cosine to 0"
     )
@@ -312,15 +313,3 @@ def test_the_python_face(tmp_path):
     assert notebook.records(tmp_path / "r") == [{**rows[2], "seconds": one.seconds}]
     with pytest.raises(LabError, match="no folder"):
         notebook.records(tmp_path / "nothing")
-
-
-def test_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = tmp_path / "r"
-    assert steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--tensorboard", "--out", out).exit_code == 0
-    events = EventAccumulator(str(out / "tensorboard")).Reload()
-    points = [line for line in metrics.read(out / "metrics" / "sam-rho0.1-s0.jsonl") if "test_error" in line]
-    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_error")]
-    assert [(line["step"], line["test_error"]) for line in points] == shown

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from steppe.lab import files, record, report, runs, spec
+from steppe.lab import files, report, runs, spec
 from steppe.lab.errors import LabError
 from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce, step_times
 from steppe.lab.recipes.shared import WSAM
@@ -91,7 +91,7 @@ def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
     kept = runs.context(tmp_path)
     assert kept.published == {"SGD": None, f"SAM(rho={rho})": 4.01, f"WSAM(rho={rho}, gamma=0.8)": None}
     for run in plan.runs():
-        record.save(runs.path_of(tmp_path, run), train(run))
+        files.save(runs.path_of(tmp_path, run), train(run))
     report.write(tmp_path)
     page = (tmp_path / "summary.md").read_text()
     assert "| paper % |" in page

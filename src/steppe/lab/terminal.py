@@ -55,11 +55,9 @@ class Display:
 
     def __init__(self, console: Console, name: str, total: float | None = None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        live = console.is_terminal
-        self.console = console
-        self.bars = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not live, speed_estimate_period=600
-        )
+        self.console, hidden = console, not console.is_terminal
+        times = TimeRemainingColumn()
+        self.bars = Progress(*columns, times, console=console, disable=hidden, speed_estimate_period=600)
         self.whole = self.bars.add_task(name, total=total, note="")
         self.parts: dict[str, tuple[TaskID, float]] = {}
 
