@@ -8,11 +8,11 @@ import pytest
 
 from steppe.lab import files, report, runs, spec
 from steppe.lab.errors import LabError
-from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce, step_times
+from steppe.lab.recipes import RECIPES, SCALES, Recipe, Study, named, reproduce
 from steppe.lab.recipes.shared import WSAM
 from steppe.lab.sweep import space
 from steppe.lab.sweep.space import Stage
-from steppe.lab.train import train
+from steppe.lab.train import Session, train
 
 from .helpers import TINY, steppe_cli
 
@@ -103,21 +103,17 @@ def test_a_recipe_from_search_to_report(tmp_path, monkeypatch):
 def test_equal_time_gives_epochs_in_proportion(monkeypatch):
     seconds = {"SGD": 1.0, "SAM(rho=0.1)": 2.0, "LookSAM(k=2)": 1.25}
 
-    class Clock:
-        def __init__(self, run):
-            self.method = str(run.method)
+    def advance(session, rows, examples):
+        session.meter.seconds += seconds[str(session.run.method)]
 
-        def seconds(self):
-            return seconds[self.method]
-
-    monkeypatch.setattr(step_times, "_Timer", Clock)
-    found = step_times.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
+    monkeypatch.setattr(Session, "advance", advance)
+    found = reproduce.multiples(TINY, {text[:3]: spec.parse(text) for text in seconds})
     assert found == {"SGD": "2.00x", "SAM": "1.00x", "Loo": "1.60x"}
     assert str(space.filled("SAM(rho=0.1, epochs={SAM})", found)) == "SAM(rho=0.1, epochs=1.00x)"
 
 
 def test_step_times_are_measured():
-    found = step_times.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
+    found = reproduce.multiples(TINY, {"sgd": spec.parse("SGD"), "sam": spec.parse("SAM(rho=0.1)")})
     assert found["sgd"] == "2.00x"
     assert spec.parse(f"SGD(epochs={found['sam']})").epochs_of(100) >= 1
 

@@ -22,21 +22,13 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's data
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of data in a folder.
+    """A kind of data in a folder."""
 
-    Args:
-        read: from a folder to all examples.
-        marks: a folder is taken when it holds one of these files or folders.
-        hint: how to get the data, said when no folder holds them.
-        place: where a system package puts them.
-        augment: the usual augmentation of the training images.
-    """
-
-    read: Callable[[Path], RawData]
-    marks: tuple[str, ...]
-    hint: str = "unpack the authors' archive and name its folder with --data-dir"
-    place: Path | None = None
-    augment: str = "none"
+    read: Callable[[Path], RawData]  # all examples in a folder
+    marks: tuple[str, ...]  # a folder is taken when it holds one of these files or folders
+    hint: str = "unpack the authors' archive and name its folder with --data-dir"  # said when no folder holds them
+    place: Path | None = None  # where a system package puts them
+    augment: str = "none"  # the usual augmentation of the training images
 
 
 SOURCES = {

@@ -1,13 +1,13 @@
 """Models by name, for inputs shaped like an example."""
 
 import re
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from steppe.lab.errors import LabError
 from steppe.lab.importing import imported
 from steppe.lab.models import resnet, vit
-from steppe.lab.models.small import cnn, mlp
 
 __all__ = ["build", "check", "cnn", "mlp"]
 
@@ -50,3 +50,20 @@ def build(name: str, example: Tensor, classes: int) -> nn.Module:
     if name.startswith("cnn"):
         return cnn(example.shape[0], int(name.split("-")[1]), classes)
     return vit.build(name, example, classes) if name.startswith("vit") else resnet.build(name, example, classes)
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Return linear layers of these widths with ReLU between."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn(channels: int, width: int, classes: int) -> nn.Sequential:
+    """Return three strided convolutions with group norm (which, unlike batch norm, keeps examples apart)."""
+    widths = [channels, width, 2 * width, 4 * width]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), nn.GroupNorm(4, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))

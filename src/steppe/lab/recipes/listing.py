@@ -10,9 +10,7 @@ from steppe.lab.terminal import line
 
 def print_list(recipes: list[Recipe], console: Console) -> None:
     """Print one line for each recipe."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("recipe", "question", "source"):
-        table.add_column(header, overflow="fold")
+    table = Table("recipe", "question", "source", box=box.SIMPLE_HEAD, pad_edge=False)
     for recipe in recipes:
         published = "; its numbers are shown beside ours" if any(study.published for study in recipe.paper) else ""
         table.add_row(recipe.name, recipe.question, recipe.source + published)
@@ -22,7 +20,7 @@ def print_list(recipes: list[Recipe], console: Console) -> None:
 
 def print_whole(recipe: Recipe, console: Console) -> None:
     """Print a recipe's protocol and its studies at every scale."""
-    facts = Table(f"{recipe.name}: {recipe.question}", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    facts = Table(recipe.name, recipe.question, box=box.SIMPLE_HEAD, pad_edge=False)
     for topic, fact in (("source", recipe.source), *recipe.facts):
         facts.add_row(topic, fact)
     console.print(facts)
@@ -35,16 +33,17 @@ def print_whole(recipe: Recipe, console: Console) -> None:
 
 def _lines(study: Study) -> list[str]:
     """Return what a study trains, line by line."""
-    s, points = study.settings, study.search_seeds * sum(len(stage.points()) for stage in study.stages)
+    s = study.settings
+    noise = f", {100 * s.noise:g} % label noise" if s.noise else ""
+    start = f"; starts from {s.start}" if s.start else ""
     lines = [
-        f"{s.data}, {s.train_size} examples{f', {100 * s.noise:g} % label noise' if s.noise else ''}; {s.model}; "
-        f"{s.epochs} epochs, batch {s.batch_size}, lr {s.lr:g}, momentum {s.momentum:g}, "
-        f"weight decay {s.weight_decay:g}{f'; starts from {s.start}' if s.start else ''}"
+        f"{s.data}, {s.train_size} examples{noise}; {s.model}; {s.epochs} epochs, batch {s.batch_size}, lr {s.lr:g}"
     ]
+    lines[0] += f", momentum {s.momentum:g}, weight decay {s.weight_decay:g}{start}"
     for stage in study.stages:
-        grid = (f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
-        lines.append(f"search {stage.name}, {stage.method}: {'; '.join(grid)}")
+        grid = "; ".join(f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
+        points = len(stage.points()) * study.search_seeds
+        lines.append(f"search {stage.name}, {stage.method}: {grid}: at most {points} runs")
     lines += [f"compare {method}" for method in study.shown_methods()]
-    searched = f", at most {points} to search" if points else ""
-    lines.append(f"{len(study.methods) * study.seeds} runs over {study.seeds} seeds{searched}")
+    lines.append(f"{len(study.methods) * study.seeds} runs over {study.seeds} seeds")
     return lines + [f"published for {text}: {error:g} % error" for text, error in study.published.items()]

@@ -59,25 +59,17 @@ class Study:
 class Recipe:
     """A table or figure of a paper.
 
-    Args:
-        name: what the commands call it.
-        question: what it answers.
-        source: the paper and its table or figure.
-        facts: pairs of a topic and what the source says of it; "not transcribed" where it was not copied from there.
-        paper: the studies of the whole protocol.
-        laptop: sized for some minutes of two cores, on embedded data; ``docs/results.md`` has what they gave.
-        setting: what the published numbers were measured on.
-        measured: whether the minima are measured when the runs have finished.
+    Each fact is a topic and what the source says of it, "not transcribed" where it was not copied from there.
     """
 
     name: str
     question: str
     source: str
     facts: tuple[tuple[str, str], ...]
-    paper: tuple[Study, ...]
-    laptop: tuple[Study, ...]
-    setting: str = ""
-    measured: bool = False
+    paper: tuple[Study, ...]  # the whole protocol
+    laptop: tuple[Study, ...]  # some minutes of two cores, on embedded data
+    setting: str = ""  # what the published numbers were measured on
+    measured: bool = False  # whether the minima are measured when the runs have finished
 
     def studies(self, scale: str) -> tuple[Study, ...]:
         """Return the studies at a scale."""

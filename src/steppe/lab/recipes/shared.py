@@ -13,7 +13,8 @@ START = "start in the folder of examples/large_images.py"
 
 # WSAM's grids (arXiv 2305.15817, section on image classification)
 GAMMA = (0.5, 0.6, 0.7, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96)
-FEW = (0.5, 0.7, 0.8, 0.88)  # of gamma, for two cores
+HIGH_GAMMA = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94)
+LARGE_RHO = (0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
 SHARE = (0.4, 0.5, 0.6)  # ESAM's beta and gamma
 
 VANILLA = "SGD(epochs=2x)"
@@ -45,6 +46,8 @@ IMAGENET = replace(  # in files: examples/large_images.py reads them
 # Embedded data for two cores: one test set for all seeds, which searches never see. A tenth of 600 examples would be
 # too few to tell points apart, so searches hold out a third.
 THIRD = round(1 / 3, 4)
+FEW = (0.5, 0.7, 0.8, 0.88)  # of gamma
+FEW_RHO = (0.05, 0.1, 0.2, 0.5)
 NOISY_DIGITS = Settings(train_size=600, model="mlp-128-128", epochs=80, test_seed=0)
 CLEAN_DIGITS = replace(NOISY_DIGITS, noise=0.0, batch_size=64, weight_decay=1e-3)
 FURTHER_DIGITS = replace(NOISY_DIGITS, noise=0.2, epochs=10, lr=0.005, start="SGD(epochs=80)")

@@ -9,6 +9,7 @@ from steppe.lab.sweep.space import Stage
 
 _FIVE = (s.VANILLA, s.SAM, s.ESAM, s.GSAM, s.WSAM)
 _FIVE_STAGES = (s.BASE_STAGE, s.RHO_STAGE, s.ESAM_STAGE, s.GSAM_STAGE, s.WSAM_STAGE)
+_FIVE_GRIDS = {"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW}
 
 CLASSIFICATION = Recipe(
     "wsam_classification",
@@ -24,21 +25,17 @@ CLASSIFICATION = Recipe(
         ("laptop", s.LAPTOP),
     ),
     paper=s.four(_FIVE, _FIVE_STAGES),
-    laptop=s.digits(
-        _FIVE,
-        _FIVE_STAGES,
-        {"digits": s.CLEAN_DIGITS},
-        {"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW},
-    ),
+    laptop=s.digits(_FIVE, _FIVE_STAGES, {"digits": s.CLEAN_DIGITS}, _FIVE_GRIDS),
 )
 
 _DEIT = replace(s.IMAGENET, model="large_images:deit", epochs=3, lr=1e-5, weight_decay=1e-4)
 _FOUR = ("SGD", s.SAM, s.GSAM, s.WSAM)
 _FOUR_STAGES = (
-    Stage("radius", s.SAM, {"rho": (0.05, 0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)}),
+    Stage("radius", s.SAM, {"rho": (0.05, *s.LARGE_RHO)}),
     s.GSAM_STAGE,
-    Stage("WSAM", s.WSAM, {"gamma": (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98)}),
+    Stage("WSAM", s.WSAM, {"gamma": (*s.HIGH_GAMMA, 0.96, 0.98)}),
 )
+_FOUR_GRIDS = {"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)}
 
 FINETUNE = Recipe(
     "wsam_finetune",
@@ -53,12 +50,7 @@ FINETUNE = Recipe(
         ("laptop", "the start is SGD on the same data; " + s.LAPTOP),
     ),
     paper=(Study("imagenet-deit", _DEIT, _FOUR, stages=_FOUR_STAGES),),
-    laptop=s.digits(
-        _FOUR,
-        _FOUR_STAGES,
-        {"digits": s.FURTHER_DIGITS},
-        {"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)},
-    ),
+    laptop=s.digits(_FOUR, _FOUR_STAGES, {"digits": s.FURTHER_DIGITS}, _FOUR_GRIDS),
 )
 
 _LEVELS = {level: f"noise-{level}" for level in (0.2, 0.4, 0.6, 0.8)}
@@ -86,7 +78,7 @@ LABEL_NOISE = Recipe(
         _FIVE,
         (s.RHO_STAGE, s.WSAM_STAGE),
         {name: replace(s.NOISY_DIGITS, noise=level) for level, name in _LEVELS.items()},
-        {"rho": (0.05, 0.1, 0.2, 0.5), "gamma": s.FEW},
+        {"rho": s.FEW_RHO, "gamma": s.FEW},
         values=_MIDDLE,
     ),
 )
@@ -95,16 +87,16 @@ _ASAM, _FISHER = "ASAM(rho={rho_asam})", "FisherSAM(rho={rho_fisher})"
 _ADAPTIVE_WSAM = "AdaptiveWSAM(rho={rho_asam}, gamma={gamma_asam})"
 _FISHER_WSAM = "FisherWSAM(rho={rho_fisher}, gamma={gamma_fisher})"
 _SIX = (s.SAM, s.WSAM, _ASAM, _ADAPTIVE_WSAM, _FISHER, _FISHER_WSAM)
-_LARGE_RHO = (0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
-_HIGH_GAMMA = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94)
 _SIX_STAGES = (
     s.RHO_STAGE,
     s.WSAM_STAGE,
-    Stage("ASAM", _ASAM, {"rho_asam": _LARGE_RHO}),
-    Stage("AdaptiveWSAM", _ADAPTIVE_WSAM, {"gamma_asam": _HIGH_GAMMA}),
-    Stage("Fisher", _FISHER, {"rho_fisher": _LARGE_RHO}),
-    Stage("FisherWSAM", _FISHER_WSAM, {"gamma_fisher": _HIGH_GAMMA}),
+    Stage("ASAM", _ASAM, {"rho_asam": s.LARGE_RHO}),
+    Stage("AdaptiveWSAM", _ADAPTIVE_WSAM, {"gamma_asam": s.HIGH_GAMMA}),
+    Stage("Fisher", _FISHER, {"rho_fisher": s.LARGE_RHO}),
+    Stage("FisherWSAM", _FISHER_WSAM, {"gamma_fisher": s.HIGH_GAMMA}),
 )
+_SIX_GRIDS = {"rho": s.FEW_RHO, "rho_asam": (0.5, 1.0, 2.0, 4.0), "rho_fisher": (0.1, 0.5, 1.0, 2.0)}
+_SIX_GRIDS |= dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW)
 
 GEOMETRY = Recipe(
     "geometry",
@@ -118,20 +110,12 @@ GEOMETRY = Recipe(
         ("laptop", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
     ),
     paper=(Study("cifar10-wrn28-10", s.WIDE, _SIX, values=s.EXAMPLE, stages=_SIX_STAGES),),
-    laptop=s.digits(
-        _SIX,
-        _SIX_STAGES,
-        grids={
-            "rho": (0.05, 0.1, 0.2, 0.5),
-            "rho_asam": (0.5, 1.0, 2.0, 4.0),
-            "rho_fisher": (0.1, 0.5, 1.0, 2.0),
-            **dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW),
-        },
-    ),
+    laptop=s.digits(_SIX, _SIX_STAGES, grids=_SIX_GRIDS),
 )
 
 _COUPLING = (s.VANILLA, s.SAM, s.COUPLED, s.WSAM)
 _COUPLING_STAGES = (s.BASE_STAGE, s.RHO_STAGE, s.COUPLED_STAGE, s.WSAM_STAGE)
+_COUPLING_GRIDS = dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92))
 
 DECOUPLING = Recipe(
     "decoupling",
@@ -144,12 +128,7 @@ DECOUPLING = Recipe(
         ("laptop", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
     ),
     paper=s.four(_COUPLING, _COUPLING_STAGES),
-    laptop=s.digits(
-        _COUPLING,
-        _COUPLING_STAGES[1:],
-        grids=dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92)),
-        seeds=10,
-    ),
+    laptop=s.digits(_COUPLING, _COUPLING_STAGES[1:], grids=_COUPLING_GRIDS, seeds=10),
 )
 
 _ENDS = ("SGD", s.SAM, s.WSAM)
@@ -170,9 +149,9 @@ MINIMA = Recipe(
 )
 
 
-def _gammas(gammas: tuple[float, ...], rho: float | str = "{rho}") -> tuple[str, ...]:
+def _gammas(gammas: tuple[float, ...], rho: float | str) -> list[str]:
     """Return WSAM at one radius with every gamma."""
-    return tuple(f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas)
+    return [f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas]
 
 
 _RADII = (0.1, 0.2, 0.5)
@@ -187,7 +166,7 @@ GAMMA_SENSITIVITY = Recipe(
         ("numbers", f"{s.UNREAD}; said of them: the best is almost always in [0.8, 0.95]"),
         ("laptop", "gamma at three radii, the digits with 40 % label noise; " + s.LAPTOP),
     ),
-    paper=s.four((s.VANILLA, s.SAM, *_gammas(s.GAMMA)), (s.BASE_STAGE, s.RHO_STAGE)),
+    paper=s.four((s.VANILLA, s.SAM, *_gammas(s.GAMMA, "{rho}")), (s.BASE_STAGE, s.RHO_STAGE)),
     laptop=(Study("digits", s.NOISY_DIGITS, ("SGD", *(f"SAM(rho={rho})" for rho in _RADII), *_WSAMS)),),
 )
 
