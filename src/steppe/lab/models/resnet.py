@@ -37,7 +37,6 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution without bias, padded to keep the size."""
     return nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False)
 
 

@@ -44,6 +44,8 @@ def _lines(study: Study) -> list[str]:
         grid = "; ".join(f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
         points = len(stage.points()) * study.search_seeds
         lines.append(f"search {stage.name}, {stage.method}: {grid}: at most {points} runs")
-    lines += [f"compare {method}" for method in study.shown_methods()]
+    given = [f"{key} {value}" for key, value in study.values.items()]
+    lines += [f"given {', '.join(given)}"] if given else []
+    lines += [f"compare {method}" for method in study.methods]
     lines.append(f"{len(study.methods) * study.seeds} runs over {study.seeds} seeds")
     return lines + [f"published for {text}: {error:g} % error" for text, error in study.published.items()]

@@ -6,11 +6,11 @@ from steppe.lab.settings import Settings
 
 
 def _family(radii: tuple[float, ...], *sizes: int) -> tuple[str, ...]:
-    """Return SAM at shared radii for every m."""
     return tuple(f"SAM(rho={rho}, m={m})" for rho in radii for m in sizes)
 
 
 _DIGITS = ("SGD", *_family((0.2, 0.05), 128, 64, 32, 16, 8, 4, 2, 1))
+_THOUSAND = (*_DIGITS, *(f"RWSAM(rho=0.2, lam={lam})" for lam in (0.25, 1.0, 4.0)))
 
 M_SHARPNESS = Recipe(
     "m_sharpness",
@@ -26,9 +26,7 @@ M_SHARPNESS = Recipe(
     paper=(Study("cifar10-resnet18", s.CIFAR10, (s.VANILLA, *_family((0.05, 0.1), 128, 64, 32, 16, 8))),),
     laptop=(
         Study("digits", s.NOISY_DIGITS, _DIGITS),
-        Study(
-            "digits-1000", Settings(), (*_DIGITS, *(f"RWSAM(rho=0.2, lam={lam})" for lam in (0.25, 1.0, 4.0))), seeds=10
-        ),
+        Study("digits-1000", Settings(), _THOUSAND, seeds=10),
     ),
 )
 

@@ -36,12 +36,6 @@ class Study:
         methods = tuple(dict.fromkeys(filled(text, values) for text in self.methods))
         return Plan(applied(self.settings, values), methods, self.seeds)
 
-    def shown_methods(self) -> list[str]:
-        """Return the methods as shown before a search: given values filled in, in braces what will be found."""
-        found = [*(key for stage in self.stages for key in stage.grid), *self.timed]
-        shown = {**self.values, **{key: f"{{{key}}}" for key in found}}
-        return [text.format(**shown) for text in self.methods]
-
     def check(self) -> None:
         """Parse every method with the first value of each grid, so that a study that cannot run is refused early.
 

@@ -1,9 +1,11 @@
 """The tables of RW-SAM (arXiv 2509.18001), as reported in published reading notes."""
 
 from dataclasses import replace
+from typing import Any
 
 from steppe.lab.recipes import shared as s
 from steppe.lab.recipes.recipe import Recipe, Study
+from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Stage
 
 _SOURCE = "RW-SAM (arXiv 2509.18001), as reported in published reading notes"
@@ -13,7 +15,6 @@ _EIGEN = replace(s.CIFAR10, batch_size=256)  # the same group's Eigen-SAM code: 
 
 
 def _stages(*lambdas: float, radius: Stage = s.RHO_STAGE) -> tuple[Stage, ...]:
-    """Return the search: the radius on SAM, then lambda on RW-SAM."""
     return (radius, Stage("RWSAM", s.RWSAM, {"lam": lambdas}))
 
 
@@ -95,14 +96,12 @@ _NOISE = {
     0.8: _errors(46.53, 37.69, 53.17),
 }
 _COARSE = _stages(0.25, 1.0, 4.0, radius=Stage("radius", s.SAM, {"rho": s.FEW_RHO}))
-_PAPER = Study("", _EIGEN, _METHODS, stages=_TUNING, search_seeds=2)
-_LAPTOP = replace(_PAPER, settings=s.NOISY_DIGITS, stages=_COARSE, held_out=s.THIRD)
 
 
-def _noisy(study: Study, *levels: float) -> tuple[Study, ...]:
-    """Return a study at several levels of noise."""
+def _noisy(settings: Settings, stages: tuple[Stage, ...], *levels: float, **more: Any) -> tuple[Study, ...]:
+    more |= {"stages": stages, "search_seeds": 2}
     return tuple(
-        replace(study, name=f"noise-{level}", settings=replace(study.settings, noise=level), published=_NOISE[level])
+        Study(f"noise-{level}", replace(settings, noise=level), _METHODS, published=_NOISE[level], **more)
         for level in levels
     )
 
@@ -118,8 +117,8 @@ LABEL_NOISE = Recipe(
         ("numbers", f"as published; n and spread {s.UNREAD}"),
         ("laptop", "40 and 80 %; " + s.LAPTOP),
     ),
-    paper=_noisy(_PAPER, *_NOISE),
-    laptop=_noisy(_LAPTOP, 0.4, 0.8),
+    paper=_noisy(_EIGEN, _TUNING, *_NOISE),
+    laptop=_noisy(s.NOISY_DIGITS, _COARSE, 0.4, 0.8, held_out=s.THIRD),
     setting="the paper's own data, which the source does not name",
 )
 

@@ -150,7 +150,6 @@ MINIMA = Recipe(
 
 
 def _gammas(gammas: tuple[float, ...], rho: float | str) -> list[str]:
-    """Return WSAM at one radius with every gamma."""
     return [f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas]
 
 
