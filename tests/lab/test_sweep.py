@@ -150,7 +150,7 @@ def test_points_queued_twice_are_claimed_once(storage):
 def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
     grid = Grid.open(storage, "s", BASE)
     slow = grid.claim()
-    storage.set_trial_state_values(grid.id(slow), TrialState.FAIL)  # what a missed heartbeat leads to
+    storage.set_trial_state_values(slow._trial_id, TrialState.FAIL)  # what a missed heartbeat leads to
     assert points_of(grid) == [1, 2, 3, 0]
     grid.tell(slow, 0.0, TrialState.COMPLETE)
     assert {index: trial.value for index, trial in grid.ended().items()} == dict.fromkeys(range(4), 1.0)

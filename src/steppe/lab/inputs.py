@@ -47,19 +47,14 @@ class Files:
 class Images:
     """Images as bytes, shape (n, channels, height, width); indexing returns ``(bytes - mean) / spread`` in float32.
 
-    Args:
-        pixels: the images in memory, or files.
-        mean: of the bytes, in 0 to 255: one number, or one for each channel.
-        spread: their standard deviation, likewise.
-        side: of the returned images: larger ones are cropped at the centre, smaller ones scaled up; ``None``: neither.
-        device: of the returned images.
+    Larger images than ``side`` are cropped at the centre, smaller ones scaled up.
     """
 
     pixels: Tensor | Files
-    mean: Tensor
-    spread: Tensor
+    mean: Tensor  # of the bytes, in 0 to 255: one number, or one for each channel
+    spread: Tensor  # their standard deviation, likewise
     side: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # of the returned images
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -83,7 +78,8 @@ class Images:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Return standardised images of bytes."""
-        side, own = self.side or raw.shape[-1], raw.shape[-1]
+        own = raw.shape[-1]
+        side = self.side or own
         if own > side:
             edge = (own - side) // 2
             raw = raw[..., edge : edge + side, edge : edge + side]

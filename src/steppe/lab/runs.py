@@ -20,7 +20,7 @@ from steppe.lab import spec
 from steppe.lab.errors import LabError
 from steppe.lab.files import clean, load, read_json, save, write, write_json
 from steppe.lab.record import Record
-from steppe.lab.settings import Settings, differences
+from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
 
 RECIPE, SEARCH = "recipe.json", "search.json"
@@ -123,21 +123,21 @@ def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
     old = read_plan(folder)
     if not old.seeds:
         return asked
-    exact = single or old.first or asked.first
-    changed = (_changes(old, asked) if exact else []) + differences(old.settings, asked.settings)
-    if changed:
+    exact = single or bool(old.first or asked.first)
+    before, now = _facts(old, exact), _facts(asked, exact)
+    if changed := [f"{name} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         raise LabError(f"{folder} holds other runs: {'; '.join(changed)}. Choose another --out")
     methods = tuple(dict.fromkeys(old.methods + asked.methods))
     return Plan(asked.settings, methods, max(old.seeds, asked.seeds), asked.baseline or old.baseline, asked.first)
 
 
-def _changes(old: Plan, new: Plan) -> list[str]:
-    """Return the methods and seeds in which two plans differ, as ``method was x, now y``."""
-    told = {
-        "method": [", ".join(map(str, plan.methods)) for plan in (old, new)],
-        "seed": [", ".join(map(str, range(plan.first, plan.first + plan.seeds))) for plan in (old, new)],
-    }
-    return [f"{name} was {was}, now {now}" for name, (was, now) in told.items() if was != now]
+def _facts(plan: Plan, exact: bool) -> dict[str, object]:
+    """Return the settings of a plan by name, with ``exact`` its methods and seeds too."""
+    settings = {name.replace("_", "-"): value for name, value in plan.settings.to_dict().items()}
+    if not exact:
+        return settings
+    seeds = ", ".join(map(str, range(plan.first, plan.first + plan.seeds)))
+    return {"method": ", ".join(map(str, plan.methods)), "seed": seeds} | settings
 
 
 def _refuse_others(folder: Path) -> None:

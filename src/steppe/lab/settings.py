@@ -52,7 +52,9 @@ class Settings:
     data_dir: str | None = _setting(None, option="Folder that holds the data.")
     train_size: int = _setting(1000, _COUNT, "Training examples, drawn anew for each seed.")
     noise: float = _setting(0.4, _SHARE, "Share of training labels redrawn uniformly from all classes.")
-    model: str = _setting("mlp-256-256", option="mlp-256-256, cnn-32, resnet18-gn, wrn28-10, vit-s4, module:function ...")
+    model: str = _setting(
+        "mlp-256-256", option="mlp-256-256, cnn-32, resnet18-gn, wrn28-10, vit-s4 or module:function."
+    )
     epochs: int = _setting(150, _COUNT, "Passes over the training data, unless a method sets its own.")
     batch_size: int = _setting(128, _COUNT, "Examples in a batch, over all processes.")
     lr: float = _setting(0.05, _POSITIVE, "Learning rate after the warm-up; cosine to 0.")
@@ -93,9 +95,3 @@ class Settings:
     def to_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return asdict(self)
-
-
-def differences(old: Settings, new: Settings) -> list[str]:
-    """Return every setting in which two comparisons differ, as ``name was x, now y``."""
-    names = [field.name for field in fields(Settings) if getattr(old, field.name) != getattr(new, field.name)]
-    return [f"{name.replace('_', '-')} was {getattr(old, name)!r}, now {getattr(new, name)!r}" for name in names]

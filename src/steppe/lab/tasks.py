@@ -92,16 +92,12 @@ def check(settings: Settings) -> None:
 
 
 def _prepared(pool: RawData, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
+    """Return training and test inputs that are standardised by the same numbers."""
     if isinstance(train, Tensor) and train.is_floating_point():
-        return _standardised(train, test) if pool.scale else (train, test)
+        spread, mean = torch.std_mean(train) if pool.scale else (1.0, 0.0)
+        return (train - mean) / spread, (test - mean) / spread
     mean, spread = _constants(pool, train, settings)
     return Images(train, mean, spread, settings.image_size), Images(test, mean, spread, settings.image_size)
-
-
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both, standardised by the mean and standard deviation of all training inputs."""
-    spread, mean = torch.std_mean(train)
-    return (train - mean) / spread, (test - mean) / spread
 
 
 def _constants(pool: RawData, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:

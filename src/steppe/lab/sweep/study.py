@@ -84,10 +84,10 @@ class Grid:
             fail_stale_trials(self.study)
         self.queue()
         for found in self.trials(TrialState.WAITING):
-            trial = Trial(self.study, self.id(found))
-            self.storage.record_heartbeat(self.id(found))  # first, so that no claimed trial is without one
+            trial = Trial(self.study, found._trial_id)
+            self.storage.record_heartbeat(found._trial_id)  # first, so that no claimed trial is without one
             with suppress(UpdateFinishedTrialError):
-                if self.storage.set_trial_state_values(self.id(found), TrialState.RUNNING):
+                if self.storage.set_trial_state_values(found._trial_id, TrialState.RUNNING):
                     if not self._twin(found):
                         return trial
                     self.tell(trial, None, TrialState.FAIL, TWIN)
@@ -98,19 +98,14 @@ class Grid:
         same = [one for one in self.trials()[: found.number] if one.user_attrs[POINT] == found.user_attrs[POINT]]
         return any(trial.state is not TrialState.FAIL for trial in same)
 
-    def id(self, trial: Trial | FrozenTrial) -> int:
-        """Return the storage's number of a trial."""
-        study = self.storage.get_study_id_from_name(self.study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
-
     @contextmanager
     def beating(self, trial: Trial) -> Iterator[None]:
         """Send heartbeats while the body runs."""
-        stop, number = threading.Event(), self.id(trial)
+        stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(self.storage.get_heartbeat_interval() or HEARTBEAT):
-                self.storage.record_heartbeat(number)
+                self.storage.record_heartbeat(trial._trial_id)
 
         pulse = threading.Thread(target=beat, daemon=True)
         pulse.start()
