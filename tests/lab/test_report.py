@@ -11,7 +11,7 @@ import pytest
 from plotly.graph_objects import Figure
 
 from steppe.lab import files, report, runs, spec, summary, tables
-from steppe.lab.report.figures import COLOURS, CurveStyle, learning
+from steppe.lab.report.figures import COLOURS, learning, look
 from steppe.lab.report.sensitivity import searches, sensitivities
 from steppe.lab.statistics import mean, paired, spread
 
@@ -106,9 +106,9 @@ def test_figures_are_valid_and_complete(found):
 
 
 def test_the_looks_of_curves_differ_by_more_than_colour_and_are_seen_on_every_page():
-    looks = [CurveStyle.of(i) for i in range(60)]
-    assert len({(look.colour, look.dash) for look in looks}) == 60
-    assert all(one.dash != other.dash and one.symbol != other.symbol for one, other in pairwise(looks))
+    looks = [look(i) for i in range(60)]
+    assert len({(colour, dash) for colour, dash, _ in looks}) == 60
+    assert all(one[1] != other[1] and one[2] != other[2] for one, other in pairwise(looks))
     assert min(contrast(colour, card) for colour in COLOURS for card in CARDS) >= 3
 
 

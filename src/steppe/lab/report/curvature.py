@@ -8,7 +8,7 @@ from pathlib import Path
 from steppe.lab import minima
 from steppe.lab.errors import LabError
 from steppe.lab.minima import Measured
-from steppe.lab.report.figures import Figure, axes, curve, styles
+from steppe.lab.report.figures import Figure, axes, curve
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 from steppe.lab.summary import Summary
@@ -127,7 +127,7 @@ def _slices(measured: Group, found: Summary) -> Figure:
         losses = zip(*(one.slice["loss"] for one in group), strict=True)
         finite = [[loss for loss in column if loss is not None] for column in losses]
         y = [mean(column) if column else None for column in finite]
-        data.append(curve(group[0].slice["t"], y, str(method), styles(found)[method]))
+        data.append(curve(group[0].slice["t"], y, str(method), found.plan.methods.index(method)))
     layout = axes("t, along a random filter-normalised direction", "training loss", yaxis={"type": "log"})
     caption = "Loss at w + t d, each filter of d as long as the model's (Li et al. 2018); log scale, mean over seeds."
     return Figure("slices", "Loss around the minima", caption, data, layout)
@@ -142,7 +142,7 @@ def _spectra(measured: Group, found: Summary) -> Figure:
     for method, group in measured.items():
         density = [mean([_smooth(x, one.spectrum, width) for one in group]) for x in grid]
         shown = [value if value > _FAINT / (high - low or 1.0) else None for value in density]
-        data.append(curve(grid, shown, str(method), styles(found)[method]))
+        data.append(curve(grid, shown, str(method), found.plan.methods.index(method)))
     layout = axes("eigenvalue of the Hessian", "density", yaxis={"type": "log"})
     caption = (
         "Stochastic Lanczos quadrature (Ghorbani et al. 2019), 2 probes of 40 steps a run; mean over seeds, smoothed "

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
 from steppe.lab.summary import Summary
 
@@ -31,34 +30,22 @@ class Figure:
     layout: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CurveStyle:
-    """How one curve is drawn: colour, dash pattern and symbol differ from curve to curve."""
-
-    colour: str
-    dash: str
-    symbol: str
-
-    @classmethod
-    def of(cls, index: int) -> "CurveStyle":
-        """Return the style of the ``index``-th curve."""
-        return cls(*(choices[index % len(choices)] for choices in (COLOURS, _DASHES, _SYMBOLS)))
+def look(index: int) -> tuple[str, str, str]:
+    """Return colour, dash pattern and symbol of the ``index``-th curve; all three differ from curve to curve."""
+    colour, dash, symbol = (choices[index % len(choices)] for choices in (COLOURS, _DASHES, _SYMBOLS))
+    return colour, dash, symbol
 
 
-def curve(x: Sequence[Any], y: Sequence[float | None], name: str, style: CurveStyle, **more: Any) -> Trace:
-    """Return a line; ``more`` holds further properties of the trace."""
-    line = {"color": style.colour, "dash": style.dash, "width": 2}
+def curve(x: Sequence[Any], y: Sequence[float | None], name: str, index: int, **more: Any) -> Trace:
+    """Return the ``index``-th line of a figure; ``more`` holds further properties of the trace."""
+    colour, dash, _ = look(index)
+    line = {"color": colour, "dash": dash, "width": 2}
     return {"x": x, "y": y, "name": name, "mode": "lines", "line": line, "hovertemplate": "%{y:.3g}"} | more
 
 
 def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
     """Return a layout whose axes have these titles; ``more`` holds further properties by axis."""
     return {key: {"title": {"text": text}} | more.get(key, {}) for key, text in {"xaxis": x, "yaxis": y}.items()}
-
-
-def styles(found: Summary) -> dict[Method, CurveStyle]:
-    """Return the style of every method that has runs; it is the same in every figure."""
-    return {row.method: CurveStyle.of(found.plan.methods.index(row.method)) for row in found.rows}
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -81,18 +68,19 @@ def learning(found: Summary) -> list[Figure]:
 def _bands(found: Summary, quantity: str, scale: float) -> list[Trace]:
     """Return a quantity's mean over seeds by epoch, in a band of one standard deviation; skip what is not finite."""
     data = []
-    for method, style in styles(found).items():
+    for row in found.rows:
+        index, name = found.plan.methods.index(row.method), str(row.method)
         points: dict[float, list[float]] = {}
-        for record in found.of(method):
+        for record in found.of(row.method):
             for epoch, value in zip(record.curves["epoch"], record.curves[quantity], strict=True):
                 if epoch is not None and value is not None:
                     points.setdefault(epoch, []).append(scale * value)
-        epochs, name = sorted(points), str(method)
+        epochs = sorted(points)
         centre, width = ([of(points[epoch]) for epoch in epochs] for of in (mean, deviation))
         high = [middle + half for middle, half in zip(centre, width, strict=True)]
         low = [middle - half for middle, half in zip(centre, width, strict=True)]
         silent = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
-        filled = {"fill": "toself", "fillcolor": f"{style.colour}2a"}
-        data.append(curve(epochs + epochs[::-1], high + low[::-1], name, style, **silent, **filled))
-        data.append(curve(epochs, centre, name, style, legendgroup=name))
+        filled = {"fill": "toself", "fillcolor": f"{look(index)[0]}2a"}
+        data.append(curve(epochs + epochs[::-1], high + low[::-1], name, index, **silent, **filled))
+        data.append(curve(epochs, centre, name, index, legendgroup=name))
     return data

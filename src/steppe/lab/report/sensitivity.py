@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steppe.lab import spec
-from steppe.lab.report.figures import CurveStyle, Figure, axes, curve, deviation
+from steppe.lab.report.figures import Figure, axes, curve, deviation, look
 from steppe.lab.spec import Method
 from steppe.lab.statistics import mean
 from steppe.lab.summary import Summary
@@ -24,7 +24,7 @@ class Point:
 
 
 def sensitivities(found: Summary) -> list[Figure]:
-    """Draw the error of methods of one name over the numeric option in which most of them differ by that option alone.
+    """Draw the error of the methods of one name over one numeric option; a curve for each choice of the others.
 
     An option that a method leaves out has its default; ``m`` left out is the whole batch.
     """
@@ -86,20 +86,20 @@ def _figure(id: str, title: str, caption: str, points: list[Point]) -> Figure | 
     """Draw points over the numeric key that gives the longest curve; return None if no curve has two points."""
     keys = [key for key in (points[0].at if points else ()) if all(isinstance(p.at[key], int | float) for p in points)]
     by_key = {key: _curves(points, key) for key in keys}
-    key = max(keys, key=lambda key: max(map(len, by_key[key].values())), default="")
+    key = max(by_key, key=lambda key: max(map(len, by_key[key].values())), default="")
     curves = by_key.get(key, {})
     if max(map(len, curves.values()), default=0) < 2:
         return None
     data = []
     for i, (label, line) in enumerate(curves.items(), start=2):  # other figures have the first colours for SGD
-        style = CurveStyle.of(i)
-        symbols = [_SYMBOLS.get(point.note, style.symbol) for point in line]
+        colour, _, symbol = look(i)
+        symbols = [_SYMBOLS.get(point.note, symbol) for point in line]
         deviations = [deviation(point.errors) for point in line]
         more = {"mode": "lines+markers", "showlegend": len(curves) > 1, "text": [point.note for point in line]}
         more |= {"hovertemplate": f"{key} %{{x}}: %{{y:.2f}} % %{{text}}"}
-        more |= {"marker": {"color": style.colour, "size": 10, "symbol": symbols}}
-        more |= {"error_y": {"array": deviations, "color": style.colour, "thickness": 1.5}}
+        more |= {"marker": {"color": colour, "size": 10, "symbol": symbols}}
+        more |= {"error_y": {"array": deviations, "color": colour, "thickness": 1.5}}
         x, y = [str(point.at[key]) for point in line], [mean(point.errors) for point in line]
-        data.append(curve(x, y, label, style, **more))
+        data.append(curve(x, y, label, i, **more))
     order = {"type": "category", "categoryorder": "array", "categoryarray": list(map(str, _grid(points, key)))}
     return Figure(id, title, caption, data, axes(key, "error, %", xaxis=order, yaxis={"rangemode": "tozero"}))
