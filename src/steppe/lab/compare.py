@@ -39,18 +39,11 @@ def compare(
 ) -> list[Failure]:
     """Train and record the runs of a plan that a directory lacks; return those that failed.
 
-    Finished runs are kept whatever happens, also if this raises: ``KeyboardInterrupt`` on Ctrl-C, ``BrokenExecutor`` if
-    a process was lost.
-
-    Args:
-        folder: the run directory, which is created or continued.
-        asked: methods times seeds.
-        workers: processes; ``None`` is one for each core.
-        hardware: what every process runs on.
-        console: shows the progress; ``None`` is the standard output.
+    Finished runs are kept whatever happens. ``workers`` is one process for each core if ``None``.
 
     Raises:
         LabError: the directory holds something else, or another command works in it.
+        BrokenExecutor: a process was lost.
     """
     console = console or Console()
     with files.hold(folder):

@@ -31,9 +31,6 @@ def run(
     bit for bit, also after ``kill -9`` in the middle of writing.
 
     Args:
-        asked: the method, seed and settings.
-        folder: the run directory; empty, missing, or holding this very run.
-        hardware: what it runs on.
         save_every: steps between two checkpoints; ``None`` is an epoch, or 100 steps if an epoch is shorter.
         watch: called with the session and every line of metrics, in the first process.
 

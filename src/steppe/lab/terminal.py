@@ -43,10 +43,7 @@ def table(headers: list[str], rows: list[list[str]], title: str | None = None, c
 class Display:
     """Bars with the time left, for one piece of work and its parts; plain lines if the output is no terminal.
 
-    Args:
-        console: what it prints on.
-        name: what the whole work is called.
-        total: its amount, in any unit; ``None`` until :meth:`update` says it.
+    ``total`` is the amount of work, in any unit; ``None`` until :meth:`update` says it.
 
     Example:
         >>> with Display(Console(), "steps", total=100) as display:

@@ -41,11 +41,7 @@ def searched(
 ) -> dict[str, Value]:
     """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    values, ended = search(study.search(), url, name, workers, tell=tell)
-    stages = [
-        {"name": each.stage.name, "method": each.stage.method, "chosen": dict(each.chosen), "points": each.points}
-        for each in ended
-    ]
+    values, stages = search(study.search(), url, name, workers, tell=tell)
     files.write_json(out / SEARCH, {"stages": stages, "seeds": study.search_seeds})
     return values
 
