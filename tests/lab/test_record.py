@@ -66,6 +66,13 @@ def test_a_damaged_file_is_no_finished_run(tmp_path, finished, damage):
     assert problems[0].startswith("sam-rho0.1-s0.json is ignored")
 
 
+def test_a_comparison_of_data_that_only_older_versions_read_is_reported(tmp_path, finished):
+    settings = replace(TINY, data="svhn")
+    plan = open_for(tmp_path, plan_of("SAM(rho=0.1)", settings=settings))
+    files.save(path_of(tmp_path, plan.runs()[0]), replace(finished, settings=settings.to_dict()))
+    assert len(report.write(tmp_path).records) == 1
+
+
 def test_a_newer_format_is_no_damage(tmp_path, finished):
     plan = runs.open_for(tmp_path, plan_of("SAM(rho=0.1)"))
     path = runs.path_of(tmp_path, plan.runs()[0])

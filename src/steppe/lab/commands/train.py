@@ -72,7 +72,7 @@ def run(
 
         steppe run "WSAM(rho=0.1, gamma=0.9)" --data cifar10 --data-dir ~/data --noise 0.4 --device cuda
 
-        torchrun --nproc-per-node 8 --no-python steppe run "SAM(rho=0.05)" --data imagenet --data-dir /data/imagenet
+        torchrun --nproc-per-node 8 --no-python steppe run "SAM(rho=0.05)" --data cifar10 --data-dir ~/data
     """
     import torch
 

@@ -68,8 +68,10 @@ def _text(name: str) -> str:
 
 
 def command(found: Summary) -> str:
-    """Return the command line that makes these runs, empty for a search alone and for settings that no command has."""
+    """Return the command line that makes these runs, empty for a search alone and for what no command makes."""
     about, plan = found.context.recipe, found.plan
+    if plan.settings.data not in presets.PRESETS and ":" not in plan.settings.data:
+        return ""  # of 0.1, which had more data
     usual = presets.preset(plan.settings.data).settings.to_dict()
     given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
     if about:
