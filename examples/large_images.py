@@ -95,8 +95,9 @@ class Classifier(nn.Module):
 
     def __init__(self, folder: str, classes: int) -> None:
         super().__init__()
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification, logging
 
+        logging.set_verbosity_error()  # a new head is meant
         if not (Path(folder) / "config.json").is_file():
             raise LabError(f"no config.json in {folder}: save a checkpoint there with save_pretrained")
         known = {"num_labels": classes, "ignore_mismatched_sizes": True, "local_files_only": True}

@@ -1,7 +1,6 @@
 """The report's table of measured minima (WSAM's Table 9, for every method), and figures of their surroundings."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +12,8 @@ from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 from steppe.lab.summary import Summary
 from steppe.lab.tables import MINUS, NONE, number
-from steppe.measure import Minimum
 
-COLUMNS: dict[str, Callable[[Minimum], float]] = {
-    "loss": lambda m: m.loss,
-    "top eigenvalue": lambda m: m.top,
-    "trace": lambda m: m.trace,
-    "tr V": lambda m: m.trace_V,
-    "m-sharpness": lambda m: m.sharpness,
-}
+COLUMNS = {"loss": "loss", "top eigenvalue": "top", "trace": "trace", "tr V": "trace_V", "m-sharpness": "sharpness"}
 _TESTED = ("loss", "top eigenvalue")
 _FAINT = 1e-6  # share of a flat density; smaller values are not drawn
 
@@ -45,10 +37,14 @@ def section(folder: Path, found: Summary) -> Curvature | None:
     if not measured:
         return None
     reference = found.plan.reference
-    tests = [_tests(COLUMNS[name], measured, reference) for name in _TESTED]
+    by_seed = {
+        column: {method: {one.seed: getattr(one.minimum, name) for one in group} for method, group in measured.items()}
+        for column, name in COLUMNS.items()
+    }
+    tests = [_tests(by_seed[column], reference) for column in _TESTED]
     rows = []
     for method, group in measured.items():
-        cells = [_spread([value(one.minimum) for one in group]) for value in COLUMNS.values()]
+        cells = [_spread(list(values[method].values())) for values in by_seed.values()]
         cells += ["baseline" if method == reference else by_method[method] for by_method in tests]
         rows.append((str(method), method == reference, [str(len(group)), *cells]))
     headers = ["method", "n", *COLUMNS, *(f"{name}, difference [95 % CI], p (Holm)" for name in _TESTED)]
@@ -78,9 +74,8 @@ def _read(folder: Path, found: Summary) -> tuple[Group, list[str]]:
     return {method: group for method, group in measured.items() if group}, notes
 
 
-def _tests(value: Callable[[Minimum], float], measured: Group, reference: Method) -> dict[Method, str]:
+def _tests(by_seed: dict[Method, dict[int, float]], reference: Method) -> dict[Method, str]:
     """Return by method the paired test against the reference, with its Holm-corrected p-value, as text."""
-    by_seed = {method: {one.seed: value(one.minimum) for one in group} for method, group in measured.items()}
     base = by_seed.get(reference, {})
     tests: dict[Method, Paired] = {}
     for method, values in by_seed.items():
