@@ -36,10 +36,9 @@ def _lines(study: Study) -> list[str]:
     s = study.settings
     noise = f", {100 * s.noise:g} % label noise" if s.noise else ""
     start = f"; starts from {s.start}" if s.start else ""
-    lines = [
-        f"{s.data}, {s.train_size} examples{noise}; {s.model}; {s.epochs} epochs, batch {s.batch_size}, lr {s.lr:g}"
-    ]
-    lines[0] += f", momentum {s.momentum:g}, weight decay {s.weight_decay:g}{start}"
+    base = f"lr {s.lr:g}, momentum {s.momentum:g}, weight decay {s.weight_decay:g}"
+    task = f"{s.data}, {s.train_size} examples{noise}; {s.model}; {s.epochs} epochs, batch {s.batch_size}"
+    lines = [f"{task}, {base}{start}"]
     for stage in study.stages:
         grid = "; ".join(f"{key} in {', '.join(map(str, choices))}" for key, choices in stage.grid.items())
         points = len(stage.points()) * study.search_seeds
