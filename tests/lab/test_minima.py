@@ -48,7 +48,7 @@ def test_the_weights_kept_are_the_final_ones(folder):
 def test_weights_of_another_run_are_refused(folder):
     one, task = run("SGD"), tasks.load(TINY, 0)
     ended = files.load(runs.path_of(folder, one), Record)
-    runs.keep_weights(folder, one, initial_model(one, task).state_dict())
+    torch.save(initial_model(one, task).state_dict(), weights_of(folder, one))
     with pytest.raises(LabError, match="does not belong to its record"):
         minima.trained(folder, one, ended, task)
     weights_of(folder, one).unlink()

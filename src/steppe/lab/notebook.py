@@ -64,11 +64,8 @@ def compare(
 def records(folder: str | Path) -> list[dict[str, Any]]:
     """Return one flat row for each finished run under ``folder``, for ``pandas.DataFrame``; settings are columns."""
     nested = ("settings", "curves", "environment")
-    rows = []
-    for found in _found(Path(folder)):
-        own = {key: value for key, value in vars(found).items() if key not in nested} | {"passes": found.passes}
-        rows.append(own | found.settings | own)  # the run's epochs, not the common number
-    return rows
+    rows = (vars(found) | {"passes": found.passes} | found.settings | vars(found) for found in _found(Path(folder)))
+    return [{key: value for key, value in row.items() if key not in nested} for row in rows]
 
 
 def curves(folder: str | Path) -> list[dict[str, Any]]:

@@ -214,11 +214,6 @@ def _matching(run: Run, found: Record) -> Record:
 
 def finish(folder: Path, run: Run, record: Record, weights: Mapping[str, Any]) -> None:
     """Write a run's final ``state_dict``, then its record, which says that the run is finished."""
-    keep_weights(folder, run, weights)
-    save(path_of(folder, run), record)
-
-
-def keep_weights(folder: Path, run: Run, weights: Mapping[str, Any]) -> None:
-    """Write a run's final ``state_dict``."""
     on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
     write(path_of(folder, run, "weights"), partial(torch.save, on_cpu))
+    save(path_of(folder, run), record)

@@ -33,7 +33,6 @@ RETRIES = 3  # of a point whose worker died; a point that kills its workers is g
 DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
 POINT, ERRORS, REASON = "point", "errors", "reason"
 TWIN = "queued twice"
-_ATTEMPTS = 5  # to open a storage: workers that start together make its tables together
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -155,26 +154,27 @@ class Grid:
         return points[min((trial.value, i) for i, trial in ended.items() if trial.state is TrialState.COMPLETE)[1]]
 
 
-def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
+def open_storage(url: str, heartbeat: int = HEARTBEAT, attempts: int = 5) -> RDBStorage:
     """Return the storage of a URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
+
+    Workers that start together make the tables together, so it takes some attempts.
 
     Raises:
         LabError: it cannot be opened; the message is without user and password.
     """
     sqlite = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": 120}} if sqlite else {"pool_pre_ping": True}
-    for attempt in range(_ATTEMPTS):
-        try:
-            if sqlite:
-                Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            with catch_warnings(action="ignore", category=ExperimentalWarning):
-                storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
-            return _with_one_writer(storage) if sqlite else storage
-        except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
-            if attempt == _ATTEMPTS - 1 or isinstance(error, ImportError | ValueError):
-                raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
-        time.sleep(0.2 * 2**attempt)
-    raise AssertionError
+    try:
+        if sqlite:
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        with catch_warnings(action="ignore", category=ExperimentalWarning):
+            storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+        return _with_one_writer(storage) if sqlite else storage
+    except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
+        if attempts == 1 or isinstance(error, ImportError | ValueError):
+            raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
+    time.sleep(6.4 / 2**attempts)  # 0.2 to 1.6 seconds
+    return open_storage(url, heartbeat, attempts - 1)
 
 
 def shown(url: str) -> str:
