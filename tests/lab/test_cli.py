@@ -275,10 +275,10 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
-    formats.svhn(tmp_path / "svhn")
+    formats.cifar100(tmp_path / "cifar100")
     found = {(check["kind"], check["name"]): check for check in json.loads(steppe_cli("doctor", "--json").output)}
-    assert found["data", "svhn"]["detail"] == str(tmp_path / "svhn")
-    assert found["data", "svhn"]["found"]
+    assert found["data", "cifar100"]["detail"] == str(tmp_path / "cifar100")
+    assert found["data", "cifar100"]["found"]
     missing = found["data", "cifar10"]
     assert not missing["found"]
     assert str(tmp_path / "cifar10") in missing["detail"]
@@ -289,9 +289,9 @@ def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
 
 
 def test_doctor_names_the_command_for_a_missing_package(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("datasets", "torchvision") else "1.0")
-    missing = next(check for check in doctor.checks() if check.name == "datasets")
-    assert (missing.found, missing.hint) == (False, 'pip install "steppe[hub]"')
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "lightning-fabric" else "1.0")
+    missing = next(check for check in doctor.checks() if check.name == "lightning-fabric")
+    assert (missing.found, missing.hint) == (False, 'pip install "steppe[distributed]"')
 
 
 def test_the_python_face(tmp_path):
