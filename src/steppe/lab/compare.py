@@ -101,10 +101,6 @@ def _follow(
 # --- in the worker process
 
 
-class _Interrupted(Exception):  # noqa: N818 - it is no error
-    """Raised in a run to stop it, when the comparison is interrupted."""
-
-
 _channel: "tuple[SimpleQueue[tuple[Run, float]], Event]"
 
 
@@ -130,7 +126,7 @@ def _execute(folder: Path, run: Run, hardware: Hardware) -> Record | Failure:
         session = Session(run, hardware.open())
         for _ in session.fit():
             if stop.is_set():
-                raise _Interrupted
+                raise KeyboardInterrupt  # as in the parent
             if time.monotonic() - told > _EVERY:
                 messages.put((run, run.epochs * session.step / session.steps))
                 told = time.monotonic()

@@ -24,22 +24,15 @@ PRECISIONS = ("fp32", "bf16")
 class Hardware:
     """The hardware that a run asks for.
 
-    Args:
-        device: cpu, cuda or mps; auto is the first accelerator that torch finds, else the cpu.
-        devices: processes on each node, one for each device; ``torchrun`` overrides it.
-        nodes: machines; ``torchrun`` overrides it.
-        strategy: ddp (a whole model in each process) or fsdp (parameters sharded by FSDP2), for several processes.
-        precision: fp32, or bf16 under autocast with parameters in float32.
-
     Raises:
-        LabError: a value is none of these.
+        LabError: a value is none of those that are listed here.
     """
 
-    device: str = "cpu"
-    devices: int = 1
-    nodes: int = 1
-    strategy: str = "ddp"
-    precision: str = "fp32"
+    device: str = "cpu"  # or cuda, mps; auto is the first accelerator that torch finds, else the cpu
+    devices: int = 1  # processes on each node, one for each device; torchrun overrides it
+    nodes: int = 1  # machines; torchrun overrides it
+    strategy: str = "ddp"  # a whole model in each process; or fsdp: parameters sharded by FSDP2
+    precision: str = "fp32"  # or bf16, under autocast with parameters in float32
 
     def __post_init__(self) -> None:
         for name, known in (("device", DEVICES), ("strategy", STRATEGIES), ("precision", PRECISIONS)):
