@@ -21,7 +21,7 @@ import steppe
 from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics
 from steppe.lab import spec, tasks, train
-from steppe.lab.environment import environment
+from steppe.lab.record import environment
 from steppe.lab.settings import Settings
 
 RHO = 0.5

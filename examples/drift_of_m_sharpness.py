@@ -27,8 +27,8 @@ from torch import nn
 import steppe
 from steppe.factored import gradient_statistics
 from steppe.lab import runs, spec, tasks, train
-from steppe.lab.environment import environment
 from steppe.lab.metrics import evaluate
+from steppe.lab.record import environment
 from steppe.lab.settings import Settings
 from steppe.sde import problem_of, regularisers
 

@@ -6,7 +6,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 
 GENERATOR = np.random.default_rng(0)
 
@@ -51,18 +50,6 @@ def cifar100(folder: Path, train: int = 120, test: int = 20) -> None:
         batch(inner / name, count, {b"fine_labels": fine, b"coarse_labels": [label // 5 for label in fine]})
 
 
-def svhn(folder: Path, train: int = 30, test: int = 20) -> np.ndarray:
-    """Write both files; return the training pixels as MATLAB has them, (32, 32, 3, n)."""
-    from scipy.io import savemat
-
-    folder.mkdir(parents=True)
-    for name, count in (("test", test), ("train", train)):
-        X = GENERATOR.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
-        y = (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]  # 1 to 10, and 10 is the digit 0
-        savemat(folder / f"{name}_32x32.mat", {"X": X, "y": y})
-    return X
-
-
 def image_tree(folder: Path, classes=("cat", "dog", "owl"), each: int = 6, side: tuple[int, int] = (40, 30)) -> Path:
     """Write JPEG and PNG files whose colour tells their class."""
     from PIL import Image
@@ -74,25 +61,4 @@ def image_tree(folder: Path, classes=("cat", "dog", "owl"), each: int = 6, side:
             for i in range(each):
                 suffix = ("JPEG", "png")[i % 2]
                 Image.new("RGB", side, colour).save(folder / split / name / f"{i}.{suffix}")
-    return folder
-
-
-def images_of(labels: torch.Tensor, side: int) -> torch.Tensor:
-    """Bytes whose brightness tells the class."""
-    return (labels[:, None, None, None] * 25).to(torch.uint8).expand(-1, 3, side, side).contiguous()
-
-
-def pictures(labels, side):
-    from PIL import Image
-
-    pixels = images_of(labels, side).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
-
-
-def saved(datasets, folder, features, **splits):
-    """Save splits of equal columns; a feature given by a type is a value, by a list class names, by None an image."""
-    kinds = {str: datasets.Value, list: lambda names: datasets.ClassLabel(names=names)}
-    made = {name: kinds[type(kind)](kind) if kind else datasets.Image() for name, kind in features.items()}
-    tables = {name: datasets.Dataset.from_dict(rows, features=datasets.Features(made)) for name, rows in splits.items()}
-    datasets.DatasetDict(tables).save_to_disk(str(folder))
     return folder

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from typer.testing import CliRunner
 
-from steppe.lab import record, spec
+from steppe.lab import spec
 from steppe.lab.commands.group import app
-from steppe.lab.runs import Plan, Run, keep_weights, open_for, path_of
+from steppe.lab.runs import Plan, Run, finish, open_for
 from steppe.lab.settings import Settings
 from steppe.lab.train import Session
 
@@ -31,8 +31,7 @@ def trained(folder: Path, *methods: str, seeds: int = 2, settings: Settings = TI
     for each in plan.runs():
         session = Session(each)
         deque(session.fit(), maxlen=0)
-        keep_weights(folder, each, session.model.state_dict())
-        record.save(path_of(folder, each), session.record())
+        finish(folder, each, session.record(), session.model.state_dict())
     return plan
 
 

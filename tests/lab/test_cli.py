@@ -15,11 +15,12 @@ from rich.console import Console
 
 import steppe
 from steppe import cli
-from steppe.lab import checkpoint, doctor, files, metrics, notebook, record, runs, spec
+from steppe.lab import checkpoint, doctor, files, notebook, runs, spec
 from steppe.lab import compare as pool
 from steppe.lab.commands import COMMANDS
 from steppe.lab.compare import compare
 from steppe.lab.errors import LabError
+from steppe.lab.record import Record
 from steppe.lab.runs import Plan
 from steppe.lab.train import train
 
@@ -182,7 +183,7 @@ class Comparison(Process):
         found = []
         for path in (self.out / "runs").glob("*.json"):
             with suppress(ValueError):
-                found.append(record.read(path))
+                found.append(files.load(path, Record))
         return found
 
 
@@ -234,7 +235,7 @@ def test_run_from_end_to_end(here):
     assert {path.name for path in folder.iterdir()} == {"config.json", "runs", "weights", "metrics"}
     again = steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--model", "mlp-16", "--json")
     found = json.loads(again.stdout)
-    assert found["test_error"] == record.read(folder / "runs" / "sam-rho0.1-s0.json").test_error
+    assert found["test_error"] == files.load(folder / "runs" / "sam-rho0.1-s0.json", Record).test_error
     assert found["settings"]["epochs"] == 2
     assert (
         "epochs was 2, now 3"
@@ -248,7 +249,7 @@ def test_run_takes_every_setting(here):
     options += ["--optimizer", "adamw", "--lr", 0.001, "--warmup", 2, "--label-smoothing", 0.1, "--noise", 0.4]
     result = steppe_cli("run", "SAM(rho=0.05, m=10)", *options, "--precision", "bf16", "--out", "r", "--save-every", 1)
     assert result.exit_code == 0, result.output
-    found = record.read(here / "r" / "runs" / "sam-rho0.05-m10-s0.json")
+    found = files.load(here / "r" / "runs" / "sam-rho0.05-m10-s0.json", Record)
     assert found.base == (
         "AdamW(lr=0.001, betas=(0.9, 0.999), weight_decay=0.001), linear warm-up of 2 steps, cosine to 0"
     )
@@ -274,10 +275,10 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
-    formats.svhn(tmp_path / "svhn")
+    formats.cifar100(tmp_path / "cifar100")
     found = {(check["kind"], check["name"]): check for check in json.loads(steppe_cli("doctor", "--json").output)}
-    assert found["data", "svhn"]["detail"] == str(tmp_path / "svhn")
-    assert found["data", "svhn"]["found"]
+    assert found["data", "cifar100"]["detail"] == str(tmp_path / "cifar100")
+    assert found["data", "cifar100"]["found"]
     missing = found["data", "cifar10"]
     assert not missing["found"]
     assert str(tmp_path / "cifar10") in missing["detail"]
@@ -288,9 +289,9 @@ def test_doctor_finds_what_is_here_and_says_what_is_not(tmp_path, monkeypatch):
 
 
 def test_doctor_names_the_command_for_a_missing_package(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("datasets", "torchvision") else "1.0")
-    missing = next(check for check in doctor.checks() if check.name == "datasets")
-    assert (missing.found, missing.hint) == (False, 'pip install "steppe[hub]"')
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "lightning-fabric" else "1.0")
+    missing = next(check for check in doctor.checks() if check.name == "lightning-fabric")
+    assert (missing.found, missing.hint) == (False, 'pip install "steppe[distributed]"')
 
 
 def test_the_python_face(tmp_path):
@@ -312,15 +313,3 @@ def test_the_python_face(tmp_path):
     assert notebook.records(tmp_path / "r") == [{**rows[2], "seconds": one.seconds}]
     with pytest.raises(LabError, match="no folder"):
         notebook.records(tmp_path / "nothing")
-
-
-def test_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = tmp_path / "r"
-    assert steppe_cli("run", "SAM(rho=0.1)", *TINY[:-2], "--tensorboard", "--out", out).exit_code == 0
-    events = EventAccumulator(str(out / "tensorboard")).Reload()
-    points = [line for line in metrics.read(out / "metrics" / "sam-rho0.1-s0.jsonl") if "test_error" in line]
-    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_error")]
-    assert [(line["step"], line["test_error"]) for line in points] == shown

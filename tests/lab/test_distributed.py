@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from steppe.lab import checkpoint, record, single
+from steppe.lab import checkpoint, files, single
 from steppe.lab.errors import LabError
 from steppe.lab.hardware import Hardware
+from steppe.lab.record import Record
 from steppe.lab.train import Session
 
 from .helpers import TINY, run
@@ -68,7 +69,7 @@ def weights(folder):
 @pytest.mark.parametrize(("name", "method"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-wsam", "WSAM(rho=0.1)")])
 def test_two_processes_compute_what_one_computes(tmp_path, made, name, method):
     alone = single.run(run(method, settings=SETTINGS), tmp_path / "one")
-    together = record.read(next((made / name / "runs").iterdir()))
+    together = files.load(next((made / name / "runs").iterdir()), Record)
     a, b = weights(tmp_path / "one"), weights(made / name)
     assert a.keys() == b.keys()
     for key in a:

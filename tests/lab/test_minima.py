@@ -5,10 +5,11 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from steppe.lab import minima, record, report, runs, tasks
+from steppe.lab import files, minima, report, runs, tasks
 from steppe.lab.commands.group import app
 from steppe.lab.compare import compare
 from steppe.lab.errors import LabError
+from steppe.lab.record import Record
 from steppe.lab.train import Session, initial_model
 from steppe.measure import Hessian, Problem, eigenpairs
 
@@ -36,7 +37,7 @@ def command(folder):
 def test_the_weights_kept_are_the_final_ones(folder):
     one = run("SGD")
     task = tasks.load(TINY, 0)
-    ended = record.read(runs.path_of(folder, one))
+    ended = files.load(runs.path_of(folder, one), Record)
     model = minima.trained(folder, one, ended, task)
     session = Session(one)
     assert sum(session.fit()) == 3
@@ -46,8 +47,8 @@ def test_the_weights_kept_are_the_final_ones(folder):
 
 def test_weights_of_another_run_are_refused(folder):
     one, task = run("SGD"), tasks.load(TINY, 0)
-    ended = record.read(runs.path_of(folder, one))
-    runs.keep_weights(folder, one, initial_model(one, task).state_dict())
+    ended = files.load(runs.path_of(folder, one), Record)
+    torch.save(initial_model(one, task).state_dict(), weights_of(folder, one))
     with pytest.raises(LabError, match="does not belong to its record"):
         minima.trained(folder, one, ended, task)
     weights_of(folder, one).unlink()
@@ -77,7 +78,7 @@ def test_the_command_measures_every_run_once_and_reports(folder):
 
 def test_what_is_recorded_is_the_minimum(folder):
     one, task = run("SAM(rho=0.2)", seed=1), tasks.load(TINY, 1)
-    ended = record.read(runs.path_of(folder, one))
+    ended = files.load(runs.path_of(folder, one), Record)
     found = minima.measured(folder, one, ended)
     assert minima.read(folder, one) == found
     model = minima.trained(folder, one, ended, task)

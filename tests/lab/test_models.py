@@ -1,6 +1,5 @@
 """Models: published sizes, shapes, how they look at examples; augmentation: what is drawn and what is done."""
 
-import json
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -12,7 +11,6 @@ from torch import nn
 import steppe
 from steppe.lab import augment, models, tasks
 from steppe.lab.errors import LabError
-from steppe.lab.models.pretrained import constants_of, tokenised
 from steppe.lab.settings import Settings
 from steppe.lab.train import Session, train
 
@@ -73,8 +71,6 @@ def test_large_images_get_imagenets_stem():
         ("vit-x4", CIFAR, "unknown model"),
         ("vit-s5", CIFAR, "patches of 5 do not tile images of 32 x 32"),
         ("cnn-4", torch.zeros(64), "model cnn-4 takes images, and an example has shape"),
-        ("resnet18", {"input_ids": torch.zeros(3)}, "takes no texts"),
-        ("hf:nowhere", CIFAR, "no config.json in nowhere"),
     ],
 )
 def test_models_that_do_not_fit_are_told(name, example, message):
@@ -153,74 +149,3 @@ def test_cifar_is_cropped_and_flipped_and_a_run_can_be_made_again(cifar):
 def test_only_images_are_augmented():
     with pytest.raises(LabError, match="augment crop is for images, and digits has none"):
         tasks.check(Settings(augment="crop"))
-
-
-# ---- checkpoints of transformers
-
-TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-
-
-@pytest.fixture
-def vit(transformers, tmp_path):
-    config, folder = transformers.ViTConfig(**TINY, num_hidden_layers=2, image_size=32, patch_size=8), tmp_path / "vit"
-    transformers.ViTForImageClassification(config).save_pretrained(str(folder))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    return folder
-
-
-def test_a_vit_is_fine_tuned_from_its_checkpoint(vit, cifar, transformers):
-    name = f"hf:{vit}"
-    kept = transformers.ViTForImageClassification.from_pretrained(str(vit)).state_dict()
-    model = models.build(name, CIFAR, 10)
-    own = {key.removeprefix("inner."): value for key, value in model.state_dict().items()}
-    assert all(torch.equal(own[key], kept[key]) for key in kept if not key.startswith("classifier"))
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert constants_of(name) == ((0.5,) * 3, (0.5,) * 3)
-    settings = replace(cifar, model=name, optimizer="adamw", lr=1e-3, epochs=1)
-    assert tasks.load(settings, 0).inputs[:60].abs().max() <= 1  # the checkpoint's own constants, not CIFAR's
-    assert train(run("SAM(rho=0.05)", settings=settings)).base.startswith("AdamW(lr=0.001, betas=(0.9, 0.999)")
-    with pytest.raises(LabError, match=r"takes images of 32 pixels, not 48 x 48; see --image-size"):
-        models.build(name, torch.zeros(3, 48, 48), 10)
-    with pytest.raises(LabError, match="takes images, and the data are none"):
-        models.build(name, {"input_ids": torch.zeros(3)}, 10)
-
-
-@pytest.fixture
-def bert(transformers, tmp_path):
-    """A tiny BERT with a word-piece tokenizer of ten words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "not"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    folder = tmp_path / "bert"
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(str(folder))
-    transformers.BertModel(transformers.BertConfig(**TINY, num_hidden_layers=1, vocab_size=10)).save_pretrained(folder)
-    return folder
-
-
-def test_texts_are_tokenised_padded_and_cut_to_what_a_batch_needs(bert):
-    tokens = tokenised(f"hf:{bert}", [("good film",), ("very " * 60,), ("bad",)])
-    assert tokens.lengths.tolist() == [4, 62, 3]
-    assert tokens[torch.tensor([0, 2])]["input_ids"].shape == (2, 32)  # rounded up to a multiple of 32
-    assert tokens[0:2]["input_ids"].shape == (2, 62)
-    assert tokens.take(torch.tensor([2]))[0]["input_ids"][:4].tolist() == [2, 6, 3, 0]
-    assert tokenised(f"hf:{bert}", [("very " * 500,)]).lengths.tolist() == [128]
-    pair = tokenised(f"hf:{bert}", [("good", "bad film")])
-    assert pair.parts["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
-    with pytest.raises(LabError, match="model cnn-4 takes no texts"):
-        tokenised("cnn-4", [("good",)])
-
-
-def test_a_text_encoder_is_fine_tuned(bert, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
-    rows = {"sentence": ["good film", "very bad", "not good", "very good film"] * 8, "label": [1, 0, 0, 1] * 8}
-    formats.saved(
-        datasets, tmp_path / "glue", {"sentence": "string", "label": ["no", "yes"]}, train=rows, validation=rows
-    )
-    settings = Settings("hf", str(tmp_path / "glue"), 32, 0.0, f"hf:{bert}", 20, 16, lr=3e-3, optimizer="adamw")
-    record = train(run("SAM(rho=0.05)", settings=settings))
-    assert record.test_error == 0
-    assert record.curves == train(run("SAM(rho=0.05)", settings=settings)).curves  # dropout and all

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from steppe.lab import files, record, report, runs, spec
+from steppe.lab import files, report, runs, spec
 from steppe.lab.errors import LabError
+from steppe.lab.record import Record
 from steppe.lab.runs import Plan, open_for, path_of
 from steppe.lab.train import train
 
@@ -18,8 +19,8 @@ def finished():
 
 def test_round_trip(tmp_path, finished):
     path = tmp_path / "runs" / "a.json"
-    record.save(path, finished)
-    assert record.read(path) == finished
+    files.save(path, finished)
+    assert files.load(path, Record) == finished
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -57,7 +58,7 @@ def damaged(**changes):
 def test_a_damaged_file_is_no_finished_run(tmp_path, finished, damage):
     plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 1))
     path = path_of(tmp_path, plan.runs()[0])
-    record.save(path, finished)
+    files.save(path, finished)
     assert len(runs.finished(tmp_path, plan)[0]) == 1
     path.write_text(damage(json.loads(path.read_text())))
     records, problems = runs.finished(tmp_path, plan)
@@ -65,10 +66,17 @@ def test_a_damaged_file_is_no_finished_run(tmp_path, finished, damage):
     assert problems[0].startswith("sam-rho0.1-s0.json is ignored")
 
 
+def test_a_comparison_of_data_that_only_older_versions_read_is_reported(tmp_path, finished):
+    settings = replace(TINY, data="svhn")
+    plan = open_for(tmp_path, plan_of("SAM(rho=0.1)", settings=settings))
+    files.save(path_of(tmp_path, plan.runs()[0]), replace(finished, settings=settings.to_dict()))
+    assert len(report.write(tmp_path).records) == 1
+
+
 def test_a_newer_format_is_no_damage(tmp_path, finished):
     plan = runs.open_for(tmp_path, plan_of("SAM(rho=0.1)"))
     path = runs.path_of(tmp_path, plan.runs()[0])
-    record.save(path, finished)
+    files.save(path, finished)
     path.write_text(damaged(format=2)(json.loads(path.read_text())))
     with pytest.raises(LabError, match=r"format 2, of a newer steppe; this one reads format 1\. Update steppe"):
         runs.finished(tmp_path, plan)
@@ -76,7 +84,7 @@ def test_a_newer_format_is_no_damage(tmp_path, finished):
 
 def test_another_runs_record_is_not_taken(tmp_path, finished):
     plan = open_for(tmp_path, Plan(TINY, (spec.parse("SAM(rho=0.1)"),), 2))
-    record.save(path_of(tmp_path, plan.runs()[1]), finished)  # seed 0 in the file of seed 1
+    files.save(path_of(tmp_path, plan.runs()[1]), finished)  # seed 0 in the file of seed 1
     assert runs.finished(tmp_path, plan)[0] == {}
 
 

@@ -11,9 +11,9 @@ import pytest
 from plotly.graph_objects import Figure
 
 from steppe.lab import files, report, runs, spec, summary, tables
-from steppe.lab.report.figures import COLOURS, CurveStyle, results
+from steppe.lab.report.figures import COLOURS, learning, look
 from steppe.lab.report.sensitivity import searches, sensitivities
-from steppe.lab.statistics import paired
+from steppe.lab.statistics import mean, paired, spread
 
 from .helpers import TINY, steppe_cli, trained
 
@@ -81,7 +81,6 @@ def test_collapsed_runs_are_flagged(found):
     notes = " ".join(tables.notes(fallen))
     assert "counted in the means: SAM(rho=0.1) seed 2." in notes
     assert "not finite: SAM(rho=0.1) seed 2 (4)." in notes
-    assert "x" in results(fallen)[0].data[4]["marker"]["symbol"]
     assert sensitivities(fallen)[0].data[0]["marker"]["symbol"] == ["diamond", "diamond", "x"]
     assert "1 of 3" in report.render(fallen)
 
@@ -94,22 +93,22 @@ def test_markdown_holds_the_table_and_how_to_read_it(found):
 
 
 def test_figures_are_valid_and_complete(found):
-    drawn = {figure.id: figure for figure in results(found) + sensitivities(found)}
-    expected = ["errors", "test-error", "train-loss", "cost-passes", "cost-seconds", "over-SAM-m"]
-    assert list(drawn) == expected
+    drawn = {figure.id: figure for figure in learning(found) + sensitivities(found)}
+    assert list(drawn) == ["test-error", "train-loss", "over-SAM"]
     for figure in drawn.values():
         Figure(figure.data, figure.layout)  # raises on a property that plotly does not know
-    assert len(drawn["errors"].data[0]["x"]) == 3
     assert drawn["test-error"].data[3]["x"] == list(range(1, 7))
-    front = drawn["cost-passes"].data[-1]
-    assert front["x"][0] == 3
-    assert front["y"] == sorted(front["y"], reverse=True)
+    errors = [100 * r.curves["test_error"][-1] for r in found.of(spec.parse("SAM(rho=0.1)"))]
+    band, line = drawn["test-error"].data[4:6]
+    assert line["y"][-1] == pytest.approx(mean(errors))
+    assert band["y"][2] == pytest.approx(mean(errors) + spread(errors))  # there and back
+    assert band["y"][3] == pytest.approx(mean(errors) - spread(errors))
 
 
 def test_the_looks_of_curves_differ_by_more_than_colour_and_are_seen_on_every_page():
-    looks = [CurveStyle.of(i) for i in range(60)]
-    assert len({(look.colour, look.dash) for look in looks}) == 60
-    assert all(one.dash != other.dash and one.symbol != other.symbol for one, other in pairwise(looks))
+    looks = [look(i) for i in range(60)]
+    assert len({(colour, dash) for colour, dash, _ in looks}) == 60
+    assert all(one[1] != other[1] and one[2] != other[2] for one, other in pairwise(looks))
     assert min(contrast(colour, card) for colour in COLOURS for card in CARDS) >= 3
 
 
@@ -149,19 +148,25 @@ def test_sensitivity_is_over_one_option_with_all_others_fixed(found):
         "SAM(rho=0.2, m=16)": 6,
         "SAM(rho=0.1, m=4)": 4,
     }
-    assert drawn(sensitivities(with_errors(found, errors))) == {
-        "over-SAM-m": {"rho 0.2": [("8", 5), ("16", 6), ("64", 9)]},  # m left out is the whole batch
-        "over-SAM-rho": {"m 64": [("0.2", 9), ("0.5", 8)]},
+    figures = sensitivities(with_errors(found, errors))
+    assert drawn(figures) == {
+        "over-SAM": {
+            "rho 0.1": [("4", 4)],
+            "rho 0.2": [("8", 5), ("16", 6), ("64", 9)],  # m left out is the whole batch
+            "rho 0.5": [("64", 8)],
+        }
     }
+    assert figures[0].layout["xaxis"]["title"] == {"text": "m"}
+    assert figures[0].layout["xaxis"]["categoryarray"] == ["4", "8", "16", "64"]
 
 
 def test_a_grid_is_drawn_once_and_options_left_out_have_their_defaults(found):
     errors = {f"WSAM(rho={rho}, gamma={gamma})": 10 * rho + gamma for rho in (0.1, 0.2) for gamma in (0.5, 0.7, 0.8)}
     figures = drawn(sensitivities(with_errors(found, errors)))
-    assert list(figures) == ["over-WSAM-gamma"]
-    assert list(figures["over-WSAM-gamma"]) == ["rho 0.1", "rho 0.2"]
+    assert list(figures) == ["over-WSAM"]
+    assert list(figures["over-WSAM"]) == ["rho 0.1", "rho 0.2"]
     default = drawn(sensitivities(with_errors(found, {"WSAM(rho=0.1)": 3, "WSAM(rho=0.1, gamma=0.5)": 5})))
-    assert default["over-WSAM-gamma"] == {"": [("0.5", 5), ("0.9", 3)]}
+    assert default["over-WSAM"] == {"": [("0.5", 5), ("0.9", 3)]}
     assert sensitivities(with_errors(found, {"SGD": 1, "SAM(rho=0.1)": 2, "USAM(rho=0.2)": 3})) == []
     assert sensitivities(with_errors(found, {"SAM(rho=0.1)": 2, "SAM(rho=0.2, m=8)": 3})) == []
 

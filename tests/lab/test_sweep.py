@@ -150,7 +150,7 @@ def test_points_queued_twice_are_claimed_once(storage):
 def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
     grid = Grid.open(storage, "s", BASE)
     slow = grid.claim()
-    storage.set_trial_state_values(grid.id(slow), TrialState.FAIL)  # what a missed heartbeat leads to
+    storage.set_trial_state_values(slow._trial_id, TrialState.FAIL)  # what a missed heartbeat leads to
     assert points_of(grid) == [1, 2, 3, 0]
     grid.tell(slow, 0.0, TrialState.COMPLETE)
     assert {index: trial.value for index, trial in grid.ended().items()} == dict.fromkeys(range(4), 1.0)
@@ -167,7 +167,7 @@ def test_an_interrupted_point_is_queued_again_at_once(tmp_path, storage, monkeyp
     monkeypatch.setattr(work, "train", lambda run: SimpleNamespace(test_error=run.settings.lr))
     values, (ended,) = work.search(asked, str(storage.engine.url), "s")
     assert values == {"lr": 0.05, "weight_decay": 1e-4}  # the first among equals
-    assert [point["error"] for point in ended.points] == [5.0, 5.0, 10.0, 10.0]
+    assert [point["error"] for point in ended["points"]] == [5.0, 5.0, 10.0, 10.0]
 
 
 def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_point_in_the_worst_quarter_gets_no_further_seed(storage, monkeypatch)
     asked = Search(VALID, (Stage("base", "SGD", {"lr": lrs}),), seeds=3)
     values, (ended,) = work.search(asked, str(storage.engine.url), "s")
     assert values == {"lr": 0.05}
-    assert [point["dropped"] for point in ended.points] == [False] * 4 + [True, False]
+    assert [point["dropped"] for point in ended["points"]] == [False] * 4 + [True, False]
     assert seen == {0.1: 3, 0.2: 3, 0.3: 3, 0.4: 3, 0.9: 1, 0.05: 3}
 
 

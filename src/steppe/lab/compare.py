@@ -6,9 +6,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
@@ -17,11 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from steppe.lab import files, record
+from steppe.lab import files
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
-from steppe.lab.runs import Plan, Run, finished, keep_weights, open_for, path_of
-from steppe.lab.terminal import Display
+from steppe.lab.runs import Plan, Run, finish, finished, open_for
+from steppe.lab.terminal import Display, line
 from steppe.lab.train import Session
 
 _EVERY = 0.1  # seconds between two progress messages of a run
@@ -41,25 +39,17 @@ def compare(
 ) -> list[Failure]:
     """Train and record the runs of a plan that a directory lacks; return those that failed.
 
-    Finished runs are kept whatever happens, also if this raises: ``KeyboardInterrupt`` on Ctrl-C, ``BrokenExecutor`` if
-    a process was lost.
-
-    Args:
-        folder: the run directory, which is created or continued.
-        asked: methods times seeds.
-        workers: processes; ``None`` is one for each core.
-        hardware: what every process runs on.
-        console: shows the progress; ``None`` is the standard output.
+    Finished runs are kept whatever happens. ``workers`` is one process for each core if ``None``.
 
     Raises:
         LabError: the directory holds something else, or another command works in it.
+        BrokenExecutor: a process was lost.
     """
     console = console or Console()
     with files.hold(folder):
         known, _ = finished(folder, open_for(folder, asked))
         runs = [run for run in asked.runs() if run not in known]
-        done = len(asked.runs()) - len(runs)
-        console.print(f"{len(runs)} runs to do, {done} already in {folder}", highlight=False, soft_wrap=True)
+        line(console, f"{len(runs)} runs to do, {len(asked.runs()) - len(runs)} already in {folder}")
         if not runs:
             return []
         with Display(console, "all runs", sum(run.epochs for run in runs)) as display:
@@ -68,11 +58,15 @@ def compare(
 
 def _train_all(folder: Path, runs: list[Run], workers: int, hardware: Hardware, display: Display) -> list[Failure]:
     context = multiprocessing.get_context("spawn")
-    messages: SimpleQueue[tuple[Run, int, int]] = context.SimpleQueue()
+    messages: SimpleQueue[tuple[Run, float]] = context.SimpleQueue()
     stop = context.Event()
     with ProcessPoolExecutor(min(workers, len(runs)), context, _enter, (messages, stop)) as pool:
-        with _interrupts_ignored():  # inherited by the processes that the first submit starts
+        # the processes that the first submit starts inherit that they ignore Ctrl-C
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             futures = {pool.submit(_execute, folder, run, hardware): run for run in runs}
+        finally:
+            signal.signal(signal.SIGINT, before)
         try:
             return _follow(futures, messages, display)
         except BaseException:
@@ -82,50 +76,35 @@ def _train_all(folder: Path, runs: list[Run], workers: int, hardware: Hardware, 
 
 
 def _follow(
-    futures: dict["Future[Record | Failure]", Run], messages: "SimpleQueue[tuple[Run, int, int]]", display: Display
+    futures: dict["Future[Record | Failure]", Run], messages: "SimpleQueue[tuple[Run, float]]", display: Display
 ) -> list[Failure]:
     pending, ended, failures = set(futures), 0, []
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         while not messages.empty():
-            run, step, steps = messages.get()
-            epochs = run.epochs * step / steps
+            run, epochs = messages.get()
             display.part(str(run), epochs, run.epochs, f"epoch {int(epochs)}/{run.epochs}")
         for future in done:
             run, result, ended = futures[future], future.result(), ended + 1
-            count = f"{ended}/{len(futures)}"
             display.part(str(run), run.epochs, run.epochs)
-            display.update(note=count)
+            display.update(note=f"{ended}/{len(futures)}")
             if isinstance(result, Failure):
                 failures.append(result)
                 display.line(f"{run} failed: {result.reason}")
             else:
+                error = f"error {100 * result.test_error:.1f} %, {result.seconds:.1f} s"
                 collapsed = ", collapsed" if result.collapsed else ""
-                error = f"error {100 * result.test_error:.1f} %, {result.seconds:.1f} s{collapsed}"
-                display.line(f"{count} {run}: {error}", always=False)
+                display.line(f"{ended}/{len(futures)} {run}: {error}{collapsed}", always=False)
     return failures
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --- in the worker process
 
 
-class _Interrupted(Exception):  # noqa: N818 - it is no error
-    """Raised in a run to stop it, when the comparison is interrupted."""
+_channel: "tuple[SimpleQueue[tuple[Run, float]], Event]"
 
 
-_channel: "tuple[SimpleQueue[tuple[Run, int, int]], Event]"
-
-
-def _enter(messages: "SimpleQueue[tuple[Run, int, int]]", stop: Event) -> None:
+def _enter(messages: "SimpleQueue[tuple[Run, float]]", stop: Event) -> None:
     global _channel
     _channel = (messages, stop)
     torch.set_num_threads(1)
@@ -147,12 +126,11 @@ def _execute(folder: Path, run: Run, hardware: Hardware) -> Record | Failure:
         session = Session(run, hardware.open())
         for _ in session.fit():
             if stop.is_set():
-                raise _Interrupted
-            if time.monotonic() - told > _EVERY or session.step == session.steps:
-                messages.put((run, session.step, session.steps))
+                raise KeyboardInterrupt  # as in the parent
+            if time.monotonic() - told > _EVERY:
+                messages.put((run, run.epochs * session.step / session.steps))
                 told = time.monotonic()
-        keep_weights(folder, run, session.model.state_dict())
-        record.save(path_of(folder, run), found := session.record())
+        finish(folder, run, found := session.record(), session.model.state_dict())
         return found
     except Exception as error:  # returned as text: not every exception survives pickling
         return Failure(run, f"{type(error).__name__}: {error}", traceback.format_exc())

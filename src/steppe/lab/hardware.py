@@ -17,33 +17,25 @@ from steppe.lab.errors import LabError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("ddp", "fsdp")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class Hardware:
     """The hardware that a run asks for.
 
-    Args:
-        device: cpu, cuda or mps; auto is the first accelerator that torch finds, else the cpu.
-        devices: processes on each node, one for each device; ``torchrun`` overrides it.
-        nodes: machines; ``torchrun`` overrides it.
-        strategy: ddp (a whole model in each process) or fsdp (parameters sharded by FSDP2), for several processes.
-        precision: fp32, or bf16 or fp16 under autocast with parameters in float32; fp16 with a loss scaler.
-
     Raises:
-        LabError: a value is none of these.
+        LabError: a value is none of those that are listed here.
     """
 
-    device: str = "cpu"
-    devices: int = 1
-    nodes: int = 1
-    strategy: str = "ddp"
-    precision: str = "fp32"
+    device: str = "cpu"  # or cuda, mps; auto is the first accelerator that torch finds, else the cpu
+    devices: int = 1  # processes on each node, one for each device; torchrun overrides it
+    nodes: int = 1  # machines; torchrun overrides it
+    strategy: str = "ddp"  # a whole model in each process; or fsdp: parameters sharded by FSDP2
+    precision: str = "fp32"  # or bf16, under autocast with parameters in float32
 
     def __post_init__(self) -> None:
-        choices = {"device": DEVICES, "strategy": STRATEGIES, "precision": tuple(PRECISIONS)}
-        for name, known in choices.items():
+        for name, known in (("device", DEVICES), ("strategy", STRATEGIES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise LabError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name in ("devices", "nodes"):
@@ -56,9 +48,10 @@ class Hardware:
         Raises:
             LabError: the device is missing, or Lightning Fabric is not installed.
         """
-        kind = next((kind for kind in ("cuda", "mps") if _has(kind)), "cpu") if self.device == "auto" else self.device
-        if not _has(kind):
-            raise LabError(f"device {kind} is missing: {missing(kind)}")
+        available = found()
+        kind = available[0] if self.device == "auto" else self.device
+        if kind not in available:
+            raise LabError(f"device {kind} is missing: torch {torch.__version__} finds {', '.join(available)} alone")
         local, nodes = self._launched()
         if local * nodes == 1:
             return Process(torch.device(kind), self.precision)
@@ -73,28 +66,21 @@ class Hardware:
         return local, int(os.environ["WORLD_SIZE"]) // local
 
 
-def _has(kind: str) -> bool:
-    if kind == "cpu":
-        return True
-    return torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
-
-
-def missing(kind: str) -> str:
-    """Return why torch has no device of this kind."""
-    built = torch.backends.cuda.is_built() if kind == "cuda" else torch.backends.mps.is_built()
-    return "torch finds no such device" if built else f"this torch ({torch.__version__}) is built without it"
+def found() -> list[str]:
+    """Return the kinds of devices of this machine, the cpu last."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, there in available.items() if there]
 
 
 def _fabric(kind: str, local: int, nodes: int, strategy: str) -> Any:
     try:
         from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+        from lightning_fabric.strategies import ModelParallelStrategy
     except ImportError as error:
-        raise LabError(
-            f'several processes need Lightning Fabric ({error}): pip install "steppe[distributed]"'
-        ) from None
+        message = f'several processes need Lightning Fabric ({error}): pip install "steppe[distributed]"'
+        raise LabError(message) from None
     sharded = ModelParallelStrategy(_shard, data_parallel_size=local * nodes, tensor_parallel_size=1)
-    chosen = DDPStrategy() if strategy == "ddp" else sharded
+    chosen = "ddp" if strategy == "ddp" else sharded
     fabric = Fabric(accelerator=kind, devices=local, num_nodes=nodes, strategy=chosen)
     fabric.launch()
     return fabric
@@ -133,12 +119,7 @@ class Process:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of forward passes."""
-        dtype = PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """Return the gradient scaler that fp16 needs, ``None`` for other precisions."""
-        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this process's part of a batch's rows: every ``world``-th."""
@@ -153,10 +134,9 @@ class Process:
 
     def gather(self, thing: Any) -> list[Any]:
         """Return the ``thing`` of every process, in the order of ranks."""
-        if self.fabric is None:
-            return [thing]
-        everyone: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(everyone, thing)
+        everyone = [thing] * self.world
+        if self.fabric is not None:
+            torch.distributed.all_gather_object(everyone, thing)
         return everyone
 
     def on_first(self, act: Callable[[], object]) -> None:

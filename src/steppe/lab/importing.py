@@ -18,8 +18,7 @@ def imported(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise LabError(f"the function must be named as module:function, got {name!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
+    if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), attribute, None)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 _AHEAD = 3  # batches that are decoded before they are needed
-_MULTIPLE = 32  # lengths of batches of texts are rounded up to it
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,14 @@ class Files:
 class Images:
     """Images as bytes, shape (n, channels, height, width); indexing returns ``(bytes - mean) / spread`` in float32.
 
-    Args:
-        pixels: the images in memory, or files.
-        mean: of the bytes, in 0 to 255: one number, or one for each channel.
-        spread: their standard deviation, likewise.
-        side: of the returned images: larger ones are cropped at the centre, smaller ones scaled up; ``None``: neither.
-        device: of the returned images.
+    Larger images than ``side`` are cropped at the centre, smaller ones scaled up.
     """
 
     pixels: Tensor | Files
-    mean: Tensor
-    spread: Tensor
+    mean: Tensor  # of the bytes, in 0 to 255: one number, or one for each channel
+    spread: Tensor  # their standard deviation, likewise
     side: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # of the returned images
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -84,7 +78,8 @@ class Images:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Return standardised images of bytes."""
-        side, own = self.side or raw.shape[-1], raw.shape[-1]
+        own = raw.shape[-1]
+        side = self.side or own
         if own > side:
             edge = (own - side) // 2
             raw = raw[..., edge : edge + side, edge : edge + side]
@@ -101,36 +96,7 @@ class Images:
         return Images(pixels, self.mean.to(device), self.spread.to(device), self.side, device)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as a tokenizer's tensors, shape (n, length) each; indexing cuts the padding that no chosen text needs.
-
-    Args:
-        parts: input_ids, attention_mask and other inputs of the model, by name.
-        lengths: tokens of each text, on the CPU, so that reading them does not wait for the device.
-    """
-
-    parts: dict[str, Tensor]
-    lengths: Tensor
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, rows: int | slice | Tensor) -> dict[str, Tensor]:
-        longest = int(self.lengths[rows].max())
-        kept = -(-longest // _MULTIPLE) * _MULTIPLE  # few different lengths: shared passes are verified for each
-        return {name: part[rows][..., :kept] for name, part in self.parts.items()}
-
-    def take(self, rows: Tensor | slice) -> "Tokens":
-        """Return the chosen texts as a set."""
-        return Tokens({name: part[rows] for name, part in self.parts.items()}, self.lengths[rows])
-
-    def to(self, device: torch.device) -> "Tokens":
-        """Return the set on a device."""
-        return Tokens({name: part.to(device) for name, part in self.parts.items()}, self.lengths)
-
-
-Examples = Tensor | Images | Tokens
+Examples = Tensor | Images
 
 
 def take(examples: Any, rows: Tensor | slice) -> Any:

@@ -2,14 +2,14 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from steppe.lab.errors import LabError
 from steppe.lab.files import finite, write
 from steppe.lab.hardware import ALONE, Process
 from steppe.lab.record import CURVES
@@ -34,12 +34,11 @@ class Meter:
     def count(self, optimizer: torch.optim.Optimizer) -> None:
         """Add one step's passes and telemetry, on its device; a plain optimizer makes one pass of each kind."""
         telemetry = getattr(optimizer, "telemetry", None)
-        self.forwards += 1 if telemetry is None else float(telemetry.forwards)
-        self.backwards += 1 if telemetry is None else float(telemetry.backwards)
-        self.skipped += 0 if telemetry is None else int(telemetry.was_skipped)
+        self.forwards += float(getattr(telemetry, "forwards", 1))
+        self.backwards += float(getattr(telemetry, "backwards", 1))
+        self.skipped += int(getattr(telemetry, "was_skipped", 0))
         for name, values in self.sums.items():
-            value = getattr(telemetry, name, None)
-            if value is not None:
+            if (value := getattr(telemetry, name, None)) is not None:
                 values.append(value)
 
     def evaluate(self, epoch: int, model: nn.Module, task: Task, process: Process = ALONE) -> None:
@@ -87,54 +86,23 @@ def evaluate(model: nn.Module, inputs: Any, labels: Tensor, process: Process = A
     return loss, error
 
 
-class Metrics:
-    """A file of JSON lines, each with the step after which it was made, and TensorBoard events if wanted.
+def reopened(path: Path, step: int) -> IO[str]:
+    """Open a file of metrics to append to; lines of later steps are dropped, because they are made again."""
+    write(path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
+    return path.open("a", encoding="utf-8")
 
-    Args:
-        path: the file, which is appended to.
-        step: lines of later steps are dropped; they are made again when a run goes on from its checkpoint.
-        events: folder of TensorBoard events; ``None`` for none.
 
-    Raises:
-        LabError: events are wanted and TensorBoard is not installed.
-    """
-
-    def __init__(self, path: Path, step: int, events: Path | None = None) -> None:
-        write(path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
-        self.file = path.open("a", encoding="utf-8")
-        self.events: Any = None if events is None else _writer(events, step)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null."""
-        line = {key: finite(value) if isinstance(value, float) else value for key, value in line.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in line.items() if self.events else ():
-            if isinstance(value, int | float) and name != "step":
-                self.events.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        """Close the file and flush the events."""
-        self.file.close()
-        if self.events:
-            self.events.close()
+def append(file: IO[str], line: dict[str, Any]) -> None:
+    """Append a JSON object as one line; numbers that are not finite become null."""
+    file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+    file.flush()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a file, without one that a killed process left half written."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
-    return lines
-
-
-def _writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise LabError(f'events need TensorBoard ({error}): pip install "steppe[tensorboard]"') from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    for text in texts:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from steppe import measure
 from steppe.lab import files, models, tasks
-from steppe.lab.environment import environment
 from steppe.lab.errors import LabError
 from steppe.lab.files import finite
 from steppe.lab.metrics import SEEN, evaluate
-from steppe.lab.record import Record
+from steppe.lab.record import Record, environment
 from steppe.lab.runs import Run, path_of
 from steppe.measure import Minimum
 
@@ -42,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The training examples whose loss a run records, in batches."""
+    """The training examples whose loss a run records, in batches that are made when they are needed."""
 
     task: tasks.Task
 
@@ -76,7 +75,8 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
     started = time.perf_counter()
     task = tasks.load(run.settings, run.seed)
     model = trained(folder, run, ended, task)
-    criterion, data = nn.CrossEntropyLoss(reduction="none"), _Seen(task)
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    data = _Seen(task)
     found = measure.minimum(model, criterion, data, seed=run.seed)
     problem = measure.Problem(model, criterion, data)
     line = measure.line(problem, measure.filter_normalised(problem, seed=run.seed), STEPS)
@@ -89,14 +89,11 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
         settings=run.settings.to_dict(),
         minimum=found,
         slice={"t": list(line.t), "loss": [finite(loss) for loss in line.loss]},
-        spectrum={
-            "node": torch.cat(density.nodes).tolist(),
-            "share": (torch.cat(density.weights) / PROBES).tolist(),
-        },
+        spectrum={"node": torch.cat(density.nodes).tolist(), "share": (torch.cat(density.weights) / PROBES).tolist()},
         seconds=time.perf_counter() - started,
         environment=environment(),
     )
-    files.write_json(path_of(folder, run, "minima"), asdict(result))
+    files.save(path_of(folder, run, "minima"), result)
     return result
 
 
@@ -110,9 +107,8 @@ def read(folder: Path, run: Run) -> Measured | None:
     if not file.exists():
         return None
     try:
-        data = files.read_json(file)
-        found = Measured(**data | {"minimum": Minimum(**data.get("minimum", {}))})
-    except (ValueError, TypeError) as error:
+        found = files.load(file, Measured)
+    except ValueError as error:
         raise LabError(f"{file} is damaged: {error}. Delete it and measure again") from error
     if (found.method, found.seed, found.settings) != (str(run.method), run.seed, run.settings.to_dict()):
         raise LabError(f"{file} records another method, seed or settings. Delete it and measure again")

@@ -21,47 +21,26 @@ class Preset:
     whole: bool = False  # train on all examples that the data have
 
 
-_DIGITS = Settings()
-_FASHION = Settings(data="fashion-mnist", train_size=2000, model="cnn-32", epochs=60)
-_DIGITS_METHODS = (
-    "SGD",
-    "SGD(epochs=2x)",
-    "SAM(rho=0.2)",
-    "SAM(rho=0.5)",
-    "WSAM(rho=0.5, gamma=0.9)",
-    "SAM(rho=0.2, m=64)",
-    "SAM(rho=0.2, m=32)",
-    "SAM(rho=0.2, m=16)",
-    "SAM(rho=0.2, m=8)",
-    "RWSAM(rho=0.5)",
-)
-_QUICK_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.2)", "SAM(rho=0.5)", "SAM(rho=0.2, m=8)")
-_FASHION_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.05)", "SAM(rho=0.1)", "SAM(rho=0.05, m=32)")
-_FASHION_QUICK = replace(_FASHION, train_size=1000, model="cnn-16", epochs=10, lr=0.1)
+_BASE = ("SGD", "SGD(epochs=2x)")
+_NOISY = (*_BASE, "SAM(rho=0.2)", "SAM(rho=0.5)")
+_DIGITS = (*_NOISY, "WSAM(rho=0.5, gamma=0.9)", *(f"SAM(rho=0.2, m={m})" for m in (64, 32, 16, 8)), "RWSAM(rho=0.5)")
+_FASHION = (*_BASE, "SAM(rho=0.05)", "SAM(rho=0.1)", "SAM(rho=0.05, m=32)")
+_PAPER = (*_BASE, "SAM(rho=0.1)", "WSAM(rho=0.1, gamma=0.9)")
+_SMALL = ("SGD", "SAM(rho=0.05)")
 
+_CLOTHES = Settings(data="fashion-mnist", train_size=2000, model="cnn-32", epochs=60)
 _CIFAR = Settings("cifar10", None, 50_000, 0.0, "resnet18", epochs=200, weight_decay=1e-3)  # WSAM's, of its Table 5
-_SVHN = replace(_CIFAR, data="svhn", train_size=73_257, epochs=100, weight_decay=5e-4)
-_FOLDER = Settings("image-folder", None, 256, 0.0, "resnet18", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4)
-_IMAGENET = replace(_FOLDER, data="imagenet", model="resnet50", label_smoothing=0.1)  # SAM's, batch / 16
-_TEXT = Settings(
-    "fortunes", None, 800, 0.0, "minilm", epochs=3, batch_size=32, lr=5e-5, weight_decay=0.01, optimizer="adamw"
-)
-_OWN = Settings("", None, 128, 0.0, epochs=50)
-_PAPER_METHODS = ("SGD", "SGD(epochs=2x)", "SAM(rho=0.1)", "WSAM(rho=0.1, gamma=0.9)")
-_TEXT_METHODS = ("AdamW", "SAM(rho=0.05)", "WSAM(rho=0.05, gamma=0.9)")
+_OWN = Preset(Settings("", None, 128, 0.0, epochs=50), (*_BASE, "SAM(rho=0.05)"), 3, whole=True)
 
-PRESETS: dict[tuple[str, bool], Preset] = {
-    ("digits", False): Preset(_DIGITS, _DIGITS_METHODS, 5),
-    ("digits", True): Preset(replace(_DIGITS, model="mlp-128-128", train_size=600, epochs=80), _QUICK_METHODS, 3),
-    ("fashion-mnist", False): Preset(_FASHION, _FASHION_METHODS, 3),
-    ("fashion-mnist", True): Preset(_FASHION_QUICK, ("SGD", "SAM(rho=0.05)"), 2),
-    ("cifar10", False): Preset(_CIFAR, _PAPER_METHODS, 3),
-    ("cifar100", False): Preset(replace(_CIFAR, data="cifar100"), _PAPER_METHODS, 3),
-    ("svhn", False): Preset(_SVHN, _PAPER_METHODS, 3),
-    ("imagenet", False): Preset(_IMAGENET, ("SGD", "SAM(rho=0.05)"), 1, whole=True),
-    ("image-folder", False): Preset(_FOLDER, ("SGD", "SAM(rho=0.05)"), 3, whole=True),
-    ("fortunes", False): Preset(_TEXT, _TEXT_METHODS, 3),
-    ("hf", False): Preset(replace(_TEXT, data="hf"), _TEXT_METHODS, 3, whole=True),
+PRESETS: dict[str, Preset] = {
+    "digits": Preset(Settings(), _DIGITS, 5),
+    "fashion-mnist": Preset(_CLOTHES, _FASHION, 3),
+    "cifar10": Preset(_CIFAR, _PAPER, 3),
+    "cifar100": Preset(replace(_CIFAR, data="cifar100"), _PAPER, 3),
+}
+QUICK: dict[str, Preset] = {
+    "digits": Preset(Settings(model="mlp-128-128", train_size=600, epochs=80), (*_NOISY, "SAM(rho=0.2, m=8)"), 3),
+    "fashion-mnist": Preset(replace(_CLOTHES, train_size=1000, model="cnn-16", epochs=10, lr=0.1), _SMALL, 2),
 }
 
 
@@ -71,14 +50,14 @@ def preset(data: str, quick: bool = False) -> Preset:
     Raises:
         LabError: the source is unknown, or has no tiny version.
     """
-    if ":" in data and not quick:
-        return Preset(replace(_OWN, data=data), ("SGD", "SGD(epochs=2x)", "SAM(rho=0.05)"), 3, whole=True)
-    if (data, quick) in PRESETS:
-        return PRESETS[data, quick]
-    known = sorted({name for name, _ in PRESETS})
-    if data in known or ":" in data:
-        raise LabError(f"--quick is for {' and '.join(name for name, tiny in PRESETS if tiny)}, not {data}")
-    raise LabError(f"unknown data {data!r}; choose from {', '.join(known)} or your own module:function")
+    if data not in PRESETS and ":" not in data:
+        known = ", ".join(sorted(PRESETS))
+        raise LabError(f"unknown data {data!r}; choose from {known} or your own module:function")
+    if quick and data not in QUICK:
+        raise LabError(f"--quick is for {' and '.join(QUICK)}, not {data}")
+    if data not in PRESETS:
+        return replace(_OWN, settings=replace(_OWN.settings, data=data))
+    return (QUICK if quick else PRESETS)[data]
 
 
 def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
@@ -91,8 +70,7 @@ def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
     if "data_dir" in changes:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if chosen.whole and "train_size" not in changes:
-        read = {key: changes[key] for key in ("data_dir", "image_size") if key in changes}
-        changes["train_size"] = tasks.offered(replace(chosen.settings, **read))
+        changes["train_size"] = tasks.offered(replace(chosen.settings, data_dir=changes.get("data_dir")))
     return replace(chosen.settings, **changes)
 
 

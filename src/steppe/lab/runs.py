@@ -1,25 +1,11 @@
 """The one format of run directories: ``run``, ``compare``, ``sweep`` and ``reproduce`` write it, ``report`` reads it.
 
 A directory holds methods times seeds under one :class:`~steppe.lab.settings.Settings`; ``steppe run`` makes one with a
-single run. NAME is METHOD-sSEED, such as ``sam-rho0.2-s0``; :func:`path_of` gives every path.
+single run. :func:`path_of` gives every path, ``docs/laboratory.md`` lists what the files hold. A run is finished when
+its record is there. In ``config.json``, ``seeds`` is 0 after ``sweep``, whose directory any comparison may continue.
 
-=========================  ============================================================================================
-``config.json``            settings, methods, baseline; ``seeds``, their number, and ``first``, the first of them;
-                           ``seeds`` is 0 after ``sweep``, whose directory any comparison may continue
-``recipe.json``            the recipe, its protocol and the values found for it (``reproduce``)
-``search.json``            every point of the search, and what was chosen (``reproduce``, ``sweep``)
-``study.db``               Optuna's SQLite storage of the search, unless another was named
-``runs/NAME.json``         the :class:`~steppe.lab.record.Record` of a finished run; its presence means finished
-``weights/NAME.pt``        its final ``state_dict``
-``minima/NAME.json``       what ``steppe measure`` found there
-``checkpoints/NAME.pt``    all that an unfinished run goes on from (``run``); removed when the run is finished
-``metrics/NAME.jsonl``     numbers along the way, one object a line (``run``)
-``tensorboard/``           the same as events (``run --tensorboard``)
-``report.html``            and ``summary.md``, ``summary.csv``: functions of the files above
-=========================  ============================================================================================
-
-JSON files carry ``"format": 1`` and are written by :func:`steppe.lab.files.write_json`. A damaged record is named and
-its run is made again; a newer format is refused. Directories of ``compare`` and ``reproduce`` of 0.1 have this format.
+A damaged record is named and its run is made again; a newer format is refused. Directories of ``compare`` and
+``reproduce`` of 0.1 have this format.
 """
 
 from collections.abc import Mapping
@@ -30,11 +16,11 @@ from typing import Any
 
 import torch
 
-from steppe.lab import record, spec
+from steppe.lab import spec
 from steppe.lab.errors import LabError
-from steppe.lab.files import clean, read_json, write, write_json
+from steppe.lab.files import clean, load, read_json, save, write, write_json
 from steppe.lab.record import Record
-from steppe.lab.settings import Settings, differences
+from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
 
 RECIPE, SEARCH = "recipe.json", "search.json"
@@ -106,8 +92,7 @@ class Context:
     @property
     def published(self) -> Mapping[str, float | None]:
         """Return the paper's test error in per cent by method, ``None`` for numbers that are not known."""
-        numbers: Mapping[str, float | None] = self.recipe.get("published", {})
-        return numbers
+        return self.recipe.get("published", {})  # type: ignore[no-any-return]
 
 
 def path_of(folder: Path, run: Run, kind: str = "runs") -> Path:
@@ -127,10 +112,7 @@ def open_for(folder: Path, asked: Plan, single: bool = False) -> Plan:
 def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
     """Return what a directory holds and what is asked for as one plan; write nothing.
 
-    Args:
-        folder: the directory.
-        asked: the plan to train.
-        single: the directory must hold exactly this plan; else methods and seeds may be added.
+    With ``single`` the directory must hold exactly this plan; else methods and seeds may be added.
 
     Raises:
         LabError: the directory holds something else.
@@ -141,24 +123,21 @@ def merged(folder: Path, asked: Plan, single: bool = False) -> Plan:
     old = read_plan(folder)
     if not old.seeds:
         return asked
-    exact = single or old.first or asked.first
-    changed = (_changes(old, asked) if exact else []) + differences(old.settings, asked.settings)
-    if changed:
+    exact = single or bool(old.first or asked.first)
+    before, now = _facts(old, exact), _facts(asked, exact)
+    if changed := [f"{name} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         raise LabError(f"{folder} holds other runs: {'; '.join(changed)}. Choose another --out")
     methods = tuple(dict.fromkeys(old.methods + asked.methods))
-    seeds = max(old.seeds, asked.seeds)
-    return Plan(asked.settings, methods, seeds, asked.baseline or old.baseline, asked.first)
+    return Plan(asked.settings, methods, max(old.seeds, asked.seeds), asked.baseline or old.baseline, asked.first)
 
 
-def _changes(old: Plan, new: Plan) -> list[str]:
-    """Return the methods and seeds in which two plans differ, as ``method was x, now y``."""
-
-    def told(plan: Plan) -> dict[str, str]:
-        seeds = [str(seed) for seed in range(plan.first, plan.first + plan.seeds)]
-        return {"method": ", ".join(map(str, plan.methods)), "seed": ", ".join(seeds)}
-
-    was, now = told(old), told(new)
-    return [f"{name} was {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
+def _facts(plan: Plan, exact: bool) -> dict[str, object]:
+    """Return the settings of a plan by name, with ``exact`` its methods and seeds too."""
+    settings = {name.replace("_", "-"): value for name, value in plan.settings.to_dict().items()}
+    if not exact:
+        return settings
+    seeds = ", ".join(map(str, range(plan.first, plan.first + plan.seeds)))
+    return {"method": ", ".join(map(str, plan.methods)), "seed": seeds} | settings
 
 
 def _refuse_others(folder: Path) -> None:
@@ -190,8 +169,7 @@ def read_plan(folder: Path) -> Plan:
         raise LabError(f"{folder} holds no runs (no config.json)")
     try:
         data = read_json(path)
-        settings = Settings(**data["settings"])
-        methods = tuple(spec.parse(text) for text in data["methods"])
+        settings, methods = Settings(**data["settings"]), tuple(map(spec.parse, data["methods"]))
         return Plan(settings, methods, int(data["seeds"]), spec.parse(data["baseline"]), int(data.get("first", 0)))
     except (ValueError, TypeError, KeyError) as error:
         raise LabError(f"{path} is damaged: {error}") from error
@@ -216,10 +194,9 @@ def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:
     """Return the plan's finished runs, and a line for every file that is no record of its run."""
     records, problems = {}, []
     for run in plan.runs():
-        path = path_of(folder, run)
-        if path.exists():
+        if (path := path_of(folder, run)).exists():
             try:
-                records[run] = _matching(run, record.read(path))
+                records[run] = _matching(run, load(path, Record))
             except ValueError as error:
                 problems.append(f"{path.name} is ignored: {error}")
     return records, problems
@@ -235,7 +212,8 @@ def _matching(run: Run, found: Record) -> Record:
     return found
 
 
-def keep_weights(folder: Path, run: Run, weights: dict[str, Any]) -> None:
-    """Write a run's final ``state_dict``."""
+def finish(folder: Path, run: Run, record: Record, weights: Mapping[str, Any]) -> None:
+    """Write a run's final ``state_dict``, then its record, which says that the run is finished."""
     on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
     write(path_of(folder, run, "weights"), partial(torch.save, on_cpu))
+    save(path_of(folder, run), record)

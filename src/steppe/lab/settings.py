@@ -2,39 +2,42 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
+from typing import Any, NamedTuple
 
-from steppe.engine import checks
 from steppe.lab.errors import LabError
 
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTATIONS = ("auto", "none", "crop", "crop-flip", "resized-crop-flip")
 
 
-def _one_of(known: tuple[str, ...], name: str, value: str) -> None:
-    if value not in known:
-        raise LabError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+class _Check(NamedTuple):
+    expected: str
+    holds: Callable[[Any], bool]
 
 
-_positive = partial(checks.number, expected="a positive number", low=math.nextafter(0.0, 1.0))
-_below_one = partial(checks.number, expected="a share of at least 0 and less than 1", below=1.0)
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "train_size": checks.positive_integer,
-    "noise": checks.share,
-    "epochs": checks.positive_integer,
-    "batch_size": checks.positive_integer,
-    "lr": _positive,
-    "weight_decay": checks.non_negative,
-    "optimizer": partial(_one_of, OPTIMIZERS),
-    "warmup": partial(checks.number, expected="a number of steps >= 0"),
-    "label_smoothing": _below_one,
-    "augment": partial(_one_of, AUGMENTATIONS),
-    "image_size": checks.positive_integer,
-    "validation": _below_one,
-    "start_lr": _positive,
-}
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _one_of(known: tuple[str, ...]) -> _Check:
+    return _Check(f"one of {', '.join(known)}", known.__contains__)
+
+
+_ANY = _Check("anything", lambda value: True)
+_COUNT = _Check("a positive integer", lambda value: _is_number(value, int) and value > 0)
+_SHARE = _Check("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
+_BELOW_ONE = _Check("a share of at least 0 and less than 1", lambda value: _is_number(value) and 0 <= value < 1)
+_POSITIVE = _Check("a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
+_FINITE = _Check("a finite number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf)
+_STEPS = _Check("a number of steps >= 0", _FINITE.holds)
+_SIDE = _Check("a positive integer", lambda value: value is None or _COUNT.holds(value))
+
+
+def _setting(default: Any, check: _Check = _ANY, option: str = "") -> Any:
+    """Return a field; ``option`` is the help of its command-line option, empty for a setting without one."""
+    return field(default=default, metadata={"check": check, "option": option})
 
 
 @dataclass(frozen=True)
@@ -46,34 +49,32 @@ class Settings:
     """
 
     data: str = "digits"
-    data_dir: str | None = None
-    train_size: int = 1000
-    noise: float = 0.4  # share of training labels redrawn uniformly from all classes
-    model: str = "mlp-256-256"
-    epochs: int = 150
-    batch_size: int = 128
-    lr: float = 0.05  # at the first step; cosine to 0 at the last
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    optimizer: str = "sgd"  # the base of every method: sgd or adamw
-    warmup: int = 0  # steps over which the learning rate rises linearly to its cosine
-    label_smoothing: float = 0.0  # share of the training target spread over all classes
-    augment: str = "auto"  # of training images, see steppe.lab.augment; auto: what is usual for the data
-    image_size: int | None = None  # side of images in pixels; None: their size in the data, 224 for folders of files
-    validation: float = 0.0  # share of the training examples held out; errors are then on these, never on the test set
+    data_dir: str | None = _setting(None, option="Folder that holds the data.")
+    train_size: int = _setting(1000, _COUNT, "Training examples, drawn anew for each seed.")
+    noise: float = _setting(0.4, _SHARE, "Share of training labels redrawn uniformly from all classes.")
+    model: str = _setting(
+        "mlp-256-256", option="mlp-256-256, cnn-32, resnet18-gn, wrn28-10, vit-s4 or module:function."
+    )
+    epochs: int = _setting(150, _COUNT, "Passes over the training data, unless a method sets its own.")
+    batch_size: int = _setting(128, _COUNT, "Examples in a batch, over all processes.")
+    lr: float = _setting(0.05, _POSITIVE, "Learning rate after the warm-up; cosine to 0.")
+    momentum: float = _setting(0.9, option="SGD's momentum.")
+    weight_decay: float = _setting(5e-4, _FINITE, "The base optimizer's weight decay.")
+    optimizer: str = _setting("sgd", _one_of(OPTIMIZERS), "The base of the methods: sgd or adamw.")
+    warmup: int = _setting(0, _STEPS, "Steps of a linear warm-up.")
+    label_smoothing: float = _setting(0.0, _BELOW_ONE, "Share of the target spread over all classes.")
+    augment: str = _setting("auto", _one_of(AUGMENTATIONS), f"{', '.join(AUGMENTATIONS)}; auto: usual for the data.")
+    image_size: int | None = _setting(None, _SIDE, "Side of images in pixels; else as in the data.")
+    validation: float = _setting(0.0, _BELOW_ONE)  # share of the training examples held out and tested on
     test_seed: int | None = None  # draws the digits' test set, the same for all seeds; None: each seed draws one
     start: str | None = None  # initial weights: a method trained first, SGD(epochs=50), or a file x.pt
-    start_lr: float = 0.05  # of the method in start
+    start_lr: float = _setting(0.05, _POSITIVE)  # of the method in start
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can use."""
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            try:
-                if value is not None or name != "image_size":
-                    check(name.replace("_", "-"), value)
-            except (TypeError, ValueError) as error:
-                raise LabError(str(error)) from None
+        for one in fields(self):
+            check, value = one.metadata.get("check", _ANY), getattr(self, one.name)
+            if not check.holds(value):
+                raise LabError(f"{one.name.replace('_', '-')} must be {check.expected}, got {value!r}")
         if self.data == "digits" and self.data_dir is not None:
             raise LabError("digits come with scikit-learn; data-dir goes with --data fashion-mnist")
         if self.batch_size > self.fitted:
@@ -94,9 +95,3 @@ class Settings:
     def to_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return asdict(self)
-
-
-def differences(old: Settings, new: Settings) -> list[str]:
-    """Return every setting in which two comparisons differ, as ``name was x, now y``."""
-    names = [field.name for field in fields(Settings) if getattr(old, field.name) != getattr(new, field.name)]
-    return [f"{name.replace('_', '-')} was {getattr(old, name)!r}, now {getattr(new, name)!r}" for name in names]

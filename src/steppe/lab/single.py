@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import checkpoint, files, record
+from steppe.lab import checkpoint, files, metrics
 from steppe.lab.hardware import CPU, Hardware
-from steppe.lab.metrics import Metrics
 from steppe.lab.record import Record
-from steppe.lab.runs import Plan, Run, finished, keep_weights, merged, open_for, path_of
+from steppe.lab.runs import Plan, Run, finish, finished, merged, open_for, path_of
 from steppe.lab.train import Session
 
 _LOG_EVERY = 20  # steps between two lines of metrics; reading a loss waits for the device
@@ -24,7 +23,6 @@ def run(
     folder: Path,
     hardware: Hardware = CPU,
     save_every: int | None = None,
-    tensorboard: bool = False,
     watch: Watch = lambda session, line: None,
 ) -> Record:
     """Train one run in ``folder``, or continue it from its last checkpoint; return its record.
@@ -33,11 +31,7 @@ def run(
     bit for bit, also after ``kill -9`` in the middle of writing.
 
     Args:
-        asked: the method, seed and settings.
-        folder: the run directory; empty, missing, or holding this very run.
-        hardware: what it runs on.
         save_every: steps between two checkpoints; ``None`` is an epoch, or 100 steps if an epoch is shorter.
-        tensorboard: write TensorBoard events too.
         watch: called with the session and every line of metrics, in the first process.
 
     Raises:
@@ -55,32 +49,29 @@ def run(
         process.on_first(lambda: open_for(folder, plan, single=True))
         if (saved := path_of(folder, asked, "checkpoints")).exists():
             session.restore(checkpoint.read(saved))
-        _fit(session, folder, save_every or max(asked.settings.steps_per_epoch, _LEAST), tensorboard, watch)
+        _fit(session, folder, save_every or max(asked.settings.steps_per_epoch, _LEAST), watch)
         found, weights = session.record(), checkpoint.whole(dict(session.model.state_dict()))
-        process.on_first(lambda: _finish(folder, asked, found, weights))
+        process.on_first(lambda: finish(folder, asked, found, weights))
+        process.on_first(lambda: saved.unlink(missing_ok=True))
     return found
 
 
-def _fit(session: Session, folder: Path, every: int, tensorboard: bool, watch: Watch) -> None:
+def _fit(session: Session, folder: Path, every: int, watch: Watch) -> None:
     """Train to the end; write metrics, and a checkpoint after ``every`` steps."""
     run, process = session.run, session.process
-    events = folder / "tensorboard" if tensorboard else None
-    metrics = Metrics(path_of(folder, run, "metrics"), session.step, events) if process.first else None
-    try:
+    log = metrics.reopened(path_of(folder, run, "metrics"), session.step) if process.first else None
+    with log or nullcontext():
         for evaluated in session.fit():
-            for numbers in _numbers(session, evaluated):
-                if metrics is not None:
-                    metrics.write(numbers)
-                    watch(session, numbers)
+            if log:
+                for line in _lines(session, evaluated):
+                    metrics.append(log, line)
+                    watch(session, line)
             if session.step % every == 0:
                 state = session.state()
                 process.on_first(partial(checkpoint.write, path_of(folder, run, "checkpoints"), state))
-    finally:
-        if metrics is not None:
-            metrics.close()
 
 
-def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
+def _lines(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
     """Yield the lines of metrics after a step: loss and rates now and then, the curves' points after evaluations."""
     if session.step % _LOG_EVERY == 0 or session.step == session.steps:
         group = session.optimizer.param_groups[0]
@@ -88,13 +79,6 @@ def _numbers(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:
         yield {"step": session.step, "loss": session.last_loss(), **rates}
     if evaluated:
         yield {"step": session.step, **session.meter.latest(), "seconds": session.meter.seconds}
-
-
-def _finish(folder: Path, run: Run, found: Record, weights: dict[str, Any]) -> None:
-    """Write the final weights, then the record, which says that the run is finished; remove its checkpoint."""
-    keep_weights(folder, run, weights)
-    record.save(path_of(folder, run), found)
-    path_of(folder, run, "checkpoints").unlink(missing_ok=True)
 
 
 def folder_of(asked: Run) -> Path:

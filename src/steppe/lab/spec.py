@@ -18,11 +18,28 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.lab.composed import COMPOSED
+from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError
 from steppe.lab.settings import Settings
+from steppe.rule import micro
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+
+
+def _adaptive_wsam(
+    base: torch.optim.Optimizer, rho: float = 0.5, gamma: float = 0.88, eta: float = 0.01, *, m: int | None = None
+) -> SharpnessAware:
+    return SharpnessAware(base, micro(m, Rule(geometry=Adaptive(eta), combine=Weighted(gamma))), rho)
+
+
+def _fisher_wsam(
+    base: torch.optim.Optimizer, rho: float = 0.1, gamma: float = 0.88, eta: float = 1.0, *, m: int | None = None
+) -> SharpnessAware:
+    return SharpnessAware(base, micro(m, Rule(geometry=Fisher(eta), combine=Weighted(gamma))), rho)
+
+
+# WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7
+_COMPOSED = {"AdaptiveWSAM": _adaptive_wsam, "FisherWSAM": _fisher_wsam}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
 _SUPPLIED = ("base", "full")  # constructor parameters that come from the run, not from the spec
 
@@ -55,7 +72,7 @@ class Method:
 
 def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """Return every method by name: plain optimizers, the methods of steppe, and compositions of the laboratory."""
-    return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **COMPOSED}
+    return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **_COMPOSED}
 
 
 def options_of(name: str) -> list[str]:

@@ -25,7 +25,7 @@ def interval(test: Paired) -> str:
     return NONE if math.isnan(test.low) else f"{number(test.low, '+.2f')} to {number(test.high, '+.2f')}"
 
 
-def cells(row: Row) -> list[str]:
+def _cells(row: Row) -> list[str]:
     """Return the texts of a row, one for each of ``HEADERS``."""
     test = row.paired
     compared = ["baseline" if row.baseline else NONE if test is None else number(test.difference, "+.2f")]
@@ -41,7 +41,7 @@ def table(found: Summary) -> tuple[list[str], list[list[str]]]:
     absent = set() if any(row.collapsed for row in found.rows) else {"collapsed"}
     absent |= set() if any(row.paper is not None for row in found.rows) else {"paper %"}
     kept = [i for i, header in enumerate(HEADERS) if header not in absent]
-    return [HEADERS[i] for i in kept], [[texts[i] for i in kept] for texts in map(cells, found.rows)]
+    return [HEADERS[i] for i in kept], [[texts[i] for i in kept] for texts in map(_cells, found.rows)]
 
 
 def title(found: Summary) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from steppe.lab import data
-from steppe.lab.data.raw import RawData, Texts
+from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError
-from steppe.lab.inputs import Examples, Files, Images, Tokens, take
+from steppe.lab.inputs import Examples, Files, Images, take
 from steppe.lab.settings import Settings
 
 
@@ -45,9 +45,9 @@ def load(settings: Settings, seed: int) -> Task:
     train, test = order[:size], order[size:]
     if common is not None:
         train = train[torch.randperm(size, generator=stream(seed, "training"))]
-    inputs, labels = _chosen(pool.inputs, train), pool.labels[train]
+    inputs, labels = take(pool.inputs, train), pool.labels[train]
     if pool.test_labels is None:
-        test_inputs, test_labels = _chosen(pool.inputs, test), pool.labels[test]
+        test_inputs, test_labels = take(pool.inputs, test), pool.labels[test]
     else:
         test_inputs, test_labels = pool.test_inputs, pool.test_labels
     prepared = _prepared(pool, inputs, test_inputs, settings)
@@ -91,33 +91,19 @@ def check(settings: Settings) -> None:
         raise LabError(f"augment {settings.augment} is for images, and {settings.data} has none")
 
 
-def _chosen(inputs: Any, rows: Tensor) -> Any:
-    return [inputs[i] for i in rows.tolist()] if isinstance(inputs, list) else take(inputs, rows)
-
-
 def _prepared(pool: RawData, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
-    if isinstance(train, list):
-        return _tokens(settings.model, train), _tokens(settings.model, test)
+    """Return training and test inputs that are standardised by the same numbers."""
     if isinstance(train, Tensor) and train.is_floating_point():
-        return _standardised(train, test) if pool.scale else (train, test)
+        spread, mean = torch.std_mean(train) if pool.scale else (1.0, 0.0)
+        return (train - mean) / spread, (test - mean) / spread
     mean, spread = _constants(pool, train, settings)
-    side = settings.image_size or (data.images.SIDE if isinstance(train, Files) else None)
-    return Images(train, mean, spread, side), Images(test, mean, spread, side)
-
-
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both, standardised by the mean and standard deviation of all training inputs."""
-    spread, mean = torch.std_mean(train)
-    return (train - mean) / spread, (test - mean) / spread
+    return Images(train, mean, spread, settings.image_size), Images(test, mean, spread, settings.image_size)
 
 
 def _constants(pool: RawData, train: Tensor | Files, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Return mean and spread of the bytes: those of a pretrained model, those of the data set, or measured ones."""
-    from steppe.lab.models.pretrained import constants_of
-
-    known = constants_of(settings.model) or pool.constants
-    if known is not None:
-        mean, spread = (255 * torch.tensor(values).reshape(-1, 1, 1) for values in known)
+    """Return mean and spread of the bytes: those of the data set, or measured ones."""
+    if pool.constants is not None:
+        mean, spread = (255 * torch.tensor(values).reshape(-1, 1, 1) for values in pool.constants)
         return mean, spread
     if isinstance(train, Files):
         raise LabError(f"{settings.data} has images in files and no mean and spread to standardise them by")
@@ -126,9 +112,3 @@ def _constants(pool: RawData, train: Tensor | Files, settings: Settings) -> tupl
     else:
         spread, mean = torch.std_mean(train.float(), dim=(0, 2, 3), keepdim=True)
     return mean, spread
-
-
-def _tokens(model: str, texts: Texts) -> Tokens:
-    from steppe.lab.models.pretrained import tokenised
-
-    return tokenised(model, texts)

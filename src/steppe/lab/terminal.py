@@ -43,10 +43,7 @@ def table(headers: list[str], rows: list[list[str]], title: str | None = None, c
 class Display:
     """Bars with the time left, for one piece of work and its parts; plain lines if the output is no terminal.
 
-    Args:
-        console: what it prints on.
-        name: what the whole work is called.
-        total: its amount, in any unit; ``None`` until :meth:`update` says it.
+    ``total`` is the amount of work, in any unit; ``None`` until :meth:`update` says it.
 
     Example:
         >>> with Display(Console(), "steps", total=100) as display:
@@ -55,11 +52,9 @@ class Display:
 
     def __init__(self, console: Console, name: str, total: float | None = None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        live = console.is_terminal
-        self.console = console
-        self.bars = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not live, speed_estimate_period=600
-        )
+        self.console, hidden = console, not console.is_terminal
+        times = TimeRemainingColumn()
+        self.bars = Progress(*columns, times, console=console, disable=hidden, speed_estimate_period=600)
         self.whole = self.bars.add_task(name, total=total, note="")
         self.parts: dict[str, tuple[TaskID, float]] = {}
 

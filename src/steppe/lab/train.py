@@ -2,24 +2,24 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import steppe
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
-from steppe.lab.environment import environment
 from steppe.lab.errors import LabError
 from steppe.lab.hardware import ALONE, CPU, Hardware, Process
 from steppe.lab.inputs import ahead, finish, raw
 from steppe.lab.metrics import Meter
-from steppe.lab.record import Record
+from steppe.lab.record import Record, environment
 from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
 
@@ -30,8 +30,7 @@ COLLAPSE = 0.95  # of log(#classes), the loss of random guesses
 def train(run: Run, hardware: Hardware = CPU) -> Record:
     """Train one run from its first step, without a directory; return its record."""
     session = Session(run, hardware.open())
-    for _ in session.fit():
-        pass
+    deque(session.fit(), maxlen=0)
     return session.record()
 
 
@@ -44,12 +43,8 @@ class Session:
         self.run, self.process = run, process
         self.task = tasks.load(run.settings, run.seed).to(process.device)
         self.model = process.setup(initial_model(run, self.task))
-        self.loss = Loss(run.settings.label_smoothing, process)
-        self.scaler = process.scaler()
-        optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
-        if self.scaler is not None and not isinstance(optimizer, steppe.SharpnessAware):
-            optimizer = steppe.SharpnessAware(optimizer, steppe.Plain(), rho=0.0)  # unscales the gradients
-        self.optimizer = optimizer
+        self.loss = cross_entropy(run.settings.label_smoothing, process)
+        self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.augment = data.augmentation(run.settings)
@@ -57,15 +52,11 @@ class Session:
         self._loss: Any = math.nan
 
     def fit(self) -> Iterator[bool]:
-        """Train to the end; yield after every step whether the model was evaluated after it.
-
-        Between two steps the caller may write a checkpoint, or stop.
-        """
-        settings = self.run.settings
-        every = max(1, settings.epochs // _POINTS)
+        """Train to the end; yield after every step whether the model was evaluated after it."""
+        every = max(1, self.run.settings.epochs // _POINTS)
         for rows, examples in self.batches():
             self.advance(rows, examples)
-            epoch, inside = divmod(self.step, settings.steps_per_epoch)
+            epoch, inside = divmod(self.step, self.run.settings.steps_per_epoch)
             evaluated = not inside and (epoch % every == 0 or epoch == self.run.epochs)
             if evaluated:
                 self.evaluate(epoch)
@@ -73,7 +64,7 @@ class Session:
 
     def _factor(self, step: int) -> float:
         """Return the factor of the learning rate: a linear rise times a cosine to 0."""
-        rise = min(1.0, (step + 1) / (run.warmup + 1)) if (run := self.run.settings).warmup else 1.0
+        rise = min(1.0, (step + 1) / (self.run.settings.warmup + 1))
         return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def batches(self) -> Iterator[tuple[Tensor, Any]]:
@@ -87,11 +78,8 @@ class Session:
         if self.augment != "none":
             examples = self._augmented(len(rows), examples)
         labels = self.task.labels[self.process.share(rows).to(self.process.device)]
-        inputs = finish(self.task.inputs, examples)
-        batch: Any = steppe.Batch(self.model, self.loss, (inputs, labels), scaler=self.scaler)
+        batch: Any = steppe.Batch(self.model, self.loss, (finish(self.task.inputs, examples), labels))
         self._loss = self.optimizer.step(batch)
-        if self.scaler is not None:
-            self.scaler.update()
         self.schedule.step()
         self.meter.count(self.optimizer)
         self.step += 1
@@ -102,7 +90,7 @@ class Session:
         stream = tasks.stream(self.run.seed, f"augment/{self.step}")
         change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
         mine = {key: self.process.share(values) for key, values in change.items()}
-        return augment.apply(images, mine, self.task.inputs.shape[-1])  # type: ignore[union-attr] # tasks.check: images
+        return augment.apply(images, mine, self.task.inputs.shape[-1])
 
     def evaluate(self, epoch: int) -> None:
         """Add a point to the curves; its time does not count as training."""
@@ -123,7 +111,7 @@ class Session:
             mine = self.process.share(rows)
             losses = self.loss(self.model, (self.task.inputs[mine], self.task.labels[mine]))
             loss = losses.sum() * self.process.world / count  # DDP takes the mean over processes
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            loss.backward()
             total += loss.detach()
         return total
 
@@ -137,7 +125,6 @@ class Session:
             "optimizer": checkpoint.whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "meter": asdict(self.meter),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random": self.process.gather(checkpoint.random_state()),
         }
 
@@ -146,13 +133,10 @@ class Session:
         own = self.model.state_dict()
         self.model.load_state_dict({key: checkpoint.sharded(value, own[key]) for key, value in state["model"].items()})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        memory = state["optimizer"]["state"]
-        for i, kept in memory.items():
-            memory[i] = {key: checkpoint.sharded(value, parameters[i]) for key, value in kept.items()}
+        for i, memory in state["optimizer"]["state"].items():
+            memory.update({key: checkpoint.sharded(value, parameters[i]) for key, value in memory.items()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
         self.meter, self.step = Meter(**state["meter"]), state["step"]
         if len(state["random"]) == self.process.world:
             checkpoint.set_random_state(state["random"][self.process.rank])
@@ -160,7 +144,7 @@ class Session:
     def record(self) -> Record:
         """Return the record of a session that has reached its end."""
         run, meter = self.run, self.meter
-        last = {name: values[-1] for name, values in meter.curves.items()}
+        last: dict[str, Any] = meter.latest()
         return Record(
             method=str(run.method),
             rule=repr(self.optimizer.rule) if hasattr(self.optimizer, "rule") else "none: the base optimizer alone",
@@ -170,8 +154,8 @@ class Session:
             settings=run.settings.to_dict(),
             epochs=run.epochs,
             curves=meter.curves,
-            test_error=cast(float, last["test_error"]),
-            train_error=cast(float, last["train_error"]),
+            test_error=last["test_error"],
+            train_error=last["train_error"],
             train_loss=last["train_loss"],
             classes=self.task.classes,
             steps=self.steps,
@@ -184,19 +168,16 @@ class Session:
         )
 
 
-class Loss:
-    """The cross-entropy of every example; the model runs in the precision of the hardware."""
+def cross_entropy(smoothing: float, process: Process) -> Callable[[nn.Module, Any], Tensor]:
+    """Return the loss of every example as a function; the model runs in the precision of the hardware."""
 
-    def __init__(self, smoothing: float, process: Process) -> None:
-        self.criterion, self.process = nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing), process
-
-    def __call__(self, model: nn.Module, data: Any) -> Tensor:
-        """Return the losses of a batch ``(inputs, labels)``."""
+    def losses(model: nn.Module, data: Any) -> Tensor:
         inputs, labels = data
-        with self.process.autocast():
+        with process.autocast():
             logits = model(inputs)
-        losses: Tensor = self.criterion(logits.float(), labels)
-        return losses
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+
+    return losses
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
@@ -218,10 +199,8 @@ def _start(settings: Settings, seed: int) -> dict[str, Tensor]:
             raise LabError(f"no weights at {text}; save a model's state_dict there")
         weights: dict[str, Tensor] = torch.load(text, map_location="cpu", weights_only=True)
         return weights
-    before = Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr))
-    session = Session(before)
-    for _ in session.fit():
-        pass
+    session = Session(Run(spec.parse(text), seed, replace(settings, start=None, lr=settings.start_lr)))
+    deque(session.fit(), maxlen=0)
     return session.model.state_dict()
 
 

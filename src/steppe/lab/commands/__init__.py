@@ -14,7 +14,7 @@ COMMANDS = {
     ),
     "recipes": ("steppe.lab.commands.recipes", "List the papers' studies."),
     "reproduce": ("steppe.lab.commands.recipes", "Run a paper's study: its search, its comparison, its report."),
-    "sweep": ("steppe.lab.commands.sweep", "Run the grid search of a paper's study alone."),
+    "sweep": ("steppe.lab.commands.recipes", "Run the grid search of a paper's study alone."),
     "toy": ("steppe.lab.commands.toy", "Draw trajectories on a function of two variables."),
     "sde": ("steppe.lab.commands.sde", "Test optimizers against their stochastic differential equations."),
 }

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -13,53 +13,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from steppe.lab.settings import Settings
 from steppe.lab.terminal import Display, line, show, table
 
 if TYPE_CHECKING:
     from steppe.lab.hardware import Hardware
-    from steppe.lab.record import Record
     from steppe.lab.runs import Plan
     from steppe.lab.train import Session
 
 Data = Annotated[str, typer.Option(help="A source that `steppe doctor` lists, or module:function.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: an accelerator if there is one.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Baseline = Annotated[str | None, typer.Option(help="The method that others are compared to.", show_default="the first")]
 Folder = Annotated[Path, typer.Argument(help="A run directory of any command.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
-SETTINGS: dict[str, tuple[type, str]] = {
-    "data_dir": (Path, "Folder that holds the data."),
-    "model": (str, "mlp-256-256, cnn-32, resnet18-gn, wrn28-10, vit-s4, hf:FOLDER ..."),
-    "epochs": (int, "Passes over the training data, unless a method sets its own."),
-    "batch_size": (int, "Examples in a batch, over all processes."),
-    "optimizer": (str, "The base of the methods: sgd or adamw."),
-    "lr": (float, "Learning rate after the warm-up; cosine to 0."),
-    "momentum": (float, "SGD's momentum."),
-    "weight_decay": (float, "The base optimizer's weight decay."),
-    "warmup": (int, "Steps of a linear warm-up."),
-    "label_smoothing": (float, "Share of the target spread over all classes."),
-    "augment": (str, "auto, none, crop, crop-flip or resized-crop-flip."),
-    "image_size": (int, "Side of images, in pixels."),
-    "noise": (float, "Share of training labels redrawn from all classes."),
-    "train_size": (int, "Training examples, drawn anew for each seed."),
-}
-
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with an option for each of ``SETTINGS``; it gets their values as the dict ``given``."""
+    """Return a command with an option for each setting that has one; it gets their values as the dict ``given``."""
+    settings = {one.name: one for one in fields(Settings) if one.metadata.get("option")}
 
     @wraps(command)
     def wrapped(**options: Any) -> None:
-        command(given={name: options.pop(name) for name in SETTINGS}, **options)
+        command(given={name: options.pop(name) for name in settings}, **options)
 
-    added = {name: Annotated[kind | None, typer.Option(help=text)] for name, (kind, text) in SETTINGS.items()}
     kept = [one for one in signature(command).parameters.values() if one.name != "given"]
-    options = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in added.items()]
-    wrapped.__signature__ = Signature(kept + options)  # type: ignore[attr-defined] # what Typer reads
-    wrapped.__annotations__ = {one.name: one.annotation for one in kept + options}
+    for name, one in settings.items():
+        kind: Any = one.type
+        option = Annotated[kind | None, typer.Option(help=one.metadata["option"])]
+        kept.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    wrapped.__signature__ = Signature(kept)  # type: ignore[attr-defined] # what Typer reads
+    wrapped.__annotations__ = {one.name: one.annotation for one in kept}
     return wrapped
 
 
@@ -76,7 +61,6 @@ def run(
     precision: Precision = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the processor; else one for an MLP.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; else an epoch.")] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/DATA-METHOD-sSEED")] = None,
     as_json: AsJSON = False,
 ) -> None:
@@ -88,50 +72,45 @@ def run(
 
         steppe run "WSAM(rho=0.1, gamma=0.9)" --data cifar10 --data-dir ~/data --noise 0.4 --device cuda
 
-        torchrun --nproc-per-node 8 --no-python steppe run "SAM(rho=0.05)" --data imagenet --data-dir /data/imagenet
+        torchrun --nproc-per-node 8 --no-python steppe run "SAM(rho=0.05)" --data cifar10 --data-dir ~/data
     """
+    import torch
+
     from steppe.lab import presets, single
     from steppe.lab.hardware import Hardware
 
     asked = presets.planned(data, given, [method], seeds=1, first=seed).runs()[0]
     hardware = Hardware(device, devices, nodes, strategy, precision)
-    _set_threads(threads, asked.settings.model)
+    if threads or asked.settings.model.startswith("mlp"):  # small products wait for their threads
+        torch.set_num_threads(threads or 1)
     console, folder = Console(stderr=as_json), out or single.folder_of(asked)
     with Display(console, str(asked)) as display:
-        found = single.run(asked, folder, hardware, save_every, tensorboard, _Watch(display))
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        print(json.dumps(asdict(found))) if as_json else line(console, f"{_told(found)}; in {folder}")
+        found = single.run(asked, folder, hardware, save_every, _watch(display))
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
+        return
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        loss = "not finite" if found.train_loss is None else f"{found.train_loss:.4f}"
+        result = f"test error {100 * found.test_error:.2f} %, training loss {loss}, {found.seconds:.1f} s"
+        line(console, f"{asked}: {result}{', collapsed' if found.collapsed else ''}; in {folder}")
 
 
-def _set_threads(threads: int | None, model: str) -> None:
-    import torch
+def _watch(display: Display) -> "Callable[[Session, dict[str, Any]], None]":
+    """Return what shows the metrics of a run on a display."""
+    seen: dict[str, Any] = {}
 
-    if threads or model.startswith("mlp"):  # small products wait for their threads
-        torch.set_num_threads(threads or 1)
-
-
-def _told(found: "Record") -> str:
-    loss = "not finite" if found.train_loss is None else f"{found.train_loss:.4f}"
-    result = f"{found.method} seed {found.seed}: test error {100 * found.test_error:.2f} %, training loss {loss}"
-    return f"{result}, {found.seconds:.1f} s{', collapsed' if found.collapsed else ''}"
-
-
-class _Watch:
-    """Shows the metrics of a run on a display."""
-
-    def __init__(self, display: Display) -> None:
-        self.display, self.loss, self.error = display, "", ""
-
-    def __call__(self, session: "Session", metrics: dict[str, Any]) -> None:
-        epochs = session.run.epochs
-        if "loss" in metrics:
-            self.loss = f", loss {metrics['loss']:.3f}"
+    def watch(session: "Session", metrics: dict[str, Any]) -> None:
+        seen.update(metrics)
+        step, epochs = metrics["step"], session.run.epochs
+        note = f"epoch {step * epochs // session.steps}/{epochs}"
+        note += f", test error {100 * seen['test_error']:.1f} %" if "test_error" in seen else ""
+        note += f", loss {seen['loss']:.3f}" if "loss" in seen else ""
+        display.update(step, session.steps, note)
         if "test_error" in metrics:
-            self.error = f", test error {100 * metrics['test_error']:.1f} %"
-            text = f"epoch {metrics['epoch']}/{epochs}{self.error}{self.loss}, {metrics['seconds']:.1f} s"
-            self.display.line(text, always=False)
-        epoch = metrics["step"] * epochs // session.steps
-        self.display.update(metrics["step"], session.steps, f"epoch {epoch}/{epochs}{self.loss}{self.error}")
+            display.line(f"{note}, {metrics['seconds']:.1f} s", always=False)
+
+    return watch
 
 
 @_with_settings
@@ -207,15 +186,14 @@ def doctor(as_json: AsJSON = False) -> None:
     """
     from steppe.lab.doctor import checks
 
-    found = checks()
     if as_json:
-        print(json.dumps([asdict(check) for check in found], indent=1))
+        print(json.dumps([asdict(check) for check in checks()], indent=1))
         return
-    shown = Table("", "", "found", "what to do", box=None, padding=(0, 1), pad_edge=False)
-    for i, check in enumerate(found):
-        first = not i or found[i - 1].kind != check.kind
-        mark = Text("yes " if check.found else "no ", style="green" if check.found else "yellow")
-        shown.add_row(check.kind if first else "", check.name, mark + Text(check.detail), Text(check.hint))
+    shown = Table(box=None, padding=(0, 1), pad_edge=False)
+    for header in ("", "", "found", "", "what to do"):
+        shown.add_column(header, overflow="fold")
+    for check in checks():
+        shown.add_row(check.kind, check.name, "yes" if check.found else "no", check.detail, check.hint)
     Console().print(shown)
 
 
@@ -245,9 +223,8 @@ def _publish(folder: Path, baseline: str | None, console: Console) -> None:
     found = page.write(folder, baseline)
     show(found, console)
     if (measured := curvature.section(folder, found)) is not None:
-        room = 5  # columns, up to the trace
-        rows = [[name, *cells][:room] for name, _, cells in measured.rows]
-        console.print(table(measured.headers[:room], rows, caption=measured.caption))
+        rows = [[name, *cells][:5] for name, _, cells in measured.rows]  # up to the trace: a terminal has 80 columns
+        console.print(table(measured.headers[:5], rows, caption=measured.caption))
         for note in measured.notes:
             console.print(f"- {note}", markup=False, highlight=False)
     line(console, f"\nReport: {folder / 'report.html'}")

@@ -7,10 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from steppe.lab.data import cifar, hub, idx, images, own, texts
-from steppe.lab.data.raw import Constants, RawData
+from steppe.lab.data import cifar, idx
+from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError
+from steppe.lab.importing import imported
 from steppe.lab.settings import Settings
 
 __all__ = ["SOURCES", "RawData", "Source", "augmentation", "find", "places", "read"]
@@ -20,56 +22,24 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's data
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of data in a folder.
+    """A kind of data in a folder."""
 
-    Args:
-        read: from a folder and an image size to all examples.
-        marks: a folder is taken when it holds one of these files or folders.
-        hint: how to get the data, said when no folder holds them.
-        place: where a system package puts them.
-        augment: the usual augmentation of the training images.
-    """
-
-    read: Callable[[Path, int], RawData]
-    marks: tuple[str, ...]
-    hint: str
-    place: Path | None = None
-    augment: str = "none"
+    read: Callable[[Path], RawData]  # all examples in a folder
+    marks: tuple[str, ...]  # a folder is taken when it holds one of these files or folders
+    hint: str = "unpack the authors' archive and name its folder with --data-dir"  # said when no folder holds them
+    place: Path | None = None  # where a system package puts them
+    augment: str = "none"  # the usual augmentation of the training images
 
 
-def _fashion(folder: Path, size: int) -> RawData:
-    train, labels = idx.read_pair(folder, "train")
-    test, test_labels = idx.read_pair(folder, "t10k")
-    return RawData(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
-
-
-def _archive(read: Callable[[Path], RawData], constants: Constants, mark: str, augment: str) -> Source:
-    """Return a source read from its authors' archive, unpacked, or from a folder that ``datasets`` has saved."""
-
-    def either(folder: Path, size: int) -> RawData:
-        return hub.read(folder, size, constants) if (folder / hub.MARK).exists() else read(folder)
-
-    hint = "unpack the authors' archive, or a folder of datasets.save_to_disk, and name it with --data-dir"
-    return Source(either, (mark, hub.MARK), hint, augment=augment)
-
-
-_TREE = Source(images.read, ("train",), "name a folder with train/CLASS/ and val/CLASS/", augment="resized-crop-flip")
-SOURCES: dict[str, Source] = {
+SOURCES = {
     "fashion-mnist": Source(
-        _fashion,
+        idx.mnist,
         ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte"),
         "apt-get install dataset-fashion-mnist, or name a folder of idx files with --data-dir",
         FASHION_MNIST,
     ),
-    "cifar10": _archive(cifar.cifar10, cifar.CIFAR10, "cifar-10-batches-py", "crop-flip"),
-    "cifar100": _archive(cifar.cifar100, cifar.CIFAR100, "cifar-100-python", "crop-flip"),
-    "svhn": _archive(cifar.svhn, cifar.SVHN, "train_32x32.mat", "crop"),
-    "imagenet": _TREE,
-    "image-folder": _TREE,
-    "hf": Source(hub.read, (hub.MARK,), "save a set once with datasets: load_dataset(...).save_to_disk(DIR)"),
-    "fortunes": Source(
-        lambda folder, size: texts.fortunes(folder), texts.CLASSES[:1], "apt-get install fortunes", texts.FORTUNES
-    ),
+    "cifar10": Source(cifar.cifar10, ("cifar-10-batches-py",), augment="crop-flip"),
+    "cifar100": Source(cifar.cifar100, ("cifar-100-python",), augment="crop-flip"),
 }
 
 
@@ -79,25 +49,17 @@ def read(settings: Settings) -> RawData:
     Raises:
         LabError: the source is unknown, no folder holds it, or a file in it cannot be read.
     """
-    name = settings.data
+    name, folder = settings.data, settings.data_dir
     if name != "digits" and ":" not in name and name not in SOURCES:
         raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
-    folder = find(name, settings.data_dir).resolve() if name in SOURCES else None
-    return _read(name, folder, settings.image_size or images.SIDE)
+    return _read(name, str(find(name, folder).resolve()) if name in SOURCES else folder)
 
 
 @lru_cache(maxsize=1)
-def _read(name: str, folder: Path | None, image_size: int) -> RawData:
-    if folder is None:
-        return _digits() if name == "digits" else own.read(name)
-    return SOURCES[name].read(folder, image_size)
-
-
-def augmentation(settings: Settings) -> str:
-    """Return the augmentation of the training images."""
-    if settings.augment != "auto":
-        return settings.augment
-    return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
+def _read(name: str, folder: str | None) -> RawData:
+    if name in SOURCES and folder is not None:
+        return SOURCES[name].read(Path(folder))
+    return _digits() if name == "digits" else _own(name, folder)
 
 
 def _digits() -> RawData:
@@ -108,23 +70,49 @@ def _digits() -> RawData:
     return RawData(inputs, torch.tensor(labels, dtype=torch.int64), None, None, 10, scale=True)
 
 
+def _own(name: str, folder: str | None) -> RawData:
+    """Call a user's function, with the folder if one is given.
+
+    It returns a ``RawData``, or four tensors: inputs, labels, test inputs, test labels. Float inputs are used as they
+    are. Images as bytes, shape (n, channels, height, width), are standardised by the mean and standard deviation of
+    each channel of the training images.
+    """
+    made = imported(name)(*([] if folder is None else [folder]))
+    if isinstance(made, RawData):
+        return made
+    if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
+        raise LabError(f"{name} must return four tensors: inputs, labels, test_inputs, test_labels, or a RawData")
+    inputs, labels, test_inputs, test_labels = made
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise LabError(f"{name}: labels must be whole numbers of shape (n,), not {labels.dtype} {tuple(labels.shape)}")
+    if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+        raise LabError(f"{name}: inputs must be floats, or images as bytes, not {inputs.dtype}")
+    classes = int(max(labels.max(), test_labels.max())) + 1
+    return RawData(inputs, labels.long(), test_inputs, test_labels.long(), classes)
+
+
+def augmentation(settings: Settings) -> str:
+    """Return the augmentation of the training images."""
+    if settings.augment != "auto":
+        return settings.augment
+    return SOURCES[settings.data].augment if settings.data in SOURCES else "none"
+
+
 def places(data: str, data_dir: str | None = None) -> list[Path]:
     """Return the folders where a source is looked for, in order: ``$STEPPE_DATA`` (else ./data), then the system's."""
     if data_dir is not None:
         return [Path(data_dir)]
-    root = Path(os.environ.get("STEPPE_DATA", "data"))
-    system = SOURCES[data].place
+    root, system = Path(os.environ.get("STEPPE_DATA", "data")), SOURCES[data].place
     return [root / data, root, *([] if system is None else [system])]
 
 
 def find(data: str, data_dir: str | None = None) -> Path:
     """Return the first folder that holds the source."""
-    looked, marks, hint = places(data, data_dir), SOURCES[data].marks, SOURCES[data].hint
+    looked, source = places(data, data_dir), SOURCES[data]
     for folder in looked:
-        if any((folder / mark).exists() for mark in marks):
+        if any((folder / mark).exists() for mark in source.marks):
             return folder
-        if folder.name in marks and folder.is_dir():  # the archive's own folder was named
+        if folder.name in source.marks and folder.is_dir():  # the archive's own folder was named
             return folder.parent
-    if data_dir is not None and looked[0].is_dir():
-        raise LabError(f"no {' or '.join(marks)} in {looked[0]}: {hint}")
-    raise LabError(f"no {data} in {', '.join(map(str, looked))}: {hint}")
+    what = " or ".join(source.marks) if data_dir is not None and looked[0].is_dir() else data
+    raise LabError(f"no {what} in {', '.join(map(str, looked))}: {source.hint}")

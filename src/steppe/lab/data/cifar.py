@@ -1,14 +1,13 @@
-"""CIFAR-10, CIFAR-100 and SVHN as their authors publish them and torchvision unpacks them.
+"""CIFAR-10 and CIFAR-100 as their authors publish them and torchvision unpacks them.
 
-CIFAR's files are pickles, which can run any code. The reader here takes dicts, lists, numbers, strings and arrays of
-bytes; it imports nothing that a file names, and hands nothing from a file to NumPy but bytes and a shape.
+The files are pickles, which can run any code. The reader here takes dicts, lists, numbers, strings and arrays of
+bytes; it imports nothing that a file names, and hands nothing from a file to torch but bytes and a shape.
 """
 
 import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from steppe.lab.errors import LabError
 # Mean and standard deviation of the training pixels, by channel: the sets' own values, to five digits.
 CIFAR10: Constants = ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159))
 CIFAR100: Constants = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
-SVHN: Constants = ((0.43768, 0.44377, 0.47280), (0.19803, 0.20102, 0.19704))
 
 
 def cifar10(folder: Path) -> RawData:
@@ -32,11 +30,6 @@ def cifar100(folder: Path) -> RawData:
     """Read the training and the test file: pickled dicts with ``data`` (n, 3072) and ``fine_labels``."""
     inner = folder / "cifar-100-python"
     return RawData(*_batch(inner / "train", "fine_labels"), *_batch(inner / "test", "fine_labels"), 100, CIFAR100)
-
-
-def svhn(folder: Path) -> RawData:
-    """Read the cropped digits: MATLAB files with ``X`` (32, 32, 3, n) and ``y`` (n, 1), where 10 means the digit 0."""
-    return RawData(*_matlab(folder / "train_32x32.mat"), *_matlab(folder / "test_32x32.mat"), 10, SVHN)
 
 
 def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:
@@ -101,19 +94,3 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no array of bytes needs")
         return _STAND_INS[module, name]
-
-
-def _matlab(path: Path) -> tuple[Tensor, Tensor]:
-    from scipy.io import loadmat
-
-    if not path.is_file():
-        raise LabError(f"no {path.name} in {path.parent}")
-    try:
-        found = loadmat(path, variable_names=("X", "y"))
-        images, labels = found["X"], found["y"]
-    except Exception as error:  # damaged files raise nearly anything
-        raise LabError(f"{path}: cannot read it: {type(error).__name__}: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
-        raise LabError(f"{path}: X must be bytes of shape (32, 32, 3, n), found {images.dtype} of shape {images.shape}")
-    digits = torch.from_numpy(labels.astype(np.int64).reshape(-1)) % 10
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1))), digits

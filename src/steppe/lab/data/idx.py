@@ -6,13 +6,21 @@ import zlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError
 
 _UBYTE = 0x08
 
 
-def read(path: Path, dims: int) -> torch.Tensor:
+def mnist(folder: Path) -> RawData:
+    """Read the training and the test files of a folder."""
+    (train, labels), (test, test_labels) = read_pair(folder, "train"), read_pair(folder, "t10k")
+    return RawData(train.unsqueeze(1), labels.long(), test.unsqueeze(1), test_labels.long(), int(test_labels.max()) + 1)
+
+
+def read(path: Path, dims: int) -> Tensor:
     """Return an idx file of unsigned bytes with ``dims`` dimensions: magic 0 0 type dims, sizes, then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -29,7 +37,7 @@ def read(path: Path, dims: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw[head:]), dtype=torch.uint8).reshape(sizes)
 
 
-def read_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+def read_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
     """Return the images and labels called ``prefix`` (train, t10k) in ``folder``."""
     images = read(_found(folder, f"{prefix}-images-idx3-ubyte"), dims=3)
     labels = read(_found(folder, f"{prefix}-labels-idx1-ubyte"), dims=1)

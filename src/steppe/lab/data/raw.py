@@ -1,7 +1,6 @@
 """All examples of a source, as its reader returns them, before a seed chooses among them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +8,6 @@ from steppe.lab.errors import LabError
 from steppe.lab.inputs import Files
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel, of values in [0, 1]
-Texts = list[tuple[str, ...]]  # one text an example, or two that are compared
 
 
 @dataclass(frozen=True)
@@ -17,37 +15,37 @@ class RawData:
     """All examples of a source.
 
     Args:
-        inputs: images as bytes, shape (n, channels, height, width), in memory or in files; vectors as floats; texts.
+        inputs: images as bytes, shape (n, channels, height, width), in memory or in files; or vectors as floats.
         labels: class numbers, shape (n,).
-        test_inputs: like ``inputs``; None where each seed holds out its own test examples.
+        test_inputs: like ``inputs``; None where each seed holds out test examples from ``inputs``.
         test_labels: like ``labels``.
         classes: number of classes.
         constants: what images are standardised by; None measures it on the training examples chosen.
-        scale: standardise float inputs too, by their one mean and standard deviation.
+        scale: standardise float inputs too, by the mean and standard deviation of all their values.
 
     Raises:
         LabError: there are no examples, not one label for each, or labels outside 0 to classes - 1.
     """
 
-    inputs: Tensor | Files | Texts
+    inputs: Tensor | Files
     labels: Tensor
-    test_inputs: Any
+    test_inputs: Tensor | Files | None
     test_labels: Tensor | None
     classes: int
     constants: Constants | None = None
     scale: bool = False
 
     def __post_init__(self) -> None:
-        _check("training", self.inputs, self.labels, self.classes)
-        if self.test_labels is not None:
-            _check("test", self.test_inputs, self.test_labels, self.classes)
-
-
-def _check(name: str, inputs: Any, labels: Tensor, classes: int) -> None:
-    if len(inputs) != len(labels):
-        raise LabError(f"{len(inputs)} {name} examples but {len(labels)} labels")
-    if len(labels) == 0:
-        raise LabError(f"there are no {name} examples")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise LabError(f"{name} labels must lie in 0 to {classes - 1}, they go from {low} to {high}")
+        for name, inputs, labels in (
+            ("training", self.inputs, self.labels),
+            ("test", self.test_inputs, self.test_labels),
+        ):
+            if inputs is None or labels is None:
+                continue
+            if len(inputs) != len(labels):
+                raise LabError(f"{len(inputs)} {name} examples but {len(labels)} labels")
+            if len(labels) == 0:
+                raise LabError(f"there are no {name} examples")
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                raise LabError(f"{name} labels must lie in 0 to {self.classes - 1}, they go from {low} to {high}")

@@ -1,18 +1,16 @@
 """Two studies of our own: error over m, and error at equal wall-clock time."""
 
-from dataclasses import replace
-
 from steppe.lab.recipes import shared as s
 from steppe.lab.recipes.recipe import Recipe, Study
 from steppe.lab.settings import Settings
 
 
 def _family(radii: tuple[float, ...], *sizes: int) -> tuple[str, ...]:
-    """Return SAM at shared radii for every m."""
     return tuple(f"SAM(rho={rho}, m={m})" for rho in radii for m in sizes)
 
 
 _DIGITS = ("SGD", *_family((0.2, 0.05), 128, 64, 32, 16, 8, 4, 2, 1))
+_THOUSAND = (*_DIGITS, *(f"RWSAM(rho=0.2, lam={lam})" for lam in (0.25, 1.0, 4.0)))
 
 M_SHARPNESS = Recipe(
     "m_sharpness",
@@ -23,15 +21,12 @@ M_SHARPNESS = Recipe(
         ("data, net, radii, seeds", f"{s.UNREAD} in full; here CIFAR-10 and ResNet-18 with WSAM's training"),
         ("numbers", s.UNREAD),
         ("batch norm", "mixes examples, so nets that have it train their micro-batches serially"),
-        ("smaller scales", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; " + s.LAPTOP),
+        ("laptop", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; else " + s.LAPTOP),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, (s.VANILLA, *_family((0.05, 0.1), 128, 64, 32, 16, 8))),),
-    gpu_hour=s.hour(("SGD", *_family((0.05,), 128, 64, 32, 16)), replace(s.HOUR, epochs=10), {}),
     laptop=(
         Study("digits", s.NOISY_DIGITS, _DIGITS),
-        Study(
-            "digits-1000", Settings(), (*_DIGITS, *(f"RWSAM(rho=0.2, lam={lam})" for lam in (0.25, 1.0, 4.0))), seeds=10
-        ),
+        Study("digits-1000", Settings(), _THOUSAND, seeds=10),
     ),
 )
 
@@ -56,9 +51,8 @@ EQUAL_TIME = Recipe(
         ("time", "that of SGD for twice the epochs; step times are measured first, interleaved, and kept"),
         ("the others", "round(time / their time) epochs, with the cosine over just these"),
         ("reported cost of RW-SAM and ESAM", "7/6 of SAM; 1.4 of the base (abstracts)"),
-        ("smaller scales", "the digits with 40 % label noise; small nets pay for Python, not for arithmetic"),
+        ("laptop", "the digits with 40 % label noise; small nets pay for Python, not for arithmetic"),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, _WITH_EPOCHS, values=s.EXAMPLE, timed=_TIMED),),
-    gpu_hour=s.hour(_WITH_EPOCHS, replace(s.HOUR, epochs=12), timed=_TIMED),
     laptop=(Study("digits", s.NOISY_DIGITS, _WITH_EPOCHS, values={"rho": 0.5, "gamma": 0.9}, timed=_TIMED),),
 )

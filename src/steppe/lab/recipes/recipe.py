@@ -1,8 +1,7 @@
-"""What a recipe is: the studies of a paper's table or figure at three scales, and the facts of its protocol."""
+"""What a recipe is: the studies of a paper's table or figure at two scales, and the facts of its protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
 
 from steppe.lab import spec
 from steppe.lab.errors import LabError
@@ -10,8 +9,7 @@ from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled, holes
 
-Scale = Literal["paper", "gpu-hour", "laptop"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
+SCALES = ("paper", "laptop")
 
 
 @dataclass(frozen=True)
@@ -38,60 +36,37 @@ class Study:
         methods = tuple(dict.fromkeys(filled(text, values) for text in self.methods))
         return Plan(applied(self.settings, values), methods, self.seeds)
 
-    def open_keys(self) -> list[str]:
-        """Return the keys that the search or the timing finds."""
-        return [*(key for stage in self.stages for key in stage.grid), *self.timed]
-
-    def shown_methods(self) -> list[str]:
-        """Return the methods as shown before a search: given values filled in, open keys in braces."""
-        shown = dict(self.values) | {key: f"{{{key}}}" for key in self.open_keys()}
-        return [text.format(**shown) for text in self.methods]
-
-    def runs(self) -> tuple[int, int]:
-        """Return how many runs the search makes at most, and how many the comparison makes."""
-        points = sum(len(stage.points()) for stage in self.stages)
-        return points * self.search_seeds, len(self.methods) * self.seeds
-
     def check(self) -> None:
         """Parse every method with the first value of each grid, so that a study that cannot run is refused early.
 
         Raises:
             LabError: a hole that nothing fills, or a method or setting that cannot be constructed.
         """
-        known = {*self.values, *self.open_keys()}
-        if unfilled := sorted({name for text in self.methods for name in holes(text)} - known):
-            raise LabError(f"study {self.name!r} gives no value for {', '.join(unfilled)}")
         first = {key: choices[0] for stage in self.stages for key, choices in stage.grid.items()}
         values = dict(self.values) | first | dict.fromkeys(self.timed, "1.0x")
+        if unfilled := sorted({name for text in self.methods for name in holes(text)} - values.keys()):
+            raise LabError(f"study {self.name!r} gives no value for {', '.join(unfilled)}")
         spec.parse_all([str(filled(text, values)) for text in self.methods], applied(self.settings, values))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A table or figure of a paper at three scales.
+    """A table or figure of a paper.
 
-    Args:
-        name: what the commands call it.
-        question: what it answers.
-        source: the paper and its table or figure.
-        facts: pairs of a topic and what the source says of it; "not transcribed" where it was not copied from there.
-        paper: the whole protocol.
-        gpu_hour: sized for an hour of one GPU.
-        laptop: sized for some minutes of two cores.
-        setting: what the published numbers were measured on.
-        measured: whether the minima are measured when the runs have finished.
+    Each fact is a topic and what the source says of it, "not transcribed" where it was not copied from there.
     """
 
     name: str
     question: str
     source: str
     facts: tuple[tuple[str, str], ...]
-    paper: tuple[Study, ...]
-    gpu_hour: tuple[Study, ...]
-    laptop: tuple[Study, ...]
-    setting: str = ""
-    measured: bool = False
+    paper: tuple[Study, ...]  # the whole protocol
+    laptop: tuple[Study, ...]  # some minutes of two cores, on embedded data
+    setting: str = ""  # what the published numbers were measured on
+    measured: bool = False  # whether the minima are measured when the runs have finished
 
-    def studies(self, scale: Scale) -> tuple[Study, ...]:
+    def studies(self, scale: str) -> tuple[Study, ...]:
         """Return the studies at a scale."""
-        return {"paper": self.paper, "gpu-hour": self.gpu_hour, "laptop": self.laptop}[scale]
+        if scale not in SCALES:
+            raise LabError(f"unknown scale {scale!r}; choose from {', '.join(SCALES)}")
+        return self.paper if scale == "paper" else self.laptop

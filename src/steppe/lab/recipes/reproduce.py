@@ -1,46 +1,39 @@
 """From a recipe's name to the comparison to run: check, search, time; the same call continues."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from steppe.lab import files, models, tasks
 from steppe.lab.errors import LabError
-from steppe.lab.recipes import SCALES, Recipe, Scale, Study, named
-from steppe.lab.recipes.step_times import multiples
-from steppe.lab.runs import RECIPE, SEARCH, Plan
+from steppe.lab.recipes import Recipe, Study, named
+from steppe.lab.runs import RECIPE, SEARCH, Plan, Run
+from steppe.lab.settings import Settings
+from steppe.lab.spec import Method
 from steppe.lab.sweep.space import Value, applied, filled
 from steppe.lab.sweep.work import search
+from steppe.lab.train import Session
 
-
-def scale_of(text: str) -> Scale:
-    """Return the scale of this name."""
-    for scale in SCALES:
-        if scale == text:
-            return scale
-    raise LabError(f"unknown scale {text!r}; choose from {', '.join(SCALES)}")
+ROUNDS, STEPS = 7, 8  # of timing
 
 
 def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tuple[Recipe, list[Study]]:
     """Return the recipe and its studies, all or one, after checking their methods, data and models."""
     recipe = named(name)
-    studies = {study.name: study for study in recipe.studies(scale_of(scale))}
+    studies = {study.name: study for study in recipe.studies(scale)}
     if only is not None and only not in studies:
         raise LabError(f"{name} has no study {only!r} at scale {scale}; choose from {', '.join(studies)}")
-    chosen = [_with_data(study, data_dir) for study in studies.values() if only in (None, study.name)]
+    chosen = [study for study in studies.values() if only in (None, study.name)]
+    if data_dir is not None:
+        folder = str(data_dir.expanduser().resolve())
+        chosen = [replace(study, settings=replace(study.settings, data_dir=folder)) for study in chosen]
     for study in chosen:
         study.check()
-        tasks.check(study.settings)
         task = tasks.load(study.settings, seed=0)
         models.build(study.settings.model, task.inputs[0], task.classes)
     return recipe, chosen
-
-
-def _with_data(study: Study, data_dir: Path | None) -> Study:
-    if data_dir is None:
-        return study
-    return replace(study, settings=replace(study.settings, data_dir=str(data_dir.expanduser().resolve())))
 
 
 def searched(
@@ -48,18 +41,14 @@ def searched(
 ) -> dict[str, Value]:
     """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    values, ended = search(study.search(), url, name, workers, tell=tell)
-    stages = [
-        {"name": each.stage.name, "method": each.stage.method, "chosen": dict(each.chosen), "points": each.points}
-        for each in ended
-    ]
+    values, stages = search(study.search(), url, name, workers, tell=tell)
     files.write_json(out / SEARCH, {"stages": stages, "seeds": study.search_seeds})
     return values
 
 
 def planned(
     recipe: Recipe,
-    scale: Scale,
+    scale: str,
     study: Study,
     out: Path,
     storage: str | None = None,
@@ -80,21 +69,28 @@ def planned(
         tell("timing steps")
         methods = {hole: filled(text, values) for hole, text in study.timed.items()}
         values |= multiples(applied(study.settings, values), methods)
-    files.write_json(kept, _about(recipe, scale, study, values))
+    about = {"recipe": recipe.name, "scale": scale, "study": study.name, "values": values}
+    about |= {key: getattr(recipe, key) for key in ("question", "source", "facts", "setting")}
+    published = {str(filled(text, values)): study.published.get(text) for text in study.methods}
+    files.write_json(kept, about | {"published": published if study.published else {}})
     return study.plan(values)
 
 
-def _about(recipe: Recipe, scale: Scale, study: Study, values: dict[str, Value]) -> dict[str, Any]:
-    """Return what a report says of the recipe beside the runs."""
-    published = {str(filled(text, values)): study.published.get(text) for text in study.methods}
-    return {
-        "recipe": recipe.name,
-        "question": recipe.question,
-        "source": recipe.source,
-        "facts": recipe.facts,
-        "scale": scale,
-        "study": study.name,
-        "values": values,
-        "setting": recipe.setting,
-        "published": published if study.published else {},
-    }
+def multiples(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:
+    """Return by method the epochs that take as long as twice the common number of SGD, as a multiple of that number.
+
+    The first method is SGD itself. Steps are timed interleaved, so that a busy moment slows all methods alike: each
+    takes 8 a round; the first round only warms up, and the median of the others counts.
+    """
+    sessions = {hole: Session(Run(method, 0, settings)) for hole, method in methods.items()}
+    batches = {hole: list(islice(session.batches(), STEPS)) for hole, session in sessions.items()}
+    seconds: dict[str, list[float]] = {hole: [] for hole in methods}
+    for _ in range(ROUNDS):
+        for hole, session in sessions.items():
+            before = session.meter.seconds
+            for rows, examples in batches[hole]:
+                session.advance(rows, examples)
+            seconds[hole].append(session.meter.seconds - before)
+    medians = {hole: median(each[1:]) for hole, each in seconds.items()}
+    budget = 2 * next(iter(medians.values()))
+    return {hole: f"{max(budget / each, 0.01):.2f}x" for hole, each in medians.items()}

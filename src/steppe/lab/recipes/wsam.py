@@ -9,6 +9,7 @@ from steppe.lab.sweep.space import Stage
 
 _FIVE = (s.VANILLA, s.SAM, s.ESAM, s.GSAM, s.WSAM)
 _FIVE_STAGES = (s.BASE_STAGE, s.RHO_STAGE, s.ESAM_STAGE, s.GSAM_STAGE, s.WSAM_STAGE)
+_FIVE_GRIDS = {"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW}
 
 CLASSIFICATION = Recipe(
     "wsam_classification",
@@ -21,27 +22,20 @@ CLASSIFICATION = Recipe(
         ("validation split of the search", f"{s.UNREAD}; here a tenth of the training examples"),
         ("tuned values (Table 3)", f"{s.UNREAD}; an example in the code has rho 0.2, gamma 0.9"),
         ("numbers (Table 2)", f"{s.UNREAD}; said of them: WSAM is best"),
-        ("smaller scales", s.LAPTOP),
+        ("laptop", s.LAPTOP),
     ),
     paper=s.four(_FIVE, _FIVE_STAGES),
-    gpu_hour=s.hour(_FIVE),
-    laptop=s.digits(
-        _FIVE,
-        _FIVE_STAGES,
-        {"digits": s.CLEAN_DIGITS},
-        {"esam_beta": (0.5,), "esam_gamma": (0.4, 0.6), "alpha": (0.02, 0.1, 0.3), "gamma": s.FEW},
-    ),
+    laptop=s.digits(_FIVE, _FIVE_STAGES, {"digits": s.CLEAN_DIGITS}, _FIVE_GRIDS),
 )
 
-_DEIT = replace(s.IMAGENET, model="hf:deit-b16", epochs=3, batch_size=256, lr=1e-5, weight_decay=1e-4)
-FURTHER_HOUR = replace(s.HOUR, epochs=3, lr=1e-3, start="SGD(epochs=15)", start_lr=0.1)
-FURTHER_DIGITS = replace(s.NOISY_DIGITS, noise=0.2, epochs=10, lr=0.005, start="SGD(epochs=80)")
+_DEIT = replace(s.IMAGENET, model="large_images:deit", epochs=3, lr=1e-5, weight_decay=1e-4)
 _FOUR = ("SGD", s.SAM, s.GSAM, s.WSAM)
 _FOUR_STAGES = (
-    Stage("radius", s.SAM, {"rho": (0.05, 0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)}),
+    Stage("radius", s.SAM, {"rho": (0.05, *s.LARGE_RHO)}),
     s.GSAM_STAGE,
-    Stage("WSAM", s.WSAM, {"gamma": (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98)}),
+    Stage("WSAM", s.WSAM, {"gamma": (*s.HIGH_GAMMA, 0.96, 0.98)}),
 )
+_FOUR_GRIDS = {"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)}
 
 FINETUNE = Recipe(
     "wsam_finetune",
@@ -49,25 +43,18 @@ FINETUNE = Recipe(
     "WSAM (arXiv 2305.15817), Table 4",
     (
         ("net", "DeiT-base, resumed from its checkpoint (error 18.2 %), 3 epochs of ImageNet"),
-        ("bring", "a folder deit-b16 that transformers has saved"),
+        ("bring", "ImageNet and a folder deit-b16 that transformers has saved; " + s.START),
         ("training", "SGD momentum 0.9, batch 256, lr 1e-5, weight decay 1e-4; 5 runs"),
         ("search", "rho from 0.05, 0.1, 0.5, 1.0, ..., 6.0, best 5.5, shared; GSAM's alpha; gamma 0.80 to 0.98"),
         ("numbers", f"{s.UNREAD} but for the 18.2 % before; said: all better than the base, not clearly apart"),
-        ("smaller scales", "the start is SGD on the same data; " + s.LAPTOP),
+        ("laptop", "the start is SGD on the same data; " + s.LAPTOP),
     ),
     paper=(Study("imagenet-deit", _DEIT, _FOUR, stages=_FOUR_STAGES),),
-    gpu_hour=s.hour(_FOUR, FURTHER_HOUR, {**s.EXAMPLE, "rho": 0.5}),
-    laptop=s.digits(
-        _FOUR,
-        _FOUR_STAGES,
-        {"digits": FURTHER_DIGITS},
-        {"rho": (0.05, 0.1, 0.5, 1.0, 2.0, 4.0), "gamma": (0.8, 0.88, 0.92, 0.96)},
-    ),
+    laptop=s.digits(_FOUR, _FOUR_STAGES, {"digits": s.FURTHER_DIGITS}, _FOUR_GRIDS),
 )
 
 _LEVELS = {level: f"noise-{level}" for level in (0.2, 0.4, 0.6, 0.8)}
 _NOISY = replace(s.CIFAR10, lr=0.05, weight_decay=1e-3)
-_NOISY_VALUES = {**s.EXAMPLE, "lr": 0.05, "weight_decay": 1e-3}
 _MIDDLE = {"esam_beta": 0.5, "esam_gamma": 0.5, "alpha": 0.1}  # of their grids
 
 LABEL_NOISE = Recipe(
@@ -82,17 +69,16 @@ LABEL_NOISE = Recipe(
         ("search", "rho for each level of noise; the others' grids as in Table 2"),
         ("numbers", f"{s.UNREAD}; said of them: WSAM is usually better than SAM, ESAM and GSAM"),
         ("validation labels", "noisy, as the training labels: a search has no clean ones"),
-        ("smaller scales", "laptop: rho and WSAM's gamma searched, coarsely; " + s.LAPTOP),
+        ("laptop", "rho and WSAM's gamma searched, coarsely; " + s.LAPTOP),
     ),
     paper=tuple(
         Study(name, replace(_NOISY, noise=level), _FIVE, stages=_FIVE_STAGES[1:]) for level, name in _LEVELS.items()
     ),
-    gpu_hour=(Study("noise-0.4", replace(_NOISY, epochs=s.HOUR.epochs, noise=0.4), _FIVE, 3, _NOISY_VALUES),),
     laptop=s.digits(
         _FIVE,
         (s.RHO_STAGE, s.WSAM_STAGE),
         {name: replace(s.NOISY_DIGITS, noise=level) for level, name in _LEVELS.items()},
-        {"rho": (0.05, 0.1, 0.2, 0.5), "gamma": s.FEW},
+        {"rho": s.FEW_RHO, "gamma": s.FEW},
         values=_MIDDLE,
     ),
 )
@@ -101,16 +87,16 @@ _ASAM, _FISHER = "ASAM(rho={rho_asam})", "FisherSAM(rho={rho_fisher})"
 _ADAPTIVE_WSAM = "AdaptiveWSAM(rho={rho_asam}, gamma={gamma_asam})"
 _FISHER_WSAM = "FisherWSAM(rho={rho_fisher}, gamma={gamma_fisher})"
 _SIX = (s.SAM, s.WSAM, _ASAM, _ADAPTIVE_WSAM, _FISHER, _FISHER_WSAM)
-_LARGE_RHO = (0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
-_HIGH_GAMMA = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94)
 _SIX_STAGES = (
     s.RHO_STAGE,
     s.WSAM_STAGE,
-    Stage("ASAM", _ASAM, {"rho_asam": _LARGE_RHO}),
-    Stage("AdaptiveWSAM", _ADAPTIVE_WSAM, {"gamma_asam": _HIGH_GAMMA}),
-    Stage("Fisher", _FISHER, {"rho_fisher": _LARGE_RHO}),
-    Stage("FisherWSAM", _FISHER_WSAM, {"gamma_fisher": _HIGH_GAMMA}),
+    Stage("ASAM", _ASAM, {"rho_asam": s.LARGE_RHO}),
+    Stage("AdaptiveWSAM", _ADAPTIVE_WSAM, {"gamma_asam": s.HIGH_GAMMA}),
+    Stage("Fisher", _FISHER, {"rho_fisher": s.LARGE_RHO}),
+    Stage("FisherWSAM", _FISHER_WSAM, {"gamma_fisher": s.HIGH_GAMMA}),
 )
+_SIX_GRIDS = {"rho": s.FEW_RHO, "rho_asam": (0.5, 1.0, 2.0, 4.0), "rho_fisher": (0.1, 0.5, 1.0, 2.0)}
+_SIX_GRIDS |= dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW)
 
 GEOMETRY = Recipe(
     "geometry",
@@ -121,28 +107,15 @@ GEOMETRY = Recipe(
         ("search", "rho from 0.1, 0.5, 1.0, ..., 6.0: best 5.0 for ASAM and Fisher; gamma 0.80 to 0.94: best 0.88"),
         ("lr, weight decay", f"{s.UNREAD}; here lr 0.1 and 5e-4"),
         ("numbers", f"{s.UNREAD}; said of them: plain WSAM is best, and its authors advise it"),
-        ("smaller scales", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
+        ("laptop", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
     ),
     paper=(Study("cifar10-wrn28-10", s.WIDE, _SIX, values=s.EXAMPLE, stages=_SIX_STAGES),),
-    gpu_hour=s.hour(
-        _SIX,
-        replace(s.HOUR, epochs=12),
-        {**s.EXAMPLE, "rho_asam": 5.0, "rho_fisher": 5.0, "gamma_asam": 0.88, "gamma_fisher": 0.88},
-    ),
-    laptop=s.digits(
-        _SIX,
-        _SIX_STAGES,
-        grids={
-            "rho": (0.05, 0.1, 0.2, 0.5),
-            "rho_asam": (0.5, 1.0, 2.0, 4.0),
-            "rho_fisher": (0.1, 0.5, 1.0, 2.0),
-            **dict.fromkeys(("gamma", "gamma_asam", "gamma_fisher"), s.FEW),
-        },
-    ),
+    laptop=s.digits(_SIX, _SIX_STAGES, grids=_SIX_GRIDS),
 )
 
 _COUPLING = (s.VANILLA, s.SAM, s.COUPLED, s.WSAM)
 _COUPLING_STAGES = (s.BASE_STAGE, s.RHO_STAGE, s.COUPLED_STAGE, s.WSAM_STAGE)
+_COUPLING_GRIDS = dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92))
 
 DECOUPLING = Recipe(
     "decoupling",
@@ -152,16 +125,10 @@ DECOUPLING = Recipe(
         ("protocol", "as Table 2; gamma searched for each of the two"),
         ("numbers", f"{s.UNREAD}; said of them: Coupled above SAM in most cases, WSAM above Coupled in most"),
         ("a caution", "with momentum 0.9 the same gamma weighs ten times more through the base than beside it"),
-        ("smaller scales", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
+        ("laptop", "coarser grids on the digits with 40 % label noise; " + s.LAPTOP),
     ),
     paper=s.four(_COUPLING, _COUPLING_STAGES),
-    gpu_hour=s.hour(_COUPLING),
-    laptop=s.digits(
-        _COUPLING,
-        _COUPLING_STAGES[1:],
-        grids=dict.fromkeys(("gamma", "coupled_gamma"), (0.5, 0.6, 0.7, 0.8, 0.88, 0.92)),
-        seeds=10,
-    ),
+    laptop=s.digits(_COUPLING, _COUPLING_STAGES[1:], grids=_COUPLING_GRIDS, seeds=10),
 )
 
 _ENDS = ("SGD", s.SAM, s.WSAM)
@@ -174,23 +141,20 @@ MINIMA = Recipe(
         ("measured", "training loss and top Hessian eigenvalue, by power iteration"),
         ("data, net, iterations, batch-norm mode", s.UNREAD),
         ("numbers", f"{s.UNREAD}; said: vanilla low loss and sharp, SAM higher and flat, WSAM near SAM at less loss"),
-        ("smaller scales", "1,000 digits with 40 % label noise, the protocol of `steppe compare`; " + s.LAPTOP),
+        ("laptop", "the protocol of `steppe compare`: 1,000 digits with 40 % label noise, MLP 64-256-256-10"),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, _ENDS, values=s.EXAMPLE),),
-    gpu_hour=s.hour(_ENDS),
     laptop=(Study("digits", Settings(), _ENDS, values={"rho": 0.5, "gamma": 0.9}),),
     measured=True,
 )
 
 
-def _gammas(gammas: tuple[float, ...], rho: float | str = "{rho}") -> tuple[str, ...]:
-    """Return WSAM at one radius with every gamma."""
-    return tuple(f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas)
+def _gammas(gammas: tuple[float, ...], rho: float | str) -> list[str]:
+    return [f"WSAM(rho={rho}, gamma={gamma})" for gamma in gammas]
 
 
 _RADII = (0.1, 0.2, 0.5)
-_SAMS = (f"SAM(rho={rho})" for rho in _RADII)
-_WSAMS = (method for rho in _RADII for method in _gammas((0.5, 0.7, 0.8, 0.86, 0.9, 0.94), rho))
+_WSAMS = [method for rho in _RADII for method in _gammas((0.5, 0.7, 0.8, 0.86, 0.9, 0.94), rho)]
 
 GAMMA_SENSITIVITY = Recipe(
     "gamma_sensitivity",
@@ -199,11 +163,10 @@ GAMMA_SENSITIVITY = Recipe(
     (
         ("protocol", "as Table 2, gamma over a wide range"),
         ("numbers", f"{s.UNREAD}; said of them: the best is almost always in [0.8, 0.95]"),
-        ("smaller scales", "laptop: gamma at three radii, the digits with 40 % label noise; " + s.LAPTOP),
+        ("laptop", "gamma at three radii, the digits with 40 % label noise; " + s.LAPTOP),
     ),
-    paper=s.four((s.VANILLA, s.SAM, *_gammas(s.GAMMA)), (s.BASE_STAGE, s.RHO_STAGE)),
-    gpu_hour=s.hour((s.VANILLA, s.SAM, *_gammas((0.5, 0.8, 0.9, 0.95))), replace(s.HOUR, epochs=12)),
-    laptop=(Study("digits", s.NOISY_DIGITS, ("SGD", *_SAMS, *_WSAMS)),),
+    paper=s.four((s.VANILLA, s.SAM, *_gammas(s.GAMMA, "{rho}")), (s.BASE_STAGE, s.RHO_STAGE)),
+    laptop=(Study("digits", s.NOISY_DIGITS, ("SGD", *(f"SAM(rho={rho})" for rho in _RADII), *_WSAMS)),),
 )
 
 RECIPES = (CLASSIFICATION, FINETUNE, LABEL_NOISE, GEOMETRY, DECOUPLING, MINIMA, GAMMA_SENSITIVITY)

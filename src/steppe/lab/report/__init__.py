@@ -1,6 +1,5 @@
 """One self-contained HTML page and tables in other formats, pure functions of a directory's records."""
 
-import math
 import shlex
 from dataclasses import replace
 from importlib.resources import files as resources
@@ -23,9 +22,8 @@ def write(folder: Path, baseline: str | None = None) -> Summary:
     found = read(folder, baseline)
     table = curvature.section(folder, found)
     text = tables.markdown(found) + ("" if table is None else "\n" + curvature.markdown(table))
-    texts = {"md": text, "csv": tables.csv_text(found)}
-    for suffix, text in texts.items():
-        files.write(folder / f"summary.{suffix}", text)
+    files.write(folder / "summary.md", text)
+    files.write(folder / "summary.csv", tables.csv_text(found))
     files.write(folder / "report.html", render(found, table))
     return found
 
@@ -44,14 +42,13 @@ def render(found: Summary, table: curvature.Curvature | None = None) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(_text("template.html")).render(
         title=tables.title(found),
-        lead=lead(found),
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
         caption=tables.caption(found),
         notes=tables.notes(found),
         minima=table,
         figures=[
-            *figures.results(found),
+            *figures.learning(found),
             *sensitivity.sensitivities(found),
             *sensitivity.searches(found),
             *([] if table is None else table.figures),
@@ -70,26 +67,11 @@ def _text(name: str) -> str:
     return (resources("steppe.lab.report") / name).read_text(encoding="utf-8")
 
 
-def lead(found: Summary) -> str:
-    """Return the result in a sentence or two."""
-    if not found.rows:
-        return "No run is finished yet."
-    best = min(found.rows, key=lambda row: row.mean)
-    words = f"Lowest mean test error: {best.method} with {best.mean:.1f} %, n = {best.n}."
-    tested = [row for row in found.rows if not math.isnan(row.p)]
-    clear = [row.paired.difference for row in tested if row.paired is not None and row.p < 0.05]
-    better, worse = sum(change < 0 for change in clear), sum(change > 0 for change in clear)
-    if not tested:
-        return words
-    return (
-        f"{words} Against {found.plan.reference}, {better} of {len(tested)} methods are better and {worse} worse "
-        "at p < 0.05 after correction."
-    )
-
-
 def command(found: Summary) -> str:
-    """Return the command line that makes these runs, empty for a search alone and for settings that no command has."""
+    """Return the command line that makes these runs, empty for a search alone and for what no command makes."""
     about, plan = found.context.recipe, found.plan
+    if plan.settings.data not in presets.PRESETS and ":" not in plan.settings.data:
+        return ""  # of 0.1, which had more data
     usual = presets.preset(plan.settings.data).settings.to_dict()
     given = {key: value for key, value in plan.settings.to_dict().items() if value != usual[key]}
     if about:

@@ -1,27 +1,19 @@
 """The report's table of measured minima (WSAM's Table 9, for every method), and figures of their surroundings."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from steppe.lab import minima
 from steppe.lab.errors import LabError
 from steppe.lab.minima import Measured
-from steppe.lab.report.figures import Figure, Trace, axes, styled_rows
+from steppe.lab.report.figures import Figure, axes, curve
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 from steppe.lab.summary import Summary
 from steppe.lab.tables import MINUS, NONE, number
-from steppe.measure import Minimum
 
-COLUMNS: dict[str, Callable[[Minimum], float]] = {
-    "loss": lambda m: m.loss,
-    "top eigenvalue": lambda m: m.top,
-    "trace": lambda m: m.trace,
-    "tr V": lambda m: m.trace_V,
-    "m-sharpness": lambda m: m.sharpness,
-}
+COLUMNS = {"loss": "loss", "top eigenvalue": "top", "trace": "trace", "tr V": "trace_V", "m-sharpness": "sharpness"}
 _TESTED = ("loss", "top eigenvalue")
 _FAINT = 1e-6  # share of a flat density; smaller values are not drawn
 
@@ -44,13 +36,17 @@ def section(folder: Path, found: Summary) -> Curvature | None:
     measured, notes = _read(folder, found)
     if not measured:
         return None
-    tests = [_tests(COLUMNS[name], measured, found.plan.reference) for name in _TESTED]
+    reference = found.plan.reference
+    by_seed = {
+        column: {method: {one.seed: getattr(one.minimum, name) for one in group} for method, group in measured.items()}
+        for column, name in COLUMNS.items()
+    }
+    tests = [_tests(by_seed[column], reference) for column in _TESTED]
     rows = []
     for method, group in measured.items():
-        cells = [_spread([value(one.minimum) for one in group]) for value in COLUMNS.values()]
-        baseline = method == found.plan.reference
-        cells += ["baseline" if baseline else _test(*by_method[method]) for by_method in tests]
-        rows.append((str(method), baseline, [str(len(group)), *cells]))
+        cells = [_spread(list(values[method].values())) for values in by_seed.values()]
+        cells += ["baseline" if method == reference else by_method[method] for by_method in tests]
+        rows.append((str(method), method == reference, [str(len(group)), *cells]))
     headers = ["method", "n", *COLUMNS, *(f"{name}, difference [95 % CI], p (Holm)" for name in _TESTED)]
     figures = [_slices(measured, found), _spectra(measured, found)]
     return Curvature(headers, rows, _caption(measured, found), notes, figures)
@@ -78,30 +74,25 @@ def _read(folder: Path, found: Summary) -> tuple[Group, list[str]]:
     return {method: group for method, group in measured.items() if group}, notes
 
 
-def _tests(
-    value: Callable[[Minimum], float], measured: Group, reference: Method
-) -> dict[Method, tuple[Paired | None, float]]:
-    """Return by method the paired test against the reference and its Holm-corrected p-value."""
-    by_seed = {method: {one.seed: value(one.minimum) for one in group} for method, group in measured.items()}
-    tests: list[Paired | None] = []
+def _tests(by_seed: dict[Method, dict[int, float]], reference: Method) -> dict[Method, str]:
+    """Return by method the paired test against the reference, with its Holm-corrected p-value, as text."""
+    base = by_seed.get(reference, {})
+    tests: dict[Method, Paired] = {}
     for method, values in by_seed.items():
-        seeds = [] if method == reference else sorted(values.keys() & by_seed.get(reference, {}).keys())
-        pairs = [(values[seed], by_seed[reference][seed]) for seed in seeds]
-        tests.append(paired(*zip(*pairs, strict=True)) if pairs else None)
-    adjusted = holm([math.nan if test is None else test.p for test in tests])
-    return dict(zip(by_seed, zip(tests, adjusted, strict=True), strict=True))
+        seeds = sorted(values.keys() & base.keys())
+        if method != reference and seeds:
+            tests[method] = paired([values[seed] for seed in seeds], [base[seed] for seed in seeds])
+    adjusted = holm([test.p for test in tests.values()])
+    texts = dict.fromkeys(by_seed, NONE)
+    for (method, test), p in zip(tests.items(), adjusted, strict=True):
+        ends = NONE if math.isnan(test.low) else f"{_signed(test.low)} to {_signed(test.high)}"
+        texts[method] = f"{_signed(test.difference)} [{ends}], {number(p, '.2g')}"
+    return texts
 
 
 def _spread(values: list[float]) -> str:
-    decimals = _decimals(mean(values))
-    return f"{mean(values):.{decimals}f} ± {number(spread(values), f'.{decimals}f')}".replace("-", MINUS)
-
-
-def _test(test: Paired | None, p: float) -> str:
-    if test is None:
-        return NONE
-    ends = NONE if math.isnan(test.low) else f"{_signed(test.low)} to {_signed(test.high)}"
-    return f"{_signed(test.difference)} [{ends}], {number(p, '.2g')}"
+    form = f".{_decimals(mean(values))}f"
+    return f"{number(mean(values), form)} ± {number(spread(values), form)}"
 
 
 def _signed(value: float) -> str:
@@ -126,14 +117,12 @@ def _caption(measured: Group, found: Summary) -> str:
 
 
 def _slices(measured: Group, found: Summary) -> Figure:
-    data: list[Trace] = []
-    for row, style in styled_rows(found):
-        if group := measured.get(row.method):
-            losses = zip(*(one.slice["loss"] for one in group), strict=True)
-            finite = [[loss for loss in column if loss is not None] for column in losses]
-            y = [mean(column) if column else None for column in finite]
-            data.append({"x": group[0].slice["t"], "y": y, "name": str(row.method), "line": style.line})
-            data[-1] |= {"mode": "lines", "hovertemplate": "%{y:.3g}"}
+    data = []
+    for method, group in measured.items():
+        losses = zip(*(one.slice["loss"] for one in group), strict=True)
+        finite = [[loss for loss in column if loss is not None] for column in losses]
+        y = [mean(column) if column else None for column in finite]
+        data.append(curve(group[0].slice["t"], y, str(method), found.plan.methods.index(method)))
     layout = axes("t, along a random filter-normalised direction", "training loss", yaxis={"type": "log"})
     caption = "Loss at w + t d, each filter of d as long as the model's (Li et al. 2018); log scale, mean over seeds."
     return Figure("slices", "Loss around the minima", caption, data, layout)
@@ -144,12 +133,11 @@ def _spectra(measured: Group, found: Summary) -> Figure:
     low, high = min(nodes), max(nodes)
     width = (high - low) / 200 or 1.0
     grid = [low - 4 * width + i * (high - low + 8 * width) / 400 for i in range(401)]
-    data: list[Trace] = []
-    for row, style in styled_rows(found):
-        if group := measured.get(row.method):
-            density = [mean([_smooth(x, one.spectrum, width) for one in group]) for x in grid]
-            shown = [value if value > _FAINT / (high - low or 1.0) else None for value in density]
-            data.append({"x": grid, "y": shown, "name": str(row.method), "line": style.line, "mode": "lines"})
+    data = []
+    for method, group in measured.items():
+        density = [mean([_smooth(x, one.spectrum, width) for one in group]) for x in grid]
+        shown = [value if value > _FAINT / (high - low or 1.0) else None for value in density]
+        data.append(curve(grid, shown, str(method), found.plan.methods.index(method)))
     layout = axes("eigenvalue of the Hessian", "density", yaxis={"type": "log"})
     caption = (
         "Stochastic Lanczos quadrature (Ghorbani et al. 2019), 2 probes of 40 steps a run; mean over seeds, smoothed "

@@ -42,8 +42,7 @@ class Search:
     Example:
         >>> base = Stage("base", "SGD(epochs=2x)", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 5e-4)})
         >>> radius = Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.1, 0.2)})
-        >>> own = Stage("WSAM", "WSAM(rho={rho}, gamma={gamma})", {"gamma": (0.8, 0.9)})
-        >>> Search(Settings(validation=0.1, test_seed=0), (base, radius, own), seeds=2)
+        >>> Search(Settings(validation=0.1, test_seed=0), (base, radius), seeds=2)
     """
 
     settings: Settings

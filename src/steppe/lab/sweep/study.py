@@ -2,18 +2,19 @@
 
 Every point of the grid is a waiting trial from the start, so a claim is one change of state in one transaction. A
 worker sends heartbeats while it trains a point. If they stop, for a killed process or a lost machine, any other worker
-declares the trial failed and queues its point again.
+declares the trial failed and queues its point again. ``Study.optimize`` and Optuna's retry callback do not serve here:
+a trial is claimed before its first heartbeat, so a worker killed between the two would hold its point forever.
 """
 
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -32,7 +33,6 @@ RETRIES = 3  # of a point whose worker died; a point that kills its workers is g
 DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
 POINT, ERRORS, REASON = "point", "errors", "reason"
 TWIN = "queued twice"
-_ATTEMPTS = 5  # to open a storage: workers that start together make its tables together
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -72,23 +72,21 @@ class Grid:
         for index, point in enumerate(self.stage.points()):
             mine = [trial for trial in trials if trial.user_attrs[POINT] == index]
             reasons = [trial.user_attrs.get(REASON) for trial in mine if trial.state is TrialState.FAIL]
-            deaths, raised = reasons.count(None), any(reason not in (None, TWIN) for reason in reasons)
-            if len(mine) == len(reasons) and (again or (deaths <= RETRIES and not raised)):
-                attributes = {POINT: index}
-                self.study.add_trial(
-                    create_trial(state=TrialState.WAITING, params=point, distributions=kinds, user_attrs=attributes)
-                )
+            gone = reasons.count(None) > RETRIES or any(reason not in (None, TWIN) for reason in reasons)
+            if len(mine) == len(reasons) and (again or not gone):
+                facts: Any = {"params": point, "distributions": kinds, "user_attrs": {POINT: index}}
+                self.study.add_trial(create_trial(state=TrialState.WAITING, **facts))
 
     def claim(self) -> Trial | None:
         """Return a waiting trial that is now this worker's alone, ``None`` if none is waiting."""
-        with _known_experimental():
+        with catch_warnings(action="ignore", category=ExperimentalWarning):
             fail_stale_trials(self.study)
         self.queue()
         for found in self.trials(TrialState.WAITING):
-            trial = Trial(self.study, self.id(found))
-            self.storage.record_heartbeat(self.id(found))  # first, so that no claimed trial is without one
+            trial = Trial(self.study, found._trial_id)
+            self.storage.record_heartbeat(found._trial_id)  # first, so that no claimed trial is without one
             with suppress(UpdateFinishedTrialError):
-                if self.storage.set_trial_state_values(self.id(found), TrialState.RUNNING):
+                if self.storage.set_trial_state_values(found._trial_id, TrialState.RUNNING):
                     if not self._twin(found):
                         return trial
                     self.tell(trial, None, TrialState.FAIL, TWIN)
@@ -99,19 +97,14 @@ class Grid:
         same = [one for one in self.trials()[: found.number] if one.user_attrs[POINT] == found.user_attrs[POINT]]
         return any(trial.state is not TrialState.FAIL for trial in same)
 
-    def id(self, trial: Trial | FrozenTrial) -> int:
-        """Return the storage's number of a trial."""
-        study = self.storage.get_study_id_from_name(self.study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
-
     @contextmanager
     def beating(self, trial: Trial) -> Iterator[None]:
         """Send heartbeats while the body runs."""
-        stop, number = threading.Event(), self.id(trial)
+        stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(self.storage.get_heartbeat_interval() or HEARTBEAT):
-                self.storage.record_heartbeat(number)
+                self.storage.record_heartbeat(trial._trial_id)
 
         pulse = threading.Thread(target=beat, daemon=True)
         pulse.start()
@@ -129,21 +122,20 @@ class Grid:
             self.study.tell(trial, value, state, skip_if_finished=True)
 
     def ended(self) -> dict[int, FrozenTrial]:
-        """Return the trial of each point that is done."""
+        """Return the trial of each point that is done, in the grid's order."""
         trials = self.trials(TrialState.COMPLETE, TrialState.PRUNED)
-        return {trial.user_attrs[POINT]: trial for trial in reversed(trials)}
+        return dict(sorted({trial.user_attrs[POINT]: trial for trial in reversed(trials)}.items()))
 
     def points(self) -> list[dict[str, Any]]:
         """Return the points that are done as plain data: values, errors per seed in per cent, whether dropped."""
-        points = self.stage.points()
         return [
             {
-                "values": points[index],
+                "values": self.stage.points()[index],
                 "errors": trial.user_attrs.get(ERRORS, []),
                 "error": trial.value,
                 "dropped": trial.state is TrialState.PRUNED,
             }
-            for index, trial in sorted(self.ended().items())
+            for index, trial in self.ended().items()
         ]
 
     def best(self) -> dict[str, Value]:
@@ -159,27 +151,30 @@ class Grid:
                 f"{len(lost)} of {len(points)} points of stage {self.stage.name} failed, the first {lost[0]} "
                 f"({'; '.join(sorted(reasons - {TWIN}))}); the same command tries again"
             )
-        whole = [(trial.value, i) for i, trial in ended.items() if trial.state is TrialState.COMPLETE]
-        return points[min(whole)[1]]
+        return points[min((trial.value, i) for i, trial in ended.items() if trial.state is TrialState.COMPLETE)[1]]
 
 
-def open_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
+def open_storage(url: str, heartbeat: int = HEARTBEAT, attempts: int = 5) -> RDBStorage:
     """Return the storage of a URL (sqlite:///FILE, postgresql://..., mysql://...); make missing tables.
+
+    Workers that start together make the tables together, so it takes some attempts.
 
     Raises:
         LabError: it cannot be opened; the message is without user and password.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            if url.startswith("sqlite"):
-                Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-                return _one_writer(_storage(url, heartbeat, {"connect_args": {"timeout": 120}}))
-            return _storage(url, heartbeat, {"pool_pre_ping": True})
-        except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
-            if attempt == _ATTEMPTS or isinstance(error, ImportError | ValueError):
-                raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
-        time.sleep(0.1 * 2**attempt)
-    raise AssertionError
+    sqlite = url.startswith("sqlite")
+    options: dict[str, Any] = {"connect_args": {"timeout": 120}} if sqlite else {"pool_pre_ping": True}
+    try:
+        if sqlite:
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        with catch_warnings(action="ignore", category=ExperimentalWarning):
+            storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+        return _with_one_writer(storage) if sqlite else storage
+    except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
+        if attempts == 1 or isinstance(error, ImportError | ValueError):
+            raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
+    time.sleep(6.4 / 2**attempts)  # 0.2 to 1.6 seconds
+    return open_storage(url, heartbeat, attempts - 1)
 
 
 def shown(url: str) -> str:
@@ -188,12 +183,7 @@ def shown(url: str) -> str:
     return f"{head.split('//')[0]}//...@{tail}" if at else url
 
 
-def _storage(url: str, heartbeat: int, options: dict[str, Any]) -> RDBStorage:
-    with _known_experimental():
-        return RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
-
-
-def _one_writer(storage: RDBStorage) -> RDBStorage:
+def _with_one_writer(storage: RDBStorage) -> RDBStorage:
     """Take SQLite's write lock before the first read of a transaction: it has no row locks to claim a trial with."""
 
     @event.listens_for(storage.engine, "connect")
@@ -206,11 +196,3 @@ def _one_writer(storage: RDBStorage) -> RDBStorage:
 
     storage.engine.dispose()  # connections made before lack these settings
     return storage
-
-
-@contextmanager
-def _known_experimental() -> Iterator[None]:
-    """Ignore Optuna's warning that heartbeats, which it has had since 2.9, may change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield

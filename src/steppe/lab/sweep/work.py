@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -17,20 +16,11 @@ from optuna.trial import Trial, TrialState
 from steppe.lab.compare import leave_with_parent
 from steppe.lab.errors import LabError
 from steppe.lab.runs import Run
-from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
+from steppe.lab.sweep.space import Search, Value, applied, filled
 from steppe.lab.sweep.study import ERRORS, HEARTBEAT, POINT, Grid, open_storage
 from steppe.lab.train import train
 
 _POLL = 0.5  # seconds between looks at points that other workers train
-
-
-@dataclass(frozen=True)
-class Ended:
-    """One stage's outcome."""
-
-    stage: Stage
-    chosen: Mapping[str, Value]
-    points: list[dict[str, Any]]  # see Grid.points
 
 
 def search(
@@ -40,13 +30,13 @@ def search(
     workers: int = 1,
     heartbeat: int = HEARTBEAT,
     tell: Callable[[str], None] = lambda line: None,
-) -> tuple[dict[str, Value], list[Ended]]:
-    """Run every stage with ``workers`` processes here, beside those of other machines; return the values chosen.
+) -> tuple[dict[str, Value], list[dict[str, Any]]]:
+    """Run every stage with ``workers`` processes here, beside those of other machines.
 
     ``name`` distinguishes searches in one storage. Any process may be killed: the others train its point again, and the
-    same call continues an interrupted search.
+    same call continues an interrupted search. Return the values chosen, and every stage with its points as plain data.
     """
-    values, ended = dict(asked.values), []
+    values, stages = dict(asked.values), []
     with ExitStack() as helpers:
         for stage in asked.stages:
             study = f"{name}/{stage.name}/{asked.digest(stage, values)}"
@@ -58,8 +48,8 @@ def search(
             chosen = grid.best()
             values |= chosen
             tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
-            ended.append(Ended(stage, chosen, grid.points()))
-    return values, ended
+            stages.append({"name": stage.name, "method": stage.method, "chosen": chosen, "points": grid.points()})
+    return values, stages
 
 
 @contextmanager
