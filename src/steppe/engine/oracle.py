@@ -181,7 +181,7 @@ class Oracle:
         return self.losses()
 
     def example_norms(self) -> Tensor | None:
-        """Return ``norm(grad f_i)`` at ``w`` from the first pass, shape ``(n,)``; ``None`` if the model has no factors."""
+        """Return every ``norm(grad f_i)`` at ``w``, shape ``(n,)``, from the first pass; ``None`` without factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
 
     def grad_on_full(self) -> Vector:
