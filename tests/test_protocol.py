@@ -80,8 +80,8 @@ def wrong(rule: Rule) -> list[str]:
         f.asked = []
         on = rule.select(f)
         g_adv = f.grad(on=on)
-        if declared(rule.select).everything and on is not None:
-            found.append("select declares everything and chooses")
+        if declared(rule.select).whole_batch and on is not None:
+            found.append("select declares whole_batch and chooses")
     if "losses_at_w" in f.asked and not says.losses_at_w:
         found.append("losses_at_w")
     f.asked = []
@@ -194,7 +194,7 @@ class NotUniform:
 
 @dataclass(frozen=True)
 class LossesAtW:
-    declares: ClassVar[Declaration] = Declaration(everything=True)
+    declares: ClassVar[Declaration] = Declaration(whole_batch=True)
 
     def __call__(self, f: Oracle) -> torch.Tensor:
         return torch.topk(f.losses() - f.losses_at_w(), 3).indices
@@ -213,7 +213,7 @@ WRONG = {
     "geometry is not radial": Rule(geometry=NotRadial()),
     "sample is not the weighted gradient": Rule(sample=NotUniform()),
     "losses_at_w": Rule(select=LossesAtW()),
-    "select declares everything and chooses": Rule(select=LossesAtW()),
+    "select declares whole_batch and chooses": Rule(select=LossesAtW()),
 }
 
 

@@ -35,6 +35,7 @@ from steppe.pieces.geometry import (
     Unified,
     Unnormalised,
 )
+from steppe.pieces.protocol import Declaration
 from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
 from steppe.pieces.select import All, Sharpest
 from steppe.rule import Every, Micro, Plain, Rule
@@ -42,9 +43,9 @@ from steppe.telemetry import Telemetry
 
 __all__ = [
     "ASAM", "ESAM", "FSAM", "GSAM", "METHODS", "NSAM", "RWSAM", "SAM", "USAM", "WSAM", "Adaptive", "All", "Batch",
-    "Batches", "Coupled", "CoupledWSAM", "Euclidean", "Every", "Everything", "Exact", "FiniteDifference", "Fisher",
-    "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices", "Mean", "Micro", "Named", "OnFull", "Oracle", "Perturbed",
-    "Plain", "RememberOrthogonal", "ReuseOrthogonal", "Reweighted", "Rule", "Scaled", "Sharpest", "SharpnessAware",
-    "Smoothed", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector",
-    "Weighted", "schedule",
+    "Batches", "Coupled", "CoupledWSAM", "Declaration", "Euclidean", "Every", "Everything", "Exact", "FiniteDifference",
+    "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices", "Mean", "Micro", "Named", "OnFull", "Oracle",
+    "Perturbed", "Plain", "RememberOrthogonal", "ReuseOrthogonal", "Reweighted", "Rule", "Scaled", "Sharpest",
+    "SharpnessAware", "Smoothed", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update",
+    "VaSSO", "Vector", "Weighted", "schedule",
 ]  # fmt: skip

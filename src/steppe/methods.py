@@ -30,7 +30,7 @@ MATRICES = Matrices()
 class SAM(SharpnessAware):
     """``eps = rho g / norm(g)``, ``u = g_adv``; with ``m=`` it is m-SAM.
 
-    Costs two passes.
+    Costs two passes. It is :class:`~steppe.Rule` with its default pieces.
 
     Source: Foret et al. 2021, arXiv 2010.01412.
 
@@ -265,7 +265,7 @@ class LookSAM(SharpnessAware):
 
 
 class FSAM(SharpnessAware):
-    """``eps = rho d / norm(d)``, ``d = g - sigma m``, ``m <- decay m + (1 - decay) g``, ``u = g_adv``: Friendly SAM.
+    """``eps = rho d / norm(d)``, ``d = g - sigma a``, ``a <- decay a + (1 - decay) g``, ``u = g_adv``: Friendly SAM.
 
     Costs two passes.
 

@@ -49,12 +49,12 @@ class SharpnessAware(Facade):
     rounds most of a small perturbation away (``docs/stacks/mixed-precision.md``).
 
     Args:
-        base: an optimizer instance; it sees the combined gradient, once a step.
+        base: an optimizer instance; it takes one step on the update's ``grad``.
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
-        check_finite: skip steps whose gradients are not finite. This is the one place where a step
-            waits for its device, apart from all-reduces, rehearsals of shared passes, and ESAM on accumulated batches.
+        check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
+            all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
@@ -64,7 +64,8 @@ class SharpnessAware(Facade):
             m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one,
             and every pass is averaged), or a number of neighbouring ranks that share one. The gradient that the base
             sees is averaged over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
-        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step
+        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step,
+            and WSAM's term by the same factor
             (:meth:`~steppe.Update.clipped`).
         model: the module that plain closures run, where steppe cannot find it among the variables that the closure
             refers to. Its running statistics are protected in further passes, and DDP

@@ -76,7 +76,7 @@ class Micro:
 
     ``u = sum_j |I_j| / |B| u(I_j)`` (Foret et al. 2021, section 4.1; arXiv 2509.18001). ``m`` at or above the batch
     size is the rule itself. Micro-batches share two passes over the whole batch where the model allows it
-    (:mod:`steppe.factored`). Elsewhere they run in a loop: as many examples, ``n / m`` times as many calls. Batch
+    (:mod:`steppe.factored`). Elsewhere they run in a loop: the same examples in ``n / m`` times as many passes. Batch
     normalisation sees micro-batches, as in gradient accumulation.
 
     Raises:

@@ -35,7 +35,7 @@ class Pending:
     Args:
         parameters: every parameter of the optimizer.
         beside: what moves past the base, ``w <- w - lr beside``.
-        memory: what the rule remembers, by name, and the rate at which its memory moves there.
+        memory: by name, a vector, and the rate at which the rule's memory moves towards it (1 replaces it).
         rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
     """
 
@@ -190,7 +190,8 @@ class Stepper:
         base: the base optimizer.
         rule: the optimizer's rule.
         radius: the radius of every group.
-        options: the options of the optimizer.
+        full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
+        ranks, modules, state, scaling: find the replicas, modules, memory and loss scale of a step.
     """
 
     base: torch.optim.Optimizer
@@ -245,7 +246,7 @@ class Stepper:
         if declared(self.rule).examples and f.rho.largest():
             f.batch(repr(self.rule))  # also where only another step's rule looks at examples: before any has moved
         if f.passes.ranks.unprepared:
-            f.passes.rehearse()
+            f.passes.prepare_static_graph()
         if self.gradient_noise:
             with f.passes.ranks.apart():
                 noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)

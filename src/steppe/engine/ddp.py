@@ -42,7 +42,7 @@ class Ranks:
         shared: whether every gradient is averaged over all ranks (``sync="global"``).
         group: the ranks that share a perturbation, where they are some (``sync=n``).
         averaged: whether the update is made of averages over all ranks already.
-        unprepared: whether DDP has yet to see its static graph, in a pass that it averages.
+        unprepared: whether DDP (``static_graph=True``) still needs a first averaged pass to record its graph.
         begun: whether a forward has taken part in DDP's broadcast of buffers, as one does in ordinary training.
     """
 

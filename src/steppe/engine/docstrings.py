@@ -7,15 +7,21 @@ import re
 import textwrap
 
 SHARED = {
-    "base": "the base optimizer, an instance; it sees the combined gradient, once a step.",
-    "rho": "radius of the perturbation, or a schedule (:mod:`steppe.schedule`). A parameter group may have its own.",
+    "base": "the base optimizer, an instance; it takes one step on the method's ``u``.",
+    "rho": "radius of the perturbation, in the norm of the method's ``eps``, or a schedule "
+    "(:mod:`steppe.schedule`). A parameter group may have its own.",
     "m": "size of the micro-batches that each get their own perturbation (m-SAM); ``step`` then needs a "
     ":class:`~steppe.Batch`. ``None`` is the whole batch.",
 }
-ALIASES = {"Base": "torch.optim.Optimizer", "Radius": "float | Schedule", "Which": "(Oracle) -> list[bool]"}
+ALIASES = {
+    "Base": "torch.optim.Optimizer",
+    "Radius": "float | Schedule",
+    "Which": "(Oracle) -> list[bool]",
+    "Sync": "str | int",
+}
 ERRORS = """Raises:
-    TypeError, ValueError: an argument is none of the above; the message says what was expected, and nothing has been
-        changed."""
+    TypeError, ValueError: an argument has a wrong type or value; the message says what was expected, and nothing
+        has been changed."""
 
 
 def add_shared_arguments(method: type, wrapper: type) -> None:

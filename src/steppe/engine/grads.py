@@ -1,4 +1,4 @@
-"""``p.grad`` before and after a pass: the only code that reads it during a step."""
+"""``p.grad`` before and after a pass: what a pass has left is taken here."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -195,7 +195,7 @@ class Oracle:
         if self._full_g is None:
             if self._full is None:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
-            full = Passes(self._full, *self.passes.shared)
+            full = Passes(self._full, *self.passes.context)
             self._full_g = full.gradient()
             self.passes.log.add_full(full.log)
         self.passes.counted = True  # full's pass at w is the one that running statistics see
@@ -252,9 +252,9 @@ class Oracle:
 
     @contextmanager
     def looking(self, says: Declaration) -> Iterator[None]:
-        """Surround the computation of ``eps`` by a template, whose gradients and moves are not those of the update.
+        """Surround the computation of ``eps``: gradients and moves inside serve the perturbation, not the update.
 
-        What the template declares to need holds from here on, also where a function calls it.
+        A function may call a ``Rule``: what that rule declares is added to what this oracle knows.
         """
         if not (says.remembers <= self._declares.remembers and says.losses_at_w <= self._declares.losses_at_w):
             self._declares = self._declares.with_needs(says)

@@ -1,4 +1,4 @@
-"""The forward and backward passes of one step: the only code that runs the closure."""
+"""The forward and backward passes of one step: all of them but those that verify a model."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Passes:
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
     @property
-    def shared(self) -> tuple[Parameters, Callable[[], Iterable[nn.Module]], Ranks, LossScale | None]:
+    def context(self) -> tuple[Parameters, Callable[[], Iterable[nn.Module]], Ranks, LossScale | None]:
         """Arguments of passes over another batch in the same step."""
         return self.parameters, self.modules, self.ranks, self.scale
 
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
-        part = Passes(batch, *self.shared)
+        part = Passes(batch, *self.context)
         part.away, part.counted = self.away, self.counted
         return part
 
@@ -104,7 +104,7 @@ class Passes:
         self._random = (start, end or RandomState.now(devices))
 
     @contextmanager
-    def moved(self) -> Iterator[None]:
+    def away_from_w(self) -> Iterator[None]:
         """Declare passes inside to be away from ``w``, also where no weights are moved."""
         if self.away:
             raise RuntimeError("the weights are away from w already: leave one at() before entering the next")
@@ -121,9 +121,9 @@ class Passes:
             yield
         self.rewind()
 
-    def rehearse(self) -> None:
+    def prepare_static_graph(self) -> None:
         """Run one throw-away pass so that DDP can build its static graph, in a pass that it averages."""
-        with self.moved(), self.one(), self.ranks.passing(True):
+        with self.away_from_w(), self.one(), self.ranks.passing(True):
             chunks_of(self.closure)[-1]() if isinstance(self.closure, Batch) else self.closure()
         self.rewind()
 

@@ -1,4 +1,4 @@
-"""Weights at ``w + eps`` and back: the only code that moves them during a step."""
+"""Weights at ``w + eps`` and back: the only code that perturbs them in a step's own passes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
     finite = norm if guard and not known else None  # else eps becomes 0, on its device and on this rank
     moved: list[Tensor] = []
     saved: list[Tensor] = []
-    with passes.moved():
+    with passes.away_from_w():
         try:
             with torch.no_grad():
                 passes.reshard()

@@ -27,7 +27,7 @@ class Cost:
         products: how many products with factors follow, of ``rows^2 (height + width)`` each: Gram matrices, the
             perturbed forward and its backward.
         weighted: whether a weighted sum follows, which costs factors another ``rows height width``.
-        memory: the multiplications that the passes over one number of ``G_k`` in memory are worth.
+        memory: the cost of reading and writing one number of ``G_k``, in multiplications.
     """
 
     products: int

@@ -50,12 +50,12 @@ class SharedPasses:
         Return ``None`` where the rule or the model does not allow it, or where the loop is cheaper.
 
         Raises:
-            ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
+            ValueError: ``parallel=True``, and the rule or the model does not allow it; the message says why.
         """
-        if not self.parallel or type(rule) is not Rule:
-            return None
-        weights = shared_weights(rule)
-        if weights is None or not self._worth(f, m):
+        weights = example_weighting(rule) if type(rule) is Rule else None
+        if weights is None and self.parallel is True and m is not None:
+            raise refusal(f"micro-batches of {rule!r} run in a loop")
+        if type(rule) is not Rule or weights is None or not self._worth(f, m):
             return None
         n = len(f.batch())
         parts = MicroBatches(n, n if m is None else m)
@@ -71,7 +71,7 @@ class SharedPasses:
             second = _second_pass(f, recorded, parts, rule)
             if needs_g:
                 f.g = recorded.g
-            with f.passes.moved():
+            with f.passes.away_from_w():
                 g_adv = f.passes.gradient(under=black_boxes(f.batch().model, second))
         except Exception as error:  # an error of the model itself: the loop will raise it again
             self._fall_back(f, error, before)
@@ -235,9 +235,9 @@ class SharedPasses:
             raise refusal(str(error)) from error
 
 
-def shared_weights(rule: Rule) -> str | None:
+def example_weighting(rule: Rule) -> str | None:
     """Return how the rule weighs examples, if its micro-batches may share passes: all of them, radial, linear."""
-    shareable = declared(rule.geometry).radial and declared(rule.select).everything and declared(rule.combine).linear
+    shareable = declared(rule.geometry).radial and declared(rule.select).whole_batch and declared(rule.combine).linear
     return declared(rule.sample).weights if shareable else None
 
 

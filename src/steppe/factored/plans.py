@@ -98,8 +98,8 @@ def entry_for(f: Oracle, batch: Batch) -> Entry:
 
 
 def refusal(reason: str) -> ValueError:
-    """Return the error for ``parallel=True`` and a model that does not factor."""
-    return ValueError(f"parallel must be 'auto' or False for this model: {reason}")
+    """Return the error for ``parallel=True`` where micro-batches cannot share passes."""
+    return ValueError(f"parallel must be 'auto' or False here: {reason}")
 
 
 def _key(parameters: Parameters, batch: Batch) -> Any:

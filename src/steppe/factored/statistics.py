@@ -65,7 +65,7 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         chunks = chunks_of(batch)
         if any(engine.entry(f, chunk).plan.mixes for chunk in chunks):
             raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
-        with f.passes.moved():  # running statistics do not count this batch
+        with f.passes.away_from_w():  # running statistics do not count this batch
             norms, sizes, g_norm = _norms(f, engine, chunks, m)
     finally:
         before.restore()

@@ -210,7 +210,7 @@ def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:
 
 
 def _run_closure_first(optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run Lightning's closure, now hooks and clipping alone, and call ``step()`` without it to move the weights."""
+    """Run Lightning's closure, which by now only calls hooks and clips; ``step()`` then moves without it."""
     if "closure" in kwargs:
         kwargs["closure"]()
     return (optimizer,), {}

@@ -15,7 +15,7 @@ from steppe.pieces.protocol import Declaration
 
 @dataclass(frozen=True)
 class Perturbed:
-    """``g_adv`` to the base optimizer (SAM)."""
+    """SAM: ``g_adv`` to the base optimizer."""
 
     declares: ClassVar[Declaration] = Declaration(g=False, linear=True)
 
@@ -25,9 +25,10 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Weighted:
-    """``g`` to the base, ``gamma / (1 - gamma) (g_adv - g)`` beside it: WSAM, algorithm 2 (arXiv 2305.15817).
+    """WSAM, algorithm 2 (arXiv 2305.15817): ``g`` to the base, ``gamma / (1 - gamma) (g_adv - g)`` beside it.
 
-    ``w <- w - lr (B^-1 m + gamma / (1 - gamma) (g_adv - g))`` with ``m`` and ``B`` from the history of ``g`` alone.
+    ``w <- w - lr (B^-1 m + gamma / (1 - gamma) (g_adv - g))`` with ``m`` and ``B`` from the history of ``g`` alone;
+    ``steppe.step.Pending.move`` does the part beside the base.
 
     Raises:
         ValueError: ``gamma`` is not in [0, 1).

@@ -27,7 +27,7 @@ class Declaration:
         weights: ``sample`` is ``sum_i p_i grad f_i``, with ``p`` uniform, or ``p = piece.weights(norms)`` made from the
             norms of the per-example gradients.
         radial: ``geometry`` multiplies ``d`` by ``piece.radial(norm)``, a number made from the norm of ``d`` alone.
-        everything: ``select`` takes the whole batch.
+        whole_batch: ``select`` takes the whole batch.
         linear: ``combine`` is linear in ``(g, g_adv)`` and takes no gradient of its own, so the mean of updates is the
             update of the means. With ``g=False`` the update is a multiple of ``g_adv``, and DDP averages that in its
             backward pass.
@@ -40,7 +40,7 @@ class Declaration:
     remembers: frozenset[str] = frozenset()
     weights: Literal["uniform", "norms"] | None = None
     radial: bool = False
-    everything: bool = False
+    whole_batch: bool = False
     linear: bool = False
 
     def with_needs(self, other: Self) -> Self:

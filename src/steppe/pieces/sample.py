@@ -33,10 +33,10 @@ class OnFull:
 
 @dataclass(frozen=True)
 class Friendly:
-    """``d = g - sigma m``, then ``m <- decay m + (1 - decay) g``: F-SAM (arXiv 2403.12350; the authors' code).
+    """``d = g - sigma a``, then ``a <- decay a + (1 - decay) g``: F-SAM (arXiv 2403.12350; the authors' code).
 
-    ``m`` follows the full gradient; ascending without it follows the noise of the batch. As in the authors' code ``d``
-    uses the old ``m``, and at a parameter's first step ``d = g`` and ``m = g``. With sigma 1 and equal batches ``d`` is
+    ``a`` follows the full gradient; ascending without it follows the noise of the batch. As in the authors' code ``d``
+    uses the old ``a``, and at a parameter's first step ``d = g`` and ``a = g``. With sigma 1 and equal batches ``d`` is
     rounding noise, which the Euclidean geometry scales up to length rho.
 
     Raises:
@@ -56,8 +56,8 @@ class Friendly:
     def __call__(self, f: Oracle) -> Vector:
         g = self.of(f)
         f.remember("friendly", g, rate=1 - self.decay)
-        m = f.recall("friendly", default=0.0 * g)
-        return (g - self.sigma * m).where(t is not None for t in g.tensors)
+        a = f.recall("friendly", default=0.0 * g)
+        return (g - self.sigma * a).where(t is not None for t in g.tensors)
 
 
 @dataclass(frozen=True)

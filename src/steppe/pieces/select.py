@@ -15,7 +15,7 @@ from steppe.pieces.protocol import Declaration
 class All:
     """The whole batch."""
 
-    declares: ClassVar[Declaration] = Declaration(everything=True)
+    declares: ClassVar[Declaration] = Declaration(whole_batch=True)
 
     def __call__(self, f: Oracle) -> None:
         return

@@ -32,7 +32,7 @@ class Equation:
     The drift ``-E u`` is minus the gradient of a regularised loss, with ``V`` the covariance of the per-example
     gradients and ``c = 1`` with replacement, ``(n - m) / (n - 1)`` without (arXiv 2509.18001; the factor is derived):
 
-    | form | of | theorem |
+    | form | regularised loss | theorem |
     | --- | --- | --- |
     | USAM, mini-batch (m = size) and m | ``f + rho/2 norm(grad f)^2 + rho c / (2 m) tr V`` | 3.3, 3.5 |
     | n-USAM | ``f + rho/2 norm(grad f)^2`` | 3.4 |

@@ -80,7 +80,7 @@ def draw(scheme: Scheme, n: int, paths: int, generator: torch.Generator) -> Tens
 
 
 def largest(z: Tensor, scheme: Scheme) -> Tensor:
-    """Return the batch of the largest of ``n`` exchangeable numbers: every set, in every order, is equally likely."""
+    """Return the ``size`` indices with the largest ``z``; for exchangeable entries all batches are equally likely."""
     return z.argsort(1, descending=True)[:, : scheme.size]
 
 
