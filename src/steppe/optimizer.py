@@ -126,6 +126,8 @@ class SharpnessAware(Facade):
     def step(self, closure: Closure | Sequence[Batch] | None = None, *, scaler: Scaler | None = None) -> Any:
         """Take one sharpness-aware step.
 
+        An exception in any pass comes through with the weights at ``w`` bit for bit, gradients dropped, no step taken.
+
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
                 needs. A :class:`~steppe.Batch` for methods that look inside the batch; a list of them accumulates

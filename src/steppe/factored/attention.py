@@ -1,7 +1,5 @@
 """Multi-head attention, decomposed into its linear layers."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

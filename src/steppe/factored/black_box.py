@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
+from steppe.engine.functional import functional
 from steppe.factored.passes import CannotFactor, FirstPass, Interception, Matrices, SecondPass, Site, Small
 
 _registered: set[type[nn.Module]] = set()
@@ -105,17 +105,5 @@ class BlackBox:
 
     def run(self, p: dict[str, Tensor], x: Tensor) -> Tensor:
         """Run the module on one example."""
-        y: Tensor = functional_call(_Own(self.module), {f"module.{k}": v for k, v in p.items()}, (x[None],))[0]
-        return y
-
-
-class _Own(nn.Module):
-    """A module that runs the forward of its class, whatever attribute has replaced it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Any:
-        """Run the forward of the class."""
-        return type(self.module).forward(self.module, x)
+        of_its_class = functional(self.module, lambda module, x: type(module).forward(module, x))
+        return of_its_class(p, x[None])[0]

@@ -1,7 +1,5 @@
 """Makes the gradients of every micro-batch from the sites of the first pass, whole or as factors, as is cheaper."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

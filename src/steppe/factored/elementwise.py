@@ -3,8 +3,6 @@
 These parameters are small, so every example gets a copy, and the gradient of the copy is the per-example gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

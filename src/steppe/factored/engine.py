@@ -1,7 +1,5 @@
 """Shared passes: m-SAM, RW-SAM and SAM by the per-example gradients of one pass over the whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add

@@ -4,8 +4,6 @@ Each kind offers the same: ``squares``, the norms; ``weighted``, a weighted sum;
 evaluate a map at ``W + s_k G_k``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce

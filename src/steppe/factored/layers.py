@@ -1,7 +1,5 @@
 """The layers with a weight matrix, and the table of all layers by torch function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Which rows of a tensor belong to which example, and which examples to which micro-batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -3,8 +3,6 @@
 Rows have their channels last, so that they are copied in runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product

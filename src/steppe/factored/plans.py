@@ -1,7 +1,5 @@
 """The verdicts on the models seen so far: which share passes, and which run in a loop."""
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Gradient statistics: per-example gradient norms and tr V from one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The checks, on real data, that the micro-batch gradients of a model factor; the result is a plan."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
