@@ -210,7 +210,7 @@ class SharpnessAware(Facade):
 
         Then run forward and backward once more on the same batch, and call :meth:`second_step`. Prefer :meth:`step`
         with a closure, which also draws the same dropout masks in both passes. Running statistics see the first forward
-        alone here too.
+        alone here too; there is no closure to look at, so compiled code that runs the model needs ``model=``.
 
         Args:
             zero_grad: accepted for that convention: gradients are dropped in any case.
