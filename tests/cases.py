@@ -184,6 +184,13 @@ COMBINATIONS = [
         selects=True,
     ),
     Case("every second step", composed(Every(2, Rule(geometry=Scaled(0.5, of=Unified(0.2)))))),
+    Case("sampled m-SAM", composed(Micro(2, Rule(), sampled=2)), passes=(1.8, 1.8), looks_inside=True),
+    Case(
+        "sampled m-ASAM, weighted",
+        composed(Micro(5, Rule(geometry=Adaptive(), combine=Weighted(0.8)), sampled=1)),
+        passes=(2, 2),
+        looks_inside=True,
+    ),
     Case("micro of every", composed(Micro(5, Every(2, Rule(geometry=Euclidean())))), looks_inside=True),
 ]
 

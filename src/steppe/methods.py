@@ -24,6 +24,7 @@ from steppe.schedule import Schedule
 
 Base = torch.optim.Optimizer
 Radius = float | Schedule
+Draws = int | None  # how many micro-batches
 MATRICES = Matrices()
 
 
@@ -39,8 +40,16 @@ class SAM(SharpnessAware):
         >>> loss = optimizer.step(closure)
     """
 
-    def __init__(self, base: Base, rho: Radius = 0.05, *, m: int | None = None, **options: Unpack[Options]) -> None:
-        super().__init__(base, micro(m, Rule()), rho, **options)
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, micro(m, Rule(), sampled), rho, **options)
 
 
 class USAM(SharpnessAware):
@@ -51,8 +60,16 @@ class USAM(SharpnessAware):
     Source: Andriushchenko and Flammarion 2022, arXiv 2206.06232.
     """
 
-    def __init__(self, base: Base, rho: Radius = 0.05, *, m: int | None = None, **options: Unpack[Options]) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Unnormalised())), rho, **options)
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, micro(m, Rule(geometry=Unnormalised()), sampled), rho, **options)
 
 
 class UnifiedSAM(SharpnessAware):
@@ -67,9 +84,16 @@ class UnifiedSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, lam: float = 0.5, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        lam: float = 0.5,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Unified(lam))), rho, **options)
+        super().__init__(base, micro(m, Rule(geometry=Unified(lam)), sampled), rho, **options)
 
 
 class ASAM(SharpnessAware):
@@ -94,9 +118,10 @@ class ASAM(SharpnessAware):
         on: Which = MATRICES,
         *,
         m: int | None = None,
+        sampled: Draws = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta, on))), rho, **options)
+        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta, on)), sampled), rho, **options)
 
 
 class FisherSAM(SharpnessAware):
@@ -111,9 +136,16 @@ class FisherSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.1, eta: float = 1.0, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.1,
+        eta: float = 1.0,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Fisher(eta))), rho, **options)
+        super().__init__(base, micro(m, Rule(geometry=Fisher(eta)), sampled), rho, **options)
 
 
 class GSAM(SharpnessAware):
@@ -128,9 +160,16 @@ class GSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, alpha: float = 0.4, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        alpha: float = 0.4,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(combine=SurrogateGap(alpha))), rho, **options)
+        super().__init__(base, micro(m, Rule(combine=SurrogateGap(alpha)), sampled), rho, **options)
 
 
 class ESAM(SharpnessAware):
@@ -156,10 +195,11 @@ class ESAM(SharpnessAware):
         gamma: float = 0.5,
         *,
         m: int | None = None,
+        sampled: Draws = None,
         **options: Unpack[Options],
     ) -> None:
         rule = Rule(sample=Masked(beta), geometry=Scaled(1 / beta), select=Sharpest(gamma))
-        super().__init__(base, micro(m, rule), rho, **options)
+        super().__init__(base, micro(m, rule, sampled), rho, **options)
 
 
 class WSAM(SharpnessAware):
@@ -176,9 +216,16 @@ class WSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        gamma: float = 0.9,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(combine=Weighted(gamma))), rho, **options)
+        super().__init__(base, micro(m, Rule(combine=Weighted(gamma)), sampled), rho, **options)
 
 
 class CoupledWSAM(SharpnessAware):
@@ -193,9 +240,16 @@ class CoupledWSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        gamma: float = 0.9,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(combine=Coupled(gamma))), rho, **options)
+        super().__init__(base, micro(m, Rule(combine=Coupled(gamma)), sampled), rho, **options)
 
 
 class NSAM(SharpnessAware):
@@ -211,11 +265,18 @@ class NSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, *, full: Closure, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        *,
+        full: Closure,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
         if not callable(full):
             raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
-        super().__init__(base, micro(m, Rule(sample=OnFull())), rho, full=full, **options)
+        super().__init__(base, micro(m, Rule(sample=OnFull()), sampled), rho, full=full, **options)
 
 
 class RWSAM(SharpnessAware):
@@ -231,10 +292,17 @@ class RWSAM(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, lam: float = 0.5, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        lam: float = 0.5,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
         rule = Rule(sample=Reweighted(lam))
-        super().__init__(base, micro(m, rule), rho, **options)
+        super().__init__(base, micro(m, rule, sampled), rho, **options)
 
 
 class LookSAM(SharpnessAware):
@@ -258,9 +326,10 @@ class LookSAM(SharpnessAware):
         alpha: float = 0.7,
         *,
         m: int | None = None,
+        sampled: Draws = None,
         **options: Unpack[Options],
     ) -> None:
-        rule = Every(k, micro(m, Rule(combine=RememberOrthogonal())), between=ReuseOrthogonal(alpha))
+        rule = Every(k, micro(m, Rule(combine=RememberOrthogonal()), sampled), between=ReuseOrthogonal(alpha))
         super().__init__(base, rule, rho, **options)
 
 
@@ -284,9 +353,10 @@ class FSAM(SharpnessAware):
         decay: float = 0.9,
         *,
         m: int | None = None,
+        sampled: Draws = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(sample=Friendly(sigma, decay))), rho, **options)
+        super().__init__(base, micro(m, Rule(sample=Friendly(sigma, decay)), sampled), rho, **options)
 
 
 class VaSSO(SharpnessAware):
@@ -301,9 +371,16 @@ class VaSSO(SharpnessAware):
     """
 
     def __init__(
-        self, base: Base, rho: Radius = 0.05, theta: float = 0.9, *, m: int | None = None, **options: Unpack[Options]
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        theta: float = 0.9,
+        *,
+        m: int | None = None,
+        sampled: Draws = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, micro(m, Rule(sample=Smoothed(theta))), rho, **options)
+        super().__init__(base, micro(m, Rule(sample=Smoothed(theta)), sampled), rho, **options)
 
 
 METHODS: tuple[type[SharpnessAware], ...] = tuple(SharpnessAware.__subclasses__())

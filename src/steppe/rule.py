@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.sampling import sampled_average
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
@@ -79,20 +80,40 @@ class Micro:
     (:mod:`steppe.factored`). Elsewhere they run in a loop: the same examples in ``n / m`` times as many passes. Batch
     normalisation sees micro-batches, as in gradient accumulation.
 
+    With ``sampled=k`` only ``k`` random micro-batches are taken, and ``u = g + (1 / k) sum_j [u(S_j) - g(S_j)]``: m-SAM
+    in expectation for ``1 + 2 k m / n`` passes, on every model that can run on a part of its batch
+    (:func:`~steppe.engine.sampling.sampled_average`).
+
+    Args:
+        m: examples in a micro-batch.
+        rule: the rule of every micro-batch.
+        sampled: how many micro-batches to draw at every step; ``None`` takes all of them.
+        seed: of the draws, which depend on it, the step and the rank alone.
+
     Raises:
-        ValueError: ``m`` is no positive integer.
+        ValueError: ``m`` or ``sampled`` is no positive integer.
         TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
     """
 
     m: int
     rule: AnyRule = Rule()
+    sampled: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         checks.positive_integer("m", self.m)
+        if self.sampled is not None:
+            checks.positive_integer("sampled", self.sampled)
 
     def __call__(self, f: Oracle) -> Update:
-        """Return the weighted mean of the micro-batches' updates."""
-        return f.average(self.rule, self.m)
+        """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
+        if self.sampled is None:
+            return f.average(self.rule, self.m)
+        return sampled_average(f, self.rule, self.m, self.sampled, self.seed)
+
+    def __repr__(self) -> str:
+        some = "" if self.sampled is None else f", sampled={self.sampled}, seed={self.seed}"
+        return f"Micro(m={self.m}, rule={self.rule!r}{some})"
 
     @property
     def declares(self) -> Declaration:
@@ -100,9 +121,15 @@ class Micro:
         return replace(declared(self.rule), examples=True)
 
 
-def micro(m: int | None, rule: AnyRule) -> AnyRule:
-    """Return ``rule`` on micro-batches of ``m``; ``None`` is the whole batch."""
-    return rule if m is None else Micro(m, rule)
+def micro(m: int | None, rule: AnyRule, sampled: int | None = None) -> AnyRule:
+    """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``None`` is the whole batch.
+
+    Raises:
+        ValueError: ``sampled`` without ``m``.
+    """
+    if m is None and sampled is not None:
+        raise ValueError(f"sampled needs m=, the size of the micro-batches that it draws, got sampled={sampled!r}")
+    return rule if m is None else Micro(m, rule, sampled)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,16 @@ class StepLog:
     def count(self, name: str, share: float = 1.0) -> None:
         """Count a pass of the kind ``name`` over this share of the batch."""
         self.numbers[name] = self.numbers.get(name, 0.0) + share
+
+    def add_sample(self, share: float, cost: float, other: StepLog) -> None:
+        """Merge what a sampled part saw, beside the whole batch's pass; ``cost`` is its size in batches."""
+        numbers = dict(other.numbers)
+        if "loss" in numbers and "loss_adv" in numbers:
+            numbers["gap"] = numbers.pop("loss_adv") - numbers.pop("loss")
+        for name in ("forwards", "backwards"):
+            self.numbers[name] = self.numbers.get(name, 0.0) + cost * numbers.pop(name, 0.0)
+        kept = {name: value for name, value in numbers.items() if name not in ("loss", "g_norm")}
+        self.add(share, replace(other, numbers=kept))
 
     def add_full(self, other: StepLog) -> None:
         """Merge the log of n-SAM's pass over its larger batch."""

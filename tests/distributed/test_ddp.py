@@ -674,3 +674,29 @@ def test_two_calls_are_skipped_on_all_ranks(two_ranks, name: str) -> None:
     mine, theirs = two_ranks(train_two_calls_with_a_bad_rank, name)
     assert mine == theirs
     assert mine[1]
+
+
+def train_sampled(sync: str) -> tuple[list[float], list[int]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    replica = DistributedDataParallel(net)
+    torch.manual_seed(7)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))  # the same on both ranks
+    seen: list[int] = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.extend(_rows(inputs[0], x)) if len(inputs[0]) == 2 else None)
+    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, m=2, sampled=1, sync=sync)
+    for _ in range(3):
+        opt.step(steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y))
+    return [p.flatten().tolist() for p in net.parameters()], seen
+
+
+def _rows(some: torch.Tensor, x: torch.Tensor) -> list[int]:
+    return [int((x == row).all(-1).nonzero()) for row in some]
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_every_rank_draws_its_own_sample(two_ranks, sync: str) -> None:
+    (mine, my_draws), (theirs, their_draws) = two_ranks(train_sampled, sync)
+    assert mine == theirs
+    assert my_draws != their_draws
+    assert len(my_draws) == 3 * 2 * 2  # steps, passes, examples

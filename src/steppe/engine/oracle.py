@@ -204,11 +204,7 @@ class Oracle:
     # ---- the batch and its parts
 
     def batch(self, use: str = "the batch") -> Batch:
-        """Return the closure as a :class:`~steppe.Batch`.
-
-        Raises:
-            TypeError: it is a plain closure.
-        """
+        """Return the closure as a :class:`~steppe.Batch`; ``TypeError`` if it is a plain closure."""
         return self.passes.batch(use)
 
     def average(self, rule: AnyRule, m: int | None = None) -> Update:
@@ -234,11 +230,17 @@ class Oracle:
         """Yield the oracle of every part with its share of the batch, and average what the parts log."""
         self.passes.ranks.stay_within()
         for batch in batches:
-            f = copy(self)
-            f.passes, f._whole, f._g, f._freed = self.passes.of(batch), self, None, False
+            f = self.part(batch)
             share = len(batch) / len(self.batch())
             yield share, f
             self.passes.log.add(share, f.passes.log)
+
+    def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
+        """Return the oracle of a part of the batch."""
+        f = copy(self)
+        f.passes, f._whole, f._g, f._freed = self.passes.of(batch), self, None, False
+        f._keep_g |= keep_g
+        return f
 
     @property
     def needs_g(self) -> bool:
@@ -269,8 +271,7 @@ class Oracle:
     def recall(self, name: str, default: Vector) -> Vector:
         """Return what ``remember`` kept under this name; ``default`` for a parameter that has no memory yet.
 
-        Raises:
-            ValueError: the rule does not declare the name.
+        ``ValueError`` for a name that the rule does not declare.
         """
         self._check_declared(name)
         kept = self._recall(name) if self._recall else [None] * len(self.passes.parameters.tensors)

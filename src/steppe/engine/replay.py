@@ -107,3 +107,8 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Mod
             hooks.pop(hook.id, None)
         with torch.no_grad():
             snapshot.restore()
+
+
+def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that depends on seed and step alone: the same on every rank and after a resume."""
+    return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)

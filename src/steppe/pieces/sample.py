@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
+from steppe.engine.replay import generator
 from steppe.engine.vector import Vector, shard_like, wide
 from steppe.pieces.protocol import Declaration, declared
 
@@ -113,11 +114,6 @@ class Masked:
             chosen[int(torch.randint(n, (), generator=random))] = True
         draw = iter(chosen)
         return [bool(may) and next(draw) for may in movable]
-
-
-def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that depends on seed and step alone: the same on every rank and after a resume."""
-    return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Sampled m-SAM: m-SAM in expectation, from a few random micro-batches of the batch."""
+
+import copy
+import itertools
+from math import comb
+
+import pytest
+import torch
+from torch import nn
+
+import steppe
+from steppe import Micro, Rule, SharpnessAware
+from steppe.engine import sampling
+from tests.cases import CASES, METHODS, Case, N, same_bits, sgd, world
+
+RHO = 0.3
+PARTS = [c for c in METHODS if c.name not in ("NSAM", "LookSAM", "FSAM", "VaSSO")]
+
+
+def flat_update(update: steppe.Update) -> torch.Tensor:
+    parts = [update.grad, *([] if update.beside is None else [update.beside])]
+    return torch.cat([t.flatten() for v in parts for t in v.materialised()])
+
+
+def update_of(w, rule, **options) -> torch.Tensor:
+    f = SharpnessAware(sgd(w), rule, RHO, **options)._stepper.oracle(w.batch)
+    return flat_update(rule(f))
+
+
+def draw(monkeypatch, chosen: list[list[int]]) -> None:
+    """Take these examples in place of random ones."""
+    monkeypatch.setattr(sampling, "drawn", lambda batch, *_: [batch.subset(torch.tensor(part)) for part in chosen])
+
+
+@pytest.mark.parametrize("case", PARTS, ids=lambda case: case.name)
+def test_all_micro_batches_of_a_partition_are_m_sam(case: Case, monkeypatch) -> None:
+    w = world()
+    rule = case.make(sgd(w), w, RHO).rule
+    draw(monkeypatch, [list(range(i, i + 5)) for i in (0, 5)])
+    ours, theirs = (update_of(w, r, parallel=False) for r in (Micro(5, rule, sampled=2), Micro(5, rule)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_micro_batches_of_one_are_m_sam_for_any_draw() -> None:
+    w = world()
+    for seed in (0, 1):
+        ours, theirs = update_of(w, Micro(1, Rule(), sampled=N, seed=seed)), update_of(w, Micro(1, Rule()))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(combine=steppe.Weighted(0.8))], ids=["SAM", "WSAM"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_mean_and_variance_over_all_draws(rule: Rule, k: int, monkeypatch) -> None:
+    """The mean is m-SAM's update, the variance that of k numbers drawn from K without return."""
+    w = world()
+    parts = [list(range(i, i + 2)) for i in range(0, N, 2)]  # K = 5 micro-batches of a partition
+    found = []
+    for chosen in itertools.combinations(parts, k):
+        draw(monkeypatch, list(chosen))
+        found.append(update_of(w, Micro(2, rule, sampled=k)))
+    exact = update_of(w, Micro(2, rule), parallel=False)
+    draws = torch.stack(found)
+    assert len(draws) == comb(5, k)
+    torch.testing.assert_close(draws.mean(0), exact, rtol=1e-9, atol=1e-12)
+    each = []
+    for part in parts:
+        draw(monkeypatch, [part])
+        each.append(update_of(w, Micro(2, rule, sampled=1)))
+    one = torch.stack(each).var(0, unbiased=False).sum()
+    torch.testing.assert_close(draws.var(0, unbiased=False).sum(), one / k * (5 - k) / (5 - 1))
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_steps_of_every_method(case: Case) -> None:
+    """Steps are repeated by a copy and after a resume; the passes are those of the whole batch and of the sample."""
+    w = world()
+    opt = case.make(torch.optim.Adam(w.parameters(), lr=0.01), w, RHO)
+    opt.rule = Micro(2, opt.rule, sampled=2)
+    batches = w.batches(4)
+    for batch in batches[:2]:
+        opt.step(batch)
+    other, again = copy.deepcopy((w, opt))
+    saved = copy.deepcopy(opt.state_dict())
+    again.load_state_dict(saved)
+    theirs = other.batches(4)
+    for mine, copied in zip(batches[2:], theirs[2:], strict=True):
+        opt.step(mine)
+        again.step(copied)
+    assert same_bits(w.weights(), other.parameters())
+    assert opt.telemetry.skipped == 0
+
+
+def test_passes_are_counted_as_they_are_run() -> None:
+    w, calls = world(), []
+    w.model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    opt = steppe.SAM(sgd(w), RHO, m=2, sampled=1)
+    opt.step(w.batch)
+    assert calls == [N, 2, 2]
+    assert opt.telemetry.forwards == opt.telemetry.backwards == pytest.approx(1 + 2 * 2 / N)
+    assert opt.telemetry.passes == pytest.approx(1.4)
+    opt.rule = Micro(2, Rule(), sampled=3)
+    opt.step(w.batch)
+    assert opt.telemetry.passes == pytest.approx(1 + 2 * 3 * 2 / N)
+
+
+def noisy() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+
+
+def test_statistics_and_random_numbers_are_those_of_the_base_optimizer() -> None:
+    ours, theirs = world(torch.float32, noisy), world(torch.float32, noisy)
+    a, b = steppe.SAM(sgd(ours), RHO, m=5, sampled=1), sgd(theirs)
+    torch.manual_seed(3)
+    a.step(ours.batch)
+    mine = torch.rand(3)
+    torch.manual_seed(3)
+    theirs.batch()
+    b.step()
+    assert torch.equal(mine, torch.rand(3))
+    for name, buffer in ours.model.named_buffers():
+        assert torch.equal(buffer, theirs.model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("rho", [0.0, 1e-12])
+def test_a_radius_of_zero_is_the_base_step(rho: float) -> None:
+    """The passes over a sample draw the same masks, so without a move their difference is nothing."""
+    ours, theirs = world(torch.float64, noisy), world(torch.float64, noisy)
+    a, b = steppe.WSAM(sgd(ours), rho, m=5, sampled=1), sgd(theirs)
+    for mine, other in zip(ours.batches(3), theirs.batches(3), strict=True):
+        torch.manual_seed(3)
+        a.step(mine)
+        torch.manual_seed(3)
+        other()
+        b.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0 if rho == 0 else 1e-9, atol=0 if rho == 0 else 1e-9)
+
+
+def test_a_sample_lies_within_one_accumulated_batch() -> None:
+    """With all of their micro-batches it is m-SAM, which does not cross them either."""
+    w = world()
+    chunks = [w.batch.subset(torch.arange(4)), w.batch.subset(torch.arange(4, N))]
+    batch = steppe.Batches(chunks)
+    sizes = {len(part) for step in range(20) for part in sampling.drawn(batch, 4, 1, 0, step)}
+    assert sizes == {4}
+    parts = sampling.drawn(batch, 4, 9, 0, 0)
+    assert sorted(map(len, parts)) == [2, 4, 4]
+    f = SharpnessAware(sgd(w), Rule(), RHO)._stepper.oracle(batch)
+    ours = flat_update(Micro(1, Rule(), sampled=N)(f))
+    torch.testing.assert_close(ours, update_of(w, Micro(1, Rule())), rtol=1e-9, atol=1e-12)
+
+
+def test_draws_differ_by_step_and_seed_and_are_uniform() -> None:
+    batch = world().batch
+    first = [part.data[0] for seed in (0, 1) for step in range(200) for part in sampling.drawn(batch, 2, 1, seed, step)]
+    counts = torch.stack([(x[:, None] == batch.data[0]).all(-1).any(0) for x in first]).double().mean(0)
+    assert (counts - 0.2).abs().max() < 0.08  # 400 draws: four standard deviations
+    again = [part.data[0] for step in range(200) for part in sampling.drawn(batch, 2, 1, 0, step)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
+
+
+def test_a_model_that_mixes_examples_is_sampled() -> None:
+    w = world(torch.float32, noisy)
+    opt = steppe.SAM(sgd(w), RHO, m=5, sampled=1)
+    opt.step(w.batch)
+    assert opt.telemetry.passes == 2
+    assert float(opt.telemetry.gap) == pytest.approx(float(opt.telemetry.gap))
+
+
+def test_what_is_refused_is_named() -> None:
+    w = world()
+    with pytest.raises(ValueError, match="sampled needs m="):
+        steppe.SAM(sgd(w), sampled=1)
+    with pytest.raises(ValueError, match="sampled must be a positive integer, got 0"):
+        steppe.SAM(sgd(w), m=2, sampled=0)
+    with pytest.raises(TypeError, match="looks inside the batch"):
+        steppe.SAM(sgd(w), m=2, sampled=1).step(lambda: w.batch())
+
+
+def test_the_rule_is_written_as_it_was_made() -> None:
+    assert repr(Micro(8, Rule())) == f"Micro(m=8, rule={Rule()!r})"
+    rule = Micro(8, Rule(), sampled=2, seed=1)
+    assert eval(repr(rule), vars(steppe)) == rule
+    assert len(CASES) > len(PARTS)
