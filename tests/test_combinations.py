@@ -54,7 +54,7 @@ geometries = st.one_of(
     pieces(steppe.Fisher, reference.fisher, st.floats(0, 3)),
 )
 selects = st.one_of(
-    pieces(steppe.All, reference.whole_batch),
+    pieces(steppe.All, reference.everything),
     pieces(steppe.Sharpest, reference.sharpest, share),
 )
 combines = st.one_of(
