@@ -182,3 +182,24 @@ def test_the_rule_is_written_as_it_was_made() -> None:
     rule = Micro(8, Rule(), sampled=2, seed=1)
     assert eval(repr(rule), vars(steppe)) == rule
     assert len(CASES) > len(PARTS)
+
+
+def test_an_error_on_a_sample_leaves_the_random_stream_as_one_pass_does() -> None:
+    ours, theirs = world(torch.float32, noisy), world(torch.float32, noisy)
+    calls: list[int] = []
+
+    def unlucky(_module: nn.Module, _inputs: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("the second pass over the sample")
+
+    ours.model.register_forward_pre_hook(unlucky)
+    opt = steppe.SAM(sgd(ours), RHO, m=5, sampled=1)
+    torch.manual_seed(3)
+    with pytest.raises(KeyError):
+        opt.step(ours.batch)
+    mine = torch.rand(3)
+    torch.manual_seed(3)
+    theirs.batch()
+    assert torch.equal(mine, torch.rand(3))
+    assert same_bits(ours.weights(), theirs.parameters())

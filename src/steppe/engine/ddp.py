@@ -21,6 +21,11 @@ Sync = str | int  # "auto", "local", "global", or how many neighbouring ranks sh
 BUCKET = 2**23  # numbers in one message: 32 MB of float32
 
 
+def distributed_run() -> bool:
+    """Tell whether this process is one of a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def check_sync(sync: Sync) -> None:
     """Refuse what is neither a name nor a number of ranks."""
     if isinstance(sync, str) and sync in ("auto", "local", "global"):
@@ -223,7 +228,7 @@ class RankGroups:
             TypeError: the model is flattened by FullyShardedDataParallel.
             ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not distributed_run():
             return Ranks()
         if any(map(is_sharded, parameters)):
             if self.sync not in ("auto", "global"):

@@ -7,8 +7,10 @@ from itertools import chain, islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from steppe.engine.ddp import distributed_run
 
 MOST = 2_000  # values that a search looks at: about 1 ms
 LARGE = 1_000  # containers with more items hold data, not models
@@ -41,7 +43,7 @@ def referred(closure: object, parameters: Iterable[Tensor]) -> list[nn.Module]:
     it goes on, as a replica around the model may be farther away.
     """
     wanted = {id(p) for p in parameters}
-    several = distributed.is_available() and distributed.is_initialized()
+    several = distributed_run()
     found: list[nn.Module] = []
     missing = set(wanted)
     for modules in _levels(closure):
@@ -72,7 +74,7 @@ def _levels(closure: object) -> Iterator[list[nn.Module]]:
 def _inside(value: Any) -> Iterable[Any]:
     """Return what a value refers to: variables of a function, items of a container, attributes of an object.
 
-    By its type alone, so that no property, proxy or lazy container runs code of its own.
+    Only types and stored attributes are read, so no property, proxy or lazy container runs its code.
     """
     kind = type(value)
     if issubclass(kind, type | Tensor | ModuleType | Optimizer | str | bytes | int | float | None):

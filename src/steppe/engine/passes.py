@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
-from steppe.engine.ddp import Ranks, no_unknown_replica
+from steppe.engine.ddp import Ranks, distributed_run, no_unknown_replica
 from steppe.engine.grad_scaler import LossScale
 from steppe.engine.grads import drop, only, take
 from steppe.engine.parameters import Parameters
@@ -92,8 +92,7 @@ class Passes:
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:
-                lone = self.ranks.alone and distributed.is_available() and distributed.is_initialized()
-                check = lone and not self.parameters.sharded
+                check = self.ranks.alone and not self.parameters.sharded and distributed_run()
                 with torch.enable_grad(), no_unknown_replica(self.modules()) if check else nullcontext():
                     yield
                 self.counted = True

@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 from steppe.batch import Batch, chunks_of
+from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
@@ -29,12 +30,14 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     total = sum(map(len, batches))
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
-    for batch in batches:
-        part = f.part(batch, keep_g=True)
-        update = part.average(rule)
-        corrections.append(len(batch) / total * (update + Update(part.g * -1.0)))
-        log.add_sample(len(batch) / total, len(batch) / n, part.passes.log)
-    stream.restore()
+    try:
+        for batch in batches:
+            part = f.part(batch, keep_g=True)
+            update = part.average(rule)
+            corrections.append(len(batch) / total * (update + Update(part.g * -1.0)))
+            log.add_sample(len(batch) / total, len(batch) / n, part.passes.log)
+    finally:
+        stream.restore()
     return reduce(add, corrections, Update(g))
 
 
@@ -44,7 +47,7 @@ def drawn(batch: Batch, m: int, draws: int, seed: int, step: int) -> list[Batch]
     They do not cross accumulated batches, and smaller ones, of what a batch has left over, come last. The choice
     depends on the seed, the step and the rank alone, so a resume repeats it.
     """
-    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    rank = distributed.get_rank() if distributed_run() else 0
     random = generator(seed * 1_000_003 + rank, step)
     chunks = chunks_of(batch)
     parts = [(chunk, i) for chunk in chunks for i in torch.randperm(len(chunk), generator=random).split(m)]
