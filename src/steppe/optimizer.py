@@ -25,7 +25,7 @@ from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
 
 Scaler = torch.amp.GradScaler
-KEPT = {"telemetry", "_radius", "_memory", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
+KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
 class Options(TypedDict, total=False):
@@ -109,7 +109,7 @@ class SharpnessAware(Facade):
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
-        super().__setstate__(_fields(_radius=radius, _memory=memory, _stepper=stepper))
+        super().__setstate__(_fields(_stepper=stepper))
 
     def __getstate__(self) -> dict[str, Any]:
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
@@ -265,7 +265,7 @@ class SharpnessAware(Facade):
     # ---- after the passes
 
     def _move(self, pending: Pending | Skipped) -> None:
-        pending.move(self.base, self._memory)
+        pending.move(self.base, self._stepper.state)
         if isinstance(pending, Pending):
             self.telemetry = replace(self.telemetry, steps=self._count_step())
 

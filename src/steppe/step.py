@@ -15,7 +15,7 @@ from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.parameters import Parameters, RadiusOfGroups, steps_of
+from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.replay import frozen_statistics
 from steppe.engine.state import RuleState
@@ -218,12 +218,11 @@ class Stepper:
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
         self.state.clear_room(self.base.state)
-        rule = rule_at(self.rule, step) if radii.largest() else Plain()
         full = self.full
         return Oracle(
             closure,
             Parameters(parameters, radii, names),
-            declares=declared(rule),
+            declares=declared(self._rule_at(step, radii)),
             step=step,
             recall=partial(self.state.recall, self.base.state, parameters),
             full=full.scaled_by(scale.scaler if scale else None) if isinstance(full, Batch) else full,
@@ -242,7 +241,6 @@ class Stepper:
             TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
         """
         f = self.oracle(closure, scaler)
-        rule: AnyRule = rule_at(self.rule, f.step) if f.rho.largest() else Plain()
         if declared(self.rule).examples and f.rho.largest():
             f.batch(repr(self.rule))  # also where only another step's rule looks at examples: before any has moved
         if f.passes.ranks.unprepared:
@@ -252,10 +250,14 @@ class Stepper:
                 noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
             f.passes.log.numbers["trace_V"] = noise.trace
         try:
-            update = f.average(rule)
+            update = f.average(self._rule_at(f.step, f.rho))
         except NotFinite:
             update = None
         return f, self.finish(update, f)
+
+    def _rule_at(self, step: int, radii: Radii) -> AnyRule:
+        """Return the rule of a step; without a radius it is the base optimizer's own step."""
+        return rule_at(self.rule, step) if radii.largest() else Plain()
 
     def half_step(self, scaler: torch.amp.GradScaler | None) -> HalfStep:
         """Return the step between ``first_step`` and ``second_step``."""

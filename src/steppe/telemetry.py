@@ -83,7 +83,7 @@ class StepLog:
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
 
-    def count(self, name: str, share: float = 1.0) -> None:
+    def count(self, name: str, share: Tensor | float = 1.0) -> None:
         """Count a pass of the kind ``name`` over this share of the batch."""
         self.numbers[name] = self.numbers.get(name, 0.0) + share
 
@@ -93,7 +93,7 @@ class StepLog:
         if "loss" in numbers and "loss_adv" in numbers:
             numbers["gap"] = numbers.pop("loss_adv") - numbers.pop("loss")
         for name in ("forwards", "backwards"):
-            self.numbers[name] = self.numbers.get(name, 0.0) + cost * numbers.pop(name, 0.0)
+            self.count(name, cost * numbers.pop(name, 0.0))
         kept = {name: value for name, value in numbers.items() if name not in ("loss", "g_norm")}
         self.add(share, replace(other, numbers=kept))
 

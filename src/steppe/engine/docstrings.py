@@ -31,7 +31,7 @@ def add_shared_arguments(method: type, wrapper: type) -> None:
     """Give a method's docstring every argument, with types and defaults, from the wrapper's docstring.
 
     Args:
-        method: a class whose docstring may have a section ``Args`` with the arguments of its own.
+        method: a class whose docstring may have a section ``Args`` that lists its own arguments.
         wrapper: the class that documents the options.
     """
     text, example = _cut(inspect.cleandoc(method.__doc__ or ""), "Example:")

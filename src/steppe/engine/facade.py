@@ -8,16 +8,14 @@ from steppe.engine.checks import STEP, warn
 from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState, forget_foreign
+from steppe.engine.state import forget_foreign
 from steppe.pieces.protocol import declared
 
 
 class Facade(torch.optim.Optimizer):
     """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
 
-    _stepper: Any  # carries out the steps: it holds the base, the rule and ``full``
-    _radius: RadiusOfGroups
-    _memory: RuleState
+    _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
     _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
 
@@ -53,7 +51,7 @@ class Facade(torch.optim.Optimizer):
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule, self._memory.names = rule, declared(rule).remembers
+        self._stepper.rule, self._stepper.state.names = rule, declared(rule).remembers
 
     @property
     def full(self) -> Closure | None:
@@ -81,13 +79,14 @@ class Facade(torch.optim.Optimizer):
         return self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its ``rho`` is the optimizer's unless it has one of its own."""
-        group = self._radius.checked(param_group, self.defaults, steps_of(self.param_groups))
+        """Add a group to the base; without a ``rho`` it gets the optimizer's."""
+        radius: RadiusOfGroups = self._stepper.radius
+        group = radius.checked(param_group, self.defaults, steps_of(self.param_groups))
         self.base.add_param_group(group)
-        self._radius.added("rho" in param_group, len(self.param_groups) - 1)
+        radius.added("rho" in param_group, len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_memory" in state:  # unpickled or copied
+        if "_stepper" in state:  # unpickled or copied
             super().__setstate__(state)
         else:  # load_state_dict
             forget_foreign(state)
@@ -95,7 +94,7 @@ class Facade(torch.optim.Optimizer):
                 new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
             self.base.__setstate__(state)
-            self._memory.room = False
+            self._stepper.state.room = False
 
     def _count_step(self) -> int:
         steps = steps_of(self.param_groups) + 1
@@ -114,7 +113,7 @@ class Facade(torch.optim.Optimizer):
             self._count_step()
         else:  # a distributed checkpoint is about to be loaded into what this step leaves
             self.base.step()
-            self._memory.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
+            self._stepper.state.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -122,7 +122,7 @@ class SharpnessAwareMixin(_Module):
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler, rescale=True)
         if inner._pending is not None:
-            inner._pending.rescaled = True  # Lightning may clip: no scaler of its own will step
+            inner._pending.rescaled = True  # lets Lightning clip: it refuses optimizers that unscale
         if first is not again and (loss is None or inner.full is not None):
             raise NotImplementedError(
                 "in automatic optimisation the first pass over the batch must be at w, but this method has none there: "

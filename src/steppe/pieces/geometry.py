@@ -150,10 +150,6 @@ class Adaptive:
         norm = norm_of(T_d(), like=d)
         return Vector(T2_d) / (norm + TINY)
 
-    def operator(self, f: Oracle) -> Callable[[Vector], Vector]:
-        """Return ``d -> T d`` at the weights where ``f`` stands."""
-        return lambda d: Vector([t if T is None or t is None else T.mul_(t) for T, t in self.diagonal(f, d)])
-
     def diagonal(self, f: Oracle, d: Vector) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """Yield ``T`` (a new tensor; ``None`` where it is 1) and the entry of ``d``, parameter by parameter."""
         for w, on, t in zip(f.w.tensors, self.on(f), d.materialised(), strict=True):

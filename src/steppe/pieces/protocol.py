@@ -28,7 +28,7 @@ class Declaration:
             norms of the per-example gradients.
         radial: ``geometry`` multiplies ``d`` by ``piece.radial(norm)``, a number made from the norm of ``d`` alone.
         whole_batch: ``select`` takes the whole batch.
-        linear: ``combine`` is linear in ``(g, g_adv)`` and takes no gradient of its own, so the mean of updates is the
+        linear: ``combine`` is linear in ``(g, g_adv)`` and asks for no further gradient, so the mean of updates is the
             update of the means. With ``g=False`` the update is a multiple of ``g_adv``, and DDP averages that in its
             backward pass.
     """
