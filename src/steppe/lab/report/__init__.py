@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from steppe.lab import files, presets, runs, spec, summary, tables
-from steppe.lab.report import curvature, figures, sensitivity
+from steppe.lab.report import curvature, fair, figures, sensitivity
 from steppe.lab.summary import Summary
 
 
@@ -31,6 +31,8 @@ def write(folder: Path, baseline: str | None = None) -> Summary:
 def read(folder: Path, baseline: str | None = None) -> Summary:
     """Return the summary of the records in ``folder``."""
     plan = runs.read_plan(folder)
+    if (fairly := fair.read(folder, baseline)) is not None:
+        return fairly.found
     if baseline is not None:
         plan = replace(plan, baseline=spec.parse(baseline))
     return summary.summarise(plan, *runs.finished(folder, plan), runs.context(folder))
@@ -83,7 +85,7 @@ def command(found: Summary) -> str:
         words = ["run", str(plan.methods[0]), "--data", plan.settings.data]
         given["seed"] = plan.first
     else:
-        words = ["compare", "--data", plan.settings.data]
+        words = ["compare", "--fixed", "--data", plan.settings.data]
         words += [word for method in plan.methods for word in ("--method", str(method))]
         given["seeds"] = plan.seeds
     options = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
