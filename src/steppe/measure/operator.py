@@ -70,7 +70,7 @@ class Operator(ABC):
 
     def _product(self, v: Vector) -> Vector:
         if any(hasattr(p, "device_mesh") for p in self.like):
-            raise TypeError("a sharded model cannot be differentiated twice: take Hessian(problem, CentralDifference())")
+            raise TypeError("a sharded model cannot be differentiated twice: Hessian(problem, CentralDifference())")
         total, term = Vector([None] * len(self.like)), self._term(v)
         with self.problem.untouched(), _differentiable_twice():
             for batch in self.problem.batches():
