@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from steppe.measure import AverageCase, Problem, WorstCase, published
+from steppe.measure import AverageCase, Problem, WorstCase
 from steppe.measure.ball import checkpoints
 
 from .models import CRITERION, Quadratic, data, losses, net, problem, quadratic
@@ -84,16 +84,9 @@ def test_checkpoints_are_the_papers():
     assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
-def test_the_published_protocol_takes_1024_examples_in_evaluation_mode():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double()
-    xy = data(1100)
-    found = published(Problem(model, CRITERION, xy, mode="train"), AverageCase(0.1, draws=2))
-    assert len(found.rises) == 8 * 2
-    by_hand = Problem(model, CRITERION, tuple(t[:1024] for t in xy), mode="eval")
-    assert found == AverageCase(0.1, m=128, draws=2)(by_hand)
-    defaults = WorstCase(0.5)
-    assert (defaults.m, defaults.steps, AverageCase(0.1).draws) == (128, 20, 20)
+def test_the_defaults_are_the_published_protocols():
+    measure = WorstCase(0.5)
+    assert (measure.m, measure.steps, measure.norm, AverageCase(0.1).m, AverageCase(0.1).draws) == (128, 20, "l2", 128, 20)
 
 
 @pytest.mark.parametrize(
