@@ -85,8 +85,8 @@ def test_checkpoints_are_the_papers():
 
 
 def test_the_defaults_are_the_published_protocols():
-    measure = WorstCase(0.5)
-    assert (measure.m, measure.steps, measure.norm, AverageCase(0.1).m, AverageCase(0.1).draws) == (128, 20, "l2", 128, 20)
+    worst, average = WorstCase(0.5), AverageCase(0.1)
+    assert (worst.m, worst.steps, worst.norm, average.m, average.draws) == (128, 20, "l2", 128, 20)
 
 
 @pytest.mark.parametrize(
