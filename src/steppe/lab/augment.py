@@ -48,9 +48,8 @@ def apply(images: Tensor, change: dict[str, Tensor], side: int | None = None) ->
 def crop(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     """Return each image padded by black and cropped to its size at (top, left)."""
     padded = functional.pad(images, (PAD, PAD, PAD, PAD))
-    windows = padded.unfold(2, images.shape[2], 1).unfold(
-        3, images.shape[3], 1
-    )  # a view of all corners
+    height, width = images.shape[2:]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of the crops at all corners
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
