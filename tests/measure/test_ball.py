@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from steppe.measure import AverageCase, Problem, WorstCase
+from steppe.measure import AverageCase, Problem, WorstCase, published
 from steppe.measure.ball import checkpoints
 
 from .models import CRITERION, Quadratic, data, losses, net, problem, quadratic
@@ -84,7 +84,14 @@ def test_checkpoints_are_the_papers():
     assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
-def test_the_defaults_are_the_published_protocols():
+def test_the_published_protocol_takes_1024_examples_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double()
+    xy = data(1100)
+    found = published(Problem(model, CRITERION, xy, mode="train"), AverageCase(0.1, draws=2))
+    assert len(found.rises) == 8 * 2
+    by_hand = Problem(model, CRITERION, tuple(t[:1024] for t in xy), mode="eval")
+    assert found == AverageCase(0.1, m=128, draws=2)(by_hand)
     worst, average = WorstCase(0.5), AverageCase(0.1)
     assert (worst.m, worst.steps, worst.norm, average.m, average.draws) == (128, 20, "l2", 128, 20)
 

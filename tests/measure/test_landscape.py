@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from steppe.measure import Hessian, Problem, eigenpairs, filter_normalised, line, plane, towards
+from steppe.measure import Hessian, Problem, eigenpairs, filter_normalised, line, plane, plot, towards
 
 from .models import net, problem, quadratic
 
@@ -48,7 +48,16 @@ def test_between_two_minima_the_ends_are_theirs():
         towards(problem(here), nn.Linear(2, 2))
 
 
-def test_losses_that_are_not_finite_are_told():
+def test_pictures_are_written_also_of_losses_that_are_not_finite(tmp_path):
     whole = quadratic([5.0, 2.0])
     v = eigenpairs(Hessian(whole), k=2).vectors
-    assert plane(whole, *v, [0.0, 1e200], [0.0]).loss == ((pytest.approx(0), float("inf")),)
+    steps = [-1.0, 0.0, 1e200]
+    surface = plane(whole, *v, steps, steps)
+    assert surface.loss[1][1] == pytest.approx(0)
+    assert surface.loss[2][2] == float("inf")
+    for name, what in (
+        ("lines", {"one": line(whole, v[0], steps), "two": line(whole, v[1], steps)}),
+        ("plane", surface),
+    ):
+        plot.png(what, tmp_path / f"{name}.png", x="along v")
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

@@ -144,6 +144,20 @@ class AverageCase(_InBall):
         return self._over_subsets(problem, rises)
 
 
+def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
+    """Return the sharpness by the protocol of Andriushchenko et al. 2023 (arXiv 2302.07011).
+
+    The first 1,024 training examples in evaluation mode; the rest of it is the measures' defaults. ``docs/measure.md``
+    says where the authors' code differs, and has their radii.
+
+    Example:
+        >>> published(problem, WorstCase(rho=0.5, adaptive=True)).value
+    """
+    chosen = problem.first(1024)
+    chosen.mode = "eval"
+    return measure(chosen)
+
+
 class _Ball:
     """The loss ``L(w + T u)`` in the coordinates ``u = T^-1 eps``, where ``norm(T^-1 eps)_p <= rho`` is a plain ball.
 

@@ -29,11 +29,11 @@ class Equation:
 
         b = -E u,    sigma sigma^T = lr Cov u,    corrected: b - (lr / 2) b' b.
 
-    The drift ``-E u`` is minus the gradient of a regularised loss, whose terms :class:`Regularisers` has by theorem. The
-    diffusion is the covariance of the whole batch's update, for the m-form with replacement ``m / size`` times that of
-    one micro-batch's (theorem 3.5). The drift leaves out O(rho^2). Without the correction the equation has weak order 1
-    in lr, with it order 2 in lr at fixed rho up to that remainder (Li, Tai and E, arXiv 1511.06251, for SGD; for the
-    others derived).
+    The drift ``-E u`` is minus the gradient of a regularised loss, whose terms :class:`Regularisers` has by theorem.
+    The diffusion is the covariance of the whole batch's update, for the m-form with replacement ``m / size`` times
+    that of one micro-batch's (theorem 3.5). The drift leaves out O(rho^2). Without the correction the equation has
+    weak order 1 in lr, with it order 2 in lr at fixed rho up to that remainder (Li, Tai and E, arXiv 1511.06251, for
+    SGD; for the others derived).
 
     Args:
         problem: a finite sum that is small enough for its Hessians and for all micro-batches.
