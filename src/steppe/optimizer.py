@@ -105,7 +105,7 @@ class SharpnessAware(Facade):
         checks.check_base(base)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
-        radius = RadiusOfGroups(rho, base.param_groups)
+        radius = RadiusOfGroups(rho, base)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
@@ -115,7 +115,7 @@ class SharpnessAware(Facade):
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
 
     def __repr__(self) -> str:
-        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        rhos = [g.get(self._stepper.radius.key) for g in self.param_groups]  # none yet in a group that was added to the base
         rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 

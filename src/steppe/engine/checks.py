@@ -5,6 +5,7 @@ import operator
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -92,18 +93,61 @@ def check_options(rule: object, parallel: object, max_norm: float | None, model:
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group whose rho, parameters or options no step could use."""
-    if "rho" in group:
-        non_negative("rho", group["rho"])
-    params = group["params"]
-    for p in [params] if isinstance(params, Tensor) else list(params):
-        t = p[1] if isinstance(p, tuple) else p
-        if isinstance(t, Tensor) and t.is_complex():
-            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
-        if getattr(t, "_is_flat_param", False):
-            raise TypeError(FSDP1)
+def check_groups(groups: Sequence[dict[str, Any]], radius: str) -> None:
+    """Refuse groups whose radius, parameters or options no step could use.
+
+    Args:
+        groups: parameter groups of one optimizer.
+        radius: the key of the radius in them.
+    """
+    tensors = [_check_group(group, radius) for group in groups]
+    check_apart([t for group in tensors for t in group])
+
+
+def _check_group(group: dict[str, Any], radius: str) -> list[Tensor]:
+    if radius in group:
+        non_negative(radius, group[radius])
     if group.get("differentiable"):
         raise ValueError("differentiable must be False: the step is not differentiated through")
     if group.get("maximize"):
         raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")
+    params = group["params"]
+    listed = [params] if isinstance(params, Tensor) else params
+    named = [p[1] if isinstance(p, tuple) else p for p in listed]
+    tensors = [t for t in named if isinstance(t, Tensor)]  # the base refuses the others
+    for t in tensors:
+        if t.is_complex():
+            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
+        if t.is_meta:
+            raise TypeError("params must hold numbers: these are on the meta device; materialise the model first")
+        if getattr(t, "_is_flat_param", False):
+            raise TypeError(FSDP1)
+    return tensors
+
+
+def check_apart(tensors: Sequence[Tensor]) -> None:
+    """Refuse a parameter that is listed twice, and parameters that lie on the same memory.
+
+    Raises:
+        ValueError: the norm of the gradient would count the memory twice, and a perturbation would move it twice.
+    """
+    if len({id(t) for t in tensors}) < len(tensors):
+        raise ValueError("params must hold every parameter once: one is listed twice")
+    end: dict[int, int] = {}  # by storage, the first byte that no parameter covers
+    for storage, start, stop in sorted(span for t in tensors if (span := _span(t)) is not None):
+        if start < end.get(storage, 0):
+            raise ValueError(
+                "params must not share memory: two parameters lie on the same. To tie weights, register one Parameter "
+                "twice (decoder.weight = encoder.weight), not its memory (decoder.weight.data = encoder.weight.data)"
+            )
+        end[storage] = stop
+
+
+def _span(t: Tensor) -> tuple[int, int, int] | None:
+    """Return the storage of a plain tensor and its first and last byte there; ``None`` where they do not say enough."""
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.numel() > 0
+    if not plain or t.untyped_storage().data_ptr() == 0:
+        return None
+    covered = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    size = t.numel() if covered == t.numel() else 1  # another parameter may lie in the gaps of a strided one
+    return t.untyped_storage().data_ptr(), t.data_ptr(), t.data_ptr() + size * t.element_size()
