@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Unpack, get_type_hints
 
 import torch
 from torch import nn
@@ -21,21 +22,21 @@ import steppe
 from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError
 from steppe.lab.settings import Settings
-from steppe.rule import micro
+from steppe.optimizer import Parts
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
 
 def _adaptive_wsam(
-    base: torch.optim.Optimizer, rho: float = 0.5, gamma: float = 0.88, eta: float = 0.01, *, m: int | None = None
+    base: torch.optim.Optimizer, rho: float = 0.5, gamma: float = 0.88, eta: float = 0.01, **parts: Unpack[Parts]
 ) -> SharpnessAware:
-    return SharpnessAware(base, micro(m, Rule(geometry=Adaptive(eta), combine=Weighted(gamma))), rho)
+    return SharpnessAware(base, Rule(geometry=Adaptive(eta), combine=Weighted(gamma)), rho, **parts)
 
 
 def _fisher_wsam(
-    base: torch.optim.Optimizer, rho: float = 0.1, gamma: float = 0.88, eta: float = 1.0, *, m: int | None = None
+    base: torch.optim.Optimizer, rho: float = 0.1, gamma: float = 0.88, eta: float = 1.0, **parts: Unpack[Parts]
 ) -> SharpnessAware:
-    return SharpnessAware(base, micro(m, Rule(geometry=Fisher(eta), combine=Weighted(gamma))), rho)
+    return SharpnessAware(base, Rule(geometry=Fisher(eta), combine=Weighted(gamma)), rho, **parts)
 
 
 # WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7
@@ -75,13 +76,18 @@ def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **_COMPOSED}
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the keys that a method's spec may set, but epochs, with their defaults."""
+    if name in _PLAIN:
+        return {}
+    parameters = inspect.signature(choices()[name]).parameters.values()
+    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _SUPPLIED]
+    return {p.name: p.default for p in own} | dict.fromkeys(get_type_hints(Parts))
+
+
 def options_of(name: str) -> list[str]:
     """Return the keys that a method's spec may set."""
-    if name in _PLAIN:
-        return ["epochs"]
-    parameters = inspect.signature(choices()[name]).parameters.values()
-    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    return [key for key in named if key not in _SUPPLIED] + ["epochs"]
+    return [*defaults_of(name), "epochs"]
 
 
 def parse(text: str) -> Method:
