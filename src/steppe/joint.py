@@ -68,7 +68,7 @@ class Joint(Optimizer):
         return {p: entries for base in self.bases for p, entries in base.state.items()}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every optimizer on the gradients in ``p.grad``.
 
         Args:
@@ -142,6 +142,17 @@ class Joint(Optimizer):
             indices = {i for group in own for i in group["params"]}
             parts.append({"state": {i: s for i, s in saved["state"].items() if i in indices}, "param_groups": own})
         return parts
+
+
+def as_one(base: object) -> Optimizer:
+    """Return a list of optimizers as their :class:`Joint`, and an optimizer unchanged.
+
+    Raises:
+        TypeError, ValueError: it cannot be the base of a sharpness-aware optimizer.
+    """
+    if isinstance(base, list | tuple):
+        return Joint(base)
+    return checks.check_base(base)
 
 
 def _is_plain(saved: dict[str, Any]) -> bool:

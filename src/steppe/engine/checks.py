@@ -67,11 +67,33 @@ def warn(message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=9)  # past torch's wrappers of step
 
 
-def check_base(base: object) -> None:
-    """Refuse what cannot be a base: no instance, no dense first-order method, wrapped already."""
+def check_call(name: str, args: Sequence[Any], options: dict[str, Any]) -> None:
+    """Say how to write what ``sam.py`` and its copies write as ``SAM(params, SGD, lr=0.1, adaptive=True)``.
+
+    Raises:
+        TypeError: the call is of that kind.
+    """
+    if "base_optimizer" in options or any(isinstance(value, type) for value in args[1:2]):
+        raise TypeError(
+            f"{name} takes an optimizer, not parameters and a class: write "
+            f"{name}(torch.optim.SGD(params, lr=0.1, momentum=0.9), rho=0.05)"
+        )
+    if "adaptive" in options:
+        raise TypeError("adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten SAM's")
+    if "lr" in options:
+        raise TypeError(f"lr is the base optimizer's: write {name}(torch.optim.SGD(params, lr={options['lr']!r}))")
+
+
+def check_base(base: object) -> torch.optim.Optimizer:
+    """Return a base; refuse what cannot be one: no instance, no dense first-order method, wrapped already."""
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
+        )
+    if type(base).__name__ == "PostLocalSGDOptimizer":
+        raise TypeError(
+            "base must not be a PostLocalSGDOptimizer, whose replicas differ between averages: a step averages over "
+            "all ranks, and sync='local' perturbs every rank by itself"
         )
     if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
         raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
@@ -79,6 +101,7 @@ def check_base(base: object) -> None:
         raise ValueError(
             "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
         )
+    return base
 
 
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:

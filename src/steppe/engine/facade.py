@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from steppe.engine.checks import STEP, warn
+from steppe.engine.checks import STEP, check_call, warn
 from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
@@ -18,6 +18,11 @@ class Facade(torch.optim.Optimizer):
     _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
     _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Say how to write what other packages write differently, before the arguments are bound."""
+        check_call(cls.__name__, args, options)
+        return super().__new__(cls)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -101,11 +106,11 @@ class Facade(torch.optim.Optimizer):
         """Return the base's state, in the base's format, with the rule's memory, radii and steps in it."""
         if saves_as_torch(self.base):
             return super().state_dict()
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         saved = self._memory.save(self.base, self._stepper.radius.key)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            saved = hook(self, saved) or saved
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,11 +124,11 @@ class Facade(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
             return
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         self._memory.load(self.base, state_dict, self._stepper.radius.key)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied

@@ -1,7 +1,7 @@
 """What a rule remembers from step to step, and a checkpoint that holds it beside the base's state."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -35,12 +35,13 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
     finite = norm if guard and not known else None  # else eps becomes 0, on its device and on this rank
     moved: list[Tensor] = []
     saved: list[Tensor] = []
+    e: Tensor | None = None
     with passes.away_from_w():
         try:
             with torch.no_grad():
                 passes.reshard()
                 parameters = passes.parameters.tensors
-                moved = [local(p) for p, e in zip(parameters, eps.tensors, strict=True) if e is not None]
+                moved = [local(p) for p, t in zip(parameters, eps.tensors, strict=True) if t is not None]
                 saved = [p.clone() for p in moved]  # all before any moves: two may lie on one memory
                 for p, e in zip(moved, eps.present(), strict=True):
                     shift_(p, local(e), eps.scale, finite)
