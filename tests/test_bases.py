@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +229,126 @@ def test_a_parameter_listed_twice_is_refused() -> None:
 def test_parameters_on_the_meta_device_are_refused() -> None:
     with pytest.raises(TypeError, match="params must hold numbers"):
         steppe.SAM(sgd(nn.Linear(2, 2, device="meta")))
+
+
+# ---- what users write
+
+
+def test_the_page_on_base_optimizers_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "stacks" / "base-optimizers.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "base-optimizers.md", "exec"), names)
+    assert names["optimizer"].telemetry.passes == 2
+
+
+def test_the_manner_of_sam_py_is_told_what_to_write() -> None:
+    w = world()
+    for call in (
+        lambda: steppe.SAM(w.parameters(), torch.optim.SGD, rho=0.05, lr=0.1),
+        lambda: steppe.WSAM(w.model.parameters(), base_optimizer=torch.optim.SGD),
+    ):
+        with pytest.raises(TypeError, match=r"takes an optimizer.*write \w+SAM\(torch\.optim\.SGD|write SAM"):
+            call()
+    with pytest.raises(TypeError, match=r"write ASAM\(base, rho\)"):
+        steppe.SAM(sgd(w), adaptive=True)
+    with pytest.raises(TypeError, match=r"write SAM\(torch\.optim\.SGD\(params, lr=0\.2\)\)"):
+        steppe.SAM(sgd(w), lr=0.2)
+    opt = steppe.SAM(sgd(w))
+    assert opt.base_optimizer is opt.base
+
+
+def test_modes_of_schedule_free_bases_are_handed_on() -> None:
+    class Modal(torch.optim.SGD):
+        mode = ""
+
+        def train(self) -> None:
+            self.mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+    w = world()
+    for opt in (steppe.SAM(Modal(w.parameters())), steppe.SAM([Modal(w.parameters()[:2]), sgd(w.parameters()[2:])])):
+        first = getattr(opt.base, "bases", (opt.base,))[0]
+        opt.train()
+        assert first.mode == "train"
+        opt.eval()
+        assert first.mode == "eval"
+    steppe.SAM(sgd(w)).train()
+
+
+# ---- several optimizers as one
+
+
+def test_several_optimizers_are_one_base() -> None:
+    w = world()
+    bases = in_parts(w.parameters())
+    opt = steppe.SAM(bases, rho=0.3)
+    assert isinstance(opt.base, steppe.Joint)
+    assert repr(opt.base).startswith("Joint([Muon (")
+    assert [len(g["params"]) for g in opt.param_groups] == [2, 1, 3]
+    before, seen = w.weights(), []
+    w.model.register_forward_hook(lambda *_: seen.append(w.weights()))
+    opt.step(w.batch)
+    eps = torch.cat([(a - b).flatten() for a, b in zip(seen[1], before, strict=True)])
+    torch.testing.assert_close(eps.norm(), torch.tensor(0.3, dtype=torch.float64))
+    assert set(opt.state) == set(w.parameters())
+    assert [g["lr"] for g in opt.param_groups] == [0.02, 0.02, 0.01]
+
+
+def test_schedulers_of_one_of_them_and_of_all() -> None:
+    w = world()
+    bases = in_parts(w.parameters())
+    opt = steppe.SAM(bases, rho=steppe.schedule.Linear(0.1, 0.3, 2))
+    one = torch.optim.lr_scheduler.ExponentialLR(bases[0], 0.5)
+    every = torch.optim.lr_scheduler.ExponentialLR(opt, 0.1)
+    opt.step(w.batch)
+    one.step()
+    every.step()
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.001, 0.002, 0.001])
+    opt.step(w.batch)
+    assert [g["rho"] for g in opt.param_groups] == [0.2, 0.2, 0.2]
+    with pytest.raises(ValueError, match="momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=9)
+
+
+def test_a_group_is_added_to_one_of_them() -> None:
+    w, extra = world(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    bases = in_parts(w.parameters())
+    bases[1].param_groups[0]["rho"] = 0.0
+    opt = steppe.SAM(bases, rho=lambda step, group: 0.1 * step)
+    opt.step(w.batch)
+    with pytest.raises(TypeError, match=r"bases\[0\]\.add_param_group"):
+        opt.add_param_group({"params": [extra]})
+    assert len(opt.param_groups) == 3
+    bases[0].add_param_group({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.float64))]})
+    opt.step(w.batch)
+    assert [g["rho"] for g in opt.param_groups] == [0.1, 0.1, 0.0, 0.1]  # a radius of one's own stays with its group
+
+
+def test_what_is_no_joint() -> None:
+    w = world()
+    with pytest.raises(ValueError, match="bases must be one optimizer or more"):
+        steppe.SAM([])
+    with pytest.raises(ValueError, match="bases must have parameters of their own"):
+        steppe.Joint([sgd(w), sgd(w)])
+    with pytest.raises(TypeError, match="base must be an optimizer instance"):
+        steppe.Joint([sgd(w), torch.optim.SGD])
+    with pytest.raises(ValueError, match="not wrapped"):
+        steppe.Joint([steppe.SAM(sgd(w))])
+    joint = steppe.Joint(in_parts(w.parameters()))
+    with pytest.raises(ValueError, match="the groups of this optimizer"):
+        joint.load_state_dict(sgd(w).state_dict())
+    with pytest.raises(ValueError, match="of 2 optimizers, got 1"):
+        joint.load_state_dict({"bases": [{}]})
+
+
+def test_its_step_may_take_a_closure() -> None:
+    ours, theirs = world(), world()
+    joint, parts = steppe.Joint(in_parts(ours.parameters())), in_parts(theirs.parameters())
+    loss = joint.step(ours.batch)
+    torch.testing.assert_close(loss, theirs.batch())
+    for base in parts:
+        base.step()
+    assert same_bits(ours.parameters(), theirs.parameters())

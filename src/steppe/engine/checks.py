@@ -16,6 +16,10 @@ FSDP1 = (
     "params must not be flattened by FullyShardedDataParallel, whose ranks see neither the whole norm nor single "
     "parameters: shard with torch.distributed.fsdp.fully_shard"
 )
+TENSOR_PARALLEL = (
+    "params must not be the tensor-parallel shards that DistributedDataParallel(device_mesh=) keeps as plain tensors, "
+    "of which no rank sees the whole norm: shard the data-parallel mesh with torch.distributed.fsdp.fully_shard"
+)
 STEP = "sharpness_step"  # in every group: steps so far
 
 
@@ -145,6 +149,8 @@ def _check_group(group: dict[str, Any], radius: str) -> list[Tensor]:
             raise TypeError("params must hold numbers: these are on the meta device; materialise the model first")
         if getattr(t, "_is_flat_param", False):
             raise TypeError(FSDP1)
+        if hasattr(t, "_st_info"):
+            raise TypeError(TENSOR_PARALLEL)
     return tensors
 
 
