@@ -33,7 +33,7 @@ def test_epochs():
     ("text", "message"),
     [
         ("Sam", r"unknown method 'Sam'.*choose from SGD, AdamW, .*SAM"),
-        ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, m, sampled, epochs"),
+        ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, m, sampled, ascent, epochs"),
         ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from epochs"),
         ("SAM(0.2)", "cannot read method"),
         ("SAM(**x)", "cannot read method"),
