@@ -170,13 +170,13 @@ def test_a_buffer_that_nothing_changes_keeps_its_version() -> None:
     model = nn.BatchNorm1d(3)
     model.register_buffer("positions", torch.arange(3))
     model.register_buffer("secret", torch.zeros(3))
-    versions = model.positions._version, model.running_mean._version
+    version = model.positions._version
     with frozen_statistics([model]):
         model(torch.randn(4, 3))
         with torch.autograd._unsafe_preserve_version_counter(model.secret):
             model.secret.fill_(1.0)
-    assert model.positions._version == versions[0]
-    assert model.running_mean._version > versions[1]
+    assert model.positions._version == version
+    assert model.running_mean.tolist() == [0.0] * 3  # torch's batch norm leaves the version, too
     assert model.secret.tolist() == [0.0] * 3  # whatever its version says
 
 
