@@ -51,6 +51,8 @@ class SharpnessAware(Facade):
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
             ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+        ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
+            passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
         check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
@@ -94,6 +96,7 @@ class SharpnessAware(Facade):
         full: Closure | None = None,
         m: int | None = None,
         sampled: int | None = None,
+        ascent: int | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -103,7 +106,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         base = as_one(base)
-        rule = on_micro_batches(rule, m, sampled)
+        rule = on_micro_batches(rule, m, sampled, ascent)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
         radius = RadiusOfGroups(rho, base)
