@@ -81,8 +81,6 @@ class Oracle:
         self._full_g: Vector | None = None
         self._looking = False  # whether eps is being computed
 
-    # ---- where we are
-
     @property
     def w(self) -> Vector:
         """The parameters, live: inside ``at`` they are ``w + eps``."""
@@ -208,10 +206,10 @@ class Oracle:
         return self.passes.batch(use)
 
     def average(self, rule: AnyRule, m: int | None = None) -> Update:
-        """Return the mean of the rule's updates over micro-batches of ``m`` examples, with weights ``size / n``.
+        """Return the mean of the rule's updates over micro-batches of ``m`` examples, by their weights: ``size / n``.
 
-        ``m=None`` is the rule's update on the batch. Micro-batches cross neither from one accumulated batch into the
-        next nor from rank to rank. They share passes where the model allows it (:mod:`steppe.factored`).
+        ``m=None`` is the rule's update on the batch. Micro-batches lie within one accumulated batch and one rank. They
+        share passes where the model allows it (:mod:`steppe.factored`).
         """
         if m is not None:
             self.passes.ranks.stay_within()
@@ -227,13 +225,14 @@ class Oracle:
         return reduce(add, (share * rule(part) for share, part in parts))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
-        """Yield the oracle of every part with its share of the batch, and average what the parts log."""
+        """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
+        whole = self.batch().weight
         for batch in batches:
-            f = self.part(batch)
-            share = len(batch) / len(self.batch())
-            yield share, f
-            self.passes.log.add(share, f.passes.log)
+            f, share = self.part(batch), batch.weight / whole
+            if share:
+                yield share, f
+                self.passes.log.add(share, f.passes.log)
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""

@@ -25,17 +25,21 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     updates running statistics.
     """
     f.passes.ranks.stay_within()
-    g, log, n = f.g, f.passes.log, len(f.batch("micro-batches, m="))
-    batches = drawn(f.batch(), m, draws, seed, f.step)
+    whole = f.batch("micro-batches, m=")
+    g, log, n = f.g, f.passes.log, len(whole)
+    batches = drawn(whole, m, draws, seed, f.step)
     total = sum(map(len, batches))
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
     try:
         for batch in batches:
+            share = batch.weight / whole.weight * n / total
+            if not share:  # a mean over none of the batch's tokens
+                continue
             part = f.part(batch, keep_g=True)
             update = part.average(rule)
-            corrections.append(len(batch) / total * (update + Update(part.g * -1.0)))
-            log.add_sample(len(batch) / total, len(batch) / n, part.passes.log)
+            corrections.append(share * (update + Update(part.g * -1.0)))
+            log.add_sample(share, len(batch) / n, part.passes.log)
     finally:
         stream.restore()
     return reduce(add, corrections, Update(g))

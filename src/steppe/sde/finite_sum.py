@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from steppe.batch import Batch, leaves, mapped
+from steppe.batch import Batch
 from steppe.engine.functional import functional
+from steppe.engine.nested import leaves, mapped
 from steppe.engine.replay import RandomState, frozen_statistics
 
 ExampleLoss = Callable[[Tensor, Any], Tensor]  # (x of shape (d,), one example's row of the data) -> ()
@@ -47,7 +48,7 @@ class FiniteSum:
             raise SDEError(str(error)) from None
 
     def __len__(self) -> int:
-        return len(leaves(self.data)[0])
+        return len(next(leaves(self.data)))
 
     def losses(self, x: Tensor) -> Tensor:
         """Return every ``f_i(x)``, shape ``(n,)``."""
