@@ -15,7 +15,7 @@ from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks
 from steppe.engine.grad_scaler import LossScale
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Closure, Passes
+from steppe.engine.passes import PARTS, Closure, Passes
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.engine.weights import moved
@@ -221,7 +221,7 @@ class Oracle:
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch("micro-batches, m=").split(m))
+        parts = self.parts(self.batch(PARTS).split(m))
         return reduce(add, (share * rule(part) for share, part in parts))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from steppe.engine.checks import warn
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.passes import PARTS
 from steppe.mean_batch import MeanBatch
 from steppe.pieces.protocol import declared
 
@@ -32,7 +33,7 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     needs = declared(rule)
     if not f.rho.largest() or not (needs.examples or needs.parts):
         return known
-    batch = f.batch(repr(rule))
+    batch = f.batch(repr(rule) if needs.examples else PARTS)
     if needs.examples:
         batch.require_losses(repr(rule))
     if not batch.weight:

@@ -19,6 +19,7 @@ from steppe.engine.vector import Vector
 from steppe.telemetry import StepLog
 
 Closure = Callable[[], Tensor | float]
+PARTS = "micro-batches, m="  # a use of the batch
 
 
 class Passes:
@@ -73,6 +74,7 @@ class Passes:
             raise TypeError(
                 f"this method looks inside the batch ({use}): pass step() a "
                 "steppe.Batch(model, loss, data) or steppe.Batch.supervised(...) instead of a plain closure"
+                + (", or a steppe.MeanBatch(model, loss, data) if the loss is one mean" if use == PARTS else "")
             )
         return self.closure
 

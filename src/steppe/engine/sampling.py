@@ -9,6 +9,7 @@ from torch import distributed
 from steppe.batch import Batch, chunks_of
 from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.passes import PARTS
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
 
@@ -25,7 +26,7 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     updates running statistics.
     """
     f.passes.ranks.stay_within()
-    whole = f.batch("micro-batches, m=")
+    whole = f.batch(PARTS)
     g, log, n = f.g, f.passes.log, len(whole)
     batches = drawn(whole, m, draws, seed, f.step)
     total = sum(map(len, batches))
