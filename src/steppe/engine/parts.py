@@ -39,7 +39,7 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     if not batch.weight:
         raise ValueError("weight must be above 0 for the data of the whole batch, got 0: has it no labelled token?")
     if not known and isinstance(batch, MeanBatch):
-        with f.passes.trial():
+        with f.passes.trial(), f.passes.ranks.apart():
             _compare(batch)
         return True
     return known
@@ -50,13 +50,14 @@ def _compare(batch: MeanBatch) -> None:
     modules = batch.modules()
     if len(batch) < 2 or any("_orig_mod" in m._modules for m in modules):  # it would be compiled again
         return
-    halves = [half for half in batch.split((len(batch) + 1) // 2) if half.weight]
+    halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
     try:
         with torch.no_grad(), evaluated(modules):
             whole, parts = batch.value(), [half.value() for half in halves]  # type: ignore[attr-defined]
     except Exception:  # in evaluation mode the model has no loss: that cannot be told
         return
-    total = sum(half.weight / batch.weight * float(part) for half, part in zip(halves, parts, strict=True))
+    pairs = zip((half.weight for half in halves), parts, strict=True)
+    total = sum(weight / batch.weight * float(part) for weight, part in pairs if weight)
     low = whole.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(whole.device.type)
     if abs(total - float(whole)) > (3e-2 if low else 1e-4) * max(abs(total), abs(float(whole)), 1e-3):
         warn(

@@ -29,7 +29,7 @@ class FiniteSum:
         data: a nested tuple, list or dict of tensors with a common first dimension, the ``n`` examples.
 
     Raises:
-        SDEError: ``data`` is empty, or holds something else than tensors with a common first dimension.
+        SDEError: ``data`` is empty, or cannot be cut into examples.
 
     Example:
         >>> X, y = torch.randn(6, 2), torch.randn(6)
