@@ -67,6 +67,20 @@ def test_a_radius_of_zero_is_the_plain_step_bit_for_bit(options: dict[str, int])
     assert all(torch.equal(a, b) for a, b in zip(ours.model.buffers(), theirs.model.buffers(), strict=True))
 
 
+def test_a_perturbation_from_a_part() -> None:
+    ours, theirs = world(), world()
+    a, b = (steppe.SAM(sgd(w), RHO, ascent=2, parallel=False) for w in (ours, theirs))
+    for mine, batch in zip(ours.batches(3), theirs.batches(3), strict=True):
+        a.step(mean_of(mine))
+        b.step(batch)
+    assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    data = masked(ours)
+    data[1][1:] = IGNORED  # one example has tokens: the part is made of it
+    opt = steppe.SAM(sgd(ours), RHO, ascent=1)
+    opt.step(MeanBatch(ours.model, token_loss, data, weight=tokens))
+    assert opt.telemetry.skipped == 0
+
+
 def tokens(data: tuple[Tensor, Tensor]) -> Tensor:
     return (data[1] != IGNORED).sum()
 

@@ -37,7 +37,7 @@ from steppe.pieces.geometry import (
     Unnormalised,
 )
 from steppe.pieces.protocol import Declaration
-from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.pieces.sample import Exact, FiniteDifference, Friendly, Masked, Mean, OnFull, Reweighted, Smoothed, Subset
 from steppe.pieces.select import All, Sharpest
 from steppe.rule import Every, Micro, Plain, Rule
 from steppe.telemetry import Telemetry
@@ -47,6 +47,6 @@ __all__ = [
     "Batches", "Coupled", "CoupledWSAM", "Declaration", "Euclidean", "Every", "Everything", "Exact", "FiniteDifference",
     "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Named", "OnFull",
     "Oracle", "Perturbed", "Plain", "RememberOrthogonal", "ReuseOrthogonal", "Reweighted", "Rule", "Scaled", "Sharpest",
-    "SharpnessAware", "Smoothed", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update",
-    "VaSSO", "Vector", "Weighted", "schedule",
+    "SharpnessAware", "Smoothed", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised",
+    "Update", "VaSSO", "Vector", "Weighted", "schedule",
 ]  # fmt: skip

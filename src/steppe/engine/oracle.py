@@ -195,7 +195,7 @@ class Oracle:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
             full = Passes(self._full, *self.passes.context)
             self._full_g = full.gradient()
-            self.passes.log.add_full(full.log)
+            self.passes.log.add_other(full.log)
         self.passes.counted = True  # full's pass at w is the one that running statistics see
         return self._full_g
 

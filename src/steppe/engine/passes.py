@@ -19,14 +19,15 @@ from steppe.engine.vector import Vector
 from steppe.telemetry import StepLog
 
 Closure = Callable[[], Tensor | float]
-PARTS = "micro-batches, m="  # a use of the batch
+PARTS = "parts of it, m= or ascent="  # a use of the batch
 
 
 class Passes:
     """The passes of one step over one batch.
 
-    The first pass at ``w`` is an ordinary one. Every other pass draws the same numbers from torch's generators (those
-    of Python and NumPy advance) and leaves running statistics as they were.
+    The first pass at ``w`` is an ordinary one; where the batch has none at ``w``, the first at ``w + eps`` is. Every
+    other pass draws the same numbers from torch's generators (those of Python and NumPy advance) and leaves running
+    statistics as they were.
 
     Args:
         closure: zero, forward, backward, return the loss; or a :class:`~steppe.Batch`.
@@ -50,6 +51,7 @@ class Passes:
         self.log = StepLog()
         self.away = False  # whether passes are at w + eps
         self.counted = False  # whether the running statistics have seen the batch
+        self.first_is_away = False  # whether they are to see the first pass at w + eps, as none is at w
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
@@ -90,7 +92,7 @@ class Passes:
         if end is not None:
             start.restore()
         try:
-            if self.counted or (self.away if away is None else away):
+            if self.counted or (away if away is not None else self.away and not self.first_is_away):
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:
