@@ -91,7 +91,9 @@ def test_reweighted_sharpness(m: int | None, base: str, hyper: dict) -> None:
     w, again = world(), world()
     expected = expected_path("ReweightedSharpness", w, base, m=m, **hyper)
     weights = EffectiveSize(2.5, ExactNorms()) if "size" in hyper else Softmax(2.0, ExactNorms())
-    assert_same_path(SharpnessAware(BASES[base](w.parameters()), on_micro_batches(BothWeighted(weights), m), RHO), w, expected)
+    assert_same_path(
+        SharpnessAware(BASES[base](w.parameters()), on_micro_batches(BothWeighted(weights), m), RHO), w, expected
+    )
     factored = steppe.ReweightedSharpness(BASES[base](again.parameters()), RHO, m=m, **hyper)
     assert_same_path(factored, again, expected)
 

@@ -21,7 +21,7 @@ class Telemetry:
 
     Attributes:
         rho: the largest radius of any group.
-        loss: ``L(w)``, on the batch (n-SAM: on the full batch).
+        loss: ``L(w)``, on the batch (n-SAM: on the full batch; MomentumSAM: ``L(w + eps)``, it has no pass at ``w``).
         loss_adv: ``L(w + eps)``, on the whole batch.
         gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
         g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors';
@@ -70,6 +70,7 @@ class StepLog:
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
     memory: dict[str, Vector] = field(default_factory=dict)
+    kept: dict[str, Tensor | float] = field(default_factory=dict)  # numbers for the next step
     rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
@@ -79,6 +80,8 @@ class StepLog:
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():
             self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        for name, value in other.kept.items():
+            self.kept[name] = self.kept.get(name, 0.0) + share * value
         self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
@@ -117,8 +120,8 @@ class StepLog:
 
     @property
     def loss(self) -> Tensor | float | None:
-        """``L(w)``; of n-SAM on the larger batch."""
-        return self.numbers.get("loss", self.numbers.get("full_loss"))
+        """``L(w)``; of n-SAM on the larger batch; ``L(w + eps)`` of a method without a pass at ``w``."""
+        return next((self.numbers[name] for name in ("loss", "full_loss", "loss_adv") if name in self.numbers), None)
 
     def telemetry(self, **of_the_step: Any) -> Telemetry:
         """Return the numbers as the user sees them."""

@@ -51,7 +51,8 @@ class Facade(torch.optim.Optimizer):
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule, self._stepper.state.names = rule, declared(rule).remembers
+        self._stepper.rule, state = rule, self._stepper.state
+        state.names, state.numbers = declared(rule).remembers, declared(rule).numbers
 
     @property
     def full(self) -> Closure | None:
@@ -113,7 +114,7 @@ class Facade(torch.optim.Optimizer):
             self._count_step()
         else:  # a distributed checkpoint is about to be loaded into what this step leaves
             self.base.step()
-            self._stepper.state.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
+            self._stepper.state.make_room(self.state, self.param_groups)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

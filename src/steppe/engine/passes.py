@@ -49,6 +49,7 @@ class Passes:
         self.log = StepLog()
         self.away = False  # whether passes are at w + eps
         self.counted = False  # whether the running statistics have seen the batch
+        self.counts_away = False  # whether they may see it at w + eps, as there may be no pass at w
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
@@ -60,7 +61,7 @@ class Passes:
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
         part = Passes(batch, *self.context)
-        part.away, part.counted = self.away, self.counted
+        part.away, part.counted, part.counts_away = self.away, self.counted, self.counts_away
         return part
 
     def batch(self, use: str) -> Batch:
@@ -88,7 +89,8 @@ class Passes:
         if end is not None:
             start.restore()
         try:
-            if self.counted or (self.away if away is None else away):
+            apart = self.away and not self.counts_away if away is None else away
+            if self.counted or apart:
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:
@@ -112,6 +114,15 @@ class Passes:
             yield
         finally:
             self.away = False
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Run passes inside over the same examples with another loss."""
+        before, self.closure = self.closure, batch
+        try:
+            yield
+        finally:
+            self.closure = before
 
     @contextmanager
     def trial(self) -> Iterator[None]:

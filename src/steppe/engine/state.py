@@ -1,5 +1,6 @@
-"""What a rule remembers from step to step, in ``state[p]`` beside the base's state."""
+"""What a rule remembers from step to step: tensors in ``state[p]`` beside the base's state, numbers in the groups."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,17 @@ PREFIX = "sharpness."
 
 @dataclass
 class RuleState:
-    """Named vectors, one entry a parameter.
+    """Named vectors, one entry a parameter, and named numbers.
 
     Args:
-        names: what the rule's pieces remember.
+        names: the vectors that the rule's pieces remember.
+        numbers: the numbers.
         room: whether the entries are placeholders for a distributed checkpoint.
     """
 
     names: frozenset[str]
+    numbers: frozenset[str] = frozenset()
     room: bool = False
-
-    def recall(self, state: Any, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
-        """Return what is remembered under a name, by parameter."""
-        return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
 
     def keep(
         self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
@@ -44,7 +43,7 @@ class RuleState:
             else:
                 lerp_(local(old), local(t), rate)
 
-    def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
+    def make_room(self, state: Any, groups: Iterable[dict[str, Any]]) -> None:
         """Make entries of zeros for a distributed checkpoint, which is loaded into what a step with lr 0 leaves behind.
 
         Nothing is made where something is remembered already.
@@ -52,10 +51,13 @@ class RuleState:
         if any(name.startswith(PREFIX) for entries in state.values() for name in entries):
             return
         self.room = True
-        for p in parameters:
-            if p.grad is not None:
-                for name in self.names:
-                    state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))
+        for group in groups:
+            for name in self.numbers:
+                group.setdefault(PREFIX + name, math.nan)
+            for p in group["params"]:
+                if p.grad is not None:
+                    for name in self.names:
+                        state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))
 
     def clear_room(self, state: Any) -> None:
         """Forget entries that no checkpoint has been loaded into."""

@@ -100,13 +100,13 @@ class SharedPasses:
     def example_norms(self, f: Oracle) -> Tensor | None:
         """Return ``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
 
-        The factors are kept for the weighted gradient, and ``g``, where the rule asks for it later, is computed in the
-        same pass. Those of accumulated batches are held one batch at a time, in additional passes; the weighted
-        gradient is then an ordinary pass over all of them.
+        The factors are kept for the weighted gradient, and ``g`` comes from the same pass where it is asked for later.
+        Those of accumulated batches are held one batch at a time, in additional passes; the weighted gradient is then
+        an ordinary pass over all of them.
         """
+        recorded = None
         if not self.parallel:
             return None
-        recorded = None
         with f.passes.ranks.within():
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)

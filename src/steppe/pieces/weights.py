@@ -11,7 +11,7 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.replay import generator
 from steppe.engine.vector import TINY, Vector, shard_like, wide
-from steppe.pieces.protocol import Declaration, declared
+from steppe.pieces.protocol import Declaration
 
 
 @dataclass(frozen=True)
