@@ -38,7 +38,7 @@ from steppe.pieces.geometry import (
 )
 from steppe.pieces.protocol import Declaration
 from steppe.pieces.rules import BothWeighted
-from steppe.pieces.sample import Friendly, Masked, Mean, OnFull, Reweighted, Smoothed
+from steppe.pieces.sample import Friendly, Masked, Mean, OnFull, Reweighted, Smoothed, Subset
 from steppe.pieces.select import All, Sharpest
 from steppe.pieces.weights import EffectiveSize, Exact, FiniteDifference, Softmax
 from steppe.rule import Every, Micro, Plain, Rule
@@ -50,6 +50,6 @@ __all__ = [
     "Everything", "Exact", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices",
     "Mean", "Micro", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "RememberOrthogonal", "ReuseOrthogonal",
     "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "Sharpest", "SharpnessAware", "Smoothed", "Softmax",
-    "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector", "Weighted",
-    "schedule",
+    "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector",
+    "Weighted", "schedule",
 ]  # fmt: skip

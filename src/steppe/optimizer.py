@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,20 +20,13 @@ from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState
 from steppe.pieces.protocol import declared
-from steppe.rule import on_micro_batches
+from steppe.rule import Parts, on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
 
 Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
-
-
-class Parts(TypedDict, total=False):
-    """The options of every method that choose the examples of a perturbation: see :class:`SharpnessAware`."""
-
-    m: int | None
-    sampled: int | None
 
 
 class Options(Parts, total=False):
@@ -65,6 +58,8 @@ class SharpnessAware(Facade):
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
             ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+        ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
+            passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
         check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
@@ -108,6 +103,7 @@ class SharpnessAware(Facade):
         full: Closure | None = None,
         m: int | None = None,
         sampled: int | None = None,
+        ascent: int | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -117,7 +113,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         checks.check_base(base)
-        rule = on_micro_batches(rule, m, sampled)
+        rule = on_micro_batches(rule, m, sampled, ascent)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
         radius = RadiusOfGroups(rho, base.param_groups)

@@ -102,7 +102,7 @@ class Oracle(Remembering):
         if not self._looking:  # the move of the template, after which only what the rule declares is asked for
             if self._declares.losses_at_w:
                 self.losses()
-            self.passes.counts_away = not self._declares.g  # there may be no pass at w, before or after
+            self.passes.first_is_away |= not self._declares.g  # where no pass at w comes before, none comes after
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
         with moved(self.passes, eps, self.guard):
@@ -226,7 +226,7 @@ class Oracle(Remembering):
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
             full = Passes(self._full, *self.passes.context)
             self._full_g = full.gradient()
-            self.passes.log.add_full(full.log)
+            self.passes.log.add_other(full.log)
         self.passes.counted = True  # full's pass at w is the one that running statistics see
         return self._full_g
 

@@ -18,36 +18,34 @@ def recording(batch: Batch, outputs: list[Tensor]) -> Batch:
     Raises:
         TypeError: its loss is not split into model and criterion.
     """
-    if not all(hasattr(chunk.loss, "criterion") for chunk in chunks_of(batch)):
+    if not all(hasattr(part.loss, "criterion") for part in chunks_of(batch)):
         raise TypeError(
             "this method needs the model's outputs: make the batch by steppe.Batch.supervised(model, criterion, "
             "inputs, targets), whose loss is split into model and criterion"
         )
-    return _with_losses(batch, [partial(_recorded, chunk.loss, outputs) for chunk in chunks_of(batch)])
+    return _with_losses(batch, [partial(_recorded, part.loss, outputs) for part in chunks_of(batch)])
 
 
 def at_outputs(batch: Batch, outputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradient of every example's loss by the model's output, batch after batch."""
     found: list[Tensor] = []
-    for chunk, output in zip(chunks_of(batch), outputs, strict=True):
+    for part, output in zip(chunks_of(batch), outputs, strict=True):
         with torch.enable_grad():
             y = output.detach().requires_grad_()
-            losses = chunk.loss(lambda _, y=y: y, chunk.data)  # type: ignore[arg-type]
+            losses = part.loss(lambda _, y=y: y, part.data)  # type: ignore[arg-type]
             found += torch.autograd.grad(losses.sum(), y)
     return found
 
 
 def holding(batch: Batch, v: Sequence[Tensor]) -> Batch:
     """Return the batch whose losses have the values of the batch's, and the gradients of ``<v_i, F_i>``."""
-    return _with_losses(
-        batch, [partial(_held, chunk.loss, v_k) for chunk, v_k in zip(chunks_of(batch), v, strict=True)]
-    )
+    return _with_losses(batch, [partial(_held, part.loss, v_k) for part, v_k in zip(chunks_of(batch), v, strict=True)])
 
 
 def _with_losses(batch: Batch, losses: Sequence[Loss]) -> Batch:
     chunks = []
-    for chunk, loss in zip(chunks_of(batch), losses, strict=True):
-        chunks.append(copy(chunk))
+    for part, loss in zip(chunks_of(batch), losses, strict=True):
+        chunks.append(copy(part))
         chunks[-1].loss = loss
     return Batches(chunks) if isinstance(batch, Batches) else chunks[0]
 

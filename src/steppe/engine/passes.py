@@ -24,8 +24,9 @@ Closure = Callable[[], Tensor | float]
 class Passes:
     """The passes of one step over one batch.
 
-    The first pass at ``w`` is an ordinary one. Every other pass draws the same numbers from torch's generators (those
-    of Python and NumPy advance) and leaves running statistics as they were.
+    The first pass at ``w`` is an ordinary one; where the batch has none at ``w``, the first at ``w + eps`` is. Every
+    other pass draws the same numbers from torch's generators (those of Python and NumPy advance) and leaves running
+    statistics as they were.
 
     Args:
         closure: zero, forward, backward, return the loss; or a :class:`~steppe.Batch`.
@@ -49,7 +50,7 @@ class Passes:
         self.log = StepLog()
         self.away = False  # whether passes are at w + eps
         self.counted = False  # whether the running statistics have seen the batch
-        self.counts_away = False  # whether they may see it at w + eps, as there may be no pass at w
+        self.first_is_away = False  # whether they are to see the first pass at w + eps, as none is at w
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
@@ -61,7 +62,7 @@ class Passes:
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
         part = Passes(batch, *self.context)
-        part.away, part.counted, part.counts_away = self.away, self.counted, self.counts_away
+        part.away, part.counted, part.first_is_away = self.away, self.counted, self.first_is_away
         return part
 
     def batch(self, use: str) -> Batch:
@@ -89,8 +90,7 @@ class Passes:
         if end is not None:
             start.restore()
         try:
-            apart = self.away and not self.counts_away if away is None else away
-            if self.counted or apart:
+            if self.counted or (away if away is not None else self.away and not self.first_is_away):
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:

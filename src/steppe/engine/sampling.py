@@ -1,5 +1,6 @@
-"""Sampled m-SAM: the update of m-SAM in expectation, from a few random micro-batches."""
+"""Random micro-batches of a step's batch: for m-SAM in expectation, and for a perturbation from a part of the batch."""
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
@@ -11,6 +12,7 @@ from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
+from steppe.engine.vector import Vector
 
 
 def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> Update:
@@ -26,7 +28,7 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     """
     f.passes.ranks.stay_within()
     g, log, n = f.g, f.passes.log, len(f.batch("micro-batches, m="))
-    batches = drawn(f.batch(), m, draws, seed, f.step)
+    batches = drawn(f.batch(), m, draws, seed, f.step, rank_of(f))
     total = sum(map(len, batches))
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
@@ -41,16 +43,47 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     return reduce(add, corrections, Update(g))
 
 
-def drawn(batch: Batch, m: int, draws: int, seed: int, step: int) -> list[Batch]:
+def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, seed: int) -> Vector:
+    """Return ``sample`` on ``m`` random examples of the batch, in ``m / n`` of its passes.
+
+    The random stream is put back, so the passes over the whole batch draw the numbers of the base optimizer's own step.
+    Running statistics do not see the subset. They see the whole batch: at ``w`` where the method takes its gradient
+    there too, else at ``w + eps``.
+    """
+    batch = f.batch("a perturbation from some of its examples")
+    if f.needs_g:
+        f.g = f.g  # now, so that running statistics see this pass
+    (chosen,) = drawn(batch, m, 1, seed, f.step, rank_of(f))
+    stream = RandomState.now(f.passes.parameters.devices)
+    part = f.part(chosen)
+    part.passes.counted = True
+    try:
+        d = sample(part)
+    finally:
+        stream.restore()
+    f.passes.first_is_away = True
+    f.passes.log.add_other(part.passes.log, len(chosen) / len(batch))
+    return d
+
+
+def drawn(batch: Batch, m: int, draws: int, seed: int, step: int, rank: int = 0) -> list[Batch]:
     """Return ``draws`` disjoint micro-batches of ``m`` random examples; at most those of one partition.
 
     They do not cross accumulated batches, and smaller ones, of what a batch has left over, come last. The choice
     depends on the seed, the step and the rank alone, so a resume repeats it.
     """
-    rank = distributed.get_rank() if distributed_run() else 0
     random = generator(seed * 1_000_003 + rank, step)
     chunks = chunks_of(batch)
     parts = [(chunk, i) for chunk in chunks for i in torch.randperm(len(chunk), generator=random).split(m)]
     mixed = [parts[k] for k in torch.randperm(len(parts), generator=random).tolist()]
     mixed.sort(key=lambda part: len(part[1]) < m)
     return [chunk.subset(i) for chunk, i in mixed[:draws]]
+
+
+def rank_of(f: Oracle) -> int:
+    """Return the rank that the draws depend on.
+
+    With sharded parameters it is 0 everywhere: ranks that split a layer between them hold the same examples and must
+    draw the same, and ranks with other examples draw other ones by the same indices.
+    """
+    return distributed.get_rank() if distributed_run() and not f.passes.parameters.sharded else 0
