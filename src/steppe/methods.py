@@ -221,7 +221,7 @@ class ReweightedSharpness(SharpnessAware):
     :class:`~steppe.Batch`. Costs two passes where the model factors; else four forwards and three backwards. In our
     trials it is level with m-SAM at ``m = size``, and collapses earlier at large radii.
 
-    Source: the objective of Luo et al. 2025, arXiv 2509.18001; the weights on both gradients and ``size`` are ours.
+    Source: the objective of Luo et al. 2025, arXiv 2509.18001; the weights on both gradients and the size are ours.
 
     Args:
         size: the effective number of examples, at least 1, found each step (:class:`~steppe.EffectiveSize`).
