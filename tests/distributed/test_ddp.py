@@ -126,7 +126,7 @@ def alone(name: str, options: dict, steps: int = 4) -> list[torch.Tensor]:
 
 
 NAMES = [method.__name__ for method in steppe.METHODS]
-SHARED_SOFTMAX = {"RWSAM", "ReweightedSharpness"}  # weights are each rank's own: equal to micro-batches, not to the whole batch
+SHARED_SOFTMAX = {"RWSAM", "ReweightedSharpness"}  # weights are each rank's own: as under m=, not as on the whole batch
 
 
 @pytest.mark.parametrize("name", NAMES)
