@@ -117,8 +117,8 @@ class Micro:
 
     @property
     def declares(self) -> Declaration:
-        """The rule's, and the examples."""
-        return replace(declared(self.rule), examples=True)
+        """The rule's, and parts of the batch."""
+        return replace(declared(self.rule), parts=True)
 
 
 @dataclass(frozen=True)

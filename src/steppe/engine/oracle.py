@@ -17,7 +17,7 @@ from steppe.engine.hessian import hessian_vector_product
 from steppe.engine.memory import Memory, Remembering
 from steppe.engine.outputs import at_outputs, holding, recording
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Closure, Passes
+from steppe.engine.passes import PARTS, Closure, Passes
 from steppe.engine.shortcuts import Shortcuts
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
@@ -70,8 +70,6 @@ class Oracle(Remembering):
         self._freed = False  # whether g was freed, as the rule declares
         self._full_g: Vector | None = None
         self._looking = False  # whether eps is being computed
-
-    # ---- where we are
 
     @property
     def w(self) -> Vector:
@@ -237,10 +235,10 @@ class Oracle(Remembering):
         return self.passes.batch(use)
 
     def average(self, rule: AnyRule, m: int | None = None) -> Update:
-        """Return the mean of the rule's updates over micro-batches of ``m`` examples, with weights ``size / n``.
+        """Return the mean of the rule's updates over micro-batches of ``m`` examples, by their weights: ``size / n``.
 
-        ``m=None`` is the rule's update on the batch. Micro-batches cross neither from one accumulated batch into the
-        next nor from rank to rank. They share passes where the model allows it (:mod:`steppe.factored`).
+        ``m=None`` is the rule's update on the batch. Micro-batches lie within one accumulated batch and one rank. They
+        share passes where the model allows it (:mod:`steppe.factored`).
         """
         if m is not None:
             self.passes.ranks.stay_within()
@@ -252,17 +250,18 @@ class Oracle(Remembering):
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch("micro-batches, m=").split(m))
+        parts = self.parts(self.batch(PARTS).split(m))
         return reduce(add, (share * rule(part) for share, part in parts))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
-        """Yield the oracle of every part with its share of the batch, and average what the parts log."""
+        """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
+        whole = self.batch().weight
         for batch in batches:
-            f = self.part(batch)
-            share = len(batch) / len(self.batch())
-            yield share, f
-            self.passes.log.add(share, f.passes.log)
+            f, share = self.part(batch), batch.weight / whole
+            if share:
+                yield share, f
+                self.passes.log.add(share, f.passes.log)
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""

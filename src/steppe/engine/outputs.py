@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Batches, Data, Loss, chunks_of
+from steppe.batch import Batch, Batches, Loss, chunks_of
+from steppe.engine.nested import Data
 from steppe.engine.vector import wide
 
 

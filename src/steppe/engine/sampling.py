@@ -10,6 +10,7 @@ from torch import distributed
 from steppe.batch import Batch, chunks_of
 from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.passes import PARTS
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
@@ -27,17 +28,21 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> 
     updates running statistics.
     """
     f.passes.ranks.stay_within()
-    g, log, n = f.g, f.passes.log, len(f.batch("micro-batches, m="))
-    batches = drawn(f.batch(), m, draws, seed, f.step, rank_of(f))
+    whole = f.batch(PARTS)
+    g, log, n = f.g, f.passes.log, len(whole)
+    batches = drawn(whole, m, draws, seed, f.step, rank_of(f))
     total = sum(map(len, batches))
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
     try:
         for batch in batches:
+            share = batch.weight / whole.weight * n / total
+            if not share:  # a mean over none of the batch's tokens
+                continue
             part = f.part(batch, keep_g=True)
             update = part.average(rule)
-            corrections.append(len(batch) / total * (update + Update(part.g * -1.0)))
-            log.add_sample(len(batch) / total, len(batch) / n, part.passes.log)
+            corrections.append(share * (update + Update(part.g * -1.0)))
+            log.add_sample(share, len(batch) / n, part.passes.log)
     finally:
         stream.restore()
     return reduce(add, corrections, Update(g))
@@ -50,10 +55,11 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
     Running statistics do not see the subset. They see the whole batch: at ``w`` where the method takes its gradient
     there too, else at ``w + eps``.
     """
-    batch = f.batch("a perturbation from some of its examples")
+    batch = f.batch(PARTS)
     if f.needs_g:
         f.g = f.g  # now, so that running statistics see this pass
-    (chosen,) = drawn(batch, m, 1, seed, f.step, rank_of(f))
+    draws = (part for k in (1, len(batch)) for part in drawn(batch, m, k, seed, f.step, rank_of(f)))
+    chosen = next(part for part in draws if part.weight)  # a mean over tokens may have none of them
     stream = RandomState.now(f.passes.parameters.devices)
     part = f.part(chosen)
     part.passes.counted = True

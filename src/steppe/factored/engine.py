@@ -50,9 +50,10 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True``, and the rule or the model does not allow it; the message says why.
         """
-        weights = example_weighting(rule) if type(rule) is Rule else None
+        by_example = getattr(f.passes.closure, "per_example", True)
+        weights = example_weighting(rule) if type(rule) is Rule and by_example else None
         if weights is None and self.parallel is True and m is not None:
-            raise refusal(f"micro-batches of {rule!r} run in a loop")
+            raise refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
         if type(rule) is not Rule or weights is None or not self._worth(f, m):
             return None
         n = len(f.batch())
