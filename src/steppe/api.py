@@ -5,6 +5,7 @@ from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
+from steppe.joint import Joint
 from steppe.mean_batch import MeanBatch
 from steppe.methods import (
     ASAM,
@@ -48,8 +49,8 @@ from steppe.telemetry import Telemetry
 __all__ = [
     "ASAM", "ESAM", "FSAM", "GSAM", "METHODS", "NSAM", "RWSAM", "SAM", "USAM", "WSAM", "Adaptive", "All", "Batch",
     "Batches", "BothWeighted", "Coupled", "CoupledWSAM", "Declaration", "EffectiveSize", "Euclidean", "Every",
-    "Everything", "Exact", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices",
-    "Mean", "MeanBatch", "Micro", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "RememberOrthogonal",
+    "Everything", "Exact", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Joint", "LookSAM", "Masked",
+    "Matrices", "Mean", "MeanBatch", "Micro", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "RememberOrthogonal",
     "ReuseOrthogonal", "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "Sharpest", "SharpnessAware", "Smoothed",
     "Softmax", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO",
     "Vector", "Weighted", "schedule",

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
-
 from steppe.engine.docstrings import add_shared_arguments
 from steppe.engine.passes import Closure
-from steppe.optimizer import Options, SharpnessAware
+from steppe.optimizer import SharpnessAware
+from steppe.options import Base, Options
 from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
 from steppe.pieces.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
 from steppe.pieces.rules import BothWeighted
@@ -24,7 +23,6 @@ from steppe.pieces.weights import EffectiveSize, Softmax
 from steppe.rule import Every, Rule
 from steppe.schedule import Schedule
 
-Base = torch.optim.Optimizer
 Radius = float | Schedule
 MATRICES = Matrices()
 

@@ -87,7 +87,7 @@ class Pending:
                 if s is not None:
                     shift_(p, s, -lr[id(p)] * self.beside.scale)
         for name, (v, rate) in self.memory.items():
-            state.keep(base.state, self.parameters, name, v.where(moving).tensors, rate)
+            state.keep(base, self.parameters, name, v.where(moving).tensors, rate)
         for group in base.param_groups:
             group.update({PREFIX + name: float(value) for name, value in self.numbers.items()})
 
@@ -224,14 +224,14 @@ class Stepper:
         modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
-        self.state.clear_room(self.base.state)
+        self.state.clear_room(self.base)
         full = self.full
         return Oracle(
             closure,
             Parameters(parameters, radii, names),
             declares=declared(self._rule_at(step, radii)),
             step=step,
-            memory=Memory(parameters, self.base.state, groups[0]),
+            memory=Memory(parameters, self.state.of(self.base), self.base.state, groups[0]),
             full=full.scaled_by(scale.scaler if scale else None) if isinstance(full, Batch) else full,
             keep_g=self.cosine,
             guard=self.check_finite or scale is not None,

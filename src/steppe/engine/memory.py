@@ -19,17 +19,19 @@ class Memory:
 
     Args:
         parameters: every parameter of the optimizer.
-        state: the optimizer's state, by parameter.
+        state: by parameter, what the rule remembers.
+        base_state: by parameter, the base optimizer's state.
         group: a parameter group; all groups hold the same numbers.
     """
 
     parameters: Sequence[Tensor]
     state: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
+    base_state: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     group: Mapping[str, Any] = field(default_factory=dict)
 
     def vector(self, name: str, default: Vector) -> Vector:
         """Return what the rule remembers; ``default`` for a parameter that has none yet."""
-        kept = self._entries(PREFIX + name)
+        kept = self._entries(self.state, PREFIX + name)
         if all(t is None for t in kept):
             return default
         missing = default.where(t is None for t in kept).materialised()
@@ -46,7 +48,7 @@ class Memory:
         Raises:
             TypeError: it is no tensor of the parameter's shape.
         """
-        entries = self._entries(name)
+        entries = self._entries(self.base_state, name)
         for p, t in zip(self.parameters, entries, strict=True):
             if t is not None and not (isinstance(t, Tensor) and t.shape == p.shape):
                 got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
@@ -55,8 +57,8 @@ class Memory:
                 )
         return Vector(entries)
 
-    def _entries(self, name: str) -> list[Any]:
-        return [self.state[p].get(name) if p in self.state else None for p in self.parameters]
+    def _entries(self, state: Mapping[Any, Mapping[str, Any]], name: str) -> list[Any]:
+        return [state[p].get(name) if p in state else None for p in self.parameters]
 
 
 class Remembering:
