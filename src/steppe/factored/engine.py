@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.replay import RandomState
+from steppe.engine.replay import RandomState, Snapshot
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.factored.black_box import black_boxes
@@ -37,7 +37,7 @@ class SharedPasses:
 
     def __init__(self, parallel: bool | str = "auto") -> None:
         self.parallel = parallel
-        self._entries: dict[int, tuple[Batch, Entry]] = {}  # by the id of the batch, kept so that it is not reused
+        self._entries: dict[Any, tuple[Batch, Entry]] = {}  # by id of the batch, kept so that it is not reused, and m
         self._recorded: tuple[Oracle, Recorded] | None = None  # between example_norms and weighted_gradient
 
     # ---- m-SAM
@@ -50,17 +50,22 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True``, and the rule or the model does not allow it; the message says why.
         """
-        weights = example_weighting(rule) if type(rule) is Rule else None
+        by_example = getattr(f.passes.closure, "per_example", True)
+        weights = example_weighting(rule) if type(rule) is Rule and by_example else None
         if weights is None and self.parallel is True and m is not None:
-            raise refusal(f"micro-batches of {rule!r} run in a loop")
+            raise refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
         if type(rule) is not Rule or weights is None or not self._worth(f, m):
             return None
         n = len(f.batch())
         parts = MicroBatches(n, n if m is None else m)
         before, needs_g = RandomState.now(f.passes.parameters.devices), f.needs_g
         reweighted = weights == "norms"  # which are known only after the whole pass
-        collector = None if reweighted else lambda first: Collector(first, parts, TWO_PASSES, f.rho.values)
-        recorded = self.first_pass(f, needs_g, collector=collector)
+        if reweighted:
+            recorded = self.first_pass(f, needs_g)
+        else:
+            recorded = self.first_pass(
+                f, needs_g, lambda first: Collector(first, parts, TWO_PASSES, f.rho.values), parts
+            )
         if recorded is None:
             return None
         try:
@@ -72,9 +77,9 @@ class SharedPasses:
             with f.passes.away_from_w():
                 g_adv = f.passes.gradient(under=black_boxes(f.batch().model, second))
         except Exception as error:  # an error of the model itself: the loop will raise it again
-            self._fall_back(f, error, before)
+            self._fall_back(f, recorded.first.parts, error, before)
             return None
-        self.entry(f, f.batch()).succeed()
+        self.entry(f, f.batch(), recorded.first.parts).succeed()
         f.passes.log.compare(f.g if needs_g else None, g_adv)
         return rule.combine(f, g_adv)
 
@@ -92,7 +97,7 @@ class SharedPasses:
         batch = f.passes.closure
         if not isinstance(batch, Batch) or isinstance(batch, Batches):  # whose factors are held one batch at a time
             return False
-        plan = self.entry(f, batch).plan
+        plan = self.entry(f, batch, MicroBatches(len(batch), len(batch))).plan
         return not plan.reason and plan.cost < 0.95
 
     # ---- RW-SAM
@@ -100,19 +105,24 @@ class SharedPasses:
     def example_norms(self, f: Oracle) -> Tensor | None:
         """Return ``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
 
-        The factors are kept for the weighted gradient. Those of accumulated batches are held one batch at a time, in
-        additional passes; the weighted gradient is then an ordinary pass over all of them.
+        The factors are kept for the weighted gradient, and ``g`` comes from the same pass where it is asked for later.
+        Those of accumulated batches are held one batch at a time, in additional passes; the weighted gradient is then
+        an ordinary pass over all of them.
         """
+        recorded = None
         if not self.parallel:
             return None
         with f.passes.ranks.within():
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)
             else:
-                recorded = self.first_pass(f, collector=_by_example)
+                recorded = self.first_pass(f, f.needs_g, collector=_by_example)
                 norms = None if recorded is None else self._or_fall_back(f, recorded, recorded.by_example)
                 self._recorded = None if recorded is None or norms is None else (f, recorded)
-        return self._agreed(f, norms)
+        norms = self._agreed(f, norms)
+        if norms is not None and recorded is not None and f.needs_g:
+            f.g = f.passes.ranks.shared_gradient(recorded.g, f.passes.parameters.tensors)
+        return norms
 
     def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
         """Return ``sum_i p_i grad f_i`` from the factors of :meth:`example_norms`; ``None`` without them."""
@@ -152,7 +162,7 @@ class SharedPasses:
         try:
             return make()
         except Exception as error:
-            self._fall_back(f, error, before)
+            self._fall_back(f, None, error, before)
         return None
 
     # ---- the first pass
@@ -162,6 +172,7 @@ class SharedPasses:
         f: Oracle,
         needs_g: bool = False,
         collector: Callable[[FirstPass], Collector] | None = None,
+        parts: MicroBatches | None = None,
     ) -> Recorded | None:
         """Run the first pass and return its factors; ``None`` where the model does not factor.
 
@@ -169,17 +180,18 @@ class SharedPasses:
             f: the oracle, of one batch.
             needs_g: whether to compute ``g`` too.
             collector: makes a collector of gradients, which works and frees factors during the backward pass.
+            parts: the micro-batches within which examples may influence one another; ``None`` where none may.
 
         Raises:
             ValueError: ``parallel=True`` was asked for and the model does not factor; the message says why.
         """
         batch = f.batch("its examples' gradients")
-        plan = self.entry(f, batch).plan
+        plan = self.entry(f, batch, parts).plan
         if not self._allowed(plan):
             return None
         parameters = f.passes.parameters
-        before = RandomState.now(parameters.devices)
-        first = FirstPass(plan.tracked, LAYERS, plan.pool)
+        before, buffers = RandomState.now(parameters.devices), Snapshot(batch.modules() if plan.mixes else ())
+        first = FirstPass(plan.tracked, LAYERS, parts, plan.pool)
         collecting = collector(first) if collector else None
         first.on_delta = None if collecting is None else _collecting(collecting, plan)
         try:
@@ -191,16 +203,18 @@ class SharedPasses:
             collected = None if collecting is None else collecting.gradients()
             return Recorded(first, len(batch), parameters.tensors, g, scale, collected)
         except Exception as error:  # an error of the model itself: the loop will raise it again
-            self._fall_back(f, error, before)
+            buffers.restore()
+            self._fall_back(f, parts, error, before)
         finally:
             first.on_delta = None  # breaks the reference cycle that would keep the gradients
         return None
 
-    def entry(self, f: Oracle, batch: Batch) -> Entry:
+    def entry(self, f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
         """Return the entry of the batch's model; a step that asks again gets the same one."""
-        if id(batch) not in self._entries:
-            self._entries[id(batch)] = batch, entry_for(f, batch)
-        return self._entries[id(batch)][1]
+        key = id(batch), parts
+        if key not in self._entries:
+            self._entries[key] = batch, entry_for(f, batch, parts)
+        return self._entries[key][1]
 
     def _allowed(self, plan: SharingPlan) -> bool:
         """Return whether micro-batches may share passes.
@@ -208,20 +222,20 @@ class SharedPasses:
         Raises:
             ValueError: they may not, and ``parallel=True`` was asked for; the message says why.
         """
-        if not plan.reason or (plan.mixes and self.parallel is True):
+        if not plan.reason:
             return True
         if self.parallel is True:
             raise refusal(plan.reason)
         return False
 
-    def _fall_back(self, f: Oracle, error: Exception, before: RandomState) -> None:
+    def _fall_back(self, f: Oracle, parts: MicroBatches | None, error: Exception, before: RandomState) -> None:
         """Restore the random state for the loop, after an error in the shared passes.
 
         Raises:
             ValueError: ``parallel=True`` excludes the loop, and the model does not factor.
             Exception: ``parallel=True`` excludes the loop; any other ``error`` is raised again.
         """
-        entry = self.entry(f, f.batch())
+        entry = self.entry(f, f.batch(), parts)
         if isinstance(error, CannotFactor):
             entry.fail(str(error))
         elif self.parallel is True:

@@ -12,7 +12,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +28,10 @@ class CannotFactor(Exception):  # noqa: N818
     """The micro-batch gradients of a model cannot be factored; the message says why."""
 
     final = True
+
+
+class Mixes(CannotFactor):
+    """Examples influence one another, and gradients of single examples are asked for; micro-batches may do."""
 
 
 class Unsure(CannotFactor):
@@ -51,6 +54,7 @@ class Site:
         deltas: the gradients of the output, one for each backward pass.
         layout: which rows belong to which example.
         version: the version counter of ``kept`` when it was recorded.
+        parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
         freed: whether what was recorded has been used and freed.
     """
 
@@ -63,6 +67,7 @@ class Site:
     deltas: list[Tensor] = field(default_factory=list)
     layout: Layout | None = None
     version: int = 0
+    parts: MicroBatches | None = None
     freed: bool = False
 
     def free(self) -> None:
@@ -145,23 +150,23 @@ class Interception(TorchFunctionMode):
     Args:
         tracked: the perturbed parameters.
         layers: torch function -> layer.
+        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
     """
 
     method: str
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any]) -> None:
+    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
         super().__init__()
-        self.tracked, self.layers = tracked, layers
+        self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
         self.count = 0  # of the sites so far
-        self.batch_norm = False  # whether the statistics of the whole batch were used
+        self.mixes = False  # whether examples of a micro-batch influence one another
+        self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            self.batch_norm |= bool(args[5] if len(args) > 5 else kwargs.get("training", False))
         layer = self.layers.get(func)
         if layer is not None:
             made = getattr(layer, self.method)(self, func, *args, **kwargs)
@@ -183,13 +188,20 @@ class FirstPass(Interception):
     Args:
         tracked: the perturbed parameters.
         layers: torch function -> layer.
+        parts: the micro-batches within which examples may influence one another.
         pool: the memory of gradients that are held whole.
     """
 
     method = "record"
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], pool: TensorPool | None = None) -> None:
-        super().__init__(tracked, layers)
+    def __init__(
+        self,
+        tracked: Tracked,
+        layers: Mapping[Any, Any],
+        parts: MicroBatches | None = None,
+        pool: TensorPool | None = None,
+    ) -> None:
+        super().__init__(tracked, layers, parts)
         self.pool = pool
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -197,6 +209,10 @@ class FirstPass(Interception):
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
         return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
+
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
+        return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
@@ -260,6 +276,7 @@ class SecondPass(Interception):
     """
 
     method = "evaluate"
+    parts: MicroBatches
 
     def __init__(
         self,
@@ -270,8 +287,8 @@ class SecondPass(Interception):
         matrices: Mapping[int, tuple[Gradient, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
-        super().__init__(tracked, layers)
-        self.sites, self.parts, self.matrices, self.small = sites, parts, matrices, small
+        super().__init__(tracked, layers, parts)
+        self.sites, self.matrices, self.small = sites, matrices, small
 
     def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
         """Return the site that the first pass recorded here."""
@@ -284,6 +301,11 @@ class SecondPass(Interception):
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
         return self.rows_of(self.next(layer, index, None), p, index, (rows,))
+
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return ``p + eps_k`` for each micro-batch, ``(k, *p.shape)``."""
+        self.next(layer, index, None)
+        return p + self.small[index].to(p.dtype)
 
     def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
         """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""

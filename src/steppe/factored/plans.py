@@ -9,10 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from steppe.batch import Batch, leaves
+from steppe.batch import Batch
+from steppe.engine.nested import leaves
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
 from steppe.engine.replay import capturing
+from steppe.factored.microbatches import MicroBatches
 from steppe.factored.verify import SharingPlan, has_hooks, verified
 
 log = logging.getLogger("steppe")
@@ -73,23 +75,31 @@ class Entry:
 _entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
 
 
-def entry_for(f: Oracle, batch: Batch) -> Entry:
+def entry_for(f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
     """Return the entry of this model, data shape and choice of perturbed parameters, verified where that is due.
+
+    Where examples influence one another, as in batch normalisation, every size of micro-batches has its own entry.
+
+    Args:
+        f: the oracle.
+        batch: the batch, of this step.
+        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the model has not been verified before.
     """
     entries = _entries.setdefault(batch.model, {})
     key = _key(f.passes.parameters, batch)
-    entry = entries.get(key)
+    of_m = (*key, None if parts is None else parts.m)
+    entry = entries.get(key) or entries.get(of_m)
     captured = capturing(f.passes.parameters.devices)
     if entry is None and captured:
         raise RuntimeError(
             "take this step once before it is captured in a CUDA graph: its model has to be verified first"
         )
     if entry is None or (entry.due() and not captured):
-        plan = verified(f, batch)
-        entry = entry or entries.setdefault(key, Entry(plan))
+        plan = verified(f, batch, parts)
+        entry = entry or entries.setdefault(of_m if plan.mixes else key, Entry(plan))
         entry.learn(plan, f.step)
     entry.uses += 1
     return entry

@@ -47,6 +47,7 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         m: the number of examples in a micro-batch.
 
     Raises:
+        TypeError: the batch is a :class:`~steppe.MeanBatch`.
         ValueError: ``m`` is not a positive integer, or the gradients of the model do not factor; the message says why.
 
     Example:
@@ -54,17 +55,15 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         >>> noise.trace, noise.signal_to_noise
     """
     checks.positive_integer("m", m)
+    batch.require_losses("gradient statistics")
     parameters = list(batch.model.parameters() if params is None else params)
     f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))))
     engine = SharedPasses(parallel=True)
     before = RandomState.now(f.passes.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
-        chunks = chunks_of(batch)
-        if any(engine.entry(f, chunk).plan.mixes for chunk in chunks):
-            raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
         with f.passes.away_from_w():  # running statistics do not count this batch
-            norms, sizes, g_norm = _norms(f, engine, chunks, m)
+            norms, sizes, g_norm = _norms(f, engine, chunks_of(batch), m)
     finally:
         before.restore()
         for p, g in zip(parameters, kept, strict=True):

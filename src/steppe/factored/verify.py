@@ -22,7 +22,7 @@ from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import Layout, MicroBatches, layouts
-from steppe.factored.passes import CannotFactor, FirstPass, SecondPass, Site, Tracked, Unsure
+from steppe.factored.passes import CannotFactor, FirstPass, Mixes, SecondPass, Site, Tracked, Unsure
 
 ByParameter = list[Tensor | None]
 
@@ -37,7 +37,7 @@ class SharingPlan:
         layouts: which rows belong to which example, for every site.
         reason: why micro-batches cannot share passes; empty where they can.
         final: whether the reason holds for every batch.
-        mixes: whether batch normalisation lets examples influence one another.
+        mixes: whether examples of a micro-batch influence one another, so that the plan is of one ``m``.
         pool: the memory of gradients that are held whole.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
     """
@@ -63,7 +63,7 @@ class SharingPlan:
             site.layout = layout
 
 
-def verified(f: Oracle, batch: Batch) -> SharingPlan:
+def verified(f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> SharingPlan:
     """Return the plan for the model, data shape and perturbed parameters of this batch.
 
     Weights, gradients, buffers and random streams are restored. State of the model that is not in a buffer sees the
@@ -74,9 +74,9 @@ def verified(f: Oracle, batch: Batch) -> SharingPlan:
     try:
         _check_supported(batch, f)
         with f.passes.ranks.apart(), _noise_added(batch.model), _NoDropout():
-            return _Verification(f, batch).plan(tracked)
+            return _Verification(f, batch, parts).plan(tracked)
     except CannotFactor as error:
-        return SharingPlan(tracked, reason=str(error), final=error.final)
+        return SharingPlan(tracked, reason=str(error), final=error.final, mixes=isinstance(error, Mixes))
     except Exception as error:  # the model itself fails: the loop will raise the same error
         return SharingPlan(tracked, reason=described(error), final=False)
     finally:
@@ -86,15 +86,15 @@ def verified(f: Oracle, batch: Batch) -> SharingPlan:
 class _Verification:
     """The passes that verify a model; none of them counts as one of the step's."""
 
-    def __init__(self, f: Oracle, batch: Batch) -> None:
-        self.f, self.batch, self.n = f, batch, len(batch)
+    def __init__(self, f: Oracle, batch: Batch, parts: MicroBatches | None) -> None:
+        self.f, self.batch, self.n, self.parts = f, batch, len(batch), parts
         self.passes = Passes(batch, f.passes.parameters)
         self.scale = float(batch.loss_scale(f.passes.parameters.tensors[0].detach()))  # of every loss in these passes
 
     def plan(self, tracked: Tracked) -> SharingPlan:
         """Run a first pass, find its layouts, and check all that follows from them."""
         for _ in range(3):
-            first = FirstPass(tracked, LAYERS)
+            first = FirstPass(tracked, LAYERS, self.parts)
             losses, g, weights = self.two_backwards(first)
             if not first.sites:
                 raise CannotFactor("no perturbed parameter takes part in the loss")
@@ -106,9 +106,7 @@ class _Verification:
             if not misfits - tracked.unbatched:
                 break
             tracked = replace(tracked, unbatched=tracked.unbatched | misfits)  # repeat positions for every example
-        plan = SharingPlan(tracked, first.uses(), tuple(layout for layout, _ in found))
-        if first.batch_norm:
-            return replace(plan, mixes=True, reason="examples influence one another: batch normalisation")
+        plan = SharingPlan(tracked, first.uses(), tuple(layout for layout, _ in found), mixes=first.mixes)
         for site, (_, fits) in zip(first.sites, found, strict=True):
             if not fits:
                 raise CannotFactor(f"examples influence one another at {first.label(site)}")
@@ -116,10 +114,11 @@ class _Verification:
             del site.deltas[1:]
         first.check()
         plan.apply(first)
-        self.check_losses_of_parts(losses, 5e-2 if low else 1e-2 if tf32 else 1e-3)
+        self.check_losses_of_parts(first, losses, 5e-2 if low else 1e-2 if tf32 else 1e-3)
         self.check_part(first, self.n, g, 0.3 if low else 3e-2 if tf32 else 1e-3)
-        self.check_part(first, max(1, self.n // 2), None, 0.3 if low else 5e-2)
-        self.check_second_pass(first, g, 0.5 if low else 5e-2)
+        m = max(1, self.n // 2) if self.parts is None or not first.mixes else min(self.parts.m, self.n)
+        self.check_part(first, m, None, 0.3 if low else 5e-2)
+        self.check_second_pass(first, MicroBatches(self.n, m), g, 0.5 if low else 5e-2)
         return replace(plan, cost=relative_cost(first))
 
     def two_backwards(self, first: FirstPass) -> tuple[Tensor, ByParameter, Tensor]:
@@ -134,8 +133,9 @@ class _Verification:
             if not losses.isfinite().all():
                 raise Unsure("the losses of this batch are not finite")
             random = torch.Generator().manual_seed(0)
-            order = torch.randperm(self.n, generator=random)
-            weights = (2.0 ** (order % 5 - 4)).to(losses)  # powers of two commute with rounding, TF32's too
+            parts = self.parts if self.parts is not None and first.mixes else MicroBatches(self.n, 1)
+            order = torch.randperm(parts.k, generator=random)
+            weights = parts.spread(2.0 ** (order % 5 - 4)).to(losses)  # powers of two commute with rounding, TF32's too
             g = self.first_backward(losses, first)
             (losses @ weights * (self.scale / self.n)).backward()
         return losses.detach(), g, weights
@@ -156,13 +156,16 @@ class _Verification:
         """Return copies of the gradients that backward has left."""
         return [None if p.grad is None else p.grad.detach().clone() for p in self.f.passes.parameters.tensors]
 
-    def check_losses_of_parts(self, losses: Tensor, tolerance: float) -> None:
+    def check_losses_of_parts(self, first: FirstPass, losses: Tensor, tolerance: float) -> None:
         """Raise unless every example has the same loss in a smaller batch."""
         if self.n == 1:
             return
         cut = max(1, self.n // 3)
+        cuts = [(0, cut), (cut, self.n)]
+        if self.parts is not None and first.mixes:
+            cuts = [(a, min(a + self.parts.m, self.n)) for a in range(0, self.n, self.parts.m)]
         with self.passes.one(away=True), torch.no_grad():
-            halves = [self.batch.subset(torch.arange(a, b)).losses() for a, b in ((0, cut), (cut, self.n))]
+            halves = [self.batch.subset(torch.arange(a, b)).losses() for a, b in cuts]
         if not (torch.cat(halves) - losses).abs().max() <= tolerance * (losses.abs().max() + 1e-6):
             raise CannotFactor("the loss of an example depends on the other examples of its batch, or on chance")
 
@@ -175,9 +178,8 @@ class _Verification:
         c = (torch.arange(self.n) < m).to(first.sites[0].deltas[0])
         _check_close(weighted_sum(first, c, self.f.passes.parameters.tensors), g, first.tracked, tolerance)
 
-    def check_second_pass(self, first: FirstPass, g: ByParameter, tolerance: float) -> None:
+    def check_second_pass(self, first: FirstPass, parts: MicroBatches, g: ByParameter, tolerance: float) -> None:
         """Raise unless the second pass with ``eps = 0`` gives the gradients of the first."""
-        parts = MicroBatches(self.n, max(1, self.n // 2))
         with torch.no_grad():
             matrices, small = collected(first, parts, TWO_PASSES)
         zero = torch.zeros(parts.k, device=first.sites[0].deltas[0].device)
@@ -203,6 +205,8 @@ def _layout(site: Site, weights: Tensor, first: FirstPass, tolerance: float) -> 
     if not a.norm() > 0 or not a.isfinite().all():
         raise Unsure(f"the gradient at {first.label(site)} is zero or not finite for this batch")
     errors = {}
+    if site.parts is not None:
+        weights = weights[site.parts.starts]
     for layout in layouts(len(weights), site.leading):
         w = wide(weights)[layout.example_of_row(len(a), a.device), None]
         errors[layout] = float((b - w * a).norm() / b.norm())
@@ -229,7 +233,10 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
     parameters = f.passes.parameters.tensors
     if isinstance(batch, Batches):
         raise CannotFactor("the batch is accumulated: the factors of one batch are held at a time")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for module in batch.modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and distributed:
+            raise CannotFactor("SyncBatchNorm averages statistics over the processes")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:

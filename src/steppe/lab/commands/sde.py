@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from steppe.sde.study import Case, ErrorCurve, ErrorStudy
 
 QUICK = ["SGD", "USAM", "m-SAM"]
-CLAIMS = {"lr": 1, "lr, corrected": 2, "rho": 2}
 
 
 def sde(
@@ -93,18 +92,16 @@ def _measure(
 
 def _report(errors: "dict[str, Errors]", cases: "list[Case]", folder: Path, console: Console) -> None:
     from steppe.lab.files import write
-    from steppe.sde.study import curves, orders
+    from steppe.sde.study import CLAIMS, curves, orders
 
     found = list(curves(errors, cases))
     for against, claim in CLAIMS.items():
-        shown = [curve for curve in found if curve.against == against and curve.at]
-        if not shown:
-            continue
-        at = sorted({h for curve in shown for h in curve.at}, reverse=True)
-        name, beyond = against.split(",")[0], ", beyond that at rho 0" if against == "rho" else ""
-        title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
-        headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
-        console.print(table(headers, [_row(curve, at) for curve in shown], title))
+        if shown := [curve for curve in found if curve.against == against]:
+            at = sorted({h for curve in shown for h in curve.at}, reverse=True)
+            name, beyond = against.split(",")[0], ", beyond that at rho 0" if against == "rho" else ""
+            title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
+            headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
+            console.print(table(headers, [_row(curve, at) for curve in shown], title))
     if found:
         write(folder / "orders.png", orders(found).savefig)
         line(console, f"Errors and figure: {folder}")
