@@ -36,35 +36,48 @@ if TYPE_CHECKING:
 PAUSED = 75  # the exit code of a command whose --minutes are over; sysexits.h: try again later
 
 
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A method such as SAM, 'SAM(m=16)' or 'SAM(m={m})'; what it leaves open is searched; repeatable."
+    ),
+]
+Trials = Annotated[int | None, typer.Option(min=1, help="Of each method's search.", show_default="the data's")]
+SearchSeeds = Annotated[int | None, typer.Option(min=1, help="Seeds of each trial.", show_default="the data's")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Final seeds, 0 to N-1.", show_default="the data's")]
+Equal = Annotated[str, typer.Option(help="What the longest runs cost alike: passes, seconds or epochs.")]
+Spaces = Annotated[list[str] | None, typer.Option(help="Search rho=0.05,0.1,0.2 or rho=0.01..1; repeatable.")]
+Held = Annotated[float, typer.Option(help="Share of the training examples that the searches hold out.")]
+Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
+IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop after so long, keep everything, exit with 75.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tiny version, less than a minute.")]
+OwnTask = Annotated[str | None, typer.Option(help="Your task, module:function; the same as --data.")]
+
+
 @with_settings
 def compare(
     given: dict[str, Any],
     data: Data = "digits",
-    task: Annotated[str | None, typer.Option(help="Your task, module:function; the same as --data.")] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A method such as SAM, 'SAM(m=16)' or 'SAM(m={m})'; what it leaves open is searched; repeatable."
-        ),
-    ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Of each method's search.")] = None,
-    search_seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each trial.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Final seeds 0 to N-1 for each method.")] = None,
-    equal: Annotated[str, typer.Option(help="What the longest runs cost alike: passes, seconds or epochs.")] = "passes",
-    space: Annotated[
-        list[str] | None, typer.Option(help="Another space, rho=0.05,0.1,0.2 or rho=0.01..1; repeatable.")
-    ] = None,
-    validation: Annotated[float, typer.Option(help="Share of the training examples that searches hold out.")] = 0.25,
-    clean_validation: Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")] = False,
-    fixed: Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")] = False,
+    task: OwnTask = None,
+    method: Methods = None,
+    trials: Trials = None,
+    search_seeds: SearchSeeds = None,
+    seeds: Seeds = None,
+    equal: Equal = "passes",
+    space: Spaces = None,
+    validation: Held = 0.25,
+    clean_validation: Clean = False,
+    fixed: IsFixed = False,
     baseline: Baseline = None,
     storage: Storage = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
     workers: Workers = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long, keep everything, exit with 75.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny version, less than a minute.")] = False,
+    minutes: Minutes = None,
+    out: Out = None,
+    quick: Quick = False,
 ) -> None:
     """Compare methods with an equal search for each, then final seeds, on one task; write a report.
 
