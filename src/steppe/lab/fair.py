@@ -139,7 +139,13 @@ def _hole(key: str, asked: Asked) -> Choices | None:
 
 def _parsed(text: str, asked: Asked) -> Method:
     """Return the method of a text with some value in every hole."""
-    return filled(text, {key: _middle(_hole(key, asked) or Range(0.05, 0.05)) for key in holes(text)})
+    values = {}
+    for key in holes(text):
+        choices = _hole(key, asked) or (Range(0.05, 0.05) if key in ("lr", "rho") else None)
+        if f"{key}={{{key}}}" not in text or choices is None:
+            raise LabError(f"cannot search {{{key}}} of {text!r}; write key={{key}}, and its --space if there is none")
+        values[key] = _middle(choices)
+    return filled(text, values)
 
 
 def _middle(choices: Choices) -> Value:

@@ -15,8 +15,9 @@ def name_of(task: str | Callable[..., Any]) -> str:
     """Return the name by which :func:`imported` finds a function, in this process and, if it can be, in others."""
     if isinstance(task, str):
         return task
-    name = f"{task.__module__}:{task.__qualname__}"
-    if task.__module__ == "__main__" or "<" in name:
+    module = task.__module__ or "__main__"
+    name = f"{module}:{task.__qualname__}"
+    if module == "__main__" or "<" in name:
         name = name.replace("<", "").replace(">", "")
         HERE[name] = task
     return name
