@@ -110,7 +110,7 @@ class SharpnessAware(Facade):
         base = as_one(base)
         rule = on_micro_batches(rule, m, sampled, ascent)
         checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
+        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
         radius = RadiusOfGroups(rho, base)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)

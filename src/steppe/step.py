@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor
 from steppe.batch import Batch
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
+from steppe.engine.memory import Memory
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
 from steppe.engine.parts import check_batch
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState
+from steppe.engine.state import PREFIX, RuleState
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, shift_
 from steppe.engine.weights import NotFinite
@@ -37,6 +37,7 @@ class Pending:
         parameters: every parameter of the optimizer.
         beside: what moves past the base, ``w <- w - lr beside``.
         memory: by name, a vector, and the rate at which the rule's memory moves towards it (1 replaces it).
+        numbers: by name, what the rule remembers in every group.
         rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
         dropped: whether the gradients have been zeroed since.
     """
@@ -44,6 +45,7 @@ class Pending:
     parameters: Sequence[Tensor]
     beside: Vector | None = None
     memory: dict[str, tuple[Vector, float]] = field(default_factory=dict)
+    numbers: dict[str, Tensor | float] = field(default_factory=dict)
     rescaled: bool = False
     dropped: bool = False
     _handed: list[Tensor] = field(init=False, repr=False)
@@ -63,7 +65,8 @@ class Pending:
         kept = {name: (_apart(v, grads), passes.log.rates[name]) for name, v in memory.items()}
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        return cls(parameters, update.beside, kept)
+        numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
+        return cls(parameters, update.beside, kept, numbers)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Scale the gradients again, for a framework whose scaler will unscale them."""
@@ -92,6 +95,8 @@ class Pending:
                     shift_(p, s, -lr[id(p)] * self.beside.scale)
         for name, (v, rate) in self.memory.items():
             state.keep(base, self.parameters, name, v.where(moving).tensors, rate)
+        for group in base.param_groups:
+            group.update({PREFIX + name: float(value) for name, value in self.numbers.items()})
 
 
 def _apart(v: Vector, grads: Sequence[Tensor | None]) -> Vector:
@@ -165,7 +170,7 @@ class Stepper:
             Parameters(parameters, radii, names),
             declares=declared(self._rule_at(step, radii)),
             step=step,
-            recall=partial(self.state.recall, self.base, parameters),
+            memory=Memory(parameters, self.state.of(self.base), self.base.state, groups[0]),
             full=full.scaled_by(scale.scaler if scale else None) if isinstance(full, Batch) else full,
             keep_g=self.cosine,
             guard=self.check_finite or scale is not None,

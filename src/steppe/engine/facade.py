@@ -61,7 +61,8 @@ class Facade(torch.optim.Optimizer):
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule, self._memory.names = rule, declared(rule).remembers
+        self._stepper.rule = rule
+        self._memory.names, self._memory.numbers = declared(rule).remembers, declared(rule).numbers
 
     @property
     def full(self) -> Closure | None:

@@ -1,5 +1,6 @@
 """What a rule remembers from step to step, and a checkpoint that holds it beside the base's state."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,29 +21,26 @@ Memory = dict[Any, dict[str, Tensor]]
 
 @dataclass
 class RuleState:
-    """Named vectors, one entry a parameter.
+    """Named vectors, one entry a parameter, and named numbers.
 
     They lie in ``state[p]`` beside the base's, except where the base saves and loads in its own way: its methods may
     change, cast or drop what they do not know, so the memory lies apart.
 
     Args:
-        names: what the rule's pieces remember.
+        names: the vectors that the rule's pieces remember.
+        numbers: the numbers.
         room: whether the entries are placeholders for a distributed checkpoint.
         apart: the memory by parameter, where it is not in the base's state.
     """
 
     names: frozenset[str]
+    numbers: frozenset[str] = frozenset()
     room: bool = False
     apart: Memory = field(default_factory=lambda: defaultdict(dict))
 
     def of(self, base: Optimizer) -> Any:
         """Return the mapping from parameter to entries where the memory of this base's parameters lies."""
         return base.state if saves_as_torch(base) else self.apart
-
-    def recall(self, base: Optimizer, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
-        """Return what is remembered under a name, by parameter."""
-        state = self.of(base)
-        return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
 
     def keep(
         self, base: Optimizer, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
@@ -69,6 +67,9 @@ class RuleState:
         if any(str(name).startswith(PREFIX) for entries in state.values() for name in entries):
             return
         self.room = True
+        for group in base.param_groups:
+            for name in self.numbers:
+                group.setdefault(PREFIX + name, math.nan)
         for p in _parameters(base):
             if p.grad is not None:
                 for name in self.names:
@@ -82,6 +83,9 @@ class RuleState:
                 for name in self.names:
                     entries.pop(PREFIX + name, None)
 
+    def _ours(self, key: str, radius: str) -> bool:
+        return key in (radius, STEP) or key in {PREFIX + name for name in self.numbers}
+
     # ---- checkpoints of a base that saves in its own way
 
     def save(self, base: Optimizer, radius: str) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class RuleState:
         saved = dict(base.state_dict())
         if not _is_torchs(saved):
             memory = {i: dict(self.apart[p]) for i, p in enumerate(_parameters(base)) if self.apart.get(p)}
-            groups = [{name: group[name] for name in (radius, STEP)} for group in base.param_groups]
+            groups = [{k: v for k, v in group.items() if self._ours(k, radius)} for group in base.param_groups]
             return {**saved, APART: {"state": memory, "groups": groups}}
         state = dict(saved["state"])
         for i, p in zip(_indices(saved), _parameters(base), strict=True):
