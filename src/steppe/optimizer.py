@@ -57,9 +57,11 @@ class SharpnessAware(Facade):
         m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
-            ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+            ``1 + sampled m / n`` passes, or twice as much beside the 1 where examples are mixed (:class:`~steppe.Micro`);
+            needs ``m``. ``None`` takes all of them.
         ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
+        clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
         check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
@@ -104,6 +106,7 @@ class SharpnessAware(Facade):
         m: int | None = None,
         sampled: int | None = None,
         ascent: int | None = None,
+        clip: float | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -113,7 +116,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         checks.check_base(base)
-        rule = on_micro_batches(rule, m, sampled, ascent)
+        rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
         radius = RadiusOfGroups(rho, base.param_groups)

@@ -727,7 +727,7 @@ def train_on_a_subset(sync: str) -> tuple[list[float], list[float]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     batch = steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y)
     before = nn.utils.parameters_to_vector(net.parameters()).detach()
-    (subset,) = sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank())
+    subset = sampling.batch_of(*sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank()))
 
     def mean_over_ranks(v: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(v)

@@ -36,6 +36,9 @@ class Shortcuts(Protocol):
     def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
         """``sum_i weights_i grad f_i`` at ``w``."""
 
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Whether the batch's gradient is the weighted mean of its parts': no example changes another one's loss."""
+
 
 class Oracle:
     """One batch's loss as a function of the weights, for the length of one step.
@@ -183,6 +186,11 @@ class Oracle:
     def example_norms(self) -> Tensor | None:
         """Return every ``norm(grad f_i)`` at ``w``, shape ``(n,)``, from the first pass; ``None`` without factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
+
+    def adds(self) -> bool:
+        """Tell whether gradients of parts add up to ``g``, as far as the engine of shared passes has verified it."""
+        shortcuts, batches = self._shortcuts, chunks_of(self.batch())
+        return shortcuts is not None and all(shortcuts.adds(self, batch) for batch in batches)
 
     def grad_on_full(self) -> Vector:
         """Return the gradient at ``w`` of the closure over the larger batch; the pass runs once a step.
