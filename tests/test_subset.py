@@ -186,4 +186,4 @@ def test_the_rule_is_written_as_it_was_made() -> None:
     rule = on_micro_batches(Every(2, Rule()), ascent=4)
     assert rule == Every(2, Rule(Subset(4)))
     assert eval(repr(rule), vars(steppe)) == rule
-    assert Micro(4, Rule(Subset(2))).declares.examples
+    assert Micro(4, Rule(Subset(2))).declares.parts

@@ -5,6 +5,7 @@ from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
+from steppe.mean_batch import MeanBatch
 from steppe.methods import (
     ASAM,
     ESAM,
@@ -44,8 +45,8 @@ from steppe.telemetry import Telemetry
 __all__ = [
     "ASAM", "ESAM", "FSAM", "GSAM", "METHODS", "NSAM", "RWSAM", "SAM", "USAM", "WSAM", "Adaptive", "All", "Batch",
     "Batches", "Coupled", "CoupledWSAM", "Declaration", "Euclidean", "Every", "Everything", "Exact", "FiniteDifference",
-    "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices", "Mean", "Micro", "Named", "OnFull", "Oracle",
-    "Perturbed", "Plain", "RememberOrthogonal", "ReuseOrthogonal", "Reweighted", "Rule", "Scaled", "Sharpest",
+    "Fisher", "FisherSAM", "Friendly", "LookSAM", "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Named", "OnFull",
+    "Oracle", "Perturbed", "Plain", "RememberOrthogonal", "ReuseOrthogonal", "Reweighted", "Rule", "Scaled", "Sharpest",
     "SharpnessAware", "Smoothed", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised",
     "Update", "VaSSO", "Vector", "Weighted", "schedule",
 ]  # fmt: skip

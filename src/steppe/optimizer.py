@@ -57,7 +57,7 @@ class SharpnessAware(Facade):
         m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
-            ``1 + sampled m / n`` passes, or twice as much beside the 1 where examples are mixed (:class:`~steppe.Micro`);
+            ``1 + sampled m / n`` passes, or ``1 + 2 sampled m / n`` where examples are mixed (:class:`~steppe.Micro`);
             needs ``m``. ``None`` takes all of them.
         ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
@@ -286,7 +286,8 @@ class SharpnessAware(Facade):
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
         counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
-        self.telemetry = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        seen = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        self.telemetry = seen.following(self.telemetry)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:

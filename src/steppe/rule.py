@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.sampling import Sampling, sampled_average
+from steppe.engine.sampling import Sampled, sampled_average
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
@@ -84,8 +84,8 @@ class Micro:
     With ``sampled=k`` only ``k`` random micro-batches are taken, and ``u = g + (1 / k) sum_j [u(S_j) - g(S_j)]``: m-SAM
     in expectation on every model that can run on a part of its batch, for ``1 + 2 k m / n`` passes, or ``1 + k m / n``
     where nothing mixes examples (:func:`~steppe.engine.sampling.sampled_average`). With ``clip=c`` the correction
-    ``c(S) = (1 / k) sum_j [u(S_j) - g(S_j)]`` is scaled by ``min(1, c norm(g) / norm(c(S)))``, and what moves beside the
-    base by the same factor; under DDP every rank does so.
+    ``v = (1 / k) sum_j [u(S_j) - g(S_j)]`` is scaled by ``min(1, c norm(g) / norm(v))``, and what moves beside the base
+    by the same factor; under DDP every rank does so.
 
     Args:
         m: examples in a micro-batch.
@@ -95,7 +95,7 @@ class Micro:
         clip: the largest norm of the correction, in units of ``norm(g)``; needs ``sampled``. ``None`` is any.
 
     Raises:
-        ValueError: ``m`` or ``sampled`` is no positive integer, or ``clip`` is not above 0, or given without ``sampled``.
+        ValueError: ``m`` or ``sampled`` is no positive integer, or ``clip`` is not above 0 or without ``sampled``.
         TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
     """
 
@@ -118,7 +118,7 @@ class Micro:
         """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
         if self.sampled is None:
             return f.average(self.rule, self.m)
-        return sampled_average(f, self.rule, Sampling(self.m, self.sampled, self.seed, self.clip))
+        return sampled_average(f, self.rule, Sampled(self.m, self.sampled, self.seed, self.clip))
 
     def __repr__(self) -> str:
         some = "" if self.sampled is None else f", sampled={self.sampled}, seed={self.seed}"
@@ -127,8 +127,8 @@ class Micro:
 
     @property
     def declares(self) -> Declaration:
-        """The rule's, and the examples."""
-        return replace(declared(self.rule), examples=True)
+        """The rule's, and parts of the batch."""
+        return replace(declared(self.rule), parts=True)
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def on_micro_batches(
 ) -> AnyRule:
     """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``m=None`` is the whole batch.
 
-    With ``ascent`` the perturbation comes from that many random examples; ``clip`` limits the correction of a sample. Of
-    :class:`Every` the rule of its k-th steps is changed.
+    With ``ascent`` the perturbation comes from that many random examples; ``clip`` limits the correction of a sample.
+    Of :class:`Every` the rule of its k-th steps is changed.
 
     Raises:
         ValueError: ``sampled`` without ``m``, ``clip`` without ``sampled``, ``ascent`` with ``m``, or ``ascent`` of a

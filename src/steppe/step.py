@@ -16,6 +16,7 @@ from steppe.engine.grad_scaler import Scaling
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
+from steppe.engine.parts import check_batch
 from steppe.engine.passes import Closure
 from steppe.engine.replay import frozen_statistics
 from steppe.engine.state import RuleState
@@ -135,7 +136,7 @@ class HalfStep:
     def __init__(self, f: Oracle, rule: AnyRule) -> None:
         self.f, self.rule, self.finite = f, rule_at(rule, f.step), True
         needs = declared(self.rule)
-        if needs.examples or not (isinstance(self.rule, Rule) or not needs.g_adv):
+        if needs.examples or needs.parts or not (isinstance(self.rule, Rule) or not needs.g_adv):
             raise TypeError(f"first_step() and second_step() serve rules of two gradients, not {rule!r}: call step()")
         self.ran: list[nn.Module] = []  # the modules of the second pass
         self._away = ExitStack()
@@ -207,6 +208,7 @@ class Stepper:
     modules: Modules
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
+    added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
@@ -241,8 +243,7 @@ class Stepper:
             TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
         """
         f = self.oracle(closure, scaler)
-        if declared(self.rule).examples and f.rho.largest():
-            f.batch(repr(self.rule))  # also where only another step's rule looks at examples: before any has moved
+        self.added_up = check_batch(f, self.rule, self.added_up)
         if f.passes.ranks.unprepared:
             f.passes.prepare_static_graph()
         if self.gradient_noise:

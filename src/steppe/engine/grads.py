@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.engine.vector import Vector
 
@@ -13,6 +13,26 @@ def drop(parameters: Sequence[Tensor]) -> None:
     """Set every ``p.grad`` to ``None``."""
     for p in parameters:
         p.grad = None
+
+
+def zero_grad(model: nn.Module) -> None:
+    """Drop the gradients of a model."""
+    if getattr(model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
+        model.zero_grad(set_to_none=True)
+        return
+    for module in modules_of(model):
+        drop([p for p in module._parameters.values() if p is not None])
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return a model's modules, each once; faster than ``nn.Module.modules``, which builds names."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        for inner in module._modules.values() if module._modules else ():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
 
 
 @contextmanager

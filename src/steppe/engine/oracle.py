@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import copy
 from functools import reduce
 from operator import add
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -15,29 +14,14 @@ from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks
 from steppe.engine.grad_scaler import LossScale
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Closure, Passes
+from steppe.engine.passes import PARTS, Closure, Passes
+from steppe.engine.shortcuts import Shortcuts
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.engine.weights import moved
 from steppe.pieces.protocol import Declaration
 
 AnyRule = Callable[["Oracle"], Update]  # any function from oracle to update is a rule
-
-
-class Shortcuts(Protocol):
-    """Cheaper ways to the oracle's answers, exact to rounding; ``None`` is: take the plain way."""
-
-    def update(self, f: Oracle, rule: AnyRule, m: int | None) -> Update | None:
-        """The mean of the rule's updates over micro-batches of ``m`` examples, or its update on the batch."""
-
-    def example_norms(self, f: Oracle) -> Tensor | None:
-        """The norm of every per-example gradient at ``w``, shape ``(n,)``."""
-
-    def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
-        """``sum_i weights_i grad f_i`` at ``w``."""
-
-    def adds(self, f: Oracle, batch: Batch) -> bool:
-        """Whether the batch's gradient is the weighted mean of its parts': no example changes another one's loss."""
 
 
 class Oracle:
@@ -83,8 +67,6 @@ class Oracle:
         self._freed = False  # whether g was freed, as the rule declares
         self._full_g: Vector | None = None
         self._looking = False  # whether eps is being computed
-
-    # ---- where we are
 
     @property
     def w(self) -> Vector:
@@ -216,10 +198,10 @@ class Oracle:
         return self.passes.batch(use)
 
     def average(self, rule: AnyRule, m: int | None = None) -> Update:
-        """Return the mean of the rule's updates over micro-batches of ``m`` examples, with weights ``size / n``.
+        """Return the mean of the rule's updates over micro-batches of ``m`` examples, by their weights: ``size / n``.
 
-        ``m=None`` is the rule's update on the batch. Micro-batches cross neither from one accumulated batch into the
-        next nor from rank to rank. They share passes where the model allows it (:mod:`steppe.factored`).
+        ``m=None`` is the rule's update on the batch. Micro-batches lie within one accumulated batch and one rank. They
+        share passes where the model allows it (:mod:`steppe.factored`).
         """
         if m is not None:
             self.passes.ranks.stay_within()
@@ -231,17 +213,18 @@ class Oracle:
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch("micro-batches, m=").split(m))
+        parts = self.parts(self.batch(PARTS).split(m))
         return reduce(add, (share * rule(part) for share, part in parts))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
-        """Yield the oracle of every part with its share of the batch, and average what the parts log."""
+        """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
+        whole = self.batch().weight
         for batch in batches:
-            f = self.part(batch)
-            share = len(batch) / len(self.batch())
-            yield share, f
-            self.passes.log.add(share, f.passes.log)
+            f, share = self.part(batch), batch.weight / whole
+            if share:
+                yield share, f
+                self.passes.log.add(share, f.passes.log)
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""

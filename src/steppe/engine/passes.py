@@ -19,6 +19,7 @@ from steppe.engine.vector import Vector
 from steppe.telemetry import StepLog
 
 Closure = Callable[[], Tensor | float]
+PARTS = "parts of it, m= or ascent="  # a use of the batch
 
 
 class Passes:
@@ -75,6 +76,7 @@ class Passes:
             raise TypeError(
                 f"this method looks inside the batch ({use}): pass step() a "
                 "steppe.Batch(model, loss, data) or steppe.Batch.supervised(...) instead of a plain closure"
+                + (", or a steppe.MeanBatch(model, loss, data) if the loss is one mean" if use == PARTS else "")
             )
         return self.closure
 
@@ -242,25 +244,23 @@ class Passes:
         whole = self.batch("a choice of examples, or weights on them")
         batch = whole if on is None else whole.subset(on)
         batch.zero_grad()
-        chunks = chunks_of(batch)
+        rounds = batch.rounds
         ready = self._losses if reused else None
         seen = []
-        for k, (chunk, w) in enumerate(zip(chunks, batch.shares(weights), strict=True)):
-            with self.ranks.passing(synced and k == len(chunks) - 1):
-                losses = ready
-                if losses is None:
-                    with under:
-                        losses = chunk.losses()
+        for k, (chunk, w) in enumerate(zip(rounds, batch.shares(weights), strict=True)):
+            with self.ranks.passing(synced and k == len(rounds) - 1):
+                if ready is None:
+                    seen.append(chunk.run(w, inputs, under))
                     self.log.count("forwards", len(chunk) / len(whole))
-                chunk.backward(losses, w, inputs)
+                else:
+                    chunk.backward(ready, w, inputs)
+                    seen.append(ready.detach())
             self.log.count("backwards", len(chunk) / len(whole))
-            seen.append(losses.detach())
         if on is not None:
             return
-        here = seen[0] if len(seen) == 1 else torch.cat(seen)
-        if not self.away:
-            self._losses = here
-        self._see_loss(here.mean())
+        if batch.per_example and not self.away:
+            self._losses = seen[0] if len(seen) == 1 else torch.cat(seen)
+        self._see_loss(batch.mean_of(seen))
 
     def _see_loss(self, loss: Tensor | float) -> None:
         self.log.numbers["loss_adv" if self.away else "loss"] = loss

@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.passes import PARTS
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
 from steppe.engine.vector import TINY, Vector
@@ -19,7 +20,7 @@ Draw = tuple[Batch, Tensor]  # one of the accumulated batches, and the indices o
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampled:
     """How micro-batches are drawn.
 
     Args:
@@ -36,10 +37,10 @@ class Sampling:
 
     def of(self, f: Oracle) -> list[Draw]:
         """Return this step's draws."""
-        return drawn(f.batch("micro-batches, m="), self.m, self.draws, self.seed, f.step, rank_of(f))
+        return drawn(f.batch(PARTS), self.m, self.draws, self.seed, f.step, rank_of(f))
 
 
-def sampled_average(f: Oracle, rule: AnyRule, how: Sampling) -> Update:
+def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
     """Return ``g + (1 / k) sum_j [u(S_j) - g(S_j)]`` with ``S_1 ... S_k`` disjoint random micro-batches of the batch.
 
     ``g`` is the gradient of the whole batch, ``u(S)`` the rule's update and ``g(S)`` the gradient on ``S``. Its mean
@@ -55,29 +56,32 @@ def sampled_average(f: Oracle, rule: AnyRule, how: Sampling) -> Update:
     alone update running statistics.
     """
     f.passes.ranks.stay_within()
-    draws, log, n = how.of(f), f.passes.log, len(f.batch())
-    parts = _parts_of_g(f, draws)
-    g, total = f.g, sum(len(part.batch()) for part in parts)
+    whole, draws, log = f.batch(PARTS), how.of(f), f.passes.log
+    parts, n = _parts_of_g(f, draws), len(whole)
+    total = sum(len(on) for _, on in draws)
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
     try:
         for part in parts:
-            size = len(part.batch())
-            corrections.append(size / total * (part.average(rule) + Update(part.g * -1.0)))
-            log.add_sample(size / total, size / n, part.passes.log)
+            batch = part.batch()
+            share = batch.weight / whole.weight * n / total
+            corrections.append(share * (part.average(rule) + Update(part.g * -1.0)))
+            log.add_sample(share, len(batch) / n, part.passes.log)
     finally:
         stream.restore()
-    return Update(g) + _clipped(f, reduce(add, corrections), how.clip)
+    if not corrections:  # means over none of the batch's tokens
+        return Update(f.g)
+    return Update(f.g) + _clipped(f, reduce(add, corrections), how.clip)
 
 
 def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[Oracle]:
     """Set ``f.g``, and return the oracles of the draws; with their gradients, where ``g`` is made of these."""
     if not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
         f.g = f.g  # takes its pass
-        return [f.part(batch_of(draw), keep_g=True) for draw in draws]
-    log, n, g, parts = f.passes.log, len(f.batch()), Vector([None] * len(f.w.tensors)), []
+        return [f.part(batch, keep_g=True) for batch in map(batch_of, draws) if batch.weight]
+    log, whole, g, parts = f.passes.log, f.batch().weight, Vector([None] * len(f.w.tensors)), []
     for batch, chosen in _cut(f.batch(), draws):
-        part, share = f.part(batch, keep_g=True), len(batch) / n
+        part, share = f.part(batch, keep_g=True), batch.weight / whole
         g = g + share * part.g
         if chosen:
             parts.append(part)
@@ -86,21 +90,18 @@ def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[Oracle]:
             log.add(share, part.passes.log)
     f.g = g
     f.passes.counted, log.numbers["g_norm"] = True, g.norm()
-    return parts
+    return [part for part in parts if part.batch().weight]
 
 
 def _cut(batch: Batch, draws: Sequence[Draw]) -> list[tuple[Batch, bool]]:
     """Return batches that make up the whole in the order of its passes, and whether each is a draw."""
     cut: list[tuple[Batch, bool]] = []
     for chunk in chunks_of(batch):
-        rest = torch.ones(len(chunk), dtype=torch.bool)
-        for draw in draws:
-            if draw[0] is chunk:
-                cut.append((batch_of(draw), True))
-                rest[draw[1]] = False
-        if not rest.any():
+        here = [draw for draw in draws if draw[0] is chunk]
+        cut += [(batch_of(draw), True) for draw in here]
+        if sum(len(on) for _, on in here) == len(chunk):
             continue
-        other = chunk if rest.all() else chunk.subset(rest.nonzero().flatten())
+        other = chunk.subset(_others(len(chunk), here)) if here else chunk
         if cut and not cut[-1][1]:
             cut[-1] = Batches([cut[-1][0], other]), False
         else:
@@ -108,14 +109,23 @@ def _cut(batch: Batch, draws: Sequence[Draw]) -> list[tuple[Batch, bool]]:
     return cut
 
 
+def _others(n: int, draws: Sequence[Draw]) -> Tensor:
+    """Return the indices of the ``n`` examples that are in none of the draws."""
+    left = torch.ones(n, dtype=torch.bool)
+    for _, on in draws:
+        left[on] = False
+    return left.nonzero().flatten()
+
+
 def _clipped(f: Oracle, correction: Update, clip: float | None) -> Update:
-    """Return the correction with at most ``clip`` times the norm of ``g``, and log how large it was."""
+    """Return the correction with at most ``clip`` times the norm of ``g``, and log how large it is."""
     norm = correction.grad.norm()
     if correction.beside is not None:
         norm = (norm.square() + correction.beside.norm().square()).sqrt()
     ratio = norm / (f.g.norm() + TINY)
-    f.passes.log.numbers["correction"] = ratio
-    return correction if clip is None else (clip / (ratio + TINY)).clamp(max=1.0) * correction
+    kept = ratio if clip is None else ratio.clamp(max=clip)
+    f.passes.log.numbers["correction"] = kept
+    return correction if clip is None else kept / (ratio + TINY) * correction
 
 
 def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, seed: int) -> Vector:
@@ -125,12 +135,13 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
     Running statistics do not see the subset. They see the whole batch: at ``w`` where the method takes its gradient
     there too, else at ``w + eps``.
     """
-    batch = f.batch("a perturbation from some of its examples")
+    batch = f.batch(PARTS)
     if f.needs_g:
         f.g = f.g  # now, so that running statistics see this pass
-    (draw,) = drawn(batch, m, 1, seed, f.step, rank_of(f))
+    draws = (draw for k in (1, len(batch)) for draw in drawn(batch, m, k, seed, f.step, rank_of(f)))
+    chosen = next(part for part in map(batch_of, draws) if part.weight)  # a mean over tokens may have none of them
     stream = RandomState.now(f.passes.parameters.devices)
-    part = f.part(batch_of(draw))
+    part = f.part(chosen)
     part.passes.counted = True
     try:
         d = sample(part)

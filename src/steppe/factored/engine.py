@@ -50,9 +50,10 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True``, and the rule or the model does not allow it; the message says why.
         """
-        weights = example_weighting(rule) if type(rule) is Rule else None
+        by_example = getattr(f.passes.closure, "per_example", True)
+        weights = example_weighting(rule) if type(rule) is Rule and by_example else None
         if weights is None and self.parallel is True and m is not None:
-            raise refusal(f"micro-batches of {rule!r} run in a loop")
+            raise refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
         if type(rule) is not Rule or weights is None or not self._worth(f, m):
             return None
         n = len(f.batch())
@@ -202,6 +203,10 @@ class SharedPasses:
         finally:
             first.on_delta = None  # breaks the reference cycle that would keep the gradients
         return None
+
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Return whether the batch's gradient is the weighted mean of its parts', as no example changes another's."""
+        return batch.per_example and not self.entry(f, batch).plan.reason
 
     def entry(self, f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
         """Return the entry of the batch's model; a step that asks again gets the same one."""

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from steppe.batch import Batch, leaves
+from steppe.batch import Batch
+from steppe.engine.nested import leaves
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
 from steppe.engine.replay import capturing

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from steppe.batch import Batch, Data, mapped
+from steppe.batch import Batch
 from steppe.engine.functional import functional
+from steppe.engine.nested import Data, mapped
 from steppe.engine.vector import Vector
 from steppe.factored import gradient_statistics
 from steppe.measure.problem import Problem

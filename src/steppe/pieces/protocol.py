@@ -21,6 +21,7 @@ class Declaration:
             second pass, which saves one copy of the parameters.
         g_adv: a rule takes the gradient at ``w + eps``. A rule without it makes its update of gradients at ``w``, which
             DDP averages in their backward passes.
+        parts: takes parts of the batch, so ``step`` needs a :class:`~steppe.Batch` or a :class:`~steppe.MeanBatch`.
         examples: looks at single examples, so ``step`` needs a :class:`~steppe.Batch`.
         losses_at_w: asks for ``f.losses_at_w()`` at ``w + eps``.
         remembers: the names that it passes to ``f.recall`` and ``f.remember``.
@@ -35,6 +36,7 @@ class Declaration:
 
     g: bool = True
     g_adv: bool = True
+    parts: bool = False
     examples: bool = False
     losses_at_w: bool = False
     remembers: frozenset[str] = frozenset()
@@ -47,6 +49,7 @@ class Declaration:
         """Return this declaration with what another one needs and remembers."""
         return replace(
             self,
+            parts=self.parts or other.parts,
             examples=self.examples or other.examples,
             losses_at_w=self.losses_at_w or other.losses_at_w,
             remembers=self.remembers | other.remembers,

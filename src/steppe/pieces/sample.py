@@ -62,7 +62,7 @@ class Subset:
     sample: Callable[[Oracle], Vector] = Mean()
     seed: int = 0
 
-    declares: ClassVar[Declaration] = Declaration(examples=True)
+    declares: ClassVar[Declaration] = Declaration(parts=True)
 
     def __post_init__(self) -> None:
         checks.positive_integer("m", self.m)
