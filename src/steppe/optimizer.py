@@ -19,8 +19,10 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState
+from steppe.joint import as_one
+from steppe.options import Base
 from steppe.pieces.protocol import declared
-from steppe.rule import Parts, on_micro_batches
+from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
@@ -29,28 +31,19 @@ Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
-class Options(Parts, total=False):
-    """The options of every method: see :class:`SharpnessAware`."""
-
-    check_finite: bool
-    cosine: bool
-    gradient_noise: bool
-    parallel: bool | str
-    sync: Sync
-    max_norm: float | None
-    model: nn.Module | None
-
-
 class SharpnessAware(Facade):
     """Any base optimizer, made sharpness-aware by a rule.
 
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
-    the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
-    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit. Keep parameters in float32: bfloat16
-    rounds most of a small perturbation away (``docs/stacks/mixed-precision.md``).
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``
+    (``sharpness_rho`` where the base has an option ``rho`` of its own, as Adadelta): its own where the base's group was
+    given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives in ``state[p]``
+    beside the base's, or apart from it where the base saves in a way of its own; one checkpoint resumes both, bit for
+    bit. Keep parameters in float32: bfloat16 rounds most of a small perturbation away
+    (``docs/stacks/mixed-precision.md``).
 
     Args:
-        base: an optimizer instance; it takes one step on the update's ``grad``.
+        base: an optimizer instance; it takes one step on the update's ``grad``. A list of them is their
+            :class:`~steppe.Joint`.
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
@@ -98,7 +91,7 @@ class SharpnessAware(Facade):
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: Base,
         rule: AnyRule,
         rho: float | Schedule = 0.05,
         *,
@@ -115,11 +108,11 @@ class SharpnessAware(Facade):
         max_norm: float | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        checks.check_base(base)
+        base = as_one(base)
         rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
-        radius = RadiusOfGroups(rho, base.param_groups)
+        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
+        radius = RadiusOfGroups(rho, base)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
@@ -129,7 +122,8 @@ class SharpnessAware(Facade):
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
 
     def __repr__(self) -> str:
-        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        key = self._stepper.radius.key
+        rhos = [g.get(key) for g in self.param_groups]  # none yet in a group that was added to the base
         rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 

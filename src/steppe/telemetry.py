@@ -24,7 +24,7 @@ class Telemetry:
     Attributes:
         rho: the largest radius of any group.
         loss: ``L(w)``, on the batch (n-SAM: on the full batch; ``ascent=m``: on the ``m`` examples, unless the method
-            takes the batch's gradient at ``w`` too).
+            takes the batch's gradient at ``w`` too; MomentumSAM: ``L(w + eps)``, it has no pass at ``w``).
         loss_adv: ``L(w + eps)``, on the whole batch.
         gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
         g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors';
@@ -90,6 +90,7 @@ class StepLog:
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
     memory: dict[str, Vector] = field(default_factory=dict)
+    kept: dict[str, Tensor | float] = field(default_factory=dict)  # numbers for the next step
     rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
@@ -99,6 +100,8 @@ class StepLog:
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():
             self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        for name, value in other.kept.items():
+            self.kept[name] = self.kept.get(name, 0.0) + share * value
         self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
@@ -142,8 +145,8 @@ class StepLog:
 
     @property
     def loss(self) -> Tensor | float | None:
-        """``L(w)``; of n-SAM on the larger batch, of a perturbation from a subset on that."""
-        return self.numbers.get("loss", self.numbers.get("other_loss"))
+        """``L(w)``; of n-SAM on the larger batch, of a perturbation from a subset on that; else ``L(w + eps)``."""
+        return next((self.numbers[name] for name in ("loss", "other_loss", "loss_adv") if name in self.numbers), None)
 
     def telemetry(self, **of_the_step: Any) -> Telemetry:
         """Return the numbers as the user sees them."""

@@ -85,6 +85,8 @@ def make(name: str, model: nn.Module, **options):
         options["full"] = batch_of(model, x, y)
     if name == "ESAM":
         options["gamma"] = 1.0  # its selection is each rank's own
+    if name == "ReweightedSharpness":
+        options["size"] = 2
     return method(base, rho=0.3, **options)
 
 
@@ -124,7 +126,7 @@ def alone(name: str, options: dict, steps: int = 4) -> list[torch.Tensor]:
 
 
 NAMES = [method.__name__ for method in steppe.METHODS]
-SHARED_SOFTMAX = {"RWSAM"}  # weights are each rank's own: equal to micro-batches, not to the whole batch
+SHARED_SOFTMAX = {"RWSAM", "ReweightedSharpness"}  # weights are each rank's own: as under m=, not as on the whole batch
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -63,7 +63,7 @@ class Passes:
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
         part = Passes(batch, *self.context)
-        part.away, part.counted = self.away, self.counted
+        part.away, part.counted, part.first_is_away = self.away, self.counted, self.first_is_away
         return part
 
     def batch(self, use: str) -> Batch:
@@ -116,6 +116,15 @@ class Passes:
             yield
         finally:
             self.away = False
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Run passes inside over the same examples with another loss."""
+        before, self.closure = self.closure, batch
+        try:
+            yield
+        finally:
+            self.closure = before
 
     @contextmanager
     def trial(self) -> Iterator[None]:

@@ -147,7 +147,6 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
         d = sample(part)
     finally:
         stream.restore()
-    f.passes.first_is_away = True
     f.passes.log.add_other(part.passes.log, len(part.batch()) / len(batch))
     return d
 
