@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +18,16 @@ from tests.test_sampled import RHO, draw, noisy, update_of
 
 OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness")  # no sample, or one that is no gradient on the batch
 FROM_THE_BATCH = [c for c in METHODS if c.name.split()[0] not in OTHERS]
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A direction from the base's state."""
+
+    declares: ClassVar[steppe.Declaration] = steppe.Declaration(base_state=frozenset({"momentum_buffer"}))
+
+    def __call__(self, f: steppe.Oracle) -> steppe.Vector:
+        return f.base_state("momentum_buffer")
 
 
 def gradient(w, rows: list[int]) -> torch.Tensor:
@@ -171,7 +183,7 @@ def test_what_is_refused_is_named() -> None:
     with pytest.raises(ValueError, match=r"ascent=2: sample must be a gradient on the batch, .* got OnFull\(\)"):
         steppe.NSAM(sgd(w), full=w.full, ascent=2)
     with pytest.raises(ValueError, match="sample must be a gradient on the batch"):
-        steppe.MomentumSAM(sgd(w), ascent=2)
+        Subset(2, Momentum())
     with pytest.raises(ValueError, match="ascent must be None for a rule that is no Rule"):
         steppe.ReweightedSharpness(sgd(w), ascent=2)
     with pytest.raises(ValueError, match="ascent must be None for a rule that is no Rule"):
