@@ -51,9 +51,11 @@ class SharpnessAware(Facade):
         m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
-            ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+            ``1 + sampled m / n`` passes, or ``1 + 2 sampled m / n`` where examples are mixed (:class:`~steppe.Micro`);
+            needs ``m``. ``None`` takes all of them.
         ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
+        clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
         check_finite: skip steps whose gradients are not finite, or of a norm whose square is not, 1.8e19 in float32.
             The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
@@ -99,6 +101,7 @@ class SharpnessAware(Facade):
         m: int | None = None,
         sampled: int | None = None,
         ascent: int | None = None,
+        clip: float | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -108,7 +111,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         base = as_one(base)
-        rule = on_micro_batches(rule, m, sampled, ascent)
+        rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
         radius = RadiusOfGroups(rho, base)
@@ -282,7 +285,8 @@ class SharpnessAware(Facade):
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
         counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
-        self.telemetry = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        seen = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        self.telemetry = seen.following(self.telemetry)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:

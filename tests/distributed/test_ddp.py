@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import steppe
 from steppe.engine import sampling
 from steppe.pieces.protocol import Declaration
-from tests.cases import scaler
+from tests.cases import same_bits, scaler
 from tests.models import Branches
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
@@ -263,15 +263,24 @@ def test_no_gradient_is_averaged_twice(two_ranks, name, sync, closure) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "messages", "forwards"),
     [
-        ("SAM", {"m": 2, "sampled": 1}, (0, 1), 1.5),
+        ("SAM", {"m": 2, "sampled": 1, "parallel": False}, (0, 1), 1.5),
+        ("SAM", {"m": 2, "sampled": 1}, (0, 1), 1.25),
+        ("SAM", {"m": 2, "sampled": 1, "clip": 0.5}, (0, 1), 1.25),
         ("SAM", {"ascent": 2}, (1, 0), 1.25),
         ("WSAM", {"ascent": 2}, (0, 1), 2.25),
     ],
 )
 def test_sampled_gradients_are_averaged_once(two_ranks, name, part, messages, forwards) -> None:
-    for _, _, counted, seen in two_ranks(train, name, {"parallel": False, **part}):
-        assert counted == messages
-        assert seen == forwards
+    (mine, memory, *counts), (theirs, other, *_) = two_ranks(train, name, part)
+    assert counts == [messages, forwards]
+    assert same_bits(mine + memory, theirs + other)
+
+
+def test_the_parts_of_g_are_its_pass_under_ddp(two_ranks) -> None:
+    part = {"m": 2, "sampled": 1}
+    (ours, *_), (theirs, *_) = (two_ranks(train, "WSAM", part | more)[0] for more in ({}, {"parallel": False}))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -701,7 +710,7 @@ def train_sampled(sync: str, part: dict) -> tuple[list[float], list[int]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))  # the same on both ranks
     seen: list[int] = []
     net.register_forward_pre_hook(lambda _, inputs: seen.extend(_rows(inputs[0], x)) if len(inputs[0]) == 2 else None)
-    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, sync=sync, **part)
+    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, sync=sync, parallel=False, **part)
     for _ in range(3):
         opt.step(steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y))
     return [p.flatten().tolist() for p in net.parameters()], seen
@@ -729,7 +738,7 @@ def train_on_a_subset(sync: str) -> tuple[list[float], list[float]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     batch = steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y)
     before = nn.utils.parameters_to_vector(net.parameters()).detach()
-    (subset,) = sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank())
+    subset = sampling.batch_of(*sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank()))
 
     def mean_over_ranks(v: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(v)
