@@ -85,6 +85,11 @@ class Facade(torch.optim.Optimizer):
         self.base.add_param_group(group)
         radius.added("rho" in param_group, len(self.param_groups) - 1)
 
+    def radius(self) -> float:
+        """Return the largest radius of the next step."""
+        radius: RadiusOfGroups = self._stepper.radius
+        return radius.update(self.param_groups).largest()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
             super().__setstate__(state)
