@@ -15,7 +15,7 @@ import steppe.methods
 ROOT = Path(__file__).parents[1]
 PAGE, INIT = ROOT / "docs" / "methods.md", ROOT / "src" / "steppe" / "api.py"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
-SLOTS = ("combine", "geometry", "sample", "select")
+SLOTS = ("combine", "geometry", "rules", "sample", "select", "weights")
 
 
 def call(method: type[steppe.SharpnessAware]) -> str:

@@ -19,48 +19,45 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState
+from steppe.joint import as_one
+from steppe.options import Base
 from steppe.pieces.protocol import declared
-from steppe.rule import Parts, on_micro_batches
+from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
-from steppe.step import HalfStep, Pending, Skipped, Stepper
+from steppe.step import Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
+from steppe.two_calls import HalfStep
 
 Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
-class Options(Parts, total=False):
-    """The options of every method: see :class:`SharpnessAware`."""
-
-    check_finite: bool
-    cosine: bool
-    gradient_noise: bool
-    parallel: bool | str
-    sync: Sync
-    max_norm: float | None
-    model: nn.Module | None
-
-
 class SharpnessAware(Facade):
     """Any base optimizer, made sharpness-aware by a rule.
 
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
-    the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
-    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit. Keep parameters in float32: bfloat16
-    rounds most of a small perturbation away (``docs/stacks/mixed-precision.md``).
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``
+    (``sharpness_rho`` where the base has an option ``rho`` of its own, as Adadelta): its own where the base's group was
+    given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives in ``state[p]``
+    beside the base's, or apart from it where the base saves in a way of its own; one checkpoint resumes both, bit for
+    bit. Keep parameters in float32: bfloat16 rounds most of a small perturbation away
+    (``docs/stacks/mixed-precision.md``).
 
     Args:
-        base: an optimizer instance; it takes one step on the update's ``grad``.
+        base: an optimizer instance; it takes one step on the update's ``grad``. A list of them is their
+            :class:`~steppe.Joint`.
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
         m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
-            ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+            ``1 + sampled m / n`` passes, or ``1 + 2 sampled m / n`` where examples are mixed (:class:`~steppe.Micro`);
+            needs ``m``. ``None`` takes all of them.
         ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
-        check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
+        clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
+        check_finite: skip steps whose gradients are not finite, or of a norm whose square is not, 1.8e19 in float32.
+            The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
@@ -96,7 +93,7 @@ class SharpnessAware(Facade):
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: Base,
         rule: AnyRule,
         rho: float | Schedule = 0.05,
         *,
@@ -104,6 +101,7 @@ class SharpnessAware(Facade):
         m: int | None = None,
         sampled: int | None = None,
         ascent: int | None = None,
+        clip: float | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -112,11 +110,11 @@ class SharpnessAware(Facade):
         max_norm: float | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        checks.check_base(base)
-        rule = on_micro_batches(rule, m, sampled, ascent)
+        base = as_one(base)
+        rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
-        radius = RadiusOfGroups(rho, base.param_groups)
+        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
+        radius = RadiusOfGroups(rho, base)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
@@ -126,7 +124,8 @@ class SharpnessAware(Facade):
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
 
     def __repr__(self) -> str:
-        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        key = self._stepper.radius.key
+        rhos = [g.get(key) for g in self.param_groups]  # none yet in a group that was added to the base
         rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 
@@ -183,8 +182,8 @@ class SharpnessAware(Facade):
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
         frameworks that clip, log or check gradients before ``step()`` do so to the combined gradient, once a step.
-        WSAM's term beside the base is not among the gradients. Called again before ``step()``, it starts anew. Of a
-        step that must be skipped the gradients are NaN, and ``step()`` moves nothing.
+        WSAM's term beside the base is not among the gradients. It does not add to earlier gradients: to accumulate,
+        pass a list of batches. Of a step that must be skipped the gradients are NaN, and ``step()`` moves nothing.
 
         Args:
             closure: as for :meth:`step`.
@@ -196,7 +195,8 @@ class SharpnessAware(Facade):
             The loss at ``w``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`step`; nothing has been changed.
+            TypeError, ValueError, RuntimeError: as :meth:`step`, or called again before ``step()`` or ``zero_grad()``;
+                nothing has been changed.
 
         Example:
             >>> loss = optimizer.backward(closure)
@@ -204,6 +204,7 @@ class SharpnessAware(Facade):
             >>> optimizer.step()
         """
         self._refuse_half_step()
+        self._refuse_second_backward()
         self._pending = None
         closed = as_closure(closure)
         f, pending = self._stepper.passes(closed, scaler)
@@ -229,7 +230,8 @@ class SharpnessAware(Facade):
 
         Raises:
             TypeError: the method needs more than two gradients.
-            RuntimeError: called twice without ``second_step`` between.
+            RuntimeError: called twice without ``second_step`` between, or without a backward before; nothing has been
+                changed.
 
         Example:
             >>> criterion(model(x), y).backward()
@@ -251,7 +253,7 @@ class SharpnessAware(Facade):
             zero_grad: drop the gradients afterwards.
 
         Raises:
-            RuntimeError: ``first_step`` was not called before.
+            RuntimeError: ``first_step`` was not called before, or no backward since; the weights are ``w``.
         """
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
@@ -283,7 +285,8 @@ class SharpnessAware(Facade):
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
         counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
-        self.telemetry = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        seen = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        self.telemetry = seen.following(self.telemetry)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:

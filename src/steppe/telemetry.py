@@ -10,6 +10,8 @@ from torch import Tensor
 
 from steppe.engine.vector import TINY, Vector
 
+RATE = 0.02  # of running means: they follow about the last 50 steps
+
 
 @dataclass(frozen=True)
 class Telemetry:
@@ -22,7 +24,7 @@ class Telemetry:
     Attributes:
         rho: the largest radius of any group.
         loss: ``L(w)``, on the batch (n-SAM: on the full batch; ``ascent=m``: on the ``m`` examples, unless the method
-            takes the batch's gradient at ``w`` too).
+            takes the batch's gradient at ``w`` too; MomentumSAM: ``L(w + eps)``, it has no pass at ``w``).
         loss_adv: ``L(w + eps)``, on the whole batch.
         gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
         g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors';
@@ -31,6 +33,10 @@ class Telemetry:
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         update_norm: Euclidean norm of the gradient that the base sees, before it is clipped (``max_norm=``).
         cosine: of ``g`` and ``g_adv``.
+        correction: of ``sampled=``: ``norm(u - g) / norm(g)``, the sampled correction and what moves beside the base
+            together, after ``clip=``; under DDP on this rank.
+        correction_mean: running mean of ``correction`` over about the last 50 steps that have one.
+        correction_deviation: its running standard deviation.
         trace_V: trace of the covariance of the examples' gradients at ``w`` in this batch (``gradient_noise=True``).
         forwards: forward passes over the batch.
         backwards: backward passes over the batch.
@@ -48,6 +54,9 @@ class Telemetry:
     g_adv_norm: Tensor | float | None = None
     update_norm: Tensor | float | None = None
     cosine: Tensor | float | None = None
+    correction: Tensor | float | None = None
+    correction_mean: Tensor | float | None = None
+    correction_deviation: Tensor | float | None = None
     trace_V: Tensor | float | None = None
     forwards: float = 0.0
     backwards: float = 0.0
@@ -60,6 +69,16 @@ class Telemetry:
         """The step's cost in ordinary forward-backward passes, a backward counted as two forwards."""
         return (self.forwards + 2 * self.backwards) / 3
 
+    def following(self, last: Telemetry) -> Telemetry:
+        """Return these numbers with the running mean and deviation, of which ``last`` has those before this step."""
+        mean, deviation, x = last.correction_mean, last.correction_deviation, self.correction
+        if x is not None and not self.was_skipped:
+            if mean is None or deviation is None:
+                mean, deviation = x, 0.0
+            step = x - mean
+            mean, deviation = mean + RATE * step, ((1 - RATE) * (deviation**2 + RATE * step**2)) ** 0.5
+        return replace(self, correction_mean=mean, correction_deviation=deviation)
+
 
 @dataclass
 class StepLog:
@@ -71,6 +90,7 @@ class StepLog:
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
     memory: dict[str, Vector] = field(default_factory=dict)
+    kept: dict[str, Tensor | float] = field(default_factory=dict)  # numbers for the next step
     rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
@@ -80,6 +100,8 @@ class StepLog:
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():
             self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        for name, value in other.kept.items():
+            self.kept[name] = self.kept.get(name, 0.0) + share * value
         self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
@@ -123,8 +145,8 @@ class StepLog:
 
     @property
     def loss(self) -> Tensor | float | None:
-        """``L(w)``; of n-SAM on the larger batch, of a perturbation from a subset on that."""
-        return self.numbers.get("loss", self.numbers.get("other_loss"))
+        """``L(w)``; of n-SAM on the larger batch, of a perturbation from a subset on that; else ``L(w + eps)``."""
+        return next((self.numbers[name] for name in ("loss", "other_loss", "loss_adv") if name in self.numbers), None)
 
     def telemetry(self, **of_the_step: Any) -> Telemetry:
         """Return the numbers as the user sees them."""

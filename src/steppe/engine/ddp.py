@@ -94,6 +94,7 @@ class Ranks:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
+                stack.callback(replica.register_forward_pre_hook(_stay_apart).remove)
             self._broadcast_buffers(False)
             try:
                 yield
@@ -114,6 +115,15 @@ class Ranks:
     def mean(self, g: Vector, like: Sequence[Tensor]) -> Vector:
         """Return the mean over all ranks."""
         return self._means([g], like, self.replicas[0].process_group)[0]
+
+    def mean_number(self, x: Tensor | float) -> Tensor | float:
+        """Return the mean of a number over all ranks."""
+        if self.alone:
+            return x
+        device = next(self.replicas[0].parameters()).device
+        total = torch.as_tensor(x, dtype=torch.float32, device=device).clone()
+        distributed.all_reduce(total, group=self.replicas[0].process_group)
+        return total / distributed.get_world_size(self.replicas[0].process_group)
 
     def agreed(self, value: T | None, device: torch.device) -> T | None:
         """Return ``value``, or ``None`` where any rank that shares gradients has none, so that all go the same way."""
@@ -164,6 +174,11 @@ class Ranks:
         averaged = iter(_averaged([t for t in kept if t is not None], group))
         means = [None if t is None else next(averaged) for t in kept]
         return [Vector(means[i : i + len(like)]) for i in range(0, len(means), len(like))]
+
+
+def _stay_apart(replica: Any, _inputs: Any) -> None:
+    """Undo ``model.require_backward_grad_sync = True``, which closures that accumulate write, in a pass apart."""
+    replica.require_backward_grad_sync = False
 
 
 @contextmanager
@@ -227,6 +242,7 @@ class RankGroups:
         Raises:
             TypeError: the model is flattened by FullyShardedDataParallel.
             ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
+            RuntimeError: inside ``join()``.
         """
         if not distributed_run():
             return Ranks()
@@ -243,6 +259,11 @@ class RankGroups:
         replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
         if not replicas:
             return Ranks()
+        if any(replica._join_config.enable for replica in replicas):
+            raise RuntimeError(
+                "a step cannot run inside DDP's join(): a rank without data does not know how many passes the others "
+                "take. Give every rank as many batches (DistributedSampler does, and drop_last=True)"
+            )
         if self.sync == "global":
             return Ranks(replicas, shared=True, averaged=True)
         group = self._neighbours(replicas[0].process_group)

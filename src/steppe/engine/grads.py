@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from steppe.engine.vector import Vector
+from steppe.engine.vector import Vector, is_sharded
 
 
 def drop(parameters: Sequence[Tensor]) -> None:
@@ -59,6 +59,9 @@ def _take(p: Tensor) -> Tensor | None:
         return None
     if g.is_sparse:
         raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
+    if is_sharded(g) and g.placements != p.placements:  # type: ignore[attr-defined]
+        whole: Tensor = g.detach().redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        return whole  # each rank had a part of the sum
     # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
     # Only the number of holders tells; g and `storage` are two.
     storage = g.untyped_storage()

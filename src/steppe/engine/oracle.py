@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from copy import copy
 from functools import reduce
 from operator import add
-from typing import Protocol
 
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks
 from steppe.engine.grad_scaler import LossScale
+from steppe.engine.hessian import hessian_vector_product
+from steppe.engine.memory import Memory, Remembering
+from steppe.engine.outputs import at_outputs, holding, recording
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import PARTS, Closure, Passes
+from steppe.engine.shortcuts import Shortcuts
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.engine.weights import moved
@@ -24,20 +27,7 @@ from steppe.pieces.protocol import Declaration
 AnyRule = Callable[["Oracle"], Update]  # any function from oracle to update is a rule
 
 
-class Shortcuts(Protocol):
-    """Cheaper ways to the oracle's answers, exact to rounding; ``None`` is: take the plain way."""
-
-    def update(self, f: Oracle, rule: AnyRule, m: int | None) -> Update | None:
-        """The mean of the rule's updates over micro-batches of ``m`` examples, or its update on the batch."""
-
-    def example_norms(self, f: Oracle) -> Tensor | None:
-        """The norm of every per-example gradient at ``w``, shape ``(n,)``."""
-
-    def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
-        """``sum_i weights_i grad f_i`` at ``w``."""
-
-
-class Oracle:
+class Oracle(Remembering):
     """One batch's loss as a function of the weights, for the length of one step.
 
     ``g`` is the gradient at ``w``; ``with f.at(eps):`` moves to ``w + eps``, where ``grad`` and ``losses`` answer, and
@@ -47,7 +37,7 @@ class Oracle:
         closure, parameters, modules, ranks, scale: as for :class:`~steppe.engine.passes.Passes`.
         declares: what the rule of the step declares (:mod:`steppe.pieces.protocol`).
         step: how many steps came before, for rules that change with time and pieces that draw random numbers.
-        recall: the memory of every parameter by name, from ``optimizer.state``.
+        memory: what the rule remembers, and the base's state.
         full: the closure over the larger batch of n-SAM.
         keep_g: hold ``g`` until the end of the step, at the cost of one copy of the parameters.
         guard: take no pass at weights that are not finite.
@@ -61,7 +51,7 @@ class Oracle:
         *,
         declares: Declaration | None = None,
         step: int = 0,
-        recall: Callable[[str], Sequence[Tensor | None]] | None = None,
+        memory: Memory | None = None,
         full: Closure | None = None,
         keep_g: bool = False,
         guard: bool = False,
@@ -73,8 +63,8 @@ class Oracle:
         self.passes = Passes(closure, parameters, modules, ranks, scale)
         self.step = step
         self._declares = declares or Declaration()
-        self._recall, self._full, self.guard, self._shortcuts = recall, full, guard, shortcuts
-        self._keep_g = keep_g
+        self._memory = memory or Memory(parameters.tensors)
+        self._full, self.guard, self._shortcuts, self._keep_g = full, guard, shortcuts, keep_g
         self._whole: Oracle | None = None  # the oracle of the batch that this one is a part of
         self._g: Vector | None = None
         self._freed = False  # whether g was freed, as the rule declares
@@ -110,6 +100,7 @@ class Oracle:
         if not self._looking:  # the move of the template, after which only what the rule declares is asked for
             if self._declares.losses_at_w:
                 self.losses()
+            self.passes.first_is_away |= not self._declares.g  # where no pass at w comes before, none comes after
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
         with moved(self.passes, eps, self.guard):
@@ -181,6 +172,49 @@ class Oracle:
     def example_norms(self) -> Tensor | None:
         """Return every ``norm(grad f_i)`` at ``w``, shape ``(n,)``, from the first pass; ``None`` without factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
+
+    def adds(self) -> bool:
+        """Tell whether gradients of parts add up to ``g``, as far as the engine of shared passes has verified it."""
+        shortcuts, batches = self._shortcuts, chunks_of(self.batch())
+        return shortcuts is not None and all(shortcuts.adds(self, batch) for batch in batches)
+
+    def output_gradient(self) -> list[Tensor]:
+        """Return the gradient of every example's loss by the model's output at ``w``, one tensor an accumulated batch.
+
+        It comes from the pass of ``g``, so ask for it first.
+
+        Raises:
+            TypeError: the batch is none of :meth:`steppe.Batch.supervised`, or the output is not one tensor.
+        """
+        outputs: list[Tensor] = []
+        batch = self.batch("the model's outputs")
+        self.passes.detach_losses()
+        with self.passes.over(recording(batch, outputs)):
+            self._g = self.grad()
+        return at_outputs(batch, outputs)
+
+    def pull_back(self, v: Sequence[Tensor]) -> Vector:
+        """Return the mean over the examples of ``J^T v_i``, ``J`` the Jacobian of the model's output here.
+
+        With ``v`` from :meth:`output_gradient` it is ``g`` at ``w``.
+
+        Args:
+            v: one vector an example, in the form of :meth:`output_gradient`.
+        """
+        with self.passes.over(holding(self.batch(), v)):
+            return self.grad()
+
+    def hvp(self, v: Vector) -> Vector:
+        """Return the Hessian of the mean loss at ``w`` times ``v``.
+
+        By the central difference ``(grad f(w + h v) - grad f(w - h v)) / 2 h``: two passes of the same batch and masks,
+        on every model that has gradients. ``norm(h v)`` is the third root of the type's precision (5e-3 in float32).
+        Exact on quadratics, but for rounding.
+
+        Raises:
+            TypeError: parameters are in low precision, which cannot hold so small a step.
+        """
+        return hessian_vector_product(self.passes, v, self.guard)
 
     def grad_on_full(self) -> Vector:
         """Return the gradient at ``w`` of the closure over the larger batch; the pass runs once a step.
@@ -257,43 +291,9 @@ class Oracle:
 
         A function may call a ``Rule``: what that rule declares is added to what this oracle knows.
         """
-        if not (says.remembers <= self._declares.remembers and says.losses_at_w <= self._declares.losses_at_w):
-            self._declares = self._declares.with_needs(says)
+        self._declares = self._declares.with_needs(says)
         before, self._looking = self._looking, True
         try:
             yield
         finally:
             self._looking = before
-
-    # ---- memory from step to step
-
-    def recall(self, name: str, default: Vector) -> Vector:
-        """Return what ``remember`` kept under this name; ``default`` for a parameter that has no memory yet.
-
-        ``ValueError`` for a name that the rule does not declare.
-        """
-        self._check_declared(name)
-        kept = self._recall(name) if self._recall else [None] * len(self.passes.parameters.tensors)
-        if all(t is None for t in kept):
-            return default
-        missing = default.where(t is None for t in kept).materialised()
-        return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
-
-    def remember(self, name: str, v: Vector, rate: float = 1.0) -> None:
-        """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded.
-
-        With a ``rate``, ``m <- m + rate (v - m)`` in place; a first ``m`` is ``v``. A parameter without an entry keeps
-        its ``m``.
-
-        Raises:
-            ValueError: the rule does not declare the name.
-        """
-        self._check_declared(name)
-        self.passes.log.memory[name], self.passes.log.rates[name] = v, rate
-
-    def _check_declared(self, name: str) -> None:
-        if name not in self._declares.remembers:
-            raise ValueError(
-                f"name must be one that the rule declares to remember, {sorted(self._declares.remembers)}, got "
-                f"{name!r}: give it declares = Declaration(remembers=frozenset({{{name!r}}}))"
-            )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
+from steppe.engine.checks import loss_among
 from steppe.engine.ddp import Ranks, distributed_run, no_unknown_replica
 from steppe.engine.grad_scaler import LossScale
 from steppe.engine.grads import drop, only, take
@@ -63,7 +64,7 @@ class Passes:
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
         part = Passes(batch, *self.context)
-        part.away, part.counted = self.away, self.counted
+        part.away, part.counted, part.first_is_away = self.away, self.counted, self.first_is_away
         return part
 
     def batch(self, use: str) -> Batch:
@@ -116,6 +117,15 @@ class Passes:
             yield
         finally:
             self.away = False
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Run passes inside over the same examples with another loss."""
+        before, self.closure = self.closure, batch
+        try:
+            yield
+        finally:
+            self.closure = before
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -225,9 +235,7 @@ class Passes:
         self._losses = self.losses_at_w()
 
     def _run_closure(self) -> None:
-        loss = self.closure()
-        if loss is None:
-            raise TypeError("closure must return the loss, got None")
+        loss = loss_among(self.closure())
         self._see_loss(loss.detach().clone() if isinstance(loss, Tensor) else loss)  # its memory may be used again
         self.log.count("forwards")
         self.log.count("backwards")

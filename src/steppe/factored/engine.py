@@ -105,19 +105,24 @@ class SharedPasses:
     def example_norms(self, f: Oracle) -> Tensor | None:
         """Return ``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
 
-        The factors are kept for the weighted gradient. Those of accumulated batches are held one batch at a time, in
-        additional passes; the weighted gradient is then an ordinary pass over all of them.
+        The factors are kept for the weighted gradient, and ``g`` comes from the same pass where it is asked for later.
+        Those of accumulated batches are held one batch at a time, in additional passes; the weighted gradient is then
+        an ordinary pass over all of them.
         """
+        recorded = None
         if not self.parallel:
             return None
         with f.passes.ranks.within():
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)
             else:
-                recorded = self.first_pass(f, collector=_by_example)
+                recorded = self.first_pass(f, f.needs_g, collector=_by_example)
                 norms = None if recorded is None else self._or_fall_back(f, recorded, recorded.by_example)
                 self._recorded = None if recorded is None or norms is None else (f, recorded)
-        return self._agreed(f, norms)
+        norms = self._agreed(f, norms)
+        if norms is not None and recorded is not None and f.needs_g:
+            f.g = f.passes.ranks.shared_gradient(recorded.g, f.passes.parameters.tensors)
+        return norms
 
     def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
         """Return ``sum_i p_i grad f_i`` from the factors of :meth:`example_norms`; ``None`` without them."""
@@ -203,6 +208,10 @@ class SharedPasses:
         finally:
             first.on_delta = None  # breaks the reference cycle that would keep the gradients
         return None
+
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Return whether the batch's gradient is the weighted mean of its parts', as no example changes another's."""
+        return batch.per_example and not self.entry(f, batch).plan.reason
 
     def entry(self, f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
         """Return the entry of the batch's model; a step that asks again gets the same one."""
