@@ -147,8 +147,8 @@ class Facade(torch.optim.Optimizer):
 
     def radius(self) -> float:
         """Return the largest radius of the next step."""
-        radius: RadiusOfGroups = self._stepper.radius
-        return radius.update(self.param_groups).largest()
+        largest: float = self._stepper.radius.update(self.param_groups).largest()
+        return largest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
