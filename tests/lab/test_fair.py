@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from steppe.lab import fair, files, notebook, presets, runs, spaces, tasks
+from steppe.lab import fair, files, notebook, presets, report, runs, spaces, tasks
 from steppe.lab.errors import LabError, PausedError
 from steppe.lab.fair import Asked, Contestant
 from steppe.lab.price import Price
@@ -325,3 +325,24 @@ def test_the_defaults_can_be_trained():
     for name, preset in (presets.FAIR | {f"{name}-quick": one for name, one in presets.FAIR_QUICK.items()}).items():
         asked = Asked(preset.settings, preset.methods, preset.seeds, preset.trials, equal="epochs")
         assert all(isinstance(one, Contestant) for one in fair.contestants(asked, {})), name
+
+
+def test_the_report_holds_tables_figures_and_the_command(folder):
+    report.write(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for words in (
+        "SAM(m={m})",
+        "fixed difference",
+        "The searches over lr",
+        "nothing was chosen by it",
+        "Early stopping",
+    ):
+        assert words in page
+    assert "fixed difference" in (folder / "summary.md").read_text()
+    words = report.command(report.read(folder), tables.read(folder))
+    assert words == (
+        "steppe compare --data digits --method SAM --method 'SAM(m={m})' --train-size 240 --model mlp-16 --epochs 4 "
+        "--batch-size 32 --trials 3 --search-seeds 1 --seeds 3 --equal passes --validation 0.25"
+    )
+    stars = [trace["marker"]["symbol"].count("star") for trace in tables.figures(tables.read(folder))[0].data]
+    assert stars == [1, 1, 1, 1]

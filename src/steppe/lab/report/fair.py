@@ -8,12 +8,14 @@ from typing import Any
 
 from steppe.lab import files, runs, summary, tables
 from steppe.lab.fair import FIXED, Comparison, opened_again
+from steppe.lab.presets import preset
+from steppe.lab.report.figures import Figure, axes, curve, look
 from steppe.lab.runs import SEARCH
 from steppe.lab.spaces import edge
 from steppe.lab.spec import Method
 from steppe.lab.statistics import Paired
 from steppe.lab.summary import Row, Summary
-from steppe.lab.sweep.space import filled
+from steppe.lab.sweep.space import Range, filled, shown
 from steppe.lab.tables import NONE, interval, number
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
@@ -127,6 +129,44 @@ def _named(headers: tuple[str, ...], found: Outcomes) -> list[str]:
     return [header.format(metric=metric) for header in headers]
 
 
+def figures(found: Outcomes) -> list[Figure]:
+    """Draw the validation error of every trial over each parameter that several methods search; a star was chosen."""
+    stages = {stage["name"]: stage for stage in found.found.context.search["stages"]}
+    keys = dict.fromkeys(key for one in found.asks.contestants for key in one.space)
+    drawn = []
+    for key in keys:
+        data = []
+        for index, (name, stage) in enumerate(stages.items()):
+            points = [point for point in stage["points"] if key in point["values"] and point["error"] is not None]
+            marks = ["star" if point["values"] == stage["chosen"] else look(index)[2] for point in points]
+            x, y = [point["values"][key] for point in points], [point["error"] for point in points]
+            more = {"mode": "markers", "marker": {"symbol": marks}}
+            data += [curve(x, y, name, index, **more)] if points else []
+        if len(data) > 1:
+            ranges = [one.space[key] for one in found.asks.contestants if key in one.space]
+            kind = "log" if any(isinstance(each, Range) and each.log for each in ranges) else "linear"
+            layout = axes(key, "validation error", xaxis={"type": kind})
+            caption = "Every trial of every method. A star: what the method's final runs were trained with."
+            drawn.append(Figure(f"search-{key}", f"The searches over {key}", caption, data, layout))
+    return drawn
+
+
+def command(found: Outcomes) -> list[str]:
+    """Return the words of the command that makes this comparison again, after ``steppe``."""
+    asked = found.asks.asked
+    usual = preset(asked.settings.data, fair=True).settings.to_dict() | {"test_seed": asked.settings.test_seed}
+    given = {key: value for key, value in asked.settings.to_dict().items() if value not in (None, usual[key])}
+    if given.get("model") == asked.settings.data:  # a task brings its own
+        del given["model"]
+    words = ["compare", "--data", asked.settings.data]
+    words += [word for text in asked.methods for word in ("--method", text)]
+    words += [word for key, each in asked.spaces.items() for word in ("--space", f"{key}={shown(each)}")]
+    options = given | {"trials": asked.trials, "search_seeds": asked.search_seeds, "seeds": found.found.plan.seeds}
+    options |= {"equal": asked.equal, "validation": asked.validation}
+    words += [word for key, each in options.items() for word in (f"--{key.replace('_', '-')}", str(each))]
+    return words + (["--clean-validation"] if asked.clean else [])
+
+
 def notes(found: Outcomes) -> list[str]:
     """Return what a reader of the tables must know."""
     asked = found.asks.asked
@@ -161,3 +201,12 @@ def plain(found: Outcomes) -> list[dict[str, Any]]:
         fixed = {f"fixed_{key}": each for key, each in tables.plain_row(one.fixed).items()} if one.fixed else {}
         rows.append(choice | final | {key: each for key, each in fixed.items() if key in FIXED_KEYS})
     return rows
+
+
+def markdown(found: Outcomes) -> str:
+    """Return both tables and the notes as Markdown."""
+    lines = [f"# {tables.title(found.found)}: a fair comparison", ""]
+    for headers, rows in (table(found), chosen(found)):
+        ruled = (headers, ["---"] + ["---:"] * (len(headers) - 1), *rows)
+        lines += [*("| " + " | ".join(row) + " |" for row in ruled), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes(found)), "", ""])
