@@ -763,3 +763,47 @@ def test_a_subset_of_every_rank(two_ranks, sync: str) -> None:
     (mine, by_hand), (theirs, _) = two_ranks(train_on_a_subset, sync)
     assert mine == theirs
     assert mine == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+
+
+def train_as_nanogpt(sync: str, idiom: bool) -> list[torch.Tensor]:
+    """Two micro-batches in a closure, of which the last alone is averaged by DDP if it is for the closure to say."""
+    model = DistributedDataParallel(net())
+    optimizer = steppe.SAM(sgd(model), rho=0.3, sync=sync)
+    for step in range(3):
+        parts = list(zip(*(t.split(3) for t in map(share, data(step))), strict=True))
+
+        def closure(parts=parts):
+            optimizer.zero_grad()
+            for k, (x, y) in enumerate(parts):
+                if idiom:
+                    model.require_backward_grad_sync = k == len(parts) - 1
+                loss = nn.functional.cross_entropy(model(x), y) / len(parts)
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return weights(model)
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_a_closure_that_sets_when_ddp_averages(two_ranks, sync) -> None:
+    """``require_backward_grad_sync = True`` would average the gradient of a perturbation that is each rank's own."""
+    ours, theirs = two_ranks(train_as_nanogpt, sync, True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, two_ranks(train_as_nanogpt, sync, False)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def step_inside_join() -> str:
+    model = DistributedDataParallel(net())
+    optimizer = steppe.SAM(sgd(model))
+    with model.join():
+        try:
+            optimizer.step(batch_of(model, *map(share, data(0))))
+        except RuntimeError as error:
+            return str(error)
+    return "stepped"
+
+
+def test_join_is_refused_by_name(two_ranks) -> None:
+    assert all(r"DDP's join()" in answer for answer in two_ranks(step_inside_join))
