@@ -61,7 +61,7 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     kept = [p.grad for p in parameters]
     try:
         chunks = chunks_of(batch)
-        if any(engine.entry(f, chunk).plan.mixes for chunk in chunks):
+        if any(engine.entry(f, chunk, 1).plan.mixes for chunk in chunks):
             raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
         with f.passes.away_from_w():  # running statistics do not count this batch
             norms, sizes, g_norm = _norms(f, engine, chunks, m)
@@ -77,8 +77,7 @@ def _norms(f: Oracle, engine: SharedPasses, chunks: Sequence[Batch], m: int) -> 
     """Return norm and size of every micro-batch, and the norm of the mean gradient."""
     norms, sizes, mean = [], [], None
     for share, part in f.parts(chunks):
-        recorded = engine.first_pass(part)
-        assert recorded is not None
+        recorded = engine.recorded(part)
         parts = MicroBatches(recorded.n, m)
         norms.append(recorded.norms(parts))
         sizes.append(parts.sizes(norms[-1]))
