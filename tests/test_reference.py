@@ -6,7 +6,7 @@ from torch import nn
 
 import steppe
 from steppe import Masked, Reweighted, Rule, Sharpest, SharpnessAware
-from steppe.rule import micro
+from steppe.rule import on_micro_batches
 from tests import reference
 from tests.cases import BASES, N, World, sgd, world
 from tests.exact import ExactNorms
@@ -68,7 +68,7 @@ def test_against_the_reference(name: str, m: int | None, base: str) -> None:
 def test_rw_sam_with_exact_norms(m: int | None, base: str) -> None:
     w, again = world(), world()
     expected = expected_path("RWSAM", w, base, m=m, lam=2.0)
-    by_hand = micro(m, Rule(sample=Reweighted(2.0, ExactNorms())))
+    by_hand = on_micro_batches(Rule(sample=Reweighted(2.0, ExactNorms())), m)
     assert_same_path(SharpnessAware(BASES[base](w.parameters()), by_hand, RHO), w, expected)
     factored = steppe.RWSAM(BASES[base](again.parameters()), RHO, lam=2.0, m=m, parallel=True)
     assert_same_path(factored, again, expected)

@@ -165,6 +165,21 @@ def test_statistics_given_for_the_call_alone() -> None:
     assert given["1.num_batches_tracked"] == 1
 
 
+def test_a_buffer_that_nothing_changes_keeps_its_version() -> None:
+    """Autograd compares versions, so a table of positions may be used before and after."""
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("positions", torch.arange(3))
+    model.register_buffer("secret", torch.zeros(3))
+    version = model.positions._version
+    with frozen_statistics([model]):
+        model(torch.randn(4, 3))
+        with torch.autograd._unsafe_preserve_version_counter(model.secret):
+            model.secret.fill_(1.0)
+    assert model.positions._version == version
+    assert model.running_mean.tolist() == [0.0] * 3  # torch's batch norm leaves the version, too
+    assert model.secret.tolist() == [0.0] * 3  # whatever its version says
+
+
 def test_modules_in_eval_mode_are_left_alone() -> None:
     model = nn.BatchNorm1d(3).eval()
     with frozen_statistics():

@@ -21,7 +21,7 @@ SLOTS = ("combine", "geometry", "sample", "select")
 def call(method: type[steppe.SharpnessAware]) -> str:
     """Return ``SAM(base, rho=0.05)``: the method's own parameters and their defaults."""
     parameters = inspect.signature(method).parameters.values()
-    own = [p for p in parameters if p.name not in ("base", "m", "sampled", "on", "options")]
+    own = [p for p in parameters if p.name not in ("base", "on", "options")]
     shown = [p.name + ("=" if p.default is p.empty else f"={p.default!r}") for p in own]
     return f"{method.__name__}({', '.join(['base', *shown])})"
 

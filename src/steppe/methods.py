@@ -19,12 +19,11 @@ from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, 
 from steppe.pieces.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
 from steppe.pieces.sample import Friendly, Masked, OnFull, Reweighted, Smoothed
 from steppe.pieces.select import Sharpest
-from steppe.rule import Every, Rule, micro
+from steppe.rule import Every, Rule
 from steppe.schedule import Schedule
 
 Base = torch.optim.Optimizer
 Radius = float | Schedule
-Draws = int | None  # how many micro-batches
 MATRICES = Matrices()
 
 
@@ -40,16 +39,8 @@ class SAM(SharpnessAware):
         >>> loss = optimizer.step(closure)
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(), rho, **options)
 
 
 class USAM(SharpnessAware):
@@ -60,16 +51,8 @@ class USAM(SharpnessAware):
     Source: Andriushchenko and Flammarion 2022, arXiv 2206.06232.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Unnormalised()), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=Unnormalised()), rho, **options)
 
 
 class UnifiedSAM(SharpnessAware):
@@ -83,17 +66,8 @@ class UnifiedSAM(SharpnessAware):
         lam: how much of the step is normalised, in [0, 1].
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        lam: float = 0.5,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Unified(lam)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, lam: float = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=Unified(lam)), rho, **options)
 
 
 class ASAM(SharpnessAware):
@@ -111,17 +85,9 @@ class ASAM(SharpnessAware):
     """
 
     def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.5,
-        eta: float = 0.01,
-        on: Which = MATRICES,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
+        self, base: Base, rho: Radius = 0.5, eta: float = 0.01, on: Which = MATRICES, **options: Unpack[Options]
     ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Adaptive(eta, on)), sampled), rho, **options)
+        super().__init__(base, Rule(geometry=Adaptive(eta, on)), rho, **options)
 
 
 class FisherSAM(SharpnessAware):
@@ -135,17 +101,8 @@ class FisherSAM(SharpnessAware):
         eta: the weight of the squared gradient in the Fisher diagonal, at least 0.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.1,
-        eta: float = 1.0,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(geometry=Fisher(eta)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.1, eta: float = 1.0, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=Fisher(eta)), rho, **options)
 
 
 class GSAM(SharpnessAware):
@@ -159,17 +116,8 @@ class GSAM(SharpnessAware):
         alpha: how strongly the surrogate gap is narrowed, at least 0.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        alpha: float = 0.4,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(combine=SurrogateGap(alpha)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, alpha: float = 0.4, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(combine=SurrogateGap(alpha)), rho, **options)
 
 
 class ESAM(SharpnessAware):
@@ -188,18 +136,10 @@ class ESAM(SharpnessAware):
     """
 
     def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        beta: float = 0.6,
-        gamma: float = 0.5,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
+        self, base: Base, rho: Radius = 0.05, beta: float = 0.6, gamma: float = 0.5, **options: Unpack[Options]
     ) -> None:
         rule = Rule(sample=Masked(beta), geometry=Scaled(1 / beta), select=Sharpest(gamma))
-        super().__init__(base, micro(m, rule, sampled), rho, **options)
+        super().__init__(base, rule, rho, **options)
 
 
 class WSAM(SharpnessAware):
@@ -215,17 +155,8 @@ class WSAM(SharpnessAware):
         gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        gamma: float = 0.9,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(combine=Weighted(gamma)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(combine=Weighted(gamma)), rho, **options)
 
 
 class CoupledWSAM(SharpnessAware):
@@ -239,17 +170,8 @@ class CoupledWSAM(SharpnessAware):
         gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        gamma: float = 0.9,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(combine=Coupled(gamma)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(combine=Coupled(gamma)), rho, **options)
 
 
 class NSAM(SharpnessAware):
@@ -264,19 +186,10 @@ class NSAM(SharpnessAware):
         full: a closure over the full data or a larger batch: zero, forward, backward, return the loss.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        *,
-        full: Closure,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
+    def __init__(self, base: Base, rho: Radius = 0.05, *, full: Closure, **options: Unpack[Options]) -> None:
         if not callable(full):
             raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
-        super().__init__(base, micro(m, Rule(sample=OnFull()), sampled), rho, full=full, **options)
+        super().__init__(base, Rule(sample=OnFull()), rho, full=full, **options)
 
 
 class RWSAM(SharpnessAware):
@@ -291,18 +204,8 @@ class RWSAM(SharpnessAware):
         lam: the inverse temperature of the weights, in units of ``1 / norm(g_i)``, at least 0; 0 is SAM.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        lam: float = 0.5,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        rule = Rule(sample=Reweighted(lam))
-        super().__init__(base, micro(m, rule, sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, lam: float = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(sample=Reweighted(lam)), rho, **options)
 
 
 class LookSAM(SharpnessAware):
@@ -319,17 +222,9 @@ class LookSAM(SharpnessAware):
     """
 
     def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.1,
-        k: int = 10,
-        alpha: float = 0.7,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
+        self, base: Base, rho: Radius = 0.1, k: int = 10, alpha: float = 0.7, **options: Unpack[Options]
     ) -> None:
-        rule = Every(k, micro(m, Rule(combine=RememberOrthogonal()), sampled), between=ReuseOrthogonal(alpha))
+        rule = Every(k, Rule(combine=RememberOrthogonal()), between=ReuseOrthogonal(alpha))
         super().__init__(base, rule, rho, **options)
 
 
@@ -346,17 +241,9 @@ class FSAM(SharpnessAware):
     """
 
     def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        sigma: float = 1.0,
-        decay: float = 0.9,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
+        self, base: Base, rho: Radius = 0.05, sigma: float = 1.0, decay: float = 0.9, **options: Unpack[Options]
     ) -> None:
-        super().__init__(base, micro(m, Rule(sample=Friendly(sigma, decay)), sampled), rho, **options)
+        super().__init__(base, Rule(sample=Friendly(sigma, decay)), rho, **options)
 
 
 class VaSSO(SharpnessAware):
@@ -370,17 +257,8 @@ class VaSSO(SharpnessAware):
         theta: how fast the direction follows the gradients, in (0, 1].
     """
 
-    def __init__(
-        self,
-        base: Base,
-        rho: Radius = 0.05,
-        theta: float = 0.9,
-        *,
-        m: int | None = None,
-        sampled: Draws = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(base, micro(m, Rule(sample=Smoothed(theta)), sampled), rho, **options)
+    def __init__(self, base: Base, rho: Radius = 0.05, theta: float = 0.9, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(sample=Smoothed(theta)), rho, **options)
 
 
 METHODS: tuple[type[SharpnessAware], ...] = tuple(SharpnessAware.__subclasses__())

@@ -20,6 +20,7 @@ from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState
 from steppe.pieces.protocol import declared
+from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import HalfStep, Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
@@ -28,8 +29,15 @@ Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
-class Options(TypedDict, total=False):
-    """The options that every method takes: see :class:`SharpnessAware`."""
+class Parts(TypedDict, total=False):
+    """The options of every method that choose the examples of a perturbation: see :class:`SharpnessAware`."""
+
+    m: int | None
+    sampled: int | None
+
+
+class Options(Parts, total=False):
+    """The options of every method: see :class:`SharpnessAware`."""
 
     check_finite: bool
     cosine: bool
@@ -53,6 +61,10 @@ class SharpnessAware(Facade):
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
+        m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
+            needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
+        sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
+            ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
         check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
@@ -94,6 +106,8 @@ class SharpnessAware(Facade):
         rho: float | Schedule = 0.05,
         *,
         full: Closure | None = None,
+        m: int | None = None,
+        sampled: int | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -103,6 +117,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         checks.check_base(base)
+        rule = on_micro_batches(rule, m, sampled)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
         radius = RadiusOfGroups(rho, base.param_groups)

@@ -121,17 +121,6 @@ class Micro:
         return replace(declared(self.rule), examples=True)
 
 
-def micro(m: int | None, rule: AnyRule, sampled: int | None = None) -> AnyRule:
-    """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``None`` is the whole batch.
-
-    Raises:
-        ValueError: ``sampled`` without ``m``.
-    """
-    if m is None and sampled is not None:
-        raise ValueError(f"sampled needs m=, the size of the micro-batches that it draws, got sampled={sampled!r}")
-    return rule if m is None else Micro(m, rule, sampled)
-
-
 @dataclass(frozen=True)
 class Every:
     """``rule`` at steps 0, k, 2k, ..., and ``between`` at the others.
@@ -160,6 +149,23 @@ class Every:
     def at(self, step: int) -> AnyRule:
         """Return the rule of this step."""
         return self.between if step % self.k else self.rule
+
+
+def on_micro_batches(rule: AnyRule, m: int | None = None, sampled: int | None = None) -> AnyRule:
+    """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``m=None`` is the whole batch.
+
+    Of :class:`Every` the rule of its k-th steps is cut.
+
+    Raises:
+        ValueError: ``sampled`` without ``m``.
+    """
+    if m is None and sampled is not None:
+        raise ValueError(f"sampled needs m=, the size of the micro-batches that it draws, got sampled={sampled!r}")
+    if m is None:
+        return rule
+    if isinstance(rule, Every):
+        return replace(rule, rule=on_micro_batches(rule.rule, m, sampled))
+    return Micro(m, rule, sampled)
 
 
 def rule_at(rule: AnyRule, step: int) -> AnyRule:

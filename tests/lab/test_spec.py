@@ -5,6 +5,7 @@ from torch import nn
 import steppe
 from steppe.lab import spec
 from steppe.lab.errors import LabError
+from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
 
 
@@ -33,8 +34,8 @@ def test_epochs():
     ("text", "message"),
     [
         ("Sam", r"unknown method 'Sam'.*choose from SGD, AdamW, .*SAM"),
-        ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, m, sampled, epochs"),
-        ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from epochs"),
+        ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, .*lr, batch_size, weight_decay, epochs"),
+        ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from lr, batch_size, weight_decay, epochs"),
         ("SAM(0.2)", "cannot read method"),
         ("SAM(**x)", "cannot read method"),
         ("SAM(rho=", "cannot read method"),
@@ -72,3 +73,15 @@ def test_build_passes_the_options():
     expected = steppe.WSAM(torch.optim.SGD(model.parameters(), lr=0.2), rho=0.3, gamma=0.8, m=4)
     assert optimizer.rule == expected.rule
     assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.3, 0.2)
+
+
+def test_a_method_may_have_settings_of_its_own():
+    method = spec.parse("SAM(batch_size=32, rho=0.1, epochs=2x, lr=0.2)")
+    assert str(method) == "SAM(rho=0.1, lr=0.2, batch_size=32, epochs=2x)"
+    assert spec.parse(str(method)) == method
+    own = method.under(Settings(momentum=0.8))
+    assert own == Settings(momentum=0.8, lr=0.2, batch_size=32)
+    (run,) = Plan(Settings(), (method,), 1).runs()
+    assert (run.settings.lr, run.settings.batch_size, run.epochs) == (0.2, 32, 300)
+    with pytest.raises(LabError, match="batch size 2000 exceeds"):
+        spec.parse_all(["SGD(batch_size=2000)"], Settings())

@@ -81,10 +81,11 @@ def test_long_runs_are_evaluated_at_some_epochs_and_at_the_last():
 
 
 def test_collapse_is_flagged():
-    assert collapsed(None, 10)
-    assert collapsed(math.log(10), 10)
-    assert not collapsed(1.9, 10)
-    assert train(run("SGD", settings=replace(TINY, lr=1e-6))).collapsed  # never left the start
+    assert collapsed(None, 10, 1)
+    assert collapsed(math.log(10), 10, 400)
+    assert not collapsed(math.log(10), 10, 5)  # healthy, and has not learned yet
+    assert not collapsed(1.9, 10, 400)
+    assert train(run("SGD", settings=replace(TINY, lr=1e-6, epochs=40))).collapsed  # never left the start
     blown_up = train(run("SGD", settings=replace(TINY, lr=1e6)))
     assert blown_up.collapsed
 

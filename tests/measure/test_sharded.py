@@ -28,7 +28,7 @@ def _rank(rank: int, store: str) -> None:
         assert abs(found.value - expected) < 1e-5 * expected, (found.value, expected)
         assert all(torch.equal(p.to_local(), t) for p, t in zip(model.parameters(), before, strict=True))
         with pytest.raises(TypeError, match="sharded model cannot be differentiated twice"):
-            Hessian(problem)
+            Hessian(problem) @ found.vectors[0]
     finally:
         dist.destroy_process_group()
 

@@ -7,7 +7,7 @@ import torch
 
 import steppe
 from steppe import Micro, OnFull, Plain, Rule, Unnormalised
-from steppe.sde import Equation, FiniteSum, RealPaths, Scheme, SDEError, logistic, quadratic, scheme_of
+from steppe.sde import Equation, FiniteSum, RealPaths, Scheme, SDEError, logistic, quadratic
 from steppe.sde.equation import sampling
 from tests.test_theory import d, finite_sum, n, regularised_gradient
 
@@ -126,7 +126,8 @@ def test_many_paths_are_what_the_optimizers_do_one_by_one():
         lambda base, m: steppe.USAM(base, 0.1, m=m),
     ):
         for m in (None, 2):
-            scheme = scheme_of(make(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2), m), SIZE)
+            rule = make(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2), m).rule
+            scheme = Scheme(rule, 0.2, 0.1, SIZE)
             moved = RealPaths(problem, scheme, paths)
             moved.step(index)
             together = moved.step(index.flip(0))
@@ -156,33 +157,21 @@ def test_the_covariance_of_the_mixing_weights(size, m, replacement):
     torch.testing.assert_close(found.factor @ found.factor.T, expected, rtol=0, atol=1e-12)
 
 
-def optimizer_of(make, **options):
-    model = torch.nn.Linear(d, 1)
-    return make(torch.optim.SGD(model.parameters(), lr=0.1, **options))
-
-
 @pytest.mark.parametrize(
-    ("make", "options", "message"),
+    ("rule", "message"),
     [
-        (lambda base: steppe.SAM(base), {"momentum": 0.9}, "plain SGD, got momentum=0.9"),
-        (lambda base: steppe.SAM(base), {"weight_decay": 0.1}, "plain SGD, got weight_decay=0.1"),
-        (lambda base: steppe.ASAM(base), {}, r"no equation for a rule with geometry=Adaptive\("),
-        (lambda base: steppe.RWSAM(base), {}, r"no equation for a rule with sample=Reweighted\("),
-        (lambda base: steppe.ESAM(base, gamma=0.5, beta=1.0), {}, r"no equation for a rule with sample=Masked\("),
-        (lambda base: steppe.GSAM(base), {}, r"no equation for a rule with combine=SurrogateGap\("),
-        (lambda base: steppe.LookSAM(base), {}, r"no equation for the rule Every\("),
-        (lambda base: steppe.SAM(base, m=3), {}, "size must be a multiple of m, got 4 examples in micro-batches of 3"),
-        (lambda base: torch.optim.Adam(base.param_groups[0]["params"]), {}, "must be torch.optim.SGD, got Adam"),
-        (
-            lambda base: steppe.SharpnessAware(base, Micro(2, Rule(OnFull()))),
-            {},
-            "no equation for micro-batches of the n-form",
-        ),
+        (Rule(geometry=steppe.Adaptive()), r"no equation for a rule with geometry=Adaptive\("),
+        (Rule(sample=steppe.Reweighted()), r"no equation for a rule with sample=Reweighted\("),
+        (Rule(select=steppe.Sharpest(0.5)), r"no equation for a rule with select=Sharpest\("),
+        (Rule(combine=steppe.SurrogateGap(0.4)), r"no equation for a rule with combine=SurrogateGap\("),
+        (steppe.Every(5, Rule(), Rule()), r"no equation for the rule Every\("),
+        (Micro(3, Rule()), "size must be a multiple of m, got 4 examples in micro-batches of 3"),
+        (Micro(2, Rule(OnFull())), "no equation for micro-batches of the n-form"),
     ],
 )
-def test_a_rule_without_an_equation_is_named(make, options, message):
+def test_a_rule_without_an_equation_is_named(rule, message):
     with pytest.raises(SDEError, match=message):
-        scheme_of(optimizer_of(make, **options), SIZE)
+        Scheme(rule, 0.1, 0.05, SIZE)
 
 
 def test_what_cannot_be_enumerated_is_refused():

@@ -112,7 +112,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr("steppe.lab.commands.toy.SWEPT", (0.5, 0.95))
     result = command("--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.png", "trajectories.png", "update.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trajectories.png", "update.png"]
     rows = [line.split() for line in result.output.splitlines()]
     assert ["coupled", "WSAM", "0.95", "19.82,", "29.77", "0.3565", "0.00033,", "0.00069", "flat", "minimum"] in rows
     assert "- coupled WSAM: sharp minimum for 0.5; flat minimum for 0.95" in result.output

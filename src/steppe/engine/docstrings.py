@@ -10,15 +10,10 @@ SHARED = {
     "base": "the base optimizer, an instance; it takes one step on the method's ``u``.",
     "rho": "radius of the perturbation, in the norm of the method's ``eps``, or a schedule "
     "(:mod:`steppe.schedule`). A parameter group may have its own.",
-    "m": "size of the micro-batches that each get their own perturbation (m-SAM); ``step`` then needs a "
-    ":class:`~steppe.Batch`. ``None`` is the whole batch.",
-    "sampled": "how many random micro-batches are taken at every step, for m-SAM in expectation at "
-    "``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.",
 }
 ALIASES = {
     "Base": "torch.optim.Optimizer",
     "Radius": "float | Schedule",
-    "Draws": "int | None",
     "Which": "(Oracle) -> list[bool]",
     "Sync": "str | int",
 }
@@ -39,8 +34,7 @@ def add_shared_arguments(method: type, wrapper: type) -> None:
     options = [name for name in _parameters(wrapper) if name not in ("base", "rule", "rho", "full")]
     described = _described(_cut(inspect.cleandoc(wrapper.__doc__ or ""), "Args:")[1]) | SHARED | _described(own)
     types = _parameters(wrapper) | _parameters(method)
-    names = [name for name in _parameters(method) if name not in ("m", "sampled", "options")]
-    names += ["m", "sampled", *options]
+    names = [name for name in _parameters(method) if name != "options"] + options
     entries = (f"{name} ({types[name]}): {' '.join(described[name].split())}" for name in names)
     lines = [textwrap.fill(entry, 100, initial_indent=" " * 4, subsequent_indent=" " * 8) for entry in entries]
     method.__doc__ = "\n\n".join([text, "Args:\n" + "\n".join(lines), ERRORS, *([example] if example else [])]) + "\n"

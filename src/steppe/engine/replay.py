@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
@@ -40,14 +41,20 @@ class RandomState:
             torch.get_device_module(device.type).set_rng_state(state, device)
 
 
-class _Snapshot:
-    """Copies of the buffers of modules in training mode, put back in place and bit for bit."""
+class Snapshot:
+    """Copies of the buffers of modules in training mode, put back in place and bit for bit.
 
-    def __init__(self) -> None:
+    Args:
+        modules: those to copy from now.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.seen: dict[tuple[int, int], object] = {}  # keeps what the ids belong to
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.copies: list[tuple[Tensor, Tensor, int]] = []  # a buffer, its copy, its version
         self.bound: list[tuple[nn.Module, str, Tensor]] = []
         self.ran: list[nn.Module] = []
+        for module in modules:
+            self.take(module)
 
     def run(self, module: nn.Module, _inputs: object) -> None:
         """Take a module that is about to run, as a forward hook."""
@@ -67,13 +74,17 @@ class _Snapshot:
             if buffer is None or buffer.dtype == torch.bool or (id(module), id(buffer)) in self.seen:
                 continue  # a mask is no statistic
             self.seen[id(module), id(buffer)] = buffer
-            self.copies.append((buffer, buffer.clone()))
+            self.copies.append((buffer, buffer.clone(), buffer._version))
             if not known:  # else swapped in for this call, as functional_call does, and not the module's own
                 self.bound.append((module, name, buffer))
 
+    @torch.no_grad()
     def restore(self) -> None:
-        for buffer, copy in self.copies:
-            buffer.copy_(copy)
+        """Put the values back; a buffer that nothing has changed keeps its version, which autograd compares."""
+        for buffer, copy, version in self.copies:
+            unchanged = buffer._version == version
+            with _unsafe_preserve_version_counter(buffer) if unchanged else nullcontext():
+                buffer.copy_(copy)
         for module, name, buffer in self.bound:
             module._buffers[name] = buffer  # a module may have bound a new tensor
 
@@ -92,7 +103,7 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Mod
     Yields:
         The modules that have run inside, as far as the hook has seen them.
     """
-    snapshot = _Snapshot()
+    snapshot = Snapshot()
     compiled = False
     for module in modules:
         compiled |= "_orig_mod" in module._modules
@@ -105,8 +116,7 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Mod
     finally:
         if hook is not None:  # not hook.remove(): its weak reference is dead where a step left half done is garbage
             hooks.pop(hook.id, None)
-        with torch.no_grad():
-            snapshot.restore()
+        snapshot.restore()
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:

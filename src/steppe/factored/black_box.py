@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from steppe.engine.functional import functional
+from steppe.factored.batch_norm import update_running_statistics
 from steppe.factored.passes import FirstPass, Interception, Matrices, SecondPass, Site, Small
 from steppe.factored.tracked import CannotFactor
 
@@ -45,7 +46,10 @@ def register_factored(module_type: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
-    """Enter a pass in which registered modules with perturbed parameters run as one layer each."""
+    """Enter a pass in which registered modules with perturbed parameters run as one layer each.
+
+    Running statistics are updated at its end.
+    """
     modules = model.modules() if _registered else ()
     found = [m for m in modules if type(m) in _registered and "forward" not in vars(m) and _names(m, passing)]
     for module in found:
@@ -53,6 +57,7 @@ def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
     try:
         with passing:
             yield
+        update_running_statistics(model, passing)
     finally:
         for module in found:
             del module.forward  # the class's own again

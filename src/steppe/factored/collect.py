@@ -67,6 +67,7 @@ class Collector:
         self.first, self.parts, self.cost, self.rho = first, parts, cost, rho
         self.uses: Matrices = {}
         self.by_example: Small = {}
+        self.by_part: Small = {}
         self.matrices: dict[int, Gradient] = {}
 
     @cached_property
@@ -76,6 +77,9 @@ class Collector:
 
     def take(self, site: Site) -> None:
         """Add the contribution of one use."""
+        if site.parts is not None and site.weight is not None:
+            self.by_part.setdefault(site.weight, []).append(site.deltas[0])
+            return
         site.layer.collect(site, self.uses, self.by_example)
         if site.weight is not None and len(self.uses.get(site.weight, ())) == self.counts[site.weight]:
             self.matrices[site.weight] = self._made(site.weight, self.uses.pop(site.weight))
@@ -99,9 +103,12 @@ class Collector:
 
     def gradients(self) -> Gradients:
         """Return the gradients of all matrices, whole or as factors, and of other parameters, ``(k, *shape)``."""
-        for i in self.by_example.keys() & (self.matrices.keys() | self.uses.keys()):
+        for i in (self.by_example.keys() | self.by_part.keys()) & (self.matrices.keys() | self.uses.keys()):
             raise CannotFactor(f"{self.first.tracked.names[i]} is used both as a matrix and directly")
-        return self.matrices, _by_part(self.by_example, self.parts)
+        small = _by_part(self.by_example, self.parts)
+        for i, copies in self.by_part.items():
+            small[i] = reduce(torch.add, [*copies, small[i]] if i in small else copies)
+        return self.matrices, small
 
 
 def collected(first: FirstPass, parts: MicroBatches, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
@@ -203,6 +210,10 @@ def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> l
     matrices, small = _uses(first)
     found: dict[int, list[Tensor]] = {}
     with torch.no_grad():
+        for site in first.sites:
+            if site.parts is not None and site.weight is not None:
+                c_k, delta = c[site.parts.starts], site.deltas[0]
+                found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.flatten(1))
         for i, uses in matrices.items():
             found[i] = [use.weighted(c) for use in uses]
             for use in uses:
@@ -219,7 +230,8 @@ def _uses(first: FirstPass) -> tuple[Matrices, Small]:
     small: Small = {}
     with torch.no_grad():
         for site in first.sites:
-            site.layer.collect(site, matrices, small)
+            if site.parts is None:
+                site.layer.collect(site, matrices, small)
     return matrices, small
 
 

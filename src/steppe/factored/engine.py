@@ -1,14 +1,14 @@
 """Shared passes: m-SAM, RW-SAM and SAM by the per-example gradients of one pass over the whole batch."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.replay import RandomState
+from steppe.engine.replay import RandomState, Snapshot
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.factored.black_box import black_boxes
@@ -36,7 +36,7 @@ class SharedPasses:
     def __init__(self, parallel: bool | str = "auto") -> None:
         self.parallel = parallel
         # by the batch, kept so that its id is not used again, and the size of micro-batches
-        self._entries: dict[tuple[int, int], tuple[Batch, Entry]] = {}
+        self._entries: dict[Any, tuple[Batch, Entry]] = {}
         self._recorded: tuple[Oracle, Recorded] | None = None  # between example_norms and weighted_gradient
 
     # ---- m-SAM
@@ -57,7 +57,7 @@ class SharedPasses:
         n = len(f.batch())
         parts = MicroBatches(n, n if m is None else m)
         reweighted = weights == "norms"  # which are known only after the whole pass
-        proven_for = 1 if reweighted else parts.m
+        proven_for = None if reweighted else parts.m
         g_adv = self._tried(f, proven_for, lambda plan: self._g_adv(f, plan, rule, parts, reweighted))
         if g_adv is None:
             if m is not None and self.parallel == "auto":
@@ -70,7 +70,8 @@ class SharedPasses:
     def _g_adv(self, f: Oracle, plan: SharingPlan, rule: Rule, parts: MicroBatches, reweighted: bool) -> Vector:
         """Return the mean over micro-batches of the gradients at ``w + eps_k``, from both passes."""
         needs_g, pool = f.needs_g, known(f.batch().model).pool
-        recorded = record(f, plan, pool, None if reweighted else by_part(parts, f), needs_g)
+        within, collector = (None, None) if reweighted else (parts, by_part(parts, f))
+        recorded = record(f, plan, pool, within, collector, needs_g)
         if reweighted:
             _reweight(recorded, parts, rule)
         second = second_pass(f, recorded, parts, rule.geometry.radial)  # type: ignore[attr-defined]
@@ -89,9 +90,9 @@ class SharedPasses:
             return True
         if m is None and (weights == "uniform" or f.needs_g):
             return False
-        return self._cheaper_than_sam(f, 1 if m is None or weights == "norms" else m)
+        return self._cheaper_than_sam(f, m if weights == "uniform" else None)
 
-    def _cheaper_than_sam(self, f: Oracle, m: int) -> bool:
+    def _cheaper_than_sam(self, f: Oracle, m: int | None) -> bool:
         """Return whether factors save multiplications in the two passes of plain SAM."""
         if self.parallel != "auto" or not f.is_whole or not f.passes.ranks.alone:
             return False
@@ -123,19 +124,19 @@ class SharedPasses:
         """Return ``norm(grad f_i)`` of one batch's examples, and what the first pass has recorded."""
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
-            recorded = record(f, plan, known(f.batch().model).pool, _by_example)
+            recorded = record(f, plan, known(f.batch().model).pool, collector=_by_example)
             return recorded.by_example(), recorded
 
-        return self._tried(f, 1, run)
+        return self._tried(f, None, run)
 
     def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
         """Return ``sum_i p_i grad f_i`` from the factors of :meth:`example_norms`; ``None`` without them."""
         if self._recorded is None or self._recorded[0] is not f:
             return None
         (_, recorded), self._recorded = self._recorded, None
-        d = self._agreed(f, self._tried(f, 1, lambda _: recorded.weighted(weights)))
+        d = self._agreed(f, self._tried(f, None, lambda _: recorded.weighted(weights)))
         if d is not None:
-            self.entry(f, f.batch(), 1).succeed()
+            self.entry(f, f.batch()).succeed()
         return d
 
     def _agreed(self, f: Oracle, found: T | None) -> T | None:
@@ -146,7 +147,7 @@ class SharedPasses:
         return found
 
     def _norms_by_batch(self, f: Oracle, batches: Batches) -> Tensor | None:
-        entries = [self.entry(f, batch, 1) for batch in batches.chunks]
+        entries = [self.entry(f, batch) for batch in batches.chunks]
         if not all(self._allowed(entry.plan) for entry in entries):
             return None
         found: list[Tensor] = []
@@ -165,20 +166,23 @@ class SharedPasses:
         Raises:
             ValueError: the model does not factor; the message says why. The engine is one with ``parallel=True``.
         """
-        made = self._tried(f, 1, lambda plan: record(f, plan, known(f.batch().model).pool))
+        made = self._tried(f, None, lambda plan: record(f, plan, known(f.batch().model).pool))
         assert made is not None
         return made
 
     # ---- plans
 
-    def entry(self, f: Oracle, batch: Batch, m: int) -> Entry:
-        """Return the entry of the batch's model for micro-batches of ``m``; a step that asks again gets the same."""
+    def entry(self, f: Oracle, batch: Batch, m: int | None = None) -> Entry:
+        """Return the entry of the batch's model for micro-batches of ``m``, ``None`` for single examples.
+
+        A step that asks again gets the same one.
+        """
         asked = id(batch), m
         if asked not in self._entries:
             self._entries[asked] = batch, entry_for(f, batch, m)
         return self._entries[asked][1]
 
-    def _tried(self, f: Oracle, m: int, run: Callable[[SharingPlan], T]) -> T | None:
+    def _tried(self, f: Oracle, m: int | None, run: Callable[[SharingPlan], T]) -> T | None:
         """Return what a proven plan gives; ``None`` where the loop has to, from the same random numbers.
 
         Raises:
@@ -186,7 +190,9 @@ class SharedPasses:
             Exception: ``parallel=True`` excludes the loop; any other error is raised again.
         """
         batch = f.batch("its examples' gradients")
-        entry, before = self.entry(f, batch, m), RandomState.now(f.passes.parameters.devices)
+        entry = self.entry(f, batch, m)
+        before, buffers = RandomState.now(f.passes.parameters.devices), Snapshot(batch.modules())
+        counted = f.passes.counted
         for again in (True, False):
             if not self._allowed(entry.plan):
                 return None
@@ -198,6 +204,8 @@ class SharedPasses:
             except Exception as error:  # an error of the model itself: the loop will raise it again
                 self._fail(f, entry, error)
             before.restore()
+            buffers.restore()
+            f.passes.counted = counted
             if structure is None:
                 return None
             if not (again and prove(entry, f, batch, m, structure)):
@@ -212,7 +220,7 @@ class SharedPasses:
         Raises:
             ValueError: they may not, and ``parallel=True`` was asked for; the message says why.
         """
-        if not plan.reason or (plan.mixes and self.parallel is True):
+        if not plan.reason:
             return True
         if self.parallel is True:
             raise refusal(plan.reason)

@@ -215,8 +215,7 @@ class PerturbedMap(torch.autograd.Function):
         ctx.save_for_backward(x, W)
         ctx.map, ctx.gradient, ctx.s = map, gradient, s
         y = gradient.apply(map, x, W, s, b, b_eps)
-        # The model may change the output in place, which autograd forbids for a view that a function returns.
-        return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]
+        return no_view(y)
 
     @staticmethod
     @once_differentiable
@@ -230,6 +229,11 @@ class PerturbedMap(torch.autograd.Function):
         if needed[2]:
             db = d.sum([i for i in range(d.dim()) if i != 2], dtype=W.dtype)
         return dx, dW, db, None, None, None, None
+
+
+def no_view(y: Tensor) -> Tensor:
+    """Return the result of an autograd function so that the model may change it in place; views may not be."""
+    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]
 
 
 def squared_norms(gradients: Iterable[Gradient], small: Iterable[Tensor]) -> Tensor:

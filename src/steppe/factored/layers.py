@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.attention import Attention
+from steppe.factored.batch_norm import BatchNorm
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
@@ -180,7 +181,7 @@ LAYERS: dict[Any, Any] = {
     F.rms_norm: NormLayer((2, None), channels_first=False),
     F.group_norm: GroupNormLayer(),
     F.instance_norm: NormLayer((3, 4), channels_first=True),
-    F.batch_norm: NormLayer((3, 4), channels_first=True),
+    F.batch_norm: BatchNorm(),
     F.multi_head_attention_forward: Attention(),
     **dict.fromkeys((torch.add, torch.sub, torch.mul, torch.div, torch.true_divide), _elementwise),
     **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide), _elementwise),

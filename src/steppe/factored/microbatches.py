@@ -85,6 +85,11 @@ class MicroBatches:
         whole = self.n // m * m
         return [(0, whole, m)] + ([(whole, self.n, self.n - whole)] if whole < self.n else [])
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first example of each micro-batch."""
+        return list(range(0, self.n, self.m))
+
     @property
     def k(self) -> int:
         """The number of micro-batches."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from steppe.factored.gradients import Gradient, TensorPool
 from steppe.factored.microbatches import Layout, MicroBatches
-from steppe.factored.tracked import BATCH_NORMS, HARMLESS, CannotFactor, Tracked, name_of, unwrapped
+from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
@@ -39,6 +39,7 @@ class Site:
         deltas: the gradients of the output, one for each backward pass.
         layout: which rows belong to which example.
         version: the version counter of ``kept`` when it was recorded.
+        parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
         freed: whether what was recorded has been used and freed.
     """
 
@@ -51,6 +52,7 @@ class Site:
     deltas: list[Tensor] = field(default_factory=list)
     layout: Layout | None = None
     version: int = 0
+    parts: MicroBatches | None = None
     freed: bool = False
 
     def free(self) -> None:
@@ -84,16 +86,18 @@ class Interception(TorchFunctionMode):
     Args:
         tracked: the perturbed parameters.
         layers: torch function -> layer.
+        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
     """
 
     method: str
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any]) -> None:
+    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
         super().__init__()
-        self.tracked, self.layers = tracked, layers
+        self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
         self.count = 0  # of the sites so far
-        self.batch_norms = 0  # calls that use the statistics of the whole batch
+        self.mixes = False  # whether examples of a micro-batch influence one another
+        self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
 
     def __torch_function__(
@@ -102,8 +106,6 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         transformed = peek_interpreter_stack() is not None
         layer = None if transformed else self.layers.get(func)
-        if func in BATCH_NORMS:
-            self.batch_norms += bool(args[5] if len(args) > 5 else kwargs.get("training", False))
         if layer is not None:
             self.inside += 1
             try:
@@ -140,13 +142,20 @@ class FirstPass(Interception):
     Args:
         tracked: the perturbed parameters.
         layers: torch function -> layer.
+        parts: the micro-batches within which examples may influence one another.
         pool: the memory of gradients that are held whole.
     """
 
     method = "record"
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], pool: TensorPool | None = None) -> None:
-        super().__init__(tracked, layers)
+    def __init__(
+        self,
+        tracked: Tracked,
+        layers: Mapping[Any, Any],
+        parts: MicroBatches | None = None,
+        pool: TensorPool | None = None,
+    ) -> None:
+        super().__init__(tracked, layers, parts)
         self.pool = pool
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -154,6 +163,10 @@ class FirstPass(Interception):
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
         return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
+
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
+        return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
@@ -186,10 +199,16 @@ class FirstPass(Interception):
     def structure(self) -> tuple[Any, ...]:
         """Return what the forward pass did with the parameters, whatever the sizes of its data.
 
-        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie.
+        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
+        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
         """
         uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
-        return (*uses, self.batch_norms, self.tracked.n == 1)
+        return (*uses, self.mixes, self.independent == 1)
+
+    @property
+    def independent(self) -> int:
+        """How many examples, or micro-batches, do not influence one another."""
+        return self.parts.k if self.parts is not None and self.mixes else self.tracked.n
 
     def check(self) -> None:
         """Raise where a site has no gradient, or several, or its input was changed in place."""
@@ -221,6 +240,7 @@ class SecondPass(Interception):
     """
 
     method = "evaluate"
+    parts: MicroBatches
 
     def __init__(
         self,
@@ -231,8 +251,8 @@ class SecondPass(Interception):
         matrices: Mapping[int, tuple[Gradient, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
-        super().__init__(tracked, layers)
-        self.sites, self.parts, self.matrices, self.small = sites, parts, matrices, small
+        super().__init__(tracked, layers, parts)
+        self.sites, self.matrices, self.small = sites, matrices, small
 
     def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
         """Return the site that the first pass recorded here."""
@@ -245,6 +265,11 @@ class SecondPass(Interception):
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
         return self.rows_of(self.next(layer, index, None), p, index, (rows,))
+
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return ``p + eps_k`` for each micro-batch, ``(k, *p.shape)``."""
+        self.next(layer, index, None)
+        return p + self.small[index].to(p.dtype)
 
     def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
         """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""

@@ -147,8 +147,8 @@ def known(model: nn.Module) -> Known:
     return _known.setdefault(model, Known())
 
 
-def entry_for(f: Oracle, batch: Batch, m: int) -> Entry:
-    """Return the entry of this model for micro-batches of ``m``, rehearsed where that is due.
+def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
+    """Return the entry of this model for micro-batches of ``m``, or single examples, rehearsed where that is due.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the model has not been rehearsed before.
@@ -176,7 +176,7 @@ def entry_for(f: Oracle, batch: Batch, m: int) -> Entry:
     return entry
 
 
-def prove(entry: Entry, f: Oracle, batch: Batch, m: int, structure: tuple[Any, ...]) -> bool:
+def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: tuple[Any, ...]) -> bool:
     """Return whether a pass with another structure than the last is proven, if need be by a rehearsal."""
     if entry.recall(structure):
         return True

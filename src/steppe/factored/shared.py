@@ -31,7 +31,7 @@ class SharingPlan:
         places: where examples lie, for every site.
         reason: why micro-batches cannot share passes; empty where they can.
         final: whether the reason holds for every batch.
-        mixes: whether batch normalisation lets examples influence one another.
+        mixes: whether examples of a micro-batch influence one another, as in batch normalisation.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
     """
 
@@ -53,7 +53,8 @@ class SharingPlan:
         if structure != self.structure:
             raise NotProven(structure)
         for site, place in zip(first.sites, self.places, strict=True):
-            site.layout = place.layout(first.tracked.n, site.leading)
+            n = first.tracked.n if site.parts is None else site.parts.k
+            site.layout = place.layout(n, site.leading)
             if site.layout is None:
                 raise NotProven(structure)
 
@@ -62,6 +63,7 @@ def record(
     f: Oracle,
     plan: SharingPlan,
     pool: TensorPool,
+    parts: MicroBatches | None = None,
     collector: Callable[[FirstPass], Collector] | None = None,
     needs_g: bool = False,
 ) -> Recorded:
@@ -71,11 +73,12 @@ def record(
         f: the oracle, of one batch.
         plan: a proven plan.
         pool: the memory of gradients that are held whole.
+        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
         collector: makes a collector of gradients, which works and frees factors during the backward pass.
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, pool)
+    first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, parts, pool)
     collecting = collector(first) if collector else None
     first.on_delta = None if collecting is None else _collecting(collecting, plan)
     try:

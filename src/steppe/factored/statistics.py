@@ -60,11 +60,8 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     before = RandomState.now(f.passes.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
-        chunks = chunks_of(batch)
-        if any(engine.entry(f, chunk, 1).plan.mixes for chunk in chunks):
-            raise ValueError("the gradients of single examples are not defined: batch normalisation mixes them")
         with f.passes.away_from_w():  # running statistics do not count this batch
-            norms, sizes, g_norm = _norms(f, engine, chunks, m)
+            norms, sizes, g_norm = _norms(f, engine, chunks_of(batch), m)
     finally:
         before.restore()
         for p, g in zip(parameters, kept, strict=True):

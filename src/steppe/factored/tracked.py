@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from steppe.batch import Batch
 from steppe.engine.oracle import Oracle
@@ -19,6 +17,10 @@ class CannotFactor(Exception):  # noqa: N818
     """The micro-batch gradients of a model cannot be factored; the message says why."""
 
     final = True
+
+
+class Mixes(CannotFactor):
+    """Examples influence one another, and gradients of single examples are asked for; micro-batches may do."""
 
 
 class Unsure(CannotFactor):
@@ -84,9 +86,6 @@ HARMLESS = {
     *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
     *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
 }  # functions that do not use a parameter's value
-
-
-BATCH_NORMS = {F.batch_norm, torch.batch_norm}  # whose sixth argument is whether they use the batch's statistics
 
 
 def unwrapped(t: Any) -> Any:

@@ -18,8 +18,10 @@ from steppe.factored.tracked import CannotFactor, Tracked
 from steppe.factored.unseen import watch_scripts
 
 
-def rehearsed(f: Oracle, batch: Batch, m: int) -> SharingPlan:
+def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     """Return the plan for micro-batches of ``m``, proven on this batch, or why there is none.
+
+    With ``m=None`` it is for the gradients of single examples, which may not influence one another at all.
 
     The update of SAM on micro-batches is made by shared passes and by the serial loop, on the batch as it is and on a
     random permutation of its examples. The two have to agree to
@@ -52,7 +54,10 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
     parameters = f.passes.parameters.tensors
     if isinstance(batch, Batches):
         raise CannotFactor("the batch is accumulated: the factors of one batch are held at a time")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for module in batch.modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and distributed:
+            raise CannotFactor("SyncBatchNorm averages statistics over the processes")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:

@@ -3,3 +3,7 @@
 
 class LabError(Exception):
     """A mistake in what the user asked for; the command line prints its message without a traceback."""
+
+
+class NotFiniteError(LabError):
+    """A run ended with a metric that is not a finite number."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steppe.lab.files import finite, write
 from steppe.lab.hardware import ALONE, Process
+from steppe.lab.own import OwnTask, losses, metrics
 from steppe.lab.record import CURVES
 from steppe.lab.tasks import Task
 
@@ -48,8 +49,8 @@ class Meter:
         10,000 training examples.
         """
         seen = min(len(task.labels), SEEN)
-        train_loss, train_error = evaluate(model, task.inputs, task.labels[:seen], process)
-        _, test_error = evaluate(model, task.test_inputs, task.test_labels, process)
+        train_loss, train_error = evaluate(model, task.inputs, task.labels[:seen], process, task.own)
+        _, test_error = evaluate(model, task.test_inputs, task.test_labels, process, task.own)
         point = {"epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_error": test_error}
         for name, values in self.sums.items():
             numbers = [float(value) for value in values]
@@ -64,12 +65,15 @@ class Meter:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, inputs: Any, labels: Tensor, process: Process = ALONE) -> tuple[float, float]:
-    """Return the mean loss and the share of wrong answers on the first ``len(labels)`` examples.
+def evaluate(
+    model: nn.Module, inputs: Any, labels: Tensor, process: Process = ALONE, own: OwnTask | None = None
+) -> tuple[float, float]:
+    """Return the mean loss and the mean metric, the share of wrong answers, on the first ``len(labels)`` examples.
 
     The processes share the examples. Each makes the same number of forward passes, which sharded parameters need.
     """
     model.eval()
+    loss_of, metric_of = losses(own), metrics(own)[0]
     share = math.ceil(len(labels) / process.world)
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
     for rows in torch.arange(share).split(_CHUNK):
@@ -77,10 +81,9 @@ def evaluate(model: nn.Module, inputs: Any, labels: Tensor, process: Process = A
         counted = (mine < len(labels)).to(process.device)
         mine = mine.clamp(max=len(labels) - 1)
         with process.autocast():
-            logits = model(inputs[mine]).float()
-        losses = nn.functional.cross_entropy(logits, labels[mine], reduction="none")
-        wrong = logits.argmax(1) != labels[mine]
-        sums += torch.stack([losses[counted].double().sum(), wrong[counted].double().sum()])
+            outputs = model(inputs[mine])
+        values = [of(outputs, labels[mine])[counted].double().sum() for of in (loss_of, metric_of)]
+        sums += torch.stack(values)
     model.train()
     loss, error = (process.total(sums) / len(labels)).tolist()
     return loss, error

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from steppe import measure
-from steppe.lab import files, models, tasks
+from steppe.lab import files, tasks
 from steppe.lab.errors import LabError
 from steppe.lab.files import finite
 from steppe.lab.metrics import SEEN, evaluate
 from steppe.lab.record import Record, environment
 from steppe.lab.runs import Run, path_of
+from steppe.lab.train import built
 from steppe.measure import Minimum
 
 BATCH = 500  # examples in one pass
@@ -62,9 +63,9 @@ def trained(folder: Path, run: Run, ended: Record, task: tasks.Task) -> nn.Modul
             f"{path} is missing: the run was made before weights were kept. "
             f"Delete {path_of(folder, run)} and run the same command again"
         )
-    model = models.build(run.settings.model, task.inputs[0], task.classes)
+    model = built(run, task)
     model.load_state_dict(torch.load(path, weights_only=True))
-    loss, _ = evaluate(model, task.inputs, task.labels[:SEEN])
+    loss, _ = evaluate(model, task.inputs, task.labels[:SEEN], own=task.own)
     if ended.train_loss is None or abs(loss - ended.train_loss) > RTOL * max(abs(ended.train_loss), RTOL):
         raise LabError(f"{path} does not belong to its record: training loss {loss:.6g}, recorded {ended.train_loss}")
     return model
@@ -75,7 +76,7 @@ def measured(folder: Path, run: Run, ended: Record) -> Measured:
     started = time.perf_counter()
     task = tasks.load(run.settings, run.seed)
     model = trained(folder, run, ended, task)
-    criterion = nn.CrossEntropyLoss(reduction="none")
+    criterion = task.own.loss if task.own and task.own.loss else nn.CrossEntropyLoss(reduction="none")
     data = _Seen(task)
     found = measure.minimum(model, criterion, data, seed=run.seed)
     problem = measure.Problem(model, criterion, data)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import models, spec, tasks
+from steppe.lab import data, models, spec, tasks
 from steppe.lab.errors import LabError
 from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
@@ -44,20 +44,20 @@ QUICK: dict[str, Preset] = {
 }
 
 
-def preset(data: str, quick: bool = False) -> Preset:
+def preset(name: str, quick: bool = False) -> Preset:
     """Return the defaults for a data source, the tiny ones if ``quick``.
 
     Raises:
         LabError: the source is unknown, or has no tiny version.
     """
-    if data not in PRESETS and ":" not in data:
+    if name not in PRESETS and ":" not in name:
         known = ", ".join(sorted(PRESETS))
-        raise LabError(f"unknown data {data!r}; choose from {known} or your own module:function")
-    if quick and data not in QUICK:
-        raise LabError(f"--quick is for {' and '.join(QUICK)}, not {data}")
-    if data not in PRESETS:
-        return replace(_OWN, settings=replace(_OWN.settings, data=data))
-    return (QUICK if quick else PRESETS)[data]
+        raise LabError(f"unknown data {name!r}; choose from {known} or your own module:function")
+    if quick and name not in QUICK:
+        raise LabError(f"--quick is for {' and '.join(QUICK)}, not {name}")
+    if name not in PRESETS:
+        return replace(_OWN, settings=replace(_OWN.settings, data=name))
+    return (QUICK if quick else PRESETS)[name]
 
 
 def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
@@ -71,11 +71,16 @@ def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if chosen.whole and "train_size" not in changes:
         changes["train_size"] = tasks.offered(replace(chosen.settings, data_dir=changes.get("data_dir")))
-    return replace(chosen.settings, **changes)
+    settings = replace(chosen.settings, **changes)
+    if chosen.whole and data.read(settings).own is not None:
+        if "model" in changes:
+            raise LabError(f"{settings.data} brings its own model; leave --model out")
+        settings = replace(settings, model=settings.data)
+    return settings
 
 
 def planned(
-    data: str,
+    source: str,
     given: Mapping[str, Any],
     methods: list[str] | None = None,
     baseline: str | None = None,
@@ -88,7 +93,7 @@ def planned(
     Raises:
         LabError: any of it cannot be trained; nothing has been written.
     """
-    default = preset(data, quick)
+    default = preset(source, quick)
     settings = settings_for(default, given)
     chosen = tuple(spec.parse_all(methods or list(default.methods), settings))
     models.check(settings.model)

@@ -41,6 +41,7 @@ class Record:
     seconds: float  # of training alone, without evaluations
     collapsed: bool
     environment: dict[str, str]
+    metric: str = "error %"  # what test_error and train_error are; a name that ends with % is of a share
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.epochs < 1:
@@ -49,6 +50,11 @@ class Record:
             raise ValueError(f"curves must be {', '.join(CURVES)}")
         if len({len(values) for values in self.curves.values()}) != 1 or self.curves["epoch"][-1:] != [self.epochs]:
             raise ValueError("curves must have equal lengths and end at the last epoch")
+
+    @property
+    def shown(self) -> float:
+        """Return the test error as tables show it: shares in per cent."""
+        return self.test_error * (100 if self.metric.endswith("%") else 1)
 
     @property
     def passes(self) -> float:

@@ -74,7 +74,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """Return every run, seed by seed, so that runs that finish early are already paired."""
         seeds = range(self.first, self.first + self.seeds)
-        return [Run(method, seed, self.settings) for seed in seeds for method in self.methods]
+        return [Run(method, seed, method.under(self.settings)) for seed in seeds for method in self.methods]
 
     @classmethod
     def alone(cls, run: Run) -> "Plan":

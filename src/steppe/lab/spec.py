@@ -1,7 +1,7 @@
-"""The one-line grammar of methods: ``SAM(rho=0.2, m=16)``, ``SGD(epochs=2x)``.
+"""The one-line grammar of methods: ``SAM(rho=0.2, m=16)``, ``SGD(epochs=2x)``, ``SAM(lr=0.1, batch_size=32)``.
 
     spec  = NAME [ "(" key "=" value { "," key "=" value } ")" ]
-    key   = a hyper-parameter of the class ``steppe.NAME``, or epochs
+    key   = a hyper-parameter of the class ``steppe.NAME``; epochs; lr, batch_size or weight_decay of its own
     value = a Python literal; epochs also takes a multiple of the common number, as in 2x
 
 ``SGD`` and ``AdamW`` are those optimizers alone; every other method wraps the one that the settings name. Values are
@@ -12,7 +12,8 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, get_type_hints
 
 import torch
 from torch import nn
@@ -21,26 +22,27 @@ import steppe
 from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError
 from steppe.lab.settings import Settings
-from steppe.rule import micro
+from steppe.optimizer import Parts
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
 
 def _adaptive_wsam(
-    base: torch.optim.Optimizer, rho: float = 0.5, gamma: float = 0.88, eta: float = 0.01, *, m: int | None = None
+    base: torch.optim.Optimizer, rho: float = 0.5, gamma: float = 0.88, eta: float = 0.01, **parts: Unpack[Parts]
 ) -> SharpnessAware:
-    return SharpnessAware(base, micro(m, Rule(geometry=Adaptive(eta), combine=Weighted(gamma))), rho)
+    return SharpnessAware(base, Rule(geometry=Adaptive(eta), combine=Weighted(gamma)), rho, **parts)
 
 
 def _fisher_wsam(
-    base: torch.optim.Optimizer, rho: float = 0.1, gamma: float = 0.88, eta: float = 1.0, *, m: int | None = None
+    base: torch.optim.Optimizer, rho: float = 0.1, gamma: float = 0.88, eta: float = 1.0, **parts: Unpack[Parts]
 ) -> SharpnessAware:
-    return SharpnessAware(base, micro(m, Rule(geometry=Fisher(eta), combine=Weighted(gamma))), rho)
+    return SharpnessAware(base, Rule(geometry=Fisher(eta), combine=Weighted(gamma)), rho, **parts)
 
 
 # WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7
 _COMPOSED = {"AdaptiveWSAM": _adaptive_wsam, "FisherWSAM": _fisher_wsam}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
+SETTINGS = ("lr", "batch_size", "weight_decay")  # of all methods, which a spec may set for its own
 _SUPPLIED = ("base", "full")  # constructor parameters that come from the run, not from the spec
 
 
@@ -51,9 +53,10 @@ class Method:
     name: str
     options: tuple[tuple[str, object], ...] = ()
     epochs: int | str | None = None
+    settings: tuple[tuple[str, object], ...] = ()  # its own values of some of the common settings
 
     def __str__(self) -> str:
-        pairs = [f"{key}={value!r}" for key, value in self.options]
+        pairs = [f"{key}={value!r}" for key, value in self.options + self.settings]
         pairs += [] if self.epochs is None else [f"epochs={self.epochs}"]
         return f"{self.name}({', '.join(pairs)})" if pairs else self.name
 
@@ -62,6 +65,11 @@ class Method:
         """Return the spec in letters that a file name may have."""
         text = re.sub(r"(?<=\w)=(?=[\w.])", "", str(self).lower())
         return re.sub(r"[^a-z0-9.]+", "-", text.replace("-", "neg")).strip("-")
+
+    def under(self, common: Settings) -> Settings:
+        """Return the settings of this method in a comparison with ``common`` ones."""
+        own: dict[str, Any] = dict(self.settings)
+        return replace(common, **own) if own else common
 
     def epochs_of(self, common: int) -> int:
         """Return the epochs of this method in a comparison whose common number is ``common``."""
@@ -75,13 +83,18 @@ def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **_COMPOSED}
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the keys that a method's spec may set, but epochs, with their defaults."""
+    if name in _PLAIN:
+        return {}
+    parameters = inspect.signature(choices()[name]).parameters.values()
+    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _SUPPLIED]
+    return {p.name: p.default for p in own} | dict.fromkeys(get_type_hints(Parts))
+
+
 def options_of(name: str) -> list[str]:
     """Return the keys that a method's spec may set."""
-    if name in _PLAIN:
-        return ["epochs"]
-    parameters = inspect.signature(choices()[name]).parameters.values()
-    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    return [key for key in named if key not in _SUPPLIED] + ["epochs"]
+    return [*defaults_of(name), *SETTINGS, "epochs"]
 
 
 def parse(text: str) -> Method:
@@ -94,7 +107,11 @@ def parse(text: str) -> Method:
         if key not in allowed:
             raise LabError(f"{name} has no option {key!r} (in {text!r}); choose from {', '.join(allowed)}")
     epochs = _epochs(given.pop("epochs", None), text)
-    return Method(name, tuple((key, given[key]) for key in allowed if key in given), epochs)
+    own, common = (
+        tuple((key, given[key]) for key in allowed if key in given and (key in SETTINGS) == is_common)
+        for is_common in (False, True)
+    )
+    return Method(name, own, epochs, common)
 
 
 def _split(text: str) -> tuple[str, dict[str, object]]:
@@ -143,7 +160,7 @@ def parse_all(texts: list[str], settings: Settings) -> list[Method]:
     methods = list(dict.fromkeys(parse(text) for text in texts))
     for method in methods:
         try:
-            build(method, nn.Linear(2, 2), settings, full=lambda: torch.zeros(()))
+            build(method, nn.Linear(2, 2), method.under(settings), full=lambda: torch.zeros(()))
         except (TypeError, ValueError) as error:
             raise LabError(f"{method}: {error}") from error
     return methods

@@ -54,8 +54,8 @@ class Summary:
         return [record for run, record in self.records.items() if run.method == method]
 
     def errors(self, method: Method) -> dict[int, float]:
-        """Return a method's errors in per cent by seed."""
-        return {record.seed: 100 * record.test_error for record in self.of(method)}
+        """Return a method's errors by seed, in per cent where they are shares."""
+        return {record.seed: record.shown for record in self.of(method)}
 
 
 def summarise(plan: Plan, records: dict[Run, Record], problems: list[str], context: Context | None = None) -> Summary:

@@ -11,23 +11,28 @@ from steppe.lab import data
 from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError
 from steppe.lab.inputs import Examples, Files, Images, take
+from steppe.lab.own import OwnTask
 from steppe.lab.settings import Settings
 
 
 @dataclass(frozen=True)
 class Task:
-    """Training and test examples of a run; training labels are noisy, test labels clean."""
+    """Training and test examples of a run; training labels are noisy, test labels clean.
+
+    ``own`` is the model, loss and metric that a user's task brings.
+    """
 
     inputs: Examples
     labels: Tensor
     test_inputs: Examples
     test_labels: Tensor
     classes: int
+    own: OwnTask | None = None
 
     def to(self, device: torch.device) -> "Task":
         """Return the task on a device; image files are decoded to it."""
         moved = (part.to(device) for part in (self.inputs, self.labels, self.test_inputs, self.test_labels))
-        return Task(*moved, self.classes)  # type: ignore[call-arg, arg-type]
+        return Task(*moved, self.classes, self.own)  # type: ignore[call-arg, arg-type]
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -52,7 +57,7 @@ def load(settings: Settings, seed: int) -> Task:
         test_inputs, test_labels = pool.test_inputs, pool.test_labels
     prepared = _prepared(pool, inputs, test_inputs, settings)
     labels = noisy(labels, settings.noise, pool.classes, seed)
-    task = Task(prepared[0], labels, prepared[1], test_labels, pool.classes)
+    task = Task(prepared[0], labels, prepared[1], test_labels, pool.classes, pool.own)
     return held_out(task, settings.fitted) if settings.validation else task
 
 
@@ -64,11 +69,13 @@ def held_out(task: Task, fitted: int) -> Task:
     """
     kept, held = slice(fitted), slice(fitted, None)
     parts = take(task.inputs, held), task.labels[held]
-    return Task(take(task.inputs, kept), task.labels[kept], *parts, task.classes)
+    return Task(take(task.inputs, kept), task.labels[kept], *parts, task.classes, task.own)
 
 
 def noisy(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
     """Return labels, each redrawn with probability ``share`` uniformly from all classes (symmetric noise)."""
+    if not share:
+        return labels
     draw = stream(seed, "noise")
     chosen = torch.rand(len(labels), generator=draw) < share
     return torch.where(chosen, torch.randint(classes, (len(labels),), generator=draw), labels)
@@ -87,12 +94,20 @@ def check(settings: Settings) -> None:
         raise LabError(f"train-size {settings.train_size} exceeds the {found} examples that {settings.data} offers")
     inputs = data.read(settings).inputs
     images = isinstance(inputs, Files) or (isinstance(inputs, Tensor) and inputs.dtype == torch.uint8)
+    if (own := data.read(settings).own) is not None:
+        if settings.noise and not own.classes:
+            raise LabError(
+                f"noise {settings.noise} redraws class numbers, and {settings.data} has none: set noise to 0"
+            )
+        own.check()
     if data.augmentation(settings) != "none" and not images:
         raise LabError(f"augment {settings.augment} is for images, and {settings.data} has none")
 
 
 def _prepared(pool: RawData, train: Any, test: Any, settings: Settings) -> tuple[Examples, Examples]:
     """Return training and test inputs that are standardised by the same numbers."""
+    if pool.own is not None:
+        return train, test
     if isinstance(train, Tensor) and train.is_floating_point():
         spread, mean = torch.std_mean(train) if pool.scale else (1.0, 0.0)
         return (train - mean) / spread, (test - mean) / spread

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 import steppe
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, NotFiniteError
 from steppe.lab.hardware import ALONE, CPU, Hardware, Process
 from steppe.lab.inputs import ahead, finish, raw
 from steppe.lab.metrics import Meter
+from steppe.lab.own import PerExample, losses, metrics
 from steppe.lab.record import Record, environment
 from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
 
 _POINTS = 30  # evaluations per common number of epochs, at most (one epoch in two of 60)
 COLLAPSE = 0.95  # of log(#classes), the loss of random guesses
+LEARNED = 100  # steps after which a net that learns has left it
 
 
 def train(run: Run, hardware: Hardware = CPU) -> Record:
@@ -43,7 +45,7 @@ class Session:
         self.run, self.process = run, process
         self.task = tasks.load(run.settings, run.seed).to(process.device)
         self.model = process.setup(initial_model(run, self.task))
-        self.loss = cross_entropy(run.settings.label_smoothing, process)
+        self.loss = per_example(losses(self.task.own, run.settings.label_smoothing), process)
         self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
@@ -145,6 +147,8 @@ class Session:
         """Return the record of a session that has reached its end."""
         run, meter = self.run, self.meter
         last: dict[str, Any] = meter.latest()
+        if last["test_error"] is None:
+            raise NotFiniteError(f"the metric of {run} is not finite at the end")
         return Record(
             method=str(run.method),
             rule=repr(self.optimizer.rule) if hasattr(self.optimizer, "rule") else "none: the base optimizer alone",
@@ -163,31 +167,37 @@ class Session:
             backwards=meter.backwards,
             skipped=meter.skipped,
             seconds=meter.seconds,
-            collapsed=collapsed(last["train_loss"], self.task.classes),
+            collapsed=collapsed(last["train_loss"], self.task.classes, self.steps),
+            metric=metrics(self.task.own)[1],
             environment=environment() | self.process.describe(),
         )
 
 
-def cross_entropy(smoothing: float, process: Process) -> Callable[[nn.Module, Any], Tensor]:
+def per_example(loss: PerExample, process: Process) -> Callable[[nn.Module, Any], Tensor]:
     """Return the loss of every example as a function; the model runs in the precision of the hardware."""
 
-    def losses(model: nn.Module, data: Any) -> Tensor:
+    def of(model: nn.Module, data: Any) -> Tensor:
         inputs, labels = data
         with process.autocast():
-            logits = model(inputs)
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+            outputs = model(inputs)
+        return loss(outputs, labels)
 
-    return losses
+    return of
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
     """Return the seed's model, and seed the global random generator for the optimizer."""
     torch.manual_seed(tasks.stream(run.seed, "init").initial_seed())
-    model = models.build(run.settings.model, task.inputs[0], task.classes)
+    model = built(run, task)
     if run.settings.start is not None:
         model.load_state_dict(_start(run.settings, run.seed))
     torch.manual_seed(tasks.stream(run.seed, "optimizer").initial_seed())
     return model
+
+
+def built(run: Run, task: tasks.Task) -> nn.Module:
+    """Return the model of the task or of the settings, as torch's random generator makes it."""
+    return task.own.model() if task.own else models.build(run.settings.model, task.inputs[0], task.classes)
 
 
 @lru_cache(maxsize=1)  # a comparison runs all methods of one seed before the next seed
@@ -212,9 +222,14 @@ def orders(run: Run, task: tasks.Task) -> Iterator[list[Tensor]]:
         yield list(torch.split(permutation, run.settings.batch_size)[: run.settings.steps_per_epoch])
 
 
-def collapsed(train_loss: float | None, classes: int) -> bool:
-    """Return whether a run ended with a loss near log(#classes), as at random guesses, or with none that is finite."""
-    return train_loss is None or not train_loss < COLLAPSE * math.log(classes)
+def collapsed(train_loss: float | None, classes: int, steps: int) -> bool:
+    """Return whether a run ended with a loss near log(#classes), as at random guesses, or with none that is finite.
+
+    A run of a few steps is near it because it has not learned yet.
+    """
+    if train_loss is None:
+        return True
+    return bool(classes) and steps >= LEARNED and train_loss >= COLLAPSE * math.log(classes)
 
 
 def _base(run: Run, optimizer: torch.optim.Optimizer) -> str:

@@ -11,7 +11,6 @@ from steppe.batch import Batch, Data, mapped
 from steppe.engine.functional import functional
 from steppe.engine.vector import Vector
 from steppe.factored import gradient_statistics
-from steppe.measure.operator import DoubleBackward
 from steppe.measure.problem import Problem
 
 log = logging.getLogger("steppe")
@@ -54,24 +53,22 @@ def gradient_noise(problem: Problem) -> GradientNoise:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"{MIXED}{type(module).__name__} is in training mode")
         norms = torch.cat([_norms(problem, batch).cpu() for batch in problem.batches()]).double()
-    g = float(DoubleBackward().gradient(problem).norm())
+    g = float(problem.gradient().norm())
     trace = float(norms.square().mean()) - g**2
     return GradientNoise(norms, g, trace, trace / g**2 if g else float("inf"))
 
 
 def _norms(problem: Problem, batch: Batch) -> Tensor:
-    low = problem.w is not problem.parameters  # float32 copies work with neither of the two fast ways
     try:
-        if not low:
-            return gradient_statistics(batch, problem.parameters).norms
+        return gradient_statistics(batch, problem.parameters).norms
     except ValueError as error:
         log.debug("per-example gradients by vmap: %s", error)
     try:
-        squares, total = _one_by_one(problem, batch) if low else _under_vmap(problem, batch)
+        squares, total = _under_vmap(problem, batch)
     except RuntimeError as error:  # an operation that vmap does not support, or a branch on data
         log.debug("per-example gradients in a loop: %s", error)
         squares, total = _one_by_one(problem, batch)
-    g = torch.autograd.grad(batch.losses().sum(), problem.w, allow_unused=True)
+    g = torch.autograd.grad(batch.losses().sum(), problem.parameters, allow_unused=True)
     if float((total - Vector(g)).norm()) > 1e-3 * float(squares.sqrt().sum()):
         raise ValueError(f"{MIXED}their gradients alone do not add up to the batch's")
     return squares.sqrt()
@@ -80,7 +77,7 @@ def _norms(problem: Problem, batch: Batch) -> Tensor:
 def _under_vmap(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
     """Return the squared norms of the per-example gradients, and the gradients' sum."""
     names = {id(p): name for name, p in batch.model.named_parameters()}
-    losses, w = functional(batch.model, batch.loss), {names[id(p)]: p.detach() for p in problem.w}
+    losses, w = functional(batch.model, batch.loss), {names[id(p)]: p.detach() for p in problem.parameters}
 
     def f(w: dict[str, Tensor], example: Data) -> Tensor:
         return losses(w, mapped(lambda t: t.unsqueeze(0), example)).sum()
@@ -94,9 +91,9 @@ def _under_vmap(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
 
 
 def _one_by_one(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
-    squares, total = [], Vector([None] * len(problem.w))
+    squares, total = [], Vector([None] * len(problem.parameters))
     for example in batch.split(1):
-        g = Vector(torch.autograd.grad(example.losses().sum(), problem.w, allow_unused=True))
+        g = Vector(torch.autograd.grad(example.losses().sum(), problem.parameters, allow_unused=True))
         squares.append(g.norm().square())
         total = total + g
     return torch.stack(squares), total

@@ -1,7 +1,9 @@
-"""Curvature matrices of size ``(d, d)``, never formed, and two ways to compute their products with vectors."""
+"""Curvature matrices of size ``(d, d)``, never formed: their products with vectors."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
@@ -12,154 +14,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steppe.batch import Batch
 from steppe.engine import checks
-from steppe.engine.oracle import Oracle
-from steppe.engine.passes import reshard
-from steppe.engine.replay import frozen_statistics
 from steppe.engine.vector import TINY, Vector
 from steppe.measure.problem import Problem
 
 LENGTHS = {torch.float32: 1e-4, torch.float64: 1e-6}
-Curvature = Callable[[Tensor, Tensor], Tensor]  # (f, J v) -> B(f) J v
 Term = Callable[[Batch], Vector]  # a batch's part of the product with one vector: the sum over its examples
-
-
-@dataclass(frozen=True)
-class DoubleBackward:
-    """Products to rounding: ``H v = d/dw <grad f, v>`` and ``J v = d/du <J^T u, v>``, a second backward each.
-
-    Attention runs its math kernel, the only one that can be differentiated twice. Under DDP each rank gets the product
-    on its own data.
-    """
-
-    def gradient(self, problem: Problem) -> Vector:
-        """Return the gradient of the mean loss."""
-        g = Vector([None] * len(problem.w))
-        with problem.untouched():
-            for batch in problem.batches():
-                g = g + Vector(torch.autograd.grad(batch.losses().sum(), problem.w, allow_unused=True))
-        return g / problem.n
-
-    def hessian(self, problem: Problem, f: Callable[[], Tensor], v: Vector) -> Vector:
-        """Return ``(d^2 f / dw^2) v`` of a scalar ``f``."""
-        with sdpa_kernel(SDPBackend.MATH):
-            g = torch.autograd.grad(f(), problem.w, create_graph=True, allow_unused=True)
-            return Vector(_pull(g, problem.w, v))
-
-    def gauss_newton(self, problem: Problem, f: Callable[[], Tensor], B: Curvature, v: Vector) -> Vector:
-        """Return ``J^T B(f) J v`` of ``f`` of any shape."""
-        w = problem.w
-        with sdpa_kernel(SDPBackend.MATH):
-            z = f()
-            u = torch.zeros_like(z, requires_grad=True)
-            Ju = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
-            (Jv,) = _pull(Ju, [u], v)
-            if Jv is None:
-                return Vector([None] * len(w))
-            return Vector(torch.autograd.grad(z, w, B(z.detach(), Jv), allow_unused=True))
-
-
-def _pull(g: Sequence[Tensor | None], inputs: Sequence[Tensor], v: Vector) -> Sequence[Tensor | None]:
-    """Return ``d <g, v> / d inputs``; entries of ``g`` that are constant or ``None`` count as zero."""
-    entries = zip(g, v.materialised(), strict=True)
-    pairs = [(a, b) for a, b in entries if a is not None and b is not None and a.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    outputs, directions = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, inputs, directions, allow_unused=True)
-
-
-@dataclass(frozen=True)
-class CentralDifference:
-    """``H v = (grad f(w + h v) - grad f(w - h v)) / 2 h``: for models that cannot be differentiated twice.
-
-    These are compiled and sharded (FSDP2) models. The gradients come from ordinary backward passes, so under data
-    parallelism they are averages over the ranks. In float32 the error is about 1e-3 for smooth networks, but 10 to
-    400 % with ReLU, where each unit that changes sign between the two points adds a jump over ``2 h``.
-
-    Args:
-        length: ``h norm(v)`` as a share of ``norm(w)``; ``None`` is 1e-4 in float32 and 1e-6 in float64.
-
-    Raises:
-        ValueError: ``length`` is not above 0.
-        TypeError: in a product, where parameters are in low precision.
-    """
-
-    length: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.length is not None:
-            checks.number("length", self.length, "a finite number > 0", low=1e-30)
-
-    def gradient(self, problem: Problem) -> Vector:
-        """Return the gradient of the mean loss."""
-        with problem.untouched():
-            return problem.oracle().grad()
-
-    def hessian(self, problem: Problem, f: Callable[[], Tensor], v: Vector) -> Vector:
-        """Return ``(d^2 f / dw^2) v`` of a scalar ``f``."""
-        oracle, h = _oracle(problem, f), self._h(problem, v)
-        with oracle.at(h * v):
-            ahead = oracle.grad()
-        with oracle.at(-h * v):
-            behind = oracle.grad()
-        return (ahead - behind) / (2 * h)
-
-    def gauss_newton(self, problem: Problem, f: Callable[[], Tensor], B: Curvature, v: Vector) -> Vector:
-        """Return ``J^T B(f) J v`` of ``f`` of any shape."""
-        random, z = problem.random_state(), list[Tensor]()
-
-        def replayed() -> Tensor:
-            random.restore()  # the same dropout masks in all three passes
-            return f()
-
-        def against() -> Tensor:
-            here = replayed()
-            return (here * B(here.detach(), (z[0] - z[1]) / (2 * h))).sum()
-
-        oracle, h = _oracle(problem, against), self._h(problem, v)
-        for eps in (h * v, -h * v):
-            with oracle.at(eps), frozen_statistics(problem.model.modules()), torch.no_grad():
-                z.append(replayed())
-            reshard(problem.model.modules())
-        return oracle.grad()
-
-    def _h(self, problem: Problem, v: Vector) -> float:
-        """Return the step at which ``norm(h v)`` is the chosen length; where ``w`` is 0, its norm counts as 1."""
-        w = Vector([p.detach() for p in problem.parameters]).norm()
-        length = self.length or LENGTHS[w.dtype]
-        return length * (float(w) or 1.0) / (float(v.norm()) + TINY)
-
-
-def _oracle(problem: Problem, f: Callable[[], Tensor]) -> Oracle:
-    def closure() -> Tensor:
-        value = f()
-        value.backward()
-        return value
-
-    return problem.oracle(closure)
-
-
-Product = DoubleBackward | CentralDifference
 
 
 class Operator(ABC):
     """``A v = 1/n sum_i A_i v``, averaged over the examples of a problem, one batch at a time.
 
-    Args:
-        problem: model, loss and data.
-        product: :class:`DoubleBackward`, or :class:`CentralDifference` for models that it does not support.
+    Products are exact to rounding, by a second backward pass: ``H v = d/dw <grad f, v>`` and ``J v = d/du <J^T u, v>``.
+    Compiled models run their eager code, and attention its math kernel: only these can be differentiated twice. Under
+    DDP each rank gets the product on its own data.
 
     Raises:
-        TypeError: the model is compiled or sharded, and ``product`` is not :class:`CentralDifference`.
+        TypeError: in a product, if the model is sharded (FSDP2), so that it cannot be differentiated twice.
     """
 
-    def __init__(self, problem: Problem, product: Product | None = None) -> None:
-        self.problem, self.product = problem, product or DoubleBackward()
-        compiled = any(hasattr(module, "_orig_mod") for module in problem.model.modules())
-        sharded = any(hasattr(p, "device_mesh") for p in problem.parameters)
-        if isinstance(self.product, DoubleBackward) and (compiled or sharded):
-            kind = "compiled" if compiled else "sharded"
-            raise TypeError(f"a {kind} model cannot be differentiated twice: pass product=CentralDifference()")
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
 
     @abstractmethod
     def _term(self, v: Vector) -> Term: ...
@@ -167,7 +41,7 @@ class Operator(ABC):
     @cached_property
     def like(self) -> Sequence[Tensor]:
         """Return the parameters, for their shapes, types and devices."""
-        return [p.detach() for p in self.problem.w]
+        return [p.detach() for p in self.problem.parameters]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -192,23 +66,80 @@ class Operator(ABC):
             t is not None and t.shape != p.shape for t, p in zip(v.tensors, self.like, strict=True)
         ):
             raise ValueError("v must have one entry per parameter, of the parameter's shape, or None")
+        return self._product(v)
+
+    def _product(self, v: Vector) -> Vector:
+        if any(hasattr(p, "device_mesh") for p in self.like):
+            raise TypeError("a sharded model cannot be differentiated twice: Hessian(problem, CentralDifference())")
         total, term = Vector([None] * len(self.like)), self._term(v)
-        with self.problem.untouched():
+        with self.problem.untouched(), _differentiable_twice():
             for batch in self.problem.batches():
                 total = total + term(batch)
         return total / self.problem.n
 
 
+@dataclass(frozen=True)
+class CentralDifference:
+    """``H v = (grad L(w + h v) - grad L(w - h v)) / 2 h``: the Hessian's products for sharded models (FSDP2).
+
+    The gradients come from ordinary backward passes, so under data parallelism they are averages over the ranks. In
+    float32 the error is about 1e-3 for smooth networks, but 10 to 400 % with ReLU, where each unit that changes sign
+    between the two points adds a jump over ``2 h``.
+
+    Args:
+        length: ``h norm(v)`` as a share of ``norm(w)``; ``None`` is 1e-4 in float32 and 1e-6 in float64.
+
+    Raises:
+        ValueError: ``length`` is not above 0.
+    """
+
+    length: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.length is not None:
+            checks.number("length", self.length, "a finite number > 0", low=1e-30)
+
+    def __call__(self, problem: Problem, v: Vector) -> Vector:
+        """Return ``H v``."""
+        w = Vector([p.detach() for p in problem.parameters]).norm()
+        length = self.length or LENGTHS[w.dtype]
+        h = length * (float(w) or 1.0) / (float(v.norm()) + TINY)  # where w is 0, its norm counts as 1
+        with problem.untouched():
+            f = problem.oracle()
+            with f.at(h * v):
+                ahead = f.grad()
+            with f.at(-h * v):
+                behind = f.grad()
+        return (ahead - behind) / (2 * h)
+
+
 class Hessian(Operator):
     """``H = 1/n sum_i d^2 f_i / dw^2``.
+
+    Args:
+        problem: model, loss and data.
+        product: ``None`` for a second backward pass, or :class:`CentralDifference` for sharded models.
 
     Example:
         >>> H = Hessian(Problem(model, criterion, loader))
         >>> Hv = H @ torch.randn(H.shape[0])
     """
 
+    def __init__(self, problem: Problem, product: CentralDifference | None = None) -> None:
+        super().__init__(problem)
+        self.product = product
+
+    def _product(self, v: Vector) -> Vector:
+        return super()._product(v) if self.product is None else self.product(self.problem, v)
+
     def _term(self, v: Vector) -> Term:
-        return lambda batch: self.product.hessian(self.problem, lambda: batch.losses().sum(), v)
+        w = self.problem.parameters
+
+        def on(batch: Batch) -> Vector:
+            g = torch.autograd.grad(batch.losses().sum(), w, create_graph=True, allow_unused=True)
+            return Vector(_pull(g, w, v))
+
+        return on
 
 
 class GaussNewton(Operator):
@@ -221,19 +152,19 @@ class GaussNewton(Operator):
         TypeError: the problem's loss is no criterion module, so that outputs and loss are not separate.
     """
 
-    def __init__(self, problem: Problem, product: Product | None = None) -> None:
+    def __init__(self, problem: Problem) -> None:
         if not isinstance(problem.loss, nn.Module):
             raise TypeError("GaussNewton needs a problem whose loss is a criterion module, for data (inputs, targets)")
-        super().__init__(problem, product)
+        super().__init__(problem)
 
     def _term(self, v: Vector) -> Term:
         def on(batch: Batch) -> Vector:
             def B(z: Tensor, Jv: Tensor) -> Tensor:
-                z = z.detach().requires_grad_()
+                z = z.requires_grad_()
                 (dz,) = torch.autograd.grad(self.problem.criterion(batch, z).sum(), z, create_graph=True)
                 return torch.autograd.grad(dz, z, Jv)[0] if dz.requires_grad else torch.zeros_like(z)
 
-            return self.product.gauss_newton(self.problem, lambda: self.problem.outputs(batch), B, v)
+            return _gauss_newton(self.problem.outputs(batch), self.problem.parameters, B, v)
 
         return on
 
@@ -245,7 +176,7 @@ class EmpiricalFisher(Operator):
     """
 
     def _term(self, v: Vector) -> Term:
-        return lambda batch: self.product.gauss_newton(self.problem, batch.losses, lambda losses, Jv: Jv, v)
+        return lambda batch: _gauss_newton(batch.losses(), self.problem.parameters, lambda losses, Jv: Jv, v)
 
 
 class GradientCovariance(Operator):
@@ -256,9 +187,34 @@ class GradientCovariance(Operator):
     """
 
     def _term(self, v: Vector) -> Term:
-        gv = self.product.gradient(self.problem).dot(v)
+        gv = self.problem.gradient().dot(v)
+        return lambda batch: _gauss_newton(
+            batch.losses(), self.problem.parameters, lambda losses, Jv: Jv - gv.to(Jv), v
+        )
 
-        def centred(losses: Tensor, Jv: Tensor) -> Tensor:
-            return Jv - gv.to(Jv)
 
-        return lambda batch: self.product.gauss_newton(self.problem, batch.losses, centred, v)
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with eager, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _gauss_newton(z: Tensor, w: Sequence[Tensor], B: Callable[[Tensor, Tensor], Tensor], v: Vector) -> Vector:
+    """Return ``J^T B(z) J v``, ``J`` the Jacobian of ``z`` in ``w``; ``B`` gets a detached ``z`` and ``J v``."""
+    u = torch.zeros_like(z, requires_grad=True)
+    Ju = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
+    (Jv,) = _pull(Ju, [u], v)
+    if Jv is None:
+        return Vector([None] * len(w))
+    return Vector(torch.autograd.grad(z, w, B(z.detach(), Jv), allow_unused=True))
+
+
+def _pull(g: Sequence[Tensor | None], inputs: Sequence[Tensor], v: Vector) -> Sequence[Tensor | None]:
+    """Return ``d <g, v> / d inputs``; entries of ``g`` that are constant or ``None`` count as zero."""
+    entries = zip(g, v.materialised(), strict=True)
+    pairs = [(a, b) for a, b in entries if a is not None and b is not None and a.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, directions = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, directions, allow_unused=True)

@@ -1,9 +1,10 @@
 """A model's mean loss on data as a function of the weights; measuring changes nothing."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
+from itertools import chain
 from typing import Literal, Self
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Data, Loss, mapped
 from steppe.engine import checks
-from steppe.engine.functional import ModelFunction, functional
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import reshard
 from steppe.engine.replay import RandomState, frozen_statistics
-from steppe.engine.vector import LOW, wide
+from steppe.engine.vector import LOW, Vector, wide
 
 Mode = Literal["eval", "train", "keep"]
 RTOL = 1e-4  # two passes over the same examples agree this well, or the loss is not a function of the weights
@@ -29,8 +29,8 @@ class Problem:
     After a measurement weights, gradients, buffers, the modes of all modules and torch's random state are what they
     were before, also where a pass raises.
 
-    Parameters in bfloat16 or float16 are replaced by float32 copies, as are buffers and data, so that curvature
-    products are float32's at the weights that the model has.
+    Where a parameter is in bfloat16 or float16, a float32 copy of the model is measured, on data in float32. It follows
+    the model: every measurement is at the weights that the model has then.
 
     Args:
         model: the module.
@@ -73,16 +73,14 @@ class Problem:
         self.parameters = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
         if not self.parameters or not all(p.requires_grad for p in self.parameters):
             raise ValueError("params must be at least one parameter, all of which require a gradient")
+        self._original = model
+        if any(p.dtype in LOW for p in self.parameters):
+            self.model = deepcopy(model).float()
+            names, copies = {id(p): name for name, p in model.named_parameters()}, dict(self.model.named_parameters())
+            self.parameters = [copies[names[id(p)]] for p in self.parameters]
         self._point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
         self._start = self.random_state()
-        low = any(p.dtype in LOW for p in self.parameters)
-        self._copies = {id(p): wide(p.detach()).clone().requires_grad_() for p in self.parameters} if low else {}
         self.n = self._checked()
-
-    @property
-    def w(self) -> Sequence[Tensor]:
-        """Return the tensors that curvature products differentiate by: the parameters, or their float32 copies."""
-        return list(self._copies.values()) if self._copies else self.parameters
 
     def random_state(self) -> RandomState:
         """Return the state of the generators that a pass may use."""
@@ -91,6 +89,8 @@ class Problem:
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Set the mode inside, and put back everything that passes change on leaving."""
+        if self.model is not self._original:
+            self._follow()
         before = self.random_state()
         modes = [(module, module.training) for module in self.model.modules()]
         gradients = [(p, p.grad) for p in self.model.parameters()]
@@ -107,12 +107,18 @@ class Problem:
                 p.grad = g
             before.restore()
 
+    def _follow(self) -> None:
+        """Give the float32 copy the weights, buffers and modes that the model has now."""
+        with torch.no_grad():
+            tensors = (chain(model.parameters(), model.buffers()) for model in (self.model, self._original))
+            for mine, theirs in zip(*tensors, strict=True):
+                mine.copy_(theirs)
+        for copied, module in zip(self.model.modules(), self._original.modules(), strict=True):
+            copied.training = module.training
+
     def batches(self) -> Iterator[Batch]:
         """Stream the data, from the same random state each time; to be used inside :meth:`untouched`."""
         self._start.restore()
-        with torch.no_grad():
-            for p in self.parameters if self._copies else ():
-                self._copies[id(p)].copy_(p)
         for data in self.data:
             batch = self._batch(data)
             yield from [batch] if self.batch_size is None else batch.split(self.batch_size)
@@ -127,7 +133,8 @@ class Problem:
 
     def outputs(self, batch: Batch) -> Tensor:
         """Return the model's outputs for the inputs of a batch of ``(inputs, targets)``."""
-        return self._in_float32(lambda model, data: model(data[0]))(self.model, batch.data)
+        outputs: Tensor = self.model(batch.data[0])
+        return outputs
 
     def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
         """Return every example's loss from the model's outputs, shape ``(n,)``; the loss must be a criterion module."""
@@ -137,14 +144,8 @@ class Problem:
     def oracle(self, closure: Callable[[], Tensor] | None = None) -> Oracle:
         """Return the mean loss as optimizers see it, to be used inside :meth:`untouched`.
 
-        ``closure`` is a forward and backward pass to take in place of :meth:`backward`. ``TypeError`` is raised where
-        parameters are in low precision.
+        ``closure`` is a forward and backward pass to take in place of :meth:`backward`.
         """
-        if self._copies:
-            raise TypeError(
-                "this moves the weights, and parameters in low precision round small moves away: "
-                "measure a float32 copy, copy.deepcopy(model).float()"
-            )
 
         def whole_pass() -> Tensor:
             with frozen_statistics(self.model.modules()):  # every pass starts from the same running statistics
@@ -152,6 +153,14 @@ class Problem:
                 return (closure or self.backward)()
 
         return Oracle(whole_pass, self._point, modules=self.model.modules)
+
+    def gradient(self) -> Vector:
+        """Return the gradient of the mean loss; under DDP on the rank's own data."""
+        g = Vector([None] * len(self.parameters))
+        with self.untouched():
+            for batch in self.batches():
+                g = g + Vector(torch.autograd.grad(batch.losses().sum(), self.parameters, allow_unused=True))
+        return g / self.n
 
     def backward(self) -> Tensor:
         """Run forward and backward over all batches at the weights that the model has now; return the mean loss."""
@@ -197,28 +206,13 @@ class Problem:
         device = self.parameters[0].device
         if all(p.device == device for p in self.parameters):
             data = mapped(lambda t: t.to(device), data)
-        if self._copies:
+        if self.model is not self._original:
             data = mapped(lambda t: wide(t) if t.dtype in LOW else t, data)
         if not isinstance(self.loss, nn.Module):
-            batch = Batch(self.model, self.loss, data)
-        elif isinstance(data, tuple | list) and len(data) == 2:
-            batch = Batch.supervised(self.model, self.loss, *data)
-        else:
-            raise ValueError("data must be (inputs, targets) where loss is a criterion; else pass a function as loss")
-        batch.loss = self._in_float32(batch.loss)
-        return batch
-
-    def _in_float32(self, f: ModelFunction) -> ModelFunction:
-        """Return ``f`` of a model whose parameters and buffers are all in at least float32."""
-        if not self._copies:
-            return f
-
-        def f_wide(model: nn.Module, data: Data) -> Tensor:
-            tensors = {name: self._copies.get(id(p), wide(p.detach())) for name, p in model.named_parameters()}
-            tensors |= {name: wide(b) if b.dtype in LOW else b for name, b in model.named_buffers()}
-            return functional(model, f)(tensors, data)
-
-        return f_wide
+            return Batch(self.model, self.loss, data)
+        if isinstance(data, tuple | list) and len(data) == 2:
+            return Batch.supervised(self.model, self.loss, *data)
+        raise ValueError("data must be (inputs, targets) where loss is a criterion; else pass a function as loss")
 
     def _checked(self) -> int:
         """Compute every loss twice, refuse what is no function of the weights, and return the number of examples."""

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule
-from steppe.optimizer import SharpnessAware
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean, Unnormalised
 from steppe.pieces.sample import Mean, OnFull
@@ -75,25 +72,3 @@ class Scheme:
     def full(self) -> bool:
         """Return True if the perturbation follows the full gradient (n-form)."""
         return isinstance(self.inner, Rule) and isinstance(self.inner.sample, OnFull)
-
-
-def scheme_of(optimizer: torch.optim.Optimizer, size: int, replacement: bool = False) -> Scheme:
-    """Return the scheme of an optimizer on batches of ``size``.
-
-    Raises:
-        SDEError: its base is not plain SGD, it has several groups, or its rule has no equation here.
-
-    Example:
-        >>> scheme_of(steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, m=8), size=64)
-    """
-    base = optimizer.base if isinstance(optimizer, SharpnessAware) else optimizer
-    if not isinstance(base, torch.optim.SGD):
-        raise SDEError(f"the base optimizer must be torch.optim.SGD, got {type(base).__name__}: no equation for it")
-    if len(base.param_groups) != 1:
-        raise SDEError(f"the optimizer must have one parameter group, got {len(base.param_groups)}")
-    group = base.param_groups[0]
-    for name in ("momentum", "weight_decay", "maximize"):
-        if group[name]:
-            raise SDEError(f"the base optimizer must be plain SGD, got {name}={group[name]!r}: no equation for it")
-    rule = optimizer.rule if isinstance(optimizer, SharpnessAware) else Plain()
-    return Scheme(rule, float(group["lr"]), float(group.get("rho", 0.0)), size, replacement)

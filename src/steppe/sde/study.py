@@ -1,11 +1,9 @@
-"""A study of weak errors on a small problem: cases, measurement, fitted orders, and their figure (by matplotlib)."""
-
-from __future__ import annotations
+"""A study of weak errors on a small problem: cases, measurement, fitted orders."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,10 +17,6 @@ from steppe.sde.finite_sum import FiniteSum, SDEError, logistic, quadratic
 from steppe.sde.paths import Errors, Progress, weak_error, whole_steps
 from steppe.sde.scheme import Scheme
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 RULES: dict[str, Callable[[int], AnyRule]] = {
     "SGD": lambda m: Plain(),
     "n-USAM": lambda m: Rule(OnFull(), Unnormalised()),
@@ -32,13 +26,7 @@ RULES: dict[str, Callable[[int], AnyRule]] = {
     "SAM": lambda m: Rule(),
     "m-SAM": lambda m: Micro(m, Rule()),
 }
-COLORS = ("#000000", "#56b4e9", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7")  # of RULES, in their order
-MARKS = "x^so^so"  # triangles for n-forms, squares for mini-batch forms, circles for m-forms
-TITLES = {
-    "lr": "equation without correction: order 1 in lr",
-    "lr, corrected": "with the lr/2 correction: order 2 in lr",
-    "rho": "beyond the error at rho 0: order 2 in rho",
-}
+CLAIMS = {"lr": 1, "lr, corrected": 2, "rho": 2}  # by axis, the order in lr or rho; rho beyond the error at rho 0
 PROBLEMS = ("logistic", "quadratic")
 N = 6  # examples, in two dimensions
 RESOLVED = 2.0  # standard errors that an error must exceed to enter a fit
@@ -96,19 +84,28 @@ def fit(h: Sequence[float], errors: Sequence[GroupMean]) -> Slope | None:
 
 @dataclass(frozen=True)
 class Case:
-    """One weak error of a study, to be shown against lr or rho."""
+    """One weak error of a study; ``against`` (a key of ``CLAIMS``) is the axis on which it is shown."""
 
     against: str
     rule: str
-    corrected: bool
     lr: float
     rho: float
 
     @property
+    def corrected(self) -> bool:
+        """Return whether the equation has its correction."""
+        return self.against != "lr"
+
+    @property
+    def at(self) -> float:
+        """Return the case's place on its axis."""
+        return self.rho if self.against == "rho" else self.lr
+
+    @property
     def key(self) -> str:
         """Return the name of the case in a record."""
-        kind = "corrected" if self.corrected else "plain"
-        return f"{self.rule}, {kind}, lr {self.lr:g}, rho {self.rho:g}, against {self.against}"
+        kind, axis = "corrected" if self.corrected else "plain", self.against.split(",")[0]
+        return f"{self.rule}, {kind}, lr {self.lr:g}, rho {self.rho:g}, against {axis}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class ErrorStudy:
         if self.problem == "logistic":
             y = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(N // 2)
             X = X + y[:, None] * torch.tensor([2.0, 1.0], dtype=torch.float64)
-            start = (-1.0, 1.5) if against == "lr" else (-1.5, 1.0)
+            start = (-1.5, 1.0) if against == "rho" else (-1.0, 1.5)
             return logistic(X, y, decay=0.2), torch.tensor(start, dtype=torch.float64)
         M = 0.2 * torch.randn(N, 2, 2, dtype=torch.float64, generator=draw)
         A = torch.diag(torch.tensor([2.0, 0.7], dtype=torch.float64)) + (M + M.mT) / 2
@@ -152,9 +149,9 @@ class ErrorStudy:
             if rule not in RULES:
                 raise SDEError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}")
             small = 0.0 if rule == "SGD" else self.small_rho
-            found += [Case("lr", rule, corrected, lr, small) for corrected in (False, True) for lr in lrs]
+            found += [Case(against, rule, lr, small) for against in ("lr", "lr, corrected") for lr in lrs]
             if rule != "SGD":
-                found += [Case("rho", rule, True, self.fixed_lr, rho) for rho in (0.0, *rhos)]
+                found += [Case("rho", rule, self.fixed_lr, rho) for rho in (0.0, *rhos)]
         for case in found:
             self.equation(case)
             whole_steps(self.time_of(case), case.lr)
@@ -162,7 +159,7 @@ class ErrorStudy:
 
     def time_of(self, case: Case) -> float:
         """Return the length of a case's paths."""
-        return self.time if case.against == "lr" else self.short_time
+        return self.short_time if case.against == "rho" else self.time
 
     def equation(self, case: Case) -> Equation:
         """Return the equation that the optimizer is compared with."""
@@ -177,11 +174,11 @@ class ErrorStudy:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """The errors of one rule against lr or rho, and their order."""
+    """The errors of one rule on one axis, by test function, and their order."""
 
     rule: str
     function: str
-    against: str  # "lr", "lr, corrected" or "rho"
+    against: str
     at: list[float]
     errors: list[GroupMean]
     order: Slope | None
@@ -193,63 +190,13 @@ def curves(errors: Mapping[str, Errors], cases: Sequence[Case]) -> Iterator[Erro
     Against rho, errors are differences from that at rho 0, group by group.
     """
     done = [case for case in cases if case.key in errors]
-    for rule in dict.fromkeys(case.rule for case in done):
-        own = [case for case in done if case.rule == rule]
-        for function in errors[own[0].key]:
-            found = {case: errors[case.key][function] for case in own}
-            for corrected, against in ((False, "lr"), (True, "lr, corrected")):
-                by_lr = {c.lr: e for c, e in found.items() if (c.against, c.corrected) == ("lr", corrected)}
-                yield _curve(rule, function, against, by_lr)
-            by_rho = {c.rho: e for c, e in found.items() if c.against == "rho"}
-            if base := by_rho.pop(0.0, None):
-                beyond = {rho: [x - y for x, y in zip(e, base, strict=True)] for rho, e in by_rho.items()}
-                yield _curve(rule, function, "rho", beyond)
-
-
-def _curve(rule: str, function: str, against: str, groups: Mapping[float, list[float]]) -> ErrorCurve:
-    at, errors = list(groups), [estimate(e) for e in groups.values()]
-    return ErrorCurve(rule, function, against, at, errors, fit(at, errors))
-
-
-def orders(curves: Sequence[ErrorCurve]) -> Figure:
-    """Return the figure of weak errors against lr and rho, logarithmic.
-
-    A dashed line has the claimed order. Hollow marks do not differ significantly from 0.
-    """
-    from matplotlib.figure import Figure
-
-    functions = list(dict.fromkeys(curve.function for curve in curves))
-    figure = Figure(figsize=(13, 3.6 * len(functions)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(functions), 3, squeeze=False)
-    for row, function in zip(axes, functions, strict=True):
-        for axis, (against, title) in zip(row, TITLES.items(), strict=True):
-            shown = [curve for curve in curves if (curve.function, curve.against) == (function, against) and curve.at]
-            _panel(axis, shown, 1 if against == "lr" else 2)
-            axis.set(title=title, xlabel=against.split(",")[0], ylabel=f"weak error of {function}")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return figure
-
-
-def _panel(axis: Axes, curves: Sequence[ErrorCurve], order: int) -> None:
-    axis.set(xscale="log", yscale="log")
-    styles = dict(zip(RULES, zip(COLORS, MARKS, strict=True), strict=True))
-    resolved: list[tuple[float, float]] = []
-    for curve in curves:
-        color, mark = styles[curve.rule]
-        sizes, bars = [abs(e.mean) for e in curve.errors], [1.96 * e.error for e in curve.errors]
-        axis.errorbar(curve.at, sizes, bars, color=color, linewidth=1, capsize=2, alpha=0.6)
-        axis.plot([], [], f"-{mark}", color=color, label=curve.rule)
-        for h, size, e in zip(curve.at, sizes, curve.errors, strict=True):
-            axis.plot(h, size, mark, color=color, markersize=6, markerfacecolor=color if e.resolved else "white")
-            resolved += [(h, size)] if e.resolved else []
-    if not resolved:
-        return
-    grid = sorted({h for curve in curves for h in curve.at})
-    top, anchor = max(resolved)
-    claimed = [1.6 * anchor * (h / top) ** order for h in grid]
-    axis.plot(grid, claimed, "--", color="grey", linewidth=1, label="claimed order")
-    axis.set_ylim(min(size for _, size in resolved) / 5, 5 * anchor)
-    axis.set_xticks(grid, [f"{h:g}" for h in grid])
-    axis.minorticks_off()
+    functions = list(errors[done[0].key]) if done else []
+    for rule, function, against in product(dict.fromkeys(case.rule for case in done), functions, CLAIMS):
+        own = [case for case in done if (case.rule, case.against) == (rule, against)]
+        groups = {case.at: errors[case.key][function] for case in own}
+        if against == "rho":
+            base = groups.pop(0.0, [])  # the first that is measured
+            groups = {rho: [x - y for x, y in zip(e, base, strict=True)] for rho, e in groups.items()}
+        if groups:
+            found = [estimate(each) for each in groups.values()]
+            yield ErrorCurve(rule, function, against, list(groups), found, fit(list(groups), found))

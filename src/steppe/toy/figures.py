@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -57,40 +57,20 @@ def update(landscape: Landscape, gammas: Sequence[float]) -> Figure:
     g = landscape.gradient(point)
     g_adv = landscape.gradient(point + landscape.rho * g / (g.norm() + TINY))
     figure, axis = _figure(5.6, 4.8)
-    ends = {gamma: -(g + gamma / (1 - gamma) * (g_adv - g)) for gamma in (0.0, 0.5, *gammas)}
-    xs, ys = torch.stack(list(ends.values())).T.numpy()
-    axis.plot(xs, ys, color="grey", linewidth=1, linestyle=":", zorder=1)
-    special = {0.0: ("0: -g, the base's", COLORS[0]), 0.5: ("0.5: -g_adv, SAM's", COLORS[1])}
-    for gamma, end in ends.items():
-        name, color = special.get(gamma, (f"{gamma:g}", COLORS[3]))
-        arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
-        tip = float(end[0]), float(end[1])
-        axis.annotate("", tip, (0, 0), arrowprops=arrow)
-        offset, align = (-8, "right") if tip[0] < 0 else (8, "left")
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": align, "va": "center"}
-        axis.annotate(f"gamma {name}", tip, (offset, 0), fontsize=9, color=color, **place)
-    axis.plot(0, 0, "s", color="black", markersize=6, label="w")
+    named = {0.0: ("0: -g, the base's", COLORS[0]), 0.5: ("0.5: -g_adv, SAM's", COLORS[1])}
+    for gamma in (0.0, 0.5, *gammas):
+        x, y = (-(g + gamma / (1 - gamma) * (g_adv - g))).tolist()
+        name, color = named.get(gamma, (f"{gamma:g}", COLORS[3]))
+        axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0})
+        align = "right" if x < 0 else "left"
+        axis.plot((0, x), (0, y), color=color)  # arrows do not widen the axes
+        axis.text(x, y, f" gamma {name} ", color=color, horizontalalignment=align, verticalalignment="center")
+    axis.plot(0, 0, "s", color="black")  # w
     axis.margins(x=0.35, y=0.1)
+    axis.set_aspect("equal", adjustable="datalim")
     x, y = landscape.start
     axis.set(xlabel=f"along {landscape.axes[0]}", ylabel=f"along {landscape.axes[1]}")
-    axis.set_aspect("equal", adjustable="datalim")
     axis.set_title(f"WSAM's update by gamma\nat w = ({x:.3g}, {y:.3g}), rho {landscape.rho:g}", fontsize=11)
-    axis.legend(loc="lower right")
-    return figure
-
-
-def sweep(landscape: Landscape, ends: Mapping[str, Mapping[float, Tensor]], points: Sequence[Stationary]) -> Figure:
-    """Return the first variable after the last step against gamma, by form of WSAM; stationary points are lines."""
-    figure, axis = _figure(7.5, 4)
-    for s in points:
-        axis.axhline(s.point[0], color="grey", linewidth=1, linestyle=":" if s.kind == "saddle" else "-", zorder=1)
-        axis.annotate(s.name, (1, s.point[0]), (4, -3), xycoords=("axes fraction", "data"), textcoords="offset points")
-    for mark, color, (name, by_gamma) in zip("os", (COLORS[3], COLORS[4]), ends.items(), strict=True):
-        values = [float(end[0]) for end in by_gamma.values()]
-        filled = color if mark == "o" else "none"
-        axis.plot(list(by_gamma), values, mark, color=color, markersize=5, markerfacecolor=filled, label=name)
-    axis.set(xlabel="gamma", ylabel=f"{landscape.axes[0]} after {landscape.steps} steps")
-    axis.legend(fontsize=9)
     return figure
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from steppe.sde.study import Case, ErrorCurve, ErrorStudy
 
 QUICK = ["SGD", "USAM", "m-SAM"]
-CLAIMS = {"lr": 1, "lr, corrected": 2, "rho": 2}
 
 
 def sde(
@@ -31,7 +30,7 @@ def sde(
     time: Annotated[float, typer.Option(help="Length of paths against lr, a multiple of each lr.")] = 1.0,
     paths: Annotated[int | None, typer.Option(help="Paths of optimizer and equation.", show_default="4000")] = None,
     seed: Annotated[int, typer.Option(help="Seed of batches and Brownian motion.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory of the record and the figure.")] = Path("runs/sde"),
+    out: Annotated[Path, typer.Option(help="Directory of the record.")] = Path("runs/sde"),
     quick: Annotated[bool, typer.Option("--quick", help="Three rules, 500 paths, about 10 seconds.")] = False,
 ) -> None:
     """Test real optimizers against their stochastic differential equations, and fit the orders of the weak error.
@@ -50,7 +49,8 @@ def sde(
         try:
             _measure(study, cases, errors, folder / "errors.json", console)
         finally:
-            _report(errors, cases, folder, console)
+            _report(errors, cases, console)
+            line(console, f"Errors: {folder / 'errors.json'}")
     except ValueError as error:
         raise LabError(str(error)) from error
 
@@ -91,23 +91,17 @@ def _measure(
             write(file, json.dumps({"settings": asdict(study), "errors": errors}, indent=1) + "\n")
 
 
-def _report(errors: "dict[str, Errors]", cases: "list[Case]", folder: Path, console: Console) -> None:
-    from steppe.lab.files import write
-    from steppe.sde.study import curves, orders
+def _report(errors: "dict[str, Errors]", cases: "list[Case]", console: Console) -> None:
+    from steppe.sde.study import CLAIMS, curves
 
     found = list(curves(errors, cases))
     for against, claim in CLAIMS.items():
-        shown = [curve for curve in found if curve.against == against and curve.at]
-        if not shown:
-            continue
-        at = sorted({h for curve in shown for h in curve.at}, reverse=True)
-        name, beyond = against.split(",")[0], ", beyond that at rho 0" if against == "rho" else ""
-        title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
-        headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
-        console.print(table(headers, [_row(curve, at) for curve in shown], title))
-    if found:
-        write(folder / "orders.png", orders(found).savefig)
-        line(console, f"Errors and figure: {folder}")
+        if shown := [curve for curve in found if curve.against == against]:
+            at = sorted({h for curve in shown for h in curve.at}, reverse=True)
+            name, beyond = against.split(",")[0], ", beyond that at rho 0" if against == "rho" else ""
+            title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
+            headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
+            console.print(table(headers, [_row(curve, at) for curve in shown], title))
 
 
 def _row(curve: "ErrorCurve", at: list[float]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,8 +39,7 @@ def toy(
 ) -> None:
     """Run SGD, SAM and both forms of WSAM on WSAM's Figure 2, or on your own function of two variables.
 
-    Prints where each ends and writes figures: the trajectories, the update as a function of gamma, and the end as a
-    function of gamma.
+    Prints where each ends, also for other gammas, and draws the trajectories and the update as a function of gamma.
     """
     from steppe.lab.files import write
     from steppe.lab.importing import imported
@@ -63,7 +62,7 @@ def toy(
     write(out / "trajectories.png", figures.trajectories(landscape, paths, points, title).savefig)
     write(out / "update.png", figures.update(landscape, SHOWN).savefig)
     if sweep:
-        _sweep(landscape, points, out, console)
+        _sweep(landscape, points, console)
     line(console, f"\nFigures: {out}")
 
 
@@ -99,25 +98,21 @@ def _print(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str,
     console.print(table(["method", *headers, "where"], ends, f"After {landscape.steps} steps"))
 
 
-def _sweep(landscape: "Landscape", points: "list[Stationary]", out: Path, console: Console) -> None:
-    """Print and draw where both forms of WSAM end, by gamma; an interruption ends the sweep."""
-    from steppe.lab.files import write
-    from steppe.toy import ToyError, figures, methods, place, trajectory
+def _sweep(landscape: "Landscape", points: "list[Stationary]", console: Console) -> None:
+    """Print where both forms of WSAM end, by gamma; an interruption ends the sweep."""
+    from steppe.toy import ToyError, methods, place, trajectory
 
-    ends: dict[str, dict[float, Tensor]] = {form: {} for form in FORMS}
     places: dict[str, list[tuple[float, str]]] = {form: [] for form in FORMS}
     with Display(console, "sweeping gamma", len(FORMS) * len(SWEPT)) as display, suppress(KeyboardInterrupt):
-        for done, (form, g) in enumerate((form, g) for form in FORMS for g in SWEPT):
-            name = f"{form} {g:g}"
+        for done, (form, g) in enumerate(product(FORMS, SWEPT), 1):
             try:
-                ends[form][g] = trajectory(landscape, methods([g])[name], name)[-1]
-                places[form].append((g, place(landscape, ends[form][g], points)))
+                end = trajectory(landscape, methods([g])[f"{form} {g:g}"])[-1]
+                places[form].append((g, place(landscape, end, points)))
             except ToyError:
                 places[form].append((g, "diverges"))
-            display.update(done + 1)
+            display.update(done)
     line(console, f"\nAfter {landscape.steps} steps, by gamma:")
     for form in FORMS:
         runs = [(where, [g for g, _ in run]) for where, run in groupby(places[form], key=lambda pair: pair[1])]
         spans = [f"{where} for {gs[0]:g}" + (f" to {gs[-1]:g}" if len(gs) > 1 else "") for where, gs in runs]
         line(console, f"- {form}: {'; '.join(spans)}")
-    write(out / "sweep.png", figures.sweep(landscape, ends, points).savefig)

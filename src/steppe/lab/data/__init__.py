@@ -13,6 +13,7 @@ from steppe.lab.data import cifar, idx
 from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError
 from steppe.lab.importing import imported
+from steppe.lab.own import OwnTask, named
 from steppe.lab.settings import Settings
 
 __all__ = ["SOURCES", "RawData", "Source", "augmentation", "find", "places", "read"]
@@ -73,13 +74,16 @@ def _digits() -> RawData:
 def _own(name: str, folder: str | None) -> RawData:
     """Call a user's function, with the folder if one is given.
 
-    It returns a ``RawData``, or four tensors: inputs, labels, test inputs, test labels. Float inputs are used as they
-    are. Images as bytes, shape (n, channels, height, width), are standardised by the mean and standard deviation of
-    each channel of the training images.
+    It returns an ``OwnTask`` or a dict of its fields, a ``RawData``, or four tensors: inputs, labels, test inputs, test
+    labels. Float inputs of the four are used as they are. Images as bytes, shape (n, channels, height, width), are
+    standardised by the mean and standard deviation of each channel of the training images.
     """
     made = imported(name)(*([] if folder is None else [folder]))
     if isinstance(made, RawData):
         return made
+    if isinstance(made, dict | OwnTask):
+        own = named(made, name)
+        return RawData(*own.train, *own.test, own.classes, own=own)
     if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
         raise LabError(f"{name} must return four tensors: inputs, labels, test_inputs, test_labels, or a RawData")
     inputs, labels, test_inputs, test_labels = made

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from steppe.lab.errors import LabError
 from steppe.lab.inputs import Files
+from steppe.lab.own import OwnTask
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel, of values in [0, 1]
 
@@ -21,6 +22,7 @@ class RawData:
         test_labels: like ``labels``.
         classes: number of classes.
         constants: what images are standardised by; None measures it on the training examples chosen.
+        own: what else a user's task brings; its labels are anything if ``classes`` is 0.
         scale: standardise float inputs too, by the mean and standard deviation of all their values.
 
     Raises:
@@ -34,6 +36,7 @@ class RawData:
     classes: int
     constants: Constants | None = None
     scale: bool = False
+    own: OwnTask | None = None
 
     def __post_init__(self) -> None:
         for name, inputs, labels in (
@@ -46,6 +49,8 @@ class RawData:
                 raise LabError(f"{len(inputs)} {name} examples but {len(labels)} labels")
             if len(labels) == 0:
                 raise LabError(f"there are no {name} examples")
+            if not self.classes:
+                continue
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 raise LabError(f"{name} labels must lie in 0 to {self.classes - 1}, they go from {low} to {high}")

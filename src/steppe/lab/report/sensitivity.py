@@ -1,6 +1,5 @@
 """Figures of error over hyper-parameters, in a comparison and in the search before it."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +39,7 @@ def sensitivities(found: Summary) -> list[Figure]:
 
 def _values(method: Method, batch: int) -> dict[str, Any]:
     """Return all options of a method, those left out at their defaults."""
-    parameters = inspect.signature(spec.choices()[method.name]).parameters
-    defaults = {key: parameters[key].default for key in spec.options_of(method.name) if key in parameters}
-    values = defaults | dict(method.options) | {"epochs": method.epochs or "1x"}
+    values = spec.defaults_of(method.name) | dict(method.options) | {"epochs": method.epochs or "1x"}
     return values | ({"m": min(values["m"] or batch, batch)} if "m" in values else {})
 
 
