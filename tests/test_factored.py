@@ -345,8 +345,8 @@ vectors = lambda n: (torch.randn(n, 5), torch.randint(3, (n,)))  # noqa: E731
 )
 def test_what_does_not_factor_runs_serially_and_says_why(model, why: str, caplog) -> None:
     example = Example(model, vectors)
+    make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
     with caplog.at_level(logging.INFO, "steppe"), pytest.warns(UserWarning, match=why) as shown:
-        make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
         (ours, _), (theirs, _) = ends(example, make, steps=3)
     assert len(shown) == 1
     assert "sampled=1" in str(shown[0].message)

@@ -49,9 +49,10 @@ class SharedPasses:
         Raises:
             ValueError: ``parallel=True``, and the rule or the model does not allow it; the message says why.
         """
-        weights = example_weighting(rule) if type(rule) is Rule else None
+        by_example = getattr(f.passes.closure, "per_example", True)
+        weights = example_weighting(rule) if type(rule) is Rule and by_example else None
         if weights is None and self.parallel is True and m is not None:
-            raise refusal(f"micro-batches of {rule!r} run in a loop")
+            raise refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
         if type(rule) is not Rule or weights is None or not self._worth(f, m, weights):
             return None
         n = len(f.batch())
@@ -107,8 +108,9 @@ class SharedPasses:
     def example_norms(self, f: Oracle) -> Tensor | None:
         """Return ``norm(grad f_i)`` of every example, shape ``(n,)``; ``None`` where the model does not factor.
 
-        The factors are kept for the weighted gradient. Those of accumulated batches are held one batch at a time, in
-        additional passes; the weighted gradient is then an ordinary pass over all of them.
+        The factors are kept for the weighted gradient, and ``g`` comes from the same pass where it is asked for later.
+        Those of accumulated batches are held one batch at a time, in additional passes; the weighted gradient is then
+        an ordinary pass over all of them.
         """
         if not self.parallel:
             return None
@@ -116,15 +118,18 @@ class SharedPasses:
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)
             else:
-                found = self.norms_of_examples(f)
+                found = self.norms_of_examples(f, f.needs_g)
                 norms, self._recorded = (None, None) if found is None else (found[0], (f, found[1]))
-        return self._agreed(f, norms)
+        norms = self._agreed(f, norms)
+        if self._recorded is not None and self._recorded[0] is f and f.needs_g:
+            f.g = f.passes.ranks.shared_gradient(self._recorded[1].g, f.passes.parameters.tensors)
+        return norms
 
-    def norms_of_examples(self, f: Oracle) -> tuple[Tensor, Recorded] | None:
+    def norms_of_examples(self, f: Oracle, needs_g: bool = False) -> tuple[Tensor, Recorded] | None:
         """Return ``norm(grad f_i)`` of one batch's examples, and what the first pass has recorded."""
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
-            recorded = record(f, plan, known(f.batch().model).pool, collector=_by_example)
+            recorded = record(f, plan, known(f.batch().model).pool, None, _by_example, needs_g)
             return recorded.by_example(), recorded
 
         return self._tried(f, None, run)

@@ -9,8 +9,9 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Data, Loss
+from steppe.batch import Batch, Loss
 from steppe.engine.grads import drop
+from steppe.engine.nested import Data
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import Passes
