@@ -198,6 +198,7 @@ class SharedPasses:
         entry = self.entry(f, batch, m)
         before, buffers = RandomState.now(f.passes.parameters.devices), Snapshot(batch.modules())
         counted = f.passes.counted
+        entry.begin(len(batch))
         for again in (True, False):
             if not self._allowed(entry.plan):
                 return None
@@ -218,6 +219,10 @@ class SharedPasses:
                     raise refusal(entry.plan.reason or reason)
                 return None
         return None
+
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Return whether the batch's gradient is the weighted mean of its parts', as no example changes another's."""
+        return batch.per_example and not self.entry(f, batch).plan.reason
 
     def _allowed(self, plan: SharingPlan) -> bool:
         """Return whether micro-batches may share passes.
