@@ -14,7 +14,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.replay import RandomState
 from steppe.factored.rehearsal import Rehearsal
 from steppe.factored.shared import SharingPlan
-from steppe.factored.tracked import CannotFactor, Tracked
+from steppe.factored.tracked import CannotFactor, NotProven, Tracked
 from steppe.factored.unseen import watch_scripts
 
 
@@ -42,6 +42,8 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         watch_scripts()
         with f.passes.ranks.apart(), _noise_added(batch.model), _NoDropout():
             return Rehearsal(f, batch, m).plan(tracked)
+    except NotProven:
+        return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
     except CannotFactor as error:
         return SharingPlan(tracked, reason=str(error), final=error.final)
     except Exception as error:  # the model itself fails: the loop will raise the same error
