@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
-from steppe.engine.replay import RandomState
+from steppe.engine.replay import RandomState, is_compiled
+from steppe.engine.vector import is_sharded
 from steppe.factored.rehearsal import Rehearsal
 from steppe.factored.shared import SharingPlan
 from steppe.factored.tracked import CannotFactor, NotProven, Tracked
@@ -62,11 +63,15 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
             raise CannotFactor("SyncBatchNorm averages statistics over the processes")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        if is_compiled(module):
             raise CannotFactor("the model is compiled")
+<<<<<<< HEAD
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise CannotFactor(f"{module.original_name} is TorchScript")
     if any(hasattr(p, "full_tensor") for p in batch.model.parameters()):
+=======
+    if any(map(is_sharded, batch.model.parameters())):
+>>>>>>> main
         raise CannotFactor("parameters are sharded")
     if len({p.device for p in parameters}) > 1:
         raise CannotFactor("parameters are on several devices")
