@@ -29,7 +29,7 @@ def logged(log, seconds):
         with open(log, "a") as file:  # one short append is one write
             file.write(f"{word} {os.getpid()} {run.method} lr={run.settings.lr}\n")
 
-    def train(run, place):
+    def train(run, site):
         write("start", run)
         time.sleep(seconds)
         write("end", run)
@@ -42,5 +42,5 @@ def logged(log, seconds):
 if __name__ == "__main__":
     url, log, seconds = sys.argv[1:]
     work.train = logged(Path(log), float(seconds))
-    place = work.Place(url, "test", Path(log).parent, heartbeat=1)
-    print(work.search(TWO_STAGES, place)[0])
+    site = work.Worksite(url, "test", Path(log).parent, heartbeat=1)
+    print(work.search(TWO_STAGES, site)[0])

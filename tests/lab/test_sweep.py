@@ -19,7 +19,7 @@ from steppe.lab.settings import Settings
 from steppe.lab.sweep import space, work
 from steppe.lab.sweep.space import Search, Stage
 from steppe.lab.sweep.study import POINT, Grid, open_storage, shown
-from steppe.lab.sweep.work import Place
+from steppe.lab.sweep.work import Worksite
 
 from .helpers import TINY, write_images
 from .sweep_worker import LRS, TWO_STAGES, result
@@ -34,7 +34,7 @@ def storage(tmp_path):
 
 
 def place(folder, name="study"):
-    return Place(f"sqlite:///{folder / name}.db", "s", folder / "search")
+    return Worksite(f"sqlite:///{folder / name}.db", "s", folder / "search")
 
 
 def untimed(found):
@@ -289,7 +289,7 @@ def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_tw
     assert len({who for _, who, _ in lines(log, "end")}) == 3
 
     monkeypatch.setattr(work, "train", lambda run, place: pytest.fail("trained again"))
-    assert work.search(TWO_STAGES, Place(url, "test", tmp_path))[0] == {"lr": 0.05, "rho": 0.1}
+    assert work.search(TWO_STAGES, Worksite(url, "test", tmp_path))[0] == {"lr": 0.05, "rho": 0.1}
 
 
 def test_processes_here_find_what_one_alone_finds(tmp_path):

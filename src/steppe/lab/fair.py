@@ -25,7 +25,7 @@ from steppe.lab.settings import Settings
 from steppe.lab.spaces import HOLES, design, space
 from steppe.lab.spec import Method
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
-from steppe.lab.sweep.work import Place, search
+from steppe.lab.sweep.work import Worksite, search
 from steppe.lab.terminal import Display, line
 
 EQUAL = ("passes", "seconds", "epochs")
@@ -240,9 +240,9 @@ def run(
     with files.hold(folder):
         asks = opened(folder, asked, hardware)
         if not (folder / SEARCH).exists():
-            place = Place(storage or f"sqlite:///{(folder / 'study.db').resolve()}", _name(asked), folder / "search",
+            site = Worksite(storage or f"sqlite:///{(folder / 'study.db').resolve()}", _name(asked), folder / "search",
                           hardware, until)  # fmt: skip
-            _search(folder, asks, place, workers, console)
+            _search(folder, asks, site, workers, console)
         stages = files.read_json(folder / SEARCH)["stages"]
     chosen = {stage["name"]: stage["chosen"] for stage in stages}
     if time.time() > until:
@@ -255,7 +255,7 @@ def _name(asked: Asked) -> str:
     return f"compare/{asked.settings.data}"
 
 
-def _search(folder: Path, asks: Comparison, place: Place, workers: int, console: Console) -> None:
+def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, console: Console) -> None:
     wanted = asks.search()
     every = sum(len(stage.points()) for stage in wanted.stages)
     about = f"{len(asks.contestants)} methods, {asks.asked.trials} trials each, {wanted.seeds} seeds a trial"
@@ -266,5 +266,5 @@ def _search(folder: Path, asks: Comparison, place: Place, workers: int, console:
             display.update(done if done >= 0 else None, note=f"{done}/{every}" if done >= 0 else None)
             display.line(text, always=done < 0)
 
-        _, stages = search(wanted, place, workers, tell)
+        _, stages = search(wanted, site, workers, tell)
     files.write_json(folder / SEARCH, {"stages": stages, "seeds": wanted.seeds})

@@ -12,7 +12,7 @@ from steppe.lab.runs import RECIPE, SEARCH, Plan
 from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
 from steppe.lab.sweep.space import Value, applied, filled
-from steppe.lab.sweep.work import Place, search
+from steppe.lab.sweep.work import Worksite, search
 
 
 def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tuple[Recipe, list[Study]]:
@@ -37,7 +37,7 @@ def searched(
 ) -> dict[str, Value]:
     """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    values, stages = search(study.search(), Place(url, name, out / "search"), workers, lambda text, done: tell(text))
+    values, stages = search(study.search(), Worksite(url, name, out / "search"), workers, lambda text, done: tell(text))
     files.write_json(out / SEARCH, {"stages": stages, "seeds": study.search_seeds})
     return values
 

@@ -31,7 +31,7 @@ Tell = Callable[[str, int], None]  # a line, and how many points are done
 
 
 @dataclass(frozen=True)
-class Place:
+class Worksite:
     """Where a search is kept and trained: its storage, its name there, a folder of its own, hardware, an end."""
 
     url: str
@@ -48,7 +48,7 @@ class Place:
 
 
 def search(
-    asked: Search, place: Place, workers: int = 1, tell: Tell = lambda line, done: None
+    asked: Search, site: Worksite, workers: int = 1, tell: Tell = lambda line, done: None
 ) -> tuple[dict[str, Value], list[dict[str, Any]]]:
     """Run every stage with ``workers`` processes here, beside those of other machines.
 
@@ -57,17 +57,17 @@ def search(
 
     Raises:
         LabError: a point failed.
-        PausedError: it is later than the place's ``until``.
+        PausedError: it is later than the site's ``until``.
     """
     values, stages = dict(asked.values), []
     groups = [[stage] for stage in asked.stages] if asked.chained else [list(asked.stages)]
     with ExitStack() as helpers:
         for group in groups:
-            grids = [place.grid(asked, stage, values) for stage in group]
+            grids = [site.grid(asked, stage, values) for stage in group]
             if workers > 1 and sum(len(grid.trials(TrialState.WAITING)) for grid in grids) > 1:
-                helpers.enter_context(_helpers(workers - 1, (asked, place)))
+                helpers.enter_context(_helpers(workers - 1, (asked, site)))
                 workers = 1  # the helpers go through the remaining stages too
-            _work(grids, asked, place, values, tell)
+            _work(grids, asked, site, values, tell)
             for stage, grid in zip(group, grids, strict=True):
                 chosen = grid.best()
                 values |= chosen if asked.chained else {}
@@ -96,25 +96,25 @@ def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
             process.join()
 
 
-def _help(asked: Search, place: Place) -> None:
+def _help(asked: Search, site: Worksite) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down an ignored one
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with suppress(KeyboardInterrupt, LabError, PausedError):  # the parent reports mistakes
-        search(asked, place)
+        search(asked, site)
 
 
-def _work(grids: list[Grid], asked: Search, place: Place, values: Mapping[str, Value], tell: Tell) -> None:
+def _work(grids: list[Grid], asked: Search, site: Worksite, values: Mapping[str, Value], tell: Tell) -> None:
     """Train points until all are done, here or elsewhere."""
     left = list(grids)
     while left:
-        if time.time() > place.until:
+        if time.time() > site.until:
             raise PausedError
         for grid in left:
             if trial := grid.claim():
                 point = grid.stage.points()[trial.user_attrs[POINT]]
                 with grid.beating(trial):
-                    _train(grid, trial, asked, place, {**values, **point})
+                    _train(grid, trial, asked, site, {**values, **point})
                 done = sum(len(one.ended()) for one in grids)
                 tell(f"{grid.stage.name}: {len(grid.ended())} of {len(grid.stage.points())} points", done)
                 break
@@ -123,14 +123,14 @@ def _work(grids: list[Grid], asked: Search, place: Place, values: Mapping[str, V
             time.sleep(_POLL if left else 0)
 
 
-def _train(grid: Grid, trial: Trial, asked: Search, place: Place, values: Mapping[str, Value]) -> None:
+def _train(grid: Grid, trial: Trial, asked: Search, site: Worksite, values: Mapping[str, Value]) -> None:
     """Train a point seed by seed and tell its mean validation error, or that it gets no further seed."""
     method, settings = filled(grid.stage.method, values), applied(asked.settings, values)
     errors: list[float] = []
     seconds = passes = 0.0
     try:
         for seed in range(asked.first, asked.first + asked.seeds):
-            found = train(Run(method, seed, method.under(settings)), place)
+            found = train(Run(method, seed, method.under(settings)), site)
             errors.append(math.inf if found is None else found.shown)
             if found is not None:
                 seconds, passes = seconds + found.seconds, passes + found.passes
@@ -151,11 +151,11 @@ def _train(grid: Grid, trial: Trial, asked: Search, place: Place, values: Mappin
         raise
 
 
-def train(run: Run, place: Place) -> Record | None:
+def train(run: Run, site: Worksite) -> Record | None:
     """Train a run of the search; return ``None`` if its metric ends as no finite number."""
-    session = Session(run, place.hardware.open())
-    single.carry_on(session, place.folder, lambda: time.time() > place.until)
-    single.forget(place.folder, run)
+    session = Session(run, site.hardware.open())
+    single.carry_on(session, site.folder, lambda: time.time() > site.until)
+    single.forget(site.folder, run)
     with suppress(NotFiniteError):
         return session.record()
     return None
