@@ -189,7 +189,7 @@ class Recorded:
                 if isinstance(gradient, Factors) and gradient.bias is not None:
                     made[gradient.bias] = gradient.weighted_bias(c)
             for i, t in small.items():
-                made[i] = (c.to(t.dtype) @ t.flatten(1)).reshape(self.parameters[i].shape)
+                made[i] = (c.to(t.dtype) @ t.reshape(len(t), -1)).reshape(self.parameters[i].shape)
         return Vector(made) / self.loss_scale
 
     def mean(self) -> Vector:
@@ -212,7 +212,7 @@ def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> l
         for site in first.sites:
             if site.parts is not None and site.weight is not None:
                 c_k, delta = c[site.parts.starts], site.deltas[0]
-                found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.flatten(1))
+                found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.reshape(len(delta), -1))
         for i, uses in matrices.items():
             found[i] = [use.weighted(c) for use in uses]
             for use in uses:

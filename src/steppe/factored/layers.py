@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from steppe.factored.any_function import AnyFunction
 from steppe.factored.attention import Attention
 from steppe.factored.batch_norm import BatchNorm
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
-from steppe.factored.passes import CannotFactor, FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import ANY, CannotFactor, FirstPass, Matrices, SecondPass, Site, Small
 from steppe.factored.patches import ConvSpec
+from steppe.factored.recurrent import Recurrent
 
 
 @dataclass
@@ -188,4 +190,6 @@ LAYERS: dict[Any, Any] = {
     **dict.fromkeys((Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__), _elementwise),
     **dict.fromkeys((Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.true_divide_), _in_place),
     Tensor.expand: _elementwise,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), Recurrent()),
+    ANY: AnyFunction(),
 }

@@ -24,6 +24,9 @@ Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of it
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
 
 
+ANY = object()  # the key of the layer for functions that have none of their own
+
+
 class CannotFactor(Exception):  # noqa: N818
     """The micro-batch gradients of a model cannot be factored; the message says why."""
 
@@ -100,12 +103,14 @@ class Tracked:
         parameters: id of the parameter -> index.
         names: index -> name.
         n: how many examples the batch has.
+        tensors: index -> parameter.
         unbatched: the uses, by order, whose rows belong to no example, such as position embeddings.
     """
 
     parameters: Mapping[int, int]
     names: Mapping[int, str]
     n: int
+    tensors: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
     unbatched: frozenset[int] = frozenset()
 
     @classmethod
@@ -114,7 +119,8 @@ class Tracked:
         names = {id(p): name for name, p in batch.model.named_parameters()}
         radii = zip(f.passes.parameters.tensors, f.rho.values, strict=True)
         index = {id(p): i for i, (p, rho) in enumerate(radii) if rho and p.requires_grad}
-        return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch))
+        tensors = {i: f.passes.parameters.tensors[i] for i in index.values()}
+        return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch), tensors)
 
     def index(self, t: object) -> int | None:
         """Return the index of a tracked parameter, ``None`` for anything else."""
@@ -161,6 +167,7 @@ class Interception(TorchFunctionMode):
         self.sites: list[Site] = []
         self.count = 0  # of the sites so far
         self.mixes = False  # whether examples of a micro-batch influence one another
+        self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
 
     def __torch_function__(
@@ -168,14 +175,32 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         layer = self.layers.get(func)
-        if layer is not None:
+        arguments = (*args, *kwargs.values())
+        if layer is not None and not (self.derived and self.derives_from(arguments)):
             made = getattr(layer, self.method)(self, func, *args, **kwargs)
             if made is not NotImplemented:
                 return made
-        index = self.tracked.first_in((*args, *kwargs.values()))
-        if index is not None and _name(func) not in HARMLESS:
-            raise CannotFactor(f"{self.tracked.names[index]} is used by {_name(func)}, which has no factored form")
+        index = self.tracked.first_in(arguments)
+        if (index is not None or self.derived and self.derives_from(arguments)) and _name(func) not in HARMLESS:
+            return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def derives_from(self, arguments: Iterable[Any]) -> tuple[int, ...]:
+        """Return the parameters of the first function of parameters alone among arguments, also inside lists."""
+        for a in arguments:
+            if isinstance(a, list | tuple):
+                found = self.derives_from(a)
+            else:
+                found = self.derived[id(a)].parameters if id(a) in self.derived else ()
+            if found:
+                return found
+        return ()
+
+    def name_in(self, arguments: Iterable[Any]) -> str:
+        """Return the name of the first perturbed parameter among arguments, or among what is made of them."""
+        arguments = list(arguments)
+        index = self.tracked.first_in(arguments)
+        return self.tracked.names[self.derives_from(arguments)[0] if index is None else index]
 
     def next_is_unbatched(self) -> bool:
         """Return whether the rows of the next site belong to no example."""
@@ -212,6 +237,7 @@ class FirstPass(Interception):
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
+        self.mixes |= parts.m > 1  # the gradients are those of whole micro-batches
         return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from steppe.batch import Batch, Batches
 from steppe.engine.grads import drop
@@ -18,6 +17,7 @@ from steppe.engine.replay import RandomState
 from steppe.engine.vector import wide
 from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import TWO_PASSES, collected, relative_cost, weighted_sum
+from steppe.factored.draws import Draws
 from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
@@ -73,8 +73,8 @@ def verified(f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Shar
     before = RandomState.now(f.passes.parameters.devices)
     try:
         _check_supported(batch, f)
-        with f.passes.ranks.apart(), _noise_added(batch.model), _NoDropout():
-            return _Verification(f, batch, parts).plan(tracked)
+        with f.passes.ranks.apart(), _noise_added(batch.model), Draws(len(batch)) as draws:
+            return _Verification(f, batch, parts, draws).plan(tracked)
     except CannotFactor as error:
         return SharingPlan(tracked, reason=str(error), final=error.final, mixes=isinstance(error, Mixes))
     except Exception as error:  # the model itself fails: the loop will raise the same error
@@ -86,8 +86,8 @@ def verified(f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Shar
 class _Verification:
     """The passes that verify a model; none of them counts as one of the step's."""
 
-    def __init__(self, f: Oracle, batch: Batch, parts: MicroBatches | None) -> None:
-        self.f, self.batch, self.n, self.parts = f, batch, len(batch), parts
+    def __init__(self, f: Oracle, batch: Batch, parts: MicroBatches | None, draws: Draws) -> None:
+        self.f, self.batch, self.n, self.parts, self.draws = f, batch, len(batch), parts, draws
         self.passes = Passes(batch, f.passes.parameters)
         self.scale = float(batch.loss_scale(f.passes.parameters.tensors[0].detach()))  # of every loss in these passes
 
@@ -129,7 +129,7 @@ class _Verification:
         """
         with self.passes.one(away=True):
             with black_boxes(self.batch.model, first):
-                losses = self.batch.losses()
+                losses = self.losses()
             if not losses.isfinite().all():
                 raise Unsure("the losses of this batch are not finite")
             random = torch.Generator().manual_seed(0)
@@ -139,6 +139,12 @@ class _Verification:
             g = self.first_backward(losses, first)
             (losses @ weights * (self.scale / self.n)).backward()
         return losses.detach(), g, weights
+
+    def losses(self, part: slice | None = None) -> Tensor:
+        """Run one forward over the batch, or over a part of it, with the random numbers of the batch."""
+        self.draws.begin(part)
+        examples = torch.arange(self.n)
+        return (self.batch if part is None else self.batch.subset(examples[part])).losses()
 
     def first_backward(self, losses: Tensor, first: FirstPass) -> ByParameter:
         """Return the gradient of the mean, at a loss scale that keeps it well within float16."""
@@ -165,7 +171,7 @@ class _Verification:
         if self.parts is not None and first.mixes:
             cuts = [(a, min(a + self.parts.m, self.n)) for a in range(0, self.n, self.parts.m)]
         with self.passes.one(away=True), torch.no_grad():
-            halves = [self.batch.subset(torch.arange(a, b)).losses() for a, b in cuts]
+            halves = [self.losses(slice(a, b)) for a, b in cuts]
         if not (torch.cat(halves) - losses).abs().max() <= tolerance * (losses.abs().max() + 1e-6):
             raise CannotFactor("the loss of an example depends on the other examples of its batch, or on chance")
 
@@ -173,7 +179,7 @@ class _Verification:
         """Raise unless the factors of the first ``m`` examples add up to ``g``, or without it to their own gradient."""
         if g is None:
             with self.passes.one(away=True):
-                (self.batch.split(m)[0].losses().sum() * (self.scale / self.n)).backward()
+                (self.losses(slice(0, m)).sum() * (self.scale / self.n)).backward()
                 g = self.gradients()
         c = (torch.arange(self.n) < m).to(first.sites[0].deltas[0])
         _check_close(weighted_sum(first, c, self.f.passes.parameters.tensors), g, first.tracked, tolerance)
@@ -188,7 +194,7 @@ class _Verification:
         second = SecondPass(first.tracked, LAYERS, first.sites, parts, scaled, eps)
         with self.passes.one(away=True):
             with black_boxes(self.batch.model, second):
-                losses = self.batch.losses()
+                losses = self.losses()
             (losses.sum() * (self.scale / self.n)).backward()
             _check_close(self.gradients(), g, first.tracked, tolerance)
 
@@ -201,7 +207,9 @@ def _layout(site: Site, weights: Tensor, first: FirstPass, tolerance: float) -> 
     """Return the layout that best explains the second backward as the first times weights, and whether it fits."""
     if len(site.deltas) != 2:
         raise CannotFactor(f"{first.label(site)} has no gradient in this pass, or several")
-    a, b = (wide(d.reshape(-1, *d.shape[len(site.leading) :])).flatten(1) for d in site.deltas)
+    a, b = (wide(d.reshape(prod(site.leading), -1)) for d in site.deltas)
+    if site.parts is not None and not a.any() and not b.any():  # its place is known
+        return Layout(site.parts.k, 1), True
     if not a.norm() > 0 or not a.isfinite().all():
         raise Unsure(f"the gradient at {first.label(site)} is zero or not finite for this batch")
     errors = {}
@@ -257,24 +265,6 @@ def described(error: Exception) -> str:
 def has_hooks(p: Tensor) -> bool:
     """Return whether a hook may change or use the gradient of a parameter."""
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
-
-
-class _NoDropout(TorchFunctionMode):
-    """Turns dropout off, so that a part of the batch can be compared with the whole."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
-        return func(*args, **kwargs)
 
 
 @contextmanager
