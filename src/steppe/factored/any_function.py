@@ -73,6 +73,7 @@ def attention(
     return F.dropout(scores.softmax(-1), dropout_p) @ v
 
 
+NO_TENSOR = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__repr__", "__format__"}
 REPEATS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.broadcast_to, torch.tile, torch.repeat_interleave}
 TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -91,6 +92,8 @@ class AnyFunction:
         name = getattr(func, "__name__", str(func))
         if (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
             raise CannotFactor(f"{passing.name_in((*args, *kwargs.values()))} is used by {name}, which works in place")
+        if name in NO_TENSOR:
+            raise CannotFactor(f"{passing.name_in((*args, *kwargs.values()))} is used by {name}, not as a tensor")
         product = self.transposed_product(passing, func, args, kwargs)
         if product is not NotImplemented:
             return product

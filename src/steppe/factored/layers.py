@@ -1,5 +1,6 @@
 """The layers with a weight matrix, and the table of all layers by torch function."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,7 @@ class Call:
     b: Tensor | None = None
 
 
+BAG = inspect.signature(F.embedding_bag)
 DENSE, TURNED = Dense(), Dense(turned=True)
 
 
@@ -153,6 +155,33 @@ class MatrixLayer:
         return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
 
 
+class Bag:
+    """``F.embedding_bag`` over rows of equal length, as a lookup and a sum or mean."""
+
+    def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the sums; the lookup is intercepted."""
+        call = BAG.bind(*args, **kwargs)
+        call.apply_defaults()
+        a = call.arguments
+        index, padding, weights = a["input"], a["padding_idx"], a["per_sample_weights"]
+        if passing.tracked.index(a["weight"]) is None:
+            return NotImplemented
+        odd = a["max_norm"] is not None or a["scale_grad_by_freq"] or a["sparse"]
+        if index.dim() != 2 or a["mode"] == "max" or odd or passing.tracked.index(weights) is not None:
+            raise CannotFactor("an embedding bag with offsets, a maximum or other options has no factored form")
+        with passing:
+            rows = F.embedding(index, a["weight"], padding)
+        if weights is not None:
+            return (rows * weights[..., None]).sum(1)
+        if padding is None:
+            return rows.sum(1) if a["mode"] == "sum" else rows.mean(1)
+        counted = (index != padding % len(a["weight"]))[..., None].to(rows.dtype)
+        total = (rows * counted).sum(1)
+        return total if a["mode"] == "sum" else total / counted.sum(1).clamp_min(1)
+
+    record = evaluate = run
+
+
 def batched(passing: FirstPass | SecondPass, call: Call) -> Call:
     """Return the call with indices that belong to no example repeated for each of them, along a first dimension."""
     if not isinstance(call.map, Lookup) or not passing.next_is_unbatched():
@@ -178,6 +207,7 @@ LAYERS: dict[Any, Any] = {
     torch.conv2d: MatrixLayer(conv(2)),
     torch.conv3d: MatrixLayer(conv(3)),
     F.embedding: MatrixLayer(embedding),
+    F.embedding_bag: Bag(),
     F.layer_norm: NormLayer((2, 3), channels_first=False),
     F.rms_norm: NormLayer((2, None), channels_first=False),
     F.group_norm: GroupNormLayer(),

@@ -237,7 +237,7 @@ class FirstPass(Interception):
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
-        self.mixes |= parts.m > 1  # the gradients are those of whole micro-batches
+        self.mixes |= self.parts is not None  # the gradients are those of whole micro-batches
         return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
