@@ -141,6 +141,7 @@ Sample = Callable[[Moment], Tensor]
 Geometry = Callable[[Moment, Tensor], Tensor]
 Select = Callable[[Moment, Tensor], Tensor | slice]
 Combine = Callable[[Moment, Tensor], tuple[Tensor, Tensor]]
+Rule = Callable[[Moment], tuple[Tensor, Tensor]]
 
 
 def mean(f: Moment) -> Tensor:
@@ -159,6 +160,34 @@ def reweighted(lam: float, norms: Callable[[Moment], Tensor]) -> Sample:
 
 def exact_norms(f: Moment) -> Tensor:
     return (f.movable * f.p.grads(f.w)).norm(dim=1)
+
+
+def effective_size(size: float) -> Callable[[Tensor], Tensor]:
+    """Softmax weights with 1 / sum p^2 = size, by bisection of the inverse temperature itself."""
+
+    def weights(norms: Tensor) -> Tensor:
+        if size >= len(norms):
+            return torch.full_like(norms, 1 / len(norms))
+        low, high = 0.0, 1e6 / float(norms.max() - norms.min())
+        while high - low > 1e-13 * high:
+            lam = (low + high) / 2
+            evenness = 1 / torch.softmax(lam * norms, 0).square().sum()
+            low, high = (lam, high) if evenness > size else (low, lam)
+        return torch.softmax(low * norms, 0)
+
+    return weights
+
+
+def both_weighted(weights: Callable[[Tensor], Tensor]) -> Rule:
+    """RW-SAM's objective: the weights on both gradients of the sharpness term."""
+
+    def rule(f: Moment) -> tuple[Tensor, Tensor]:
+        p = weights(exact_norms(f))
+        d = p @ f.p.grads(f.w)
+        eps = f.rho * euclidean(f, f.movable * d)
+        return perturbed(f, f.g + p @ f.p.grads(f.w + eps) - d)
+
+    return rule
 
 
 def probed_norms(z: Tensor, delta: float) -> Callable[[Moment], Tensor]:
@@ -295,7 +324,10 @@ def project(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A row of the table: four slots, and what happens between every ``every``-th step, on the whole batch."""
+    """A row of the table: four slots, and what happens between every ``every``-th step, on the whole batch.
+
+    ``rule`` is in the place of the slots where a method needs more than these.
+    """
 
     sample: Sample = mean
     geometry: Geometry = euclidean
@@ -303,6 +335,7 @@ class Method(NamedTuple):
     combine: Combine = perturbed
     every: int = 1
     between: Sample = mean
+    rule: Rule | None = None
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -317,6 +350,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "CoupledWSAM": lambda gamma: Method(combine=coupled(gamma)),
     "RWSAM": lambda lam: Method(sample=reweighted(lam, exact_norms)),
     "RWSAMProbe": lambda lam, z, delta: Method(sample=reweighted(lam, probed_norms(z, delta))),
+    "ReweightedSharpness": lambda size=64, lam=None: Method(
+        rule=both_weighted(effective_size(size) if lam is None else lambda norms: torch.softmax(lam * norms, 0))
+    ),
     "ESAM": lambda beta, gamma, kept=None: Method(masked(kept), longer(1 / beta), sharpest(gamma)),
     "LookSAM": lambda k, alpha: Method(combine=orthogonal_part_kept, every=k, between=orthogonal_part_again(alpha)),
     "FSAM": lambda sigma, decay: Method(sample=friendly(sigma, decay)),
@@ -330,6 +366,13 @@ class Step(NamedTuple):
     u: Tensor
     beside: Tensor
     memory: Memory
+
+
+def template(method: Method, f: Moment) -> tuple[Tensor, Tensor]:
+    """Return the answer of a method of four slots."""
+    eps = f.rho * method.geometry(f, f.movable * method.sample(f))
+    g_adv = f.p.grads(f.w + eps)[method.select(f, eps)].mean(0)
+    return method.combine(f, g_adv)
 
 
 def direction(
@@ -352,9 +395,7 @@ def direction(
     u, beside, remembered = torch.zeros_like(w), torch.zeros_like(w), {}
     for part in problem.parts(m or problem.n):
         f, share = Moment(part, w, each, memory), part.n / problem.n
-        eps = each * method.geometry(f, f.movable * method.sample(f))
-        g_adv = part.grads(w + eps)[method.select(f, eps)].mean(0)
-        of_part = method.combine(f, g_adv)
+        of_part = method.rule(f) if method.rule else template(method, f)
         u, beside = u + share * of_part[0], beside + share * of_part[1]
         remembered = {k: remembered.get(k, 0) + share * v for k, v in f.remembered.items()}
     return Step(u, beside, remembered)

@@ -43,7 +43,9 @@ VECTORS = {
     "weight norm": lambda: Of(lambda s, x: s.head(s.normed(x).tanh()), normed=weight_norm(nn.Linear(6, 6))),
     "a function of a scalar": lambda: Of(lambda s, x: s.head(s.body(x)) * s.t.exp(), t=free()),
     "a gate": lambda: Of(lambda s, x: s.head(s.body(x) * torch.sigmoid(s.t)), t=free(6)),
-    "a chain": lambda: Of(lambda s, x: s.head(s.body(x) * (1 + s.t.to(x.dtype).view(1, 6) * s.u.abs())), t=free(6), u=free(6)),
+    "a chain": lambda: Of(
+        lambda s, x: s.head(s.body(x) * (1 + s.t.to(x.dtype).view(1, 6) * s.u.abs())), t=free(6), u=free(6)
+    ),
     "where": lambda: Of(lambda s, x: s.head(torch.where(x > 0, s.body(x), s.p)), p=free(6)),
     "cosine": lambda: Of(lambda s, x: F.normalize(s.body(x)) @ F.normalize(s.w).T, w=free(CLASSES, 6)),
     "a transpose": lambda: Of(lambda s, x: F.linear(s.body(x) @ s.w.T, s.v.t()), w=free(5, 6), v=free(5, CLASSES)),
@@ -61,15 +63,15 @@ SEQUENCES = {
     ),
     "RNN": lambda: Of(lambda s, x: s.head(s.r(x)[1][-1]), r=nn.RNN(6, 6, batch_first=True)),
     "einsum": lambda: Of(lambda s, x: s.head(torch.einsum("btc,dc->btd", s.body(x), s.w).mean(1)), w=free(6, 6)),
-    "experts": lambda: Of(
-        lambda s, x: s.head(torch.einsum("btc,ecd->bted", x, s.w).mean((1, 2))), w=free(3, 6, 6)
-    ),
+    "experts": lambda: Of(lambda s, x: s.head(torch.einsum("btc,ecd->bted", x, s.w).mean((1, 2))), w=free(3, 6, 6)),
     "a product from the left": lambda: Of(lambda s, x: s.head((s.w @ s.body(x)).mean(1)), w=free(4, 5)),
     "interpolated positions": lambda: Of(
         lambda s, x: s.head((s.body(x) + F.interpolate(s.p, size=5).mT).mean(1)), p=free(1, 6, 3)
     ),
     "a decay": lambda: Of(lambda s, x: s.head((x * torch.exp(-torch.exp(s.a))).cumsum(1).mean(1)), a=free(6)),
-    "a repeated prompt": lambda: Of(lambda s, x: s.head(torch.cat([s.p.repeat(len(x), 1, 1), x], 1).mean(1)), p=free(2, 6)),
+    "a repeated prompt": lambda: Of(
+        lambda s, x: s.head(torch.cat([s.p.repeat(len(x), 1, 1), x], 1).mean(1)), p=free(2, 6)
+    ),
     "an expanded prompt": lambda: Of(
         lambda s, x: s.head(torch.cat([s.p.unsqueeze(0).expand(len(x), -1, -1), s.body(x)], 1).mean(1)), p=free(2, 6)
     ),
@@ -83,7 +85,8 @@ SEQUENCES = {
 IMAGES = {
     "PReLU of channels": lambda: Of(lambda s, x: image_head(s, s.act(s.c(x))), c=nn.Conv2d(3, 4, 3), act=nn.PReLU(4)),
     "ConvTranspose2d": lambda: Of(
-        lambda s, x: image_head(s, s.up(x).relu()), up=nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1)
+        lambda s, x: image_head(s, s.up(x).relu()),
+        up=nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1),
     ),
     "a reshaped scale": lambda: Of(
         lambda s, x: image_head(s, s.c(x) * s.g.reshape(1, -1, 1, 1)), c=nn.Conv2d(3, 4, 3), g=free(4)
@@ -210,9 +213,7 @@ CHANCE = {
     "an encoder layer": lambda: Of(
         lambda s, x: s.head(s.layer(x).mean(1)), layer=nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
     ),
-    "LSTM": lambda: Of(
-        lambda s, x: s.head(s.r(x)[0].mean(1)), r=nn.LSTM(6, 6, 2, batch_first=True, dropout=0.5)
-    ),
+    "LSTM": lambda: Of(lambda s, x: s.head(s.r(x)[0].mean(1)), r=nn.LSTM(6, 6, 2, batch_first=True, dropout=0.5)),
 }
 
 

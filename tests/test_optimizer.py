@@ -609,7 +609,7 @@ def test_subclasses_of_batch_and_kinds_of_data_survive_splitting() -> None:
         ((), ValueError),
         (torch.tensor(1.0), ValueError),
         (torch.ones(0, 2), ValueError),
-        ({"x": torch.ones(3), "y": "text"}, TypeError),
+        ({"x": torch.ones(3), "y": object()}, TypeError),
     ],
 )
 def test_bad_data(data, error) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe import Masked, Reweighted, Rule, Sharpest, SharpnessAware
+from steppe import BothWeighted, EffectiveSize, Masked, Reweighted, Rule, Sharpest, SharpnessAware, Softmax
 from steppe.rule import on_micro_batches
 from tests import reference
 from tests.cases import BASES, N, World, sgd, world
@@ -83,6 +83,19 @@ def test_rw_sam_with_the_probe(m: int | None, base: str) -> None:
     z = PerStep(torch.cat([t.reshape(-1) for t in probe.direction(vector, k).tensors]) for k in range(STEPS))
     expected = expected_path("RWSAMProbe", w, base, m=m, lam=2.0, z=z, delta=probe.length * RHO / d**0.5)
     assert_same_path(opt, w, expected)
+
+
+@pytest.mark.parametrize("hyper", [{"size": 2.5}, {"lam": 2.0}], ids=str)
+@pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (4, "momentum"), (None, "adamw")])
+def test_reweighted_sharpness(m: int | None, base: str, hyper: dict) -> None:
+    w, again = world(), world()
+    expected = expected_path("ReweightedSharpness", w, base, m=m, **hyper)
+    weights = EffectiveSize(2.5, ExactNorms()) if "size" in hyper else Softmax(2.0, ExactNorms())
+    assert_same_path(
+        SharpnessAware(BASES[base](w.parameters()), on_micro_batches(BothWeighted(weights), m), RHO), w, expected
+    )
+    factored = steppe.ReweightedSharpness(BASES[base](again.parameters()), RHO, m=m, **hyper)
+    assert_same_path(factored, again, expected)
 
 
 @pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (5, "momentum"), (None, "adamw"), (5, "adamw")])

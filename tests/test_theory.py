@@ -1,6 +1,7 @@
 """Every batch of a small finite sum, enumerated: the drift identities of the m-sharpness theory."""
 
-from itertools import combinations, product
+from dataclasses import dataclass
+from itertools import combinations, permutations, product
 
 import pytest
 import torch
@@ -20,7 +21,11 @@ def finite_sum(seed: int = 0, one_hessian: bool = False):
 
 def mean_update(A, b, w, size: int, make, replacement: bool = False) -> torch.Tensor:
     """The expected gradient that the base sees, over all batches of ``size``."""
-    ways = product(range(n), repeat=size) if replacement else combinations(range(n), size)
+    return mean_over(product(range(n), repeat=size) if replacement else combinations(range(n), size), A, b, w, make)
+
+
+def mean_over(ways, A, b, w, make) -> torch.Tensor:
+    """The mean of the gradient that the base sees, over batches given by the indices of their examples."""
     total, count = torch.zeros(d, dtype=torch.float64), 0
     for index in ways:
         model = Quadratic(w.tolist())
@@ -111,3 +116,42 @@ def test_smaller_batches_have_larger_gradients_on_average() -> None:
     opt = steppe.SAM(sgd(model, lr=0.0), 0.1, m=1)
     opt.step(model.batch(A, b))
     assert float(opt.telemetry.g_norm) == pytest.approx(norms[0])
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Weights that do not depend on the examples: the first of the batch has the first, and so on."""
+
+    p: tuple[float, ...]
+
+    def __call__(self, f: steppe.Oracle) -> torch.Tensor:
+        return torch.tensor(self.p, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """``sum_i p_i grad f_i`` for the perturbation alone: the second gradient is uniform."""
+
+    weights: Independent
+
+    def __call__(self, f: steppe.Oracle) -> steppe.Vector:
+        return f.grad(weights=self.weights(f))
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("p", [(0.6, 0.3, 0.1), (1 / 3, 1 / 3, 1 / 3), (0.0, 1.0, 0.0)], ids=str)
+def test_weights_on_the_perturbation_alone_leave_sams_share_of_the_variance(p, replacement: bool) -> None:
+    """The coefficient of ``grad(tr V / 2)`` is ``c / b`` whatever the weights are; on both sides ``sum p_i^2``."""
+    (A, b, w), rho, size = finite_sum(), 0.1, len(p)
+    c = 1.0 if replacement else (n - size) / (n - 1)
+    squares = sum(x * x for x in p)
+    both = squares if replacement else (n * squares - 1) / (n - 1)  # of a finite population
+    alone = steppe.Rule(sample=Ascent(Independent(p)), geometry=steppe.Unnormalised())
+    on_both = steppe.BothWeighted(Independent(p), steppe.Unnormalised())
+    for rule, coefficient in ((alone, c / size), (on_both, both)):
+        ways = product(range(n), repeat=size) if replacement else permutations(range(n), size)
+        make = lambda base, rule=rule: steppe.SharpnessAware(base, rule, rho)  # noqa: E731
+        found = mean_over(ways, A, b, w, make)
+        torch.testing.assert_close(found, regularised_gradient(A, b, w, rho, coefficient), rtol=0, atol=1e-9)
+        if coefficient > c / size + 1e-9:  # the test can tell them apart
+            assert (found - regularised_gradient(A, b, w, rho, c / size)).norm() > 1e-3

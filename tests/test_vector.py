@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steppe.engine.vector import Vector, norm_of
-from steppe.pieces.sample import _signs, generator
+from steppe.pieces.weights import _signs, generator
 
 
 def vector(*entries, scale=1.0) -> Vector:

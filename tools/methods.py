@@ -1,6 +1,6 @@
 """Write what follows from ``steppe.METHODS`` and the pieces: ``python tools/methods.py``.
 
-The README's table of methods, and the names that ``steppe/api.py`` imports and lists.
+The table of docs/methods.md, and the names that ``steppe/api.py`` imports and lists.
 """
 
 import inspect
@@ -13,9 +13,9 @@ import steppe
 import steppe.methods
 
 ROOT = Path(__file__).parents[1]
-README, INIT = ROOT / "README.md", ROOT / "src" / "steppe" / "api.py"
+PAGE, INIT = ROOT / "docs" / "methods.md", ROOT / "src" / "steppe" / "api.py"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
-SLOTS = ("combine", "geometry", "sample", "select")
+SLOTS = ("combine", "geometry", "rules", "sample", "select", "weights")
 
 
 def call(method: type[steppe.SharpnessAware]) -> str:
@@ -38,7 +38,7 @@ def row(method: type[steppe.SharpnessAware]) -> str:
 
 
 def with_table(text: str) -> str:
-    """Return the README's text with the table between its marks."""
+    """Return the page's text with the table between its marks."""
     head = "| method | what it does | cost | source |\n|---|---|---|---|\n"
     before, rest = text.split(BEGIN)
     return before + BEGIN + head + "".join(map(row, steppe.methods.METHODS)) + END + rest.split(END)[1]
@@ -72,5 +72,5 @@ def with_names(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))
     INIT.write_text(with_names(INIT.read_text()))

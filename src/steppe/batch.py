@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from steppe.engine import checks
+from steppe.engine.grads import modules_of, zero_grad
+from steppe.engine.nested import Data, Examples
 from steppe.engine.vector import wide
 
-Data = Any  # a nested tuple, list or dict of tensors with a common first dimension
 Loss = Callable[[nn.Module, Data], Tensor]
 
 
@@ -24,20 +26,23 @@ class Batch:
     Args:
         model: the module; its buffers are protected in passes away from ``w``, its gradients zeroed before each pass.
         loss: ``(model, data) -> losses``, one loss per example, shape ``(n,)``.
-        data: a nested tuple, list or dict of tensors whose first dimension is the ``n`` examples; ``None`` may stand
-            where there is none.
+        data: a nested tuple, list or dict of tensors whose first dimension is the ``n`` examples. A list may hold one
+            item an example instead: images of several sizes, texts, dicts of targets. ``None``, numbers and tensors of
+            no dimension belong to the whole batch (:meth:`steppe.engine.nested.Examples.of`).
         scaler: the ``torch.amp.GradScaler`` of float16 training: the loss is scaled before each backward pass, and
             ``step`` unscales what it takes. Call ``scaler.update()`` after every step, and not ``scaler.step``.
 
     Raises:
         TypeError: ``model`` is no module, ``loss`` no function, ``scaler`` no scaler, or ``data`` holds something that
-            is not a tensor.
-        ValueError: ``data`` is empty, or its tensors differ in their first dimension.
+            cannot be cut into examples; the message has its path.
+        ValueError: ``data`` is empty, or its entries differ in their number of examples.
 
     Example:
         >>> batch = Batch(model, lambda model, d: -model(d["x"]).log_prob(d["y"]), {"x": x, "y": y})
         >>> loss = optimizer.step(batch)
     """
+
+    per_example = True  #: whether the losses of single examples are known
 
     def __init__(self, model: nn.Module, loss: Loss, data: Data, *, scaler: torch.amp.GradScaler | None = None) -> None:
         if not isinstance(model, nn.Module):
@@ -46,7 +51,7 @@ class Batch:
             raise TypeError(f"loss must be a function (model, data) -> losses, got {loss!r}")
         checks.grad_scaler(scaler)
         self.model, self.loss, self.data, self.scaler = model, loss, data, scaler
-        self._n = _count(data)
+        self._examples = Examples.of(data)
 
     @classmethod
     def supervised(
@@ -78,34 +83,46 @@ class Batch:
         return cls(model, _Supervised(criterion), (inputs, targets), scaler=scaler)
 
     def __len__(self) -> int:
-        return self._n
+        return self._examples.n
+
+    @property
+    def weight(self) -> float:
+        """The weight of this batch among others, in units of an example."""
+        return len(self)
+
+    @property
+    def rounds(self) -> tuple[Batch, ...]:
+        """The batches whose passes, one after the other, make one pass over this batch."""
+        return (self,)
 
     def __call__(self) -> Tensor:
         """Zero the gradients, run forward and backward, and return the mean loss, a 0-dim tensor."""
         self.zero_grad()
-        losses = self.losses()
-        self.backward(losses)
-        return losses.detach().mean()
+        return self.mean_of([one.run(weights) for one, weights in zip(self.rounds, self.shares(), strict=True)])
+
+    def run(
+        self,
+        weights: Tensor | float | None = None,
+        inputs: Sequence[Tensor] | None = None,
+        under: AbstractContextManager[Any] | None = None,
+    ) -> Tensor:
+        """Run forward, under a context, and backward; return the losses, shape ``(n,)``, detached."""
+        with under or nullcontext():
+            losses = self.losses()
+        self.backward(losses, weights, inputs)
+        return losses.detach()
+
+    def mean_of(self, seen: Sequence[Tensor]) -> Tensor:
+        """Return the mean loss, from what ``run`` returned in every round."""
+        return (seen[0] if len(seen) == 1 else torch.cat(list(seen))).mean()
 
     def zero_grad(self) -> None:
         """Drop the model's gradients."""
-        if getattr(self.model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
-            self.model.zero_grad(set_to_none=True)
-            return
-        for module in self.modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    p.grad = None
+        zero_grad(self.model)
 
     def modules(self) -> list[nn.Module]:
-        """Return the model's modules, each once; faster than ``nn.Module.modules``, which builds names."""
-        found, seen = [self.model], {id(self.model)}
-        for module in found:
-            for inner in module._modules.values() if module._modules else ():
-                if inner is not None and id(inner) not in seen:
-                    seen.add(id(inner))
-                    found.append(inner)
-        return found
+        """Return the model's modules, each once."""
+        return modules_of(self.model)
 
     def losses(self) -> Tensor:
         """Run one forward and return the loss of every example, shape ``(n,)``.
@@ -151,16 +168,20 @@ class Batch:
 
     def subset(self, on: Tensor) -> Batch:
         """Return the batch of the examples with the indices ``on``, shape ``(k,)``."""
-        return self._with(mapped(lambda t: t[on.to(t.device)], self.data))
+        return self._part(on, len(on))
 
     def split(self, m: int) -> list[Batch]:
         """Return micro-batches of ``m`` examples in order; the last has the remaining ones."""
-        parts = [slice(i, i + m) for i in range(0, len(self), m)]
-        return [self._with(mapped(lambda t, s=s: t[s], self.data)) for s in parts]  # type: ignore[misc]
+        return [self._part(slice(i, i + m), min(m, len(self) - i)) for i in range(0, len(self), m)]
 
-    def _with(self, data: Data) -> Self:
+    def require_losses(self, use: str) -> None:
+        """Raise ``TypeError`` where the losses of single examples are not known."""
+
+    def _part(self, index: slice | Tensor, n: int) -> Self:
+        if n < 1:
+            raise ValueError("data must hold at least one example, got 0")
         other = copy(self)
-        other.data, other._n = data, _count(data)
+        other.data, other._examples = self._examples.cut(self.data, index), replace(self._examples, n=n)
         return other
 
 
@@ -193,29 +214,45 @@ class Batches(Batch):
         first = self.chunks[0]
         if any(c.model is not first.model or c.scaler is not first.scaler for c in self.chunks):
             raise ValueError("batches must share one model and one scaler")
+        if any(c.per_example != first.per_example for c in self.chunks):
+            raise ValueError("batches must be all a Batch, or all a MeanBatch")
+        self.per_example = first.per_example
         self.model, self.loss, self.scaler = first.model, first.loss, first.scaler
         self.data = [batch.data for batch in self.chunks]
-        self._n = sum(map(len, self.chunks))
 
-    def __call__(self) -> Tensor:
-        """Zero the gradients, run forward and backward of every batch, and return the mean loss, a 0-dim tensor."""
-        self.zero_grad()
-        losses = []
-        for chunk, weights in zip(self.chunks, self.shares(), strict=True):
-            losses.append(chunk.losses())
-            chunk.backward(losses[-1], weights)
-            losses[-1] = losses[-1].detach()
-        return torch.cat(losses).mean()
+    def __len__(self) -> int:
+        return sum(map(len, self.chunks))
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return sum(chunk.weight for chunk in self.chunks)
+
+    @property
+    def rounds(self) -> tuple[Batch, ...]:
+        """The batches that are accumulated, without those that weigh nothing."""
+        return tuple(chunk for chunk in self.chunks if chunk.weight)
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
-        """Return the weights of the examples of every batch, shape ``(n_k,)``; by default ``1 / n``."""
+        """Return the weights of the examples of every batch, shape ``(n_k,)``, or ``1 / n``."""
         if weights is None:
-            return [1 / len(self)] * len(self.chunks)
+            return [1 / self.weight] * len(self.rounds)
         return list(torch.split(weights, [len(chunk) for chunk in self.chunks]))
+
+    def mean_of(self, seen: Sequence[Tensor]) -> Tensor:
+        """Return the mean over all examples, or the mean of the batches' means by their weights."""
+        if self.per_example:
+            return super().mean_of(seen)
+        weights = torch.tensor([chunk.weight for chunk in self.rounds], dtype=torch.float64).to(seen[0])
+        return torch.stack(list(seen)) @ weights / weights.sum()
 
     def losses(self) -> Tensor:
         """Return the loss of every example, batch after batch, shape ``(n,)``."""
         return torch.cat([chunk.losses() for chunk in self.chunks])
+
+    def require_losses(self, use: str) -> None:
+        """Raise ``TypeError`` where the losses of single examples are not known."""
+        self.chunks[0].require_losses(use)
 
     def subset(self, on: Tensor) -> Batches:
         """Return the batches of the examples ``on``, shape ``(k,)``, indexed through all batches."""
@@ -261,39 +298,3 @@ class _Supervised:
         inputs, targets = data
         losses = self.criterion(model(inputs), targets)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-
-
-def mapped(f: Callable[[Tensor], Tensor], data: Data) -> Data:
-    """Return nested data with ``f`` of every tensor."""
-    if isinstance(data, Tensor):
-        return f(data)
-    if data is None:
-        return None
-    if isinstance(data, MutableMapping):  # of any kind, kept
-        other = copy(data)
-        other.update({key: mapped(f, value) for key, value in data.items()})
-        return other
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(mapped(f, value) for value in data))
-    if isinstance(data, tuple | list):
-        return type(data)(mapped(f, value) for value in data)
-    raise TypeError(f"data must be a nested tuple, list or dict of tensors, found {type(data).__name__}")
-
-
-def leaves(data: Data) -> list[Tensor]:
-    """Return the tensors of nested data, in order."""
-    found: list[Tensor] = []
-    mapped(lambda t: found.append(t) or t, data)  # type: ignore[func-returns-value]
-    return found
-
-
-def _count(data: Data) -> int:
-    shapes = [t.shape for t in leaves(data)]
-    if not shapes or any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(
-            "data must hold tensors with a common first dimension, one row an example, "
-            f"got shapes {[tuple(shape) for shape in shapes]}"
-        )
-    if shapes[0][0] == 0:
-        raise ValueError("data must hold at least one example, got 0")
-    return shapes[0][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState
+from steppe.joint import as_one
+from steppe.options import Base
 from steppe.pieces.protocol import declared
 from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
@@ -29,35 +31,19 @@ Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
 
 
-class Parts(TypedDict, total=False):
-    """The options of every method that choose the examples of a perturbation: see :class:`SharpnessAware`."""
-
-    m: int | None
-    sampled: int | None
-
-
-class Options(Parts, total=False):
-    """The options of every method: see :class:`SharpnessAware`."""
-
-    check_finite: bool
-    cosine: bool
-    gradient_noise: bool
-    parallel: bool | str
-    sync: Sync
-    max_norm: float | None
-    model: nn.Module | None
-
-
 class SharpnessAware(Facade):
     """Any base optimizer, made sharpness-aware by a rule.
 
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``: its own where
-    the base's group was given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives
-    in ``state[p]`` beside the base's, so one checkpoint resumes both, bit for bit. Keep parameters in float32: bfloat16
-    rounds most of a small perturbation away (``docs/stacks/mixed-precision.md``).
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict`` are the base's. Each group has a ``rho``
+    (``sharpness_rho`` where the base has an option ``rho`` of its own, as Adadelta): its own where the base's group was
+    given one (0 keeps the group out of the ascent), else the optimizer's. The rule's memory lives in ``state[p]``
+    beside the base's, or apart from it where the base saves in a way of its own; one checkpoint resumes both, bit for
+    bit. Keep parameters in float32: bfloat16 rounds most of a small perturbation away
+    (``docs/stacks/mixed-precision.md``).
 
     Args:
-        base: an optimizer instance; it takes one step on the update's ``grad``.
+        base: an optimizer instance; it takes one step on the update's ``grad``. A list of them is their
+            :class:`~steppe.Joint`.
         rule: ``(Oracle) -> Update``, for example :class:`~steppe.Rule`.
         rho: radius of the perturbation, in the units of the rule's geometry, or a schedule (:mod:`steppe.schedule`).
         full: closure over the larger batch of n-SAM (:class:`~steppe.OnFull`).
@@ -65,6 +51,8 @@ class SharpnessAware(Facade):
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
             ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+        ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
+            passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
         check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
@@ -101,13 +89,14 @@ class SharpnessAware(Facade):
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: Base,
         rule: AnyRule,
         rho: float | Schedule = 0.05,
         *,
         full: Closure | None = None,
         m: int | None = None,
         sampled: int | None = None,
+        ascent: int | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -116,11 +105,11 @@ class SharpnessAware(Facade):
         max_norm: float | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        checks.check_base(base)
-        rule = on_micro_batches(rule, m, sampled)
+        base = as_one(base)
+        rule = on_micro_batches(rule, m, sampled, ascent)
         checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers)
-        radius = RadiusOfGroups(rho, base.param_groups)
+        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
+        radius = RadiusOfGroups(rho, base)
         options = (check_finite, cosine, gradient_noise, parallel, max_norm)
         stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
         # not super().__init__, which would make groups: they are the base's
@@ -130,7 +119,8 @@ class SharpnessAware(Facade):
         return _fields(**{name: value for name, value in self.__dict__.items() if name in KEPT})
 
     def __repr__(self) -> str:
-        rhos = [g.get("rho") for g in self.param_groups]  # none yet in a group that was added to the base
+        key = self._stepper.radius.key
+        rhos = [g.get(key) for g in self.param_groups]  # none yet in a group that was added to the base
         rho = rhos[0] if len(rhos) == 1 else rhos
         return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean
 from steppe.pieces.protocol import Declaration, declared
-from steppe.pieces.sample import Mean
+from steppe.pieces.sample import Mean, Subset
 from steppe.pieces.select import All
 
 
@@ -117,8 +117,8 @@ class Micro:
 
     @property
     def declares(self) -> Declaration:
-        """The rule's, and the examples."""
-        return replace(declared(self.rule), examples=True)
+        """The rule's, and parts of the batch."""
+        return replace(declared(self.rule), parts=True)
 
 
 @dataclass(frozen=True)
@@ -151,21 +151,44 @@ class Every:
         return self.between if step % self.k else self.rule
 
 
-def on_micro_batches(rule: AnyRule, m: int | None = None, sampled: int | None = None) -> AnyRule:
+class Parts(TypedDict, total=False):
+    """The options of every method that choose the examples of a perturbation: see :class:`~steppe.SharpnessAware`."""
+
+    m: int | None
+    sampled: int | None
+    ascent: int | None
+
+
+def on_micro_batches(
+    rule: AnyRule, m: int | None = None, sampled: int | None = None, ascent: int | None = None
+) -> AnyRule:
     """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``m=None`` is the whole batch.
 
-    Of :class:`Every` the rule of its k-th steps is cut.
+    With ``ascent`` the perturbation comes from that many random examples. Of :class:`Every` the rule of its k-th steps
+    is changed.
 
     Raises:
-        ValueError: ``sampled`` without ``m``.
+        ValueError: ``sampled`` without ``m``, or ``ascent`` with it, or ``ascent`` of a rule whose perturbation does
+            not come from the batch.
     """
     if m is None and sampled is not None:
         raise ValueError(f"sampled needs m=, the size of the micro-batches that it draws, got sampled={sampled!r}")
-    if m is None:
-        return rule
+    if m is not None and ascent is not None:
+        raise ValueError(f"ascent must be None beside m=, which gives every micro-batch its own, got ascent={ascent!r}")
     if isinstance(rule, Every):
-        return replace(rule, rule=on_micro_batches(rule.rule, m, sampled))
-    return Micro(m, rule, sampled)
+        return replace(rule, rule=on_micro_batches(rule.rule, m, sampled, ascent))
+    if ascent is not None:
+        return _from_subset(rule, ascent)
+    return rule if m is None else Micro(m, rule, sampled)
+
+
+def _from_subset(rule: AnyRule, m: int) -> Rule:
+    if not isinstance(rule, Rule):
+        raise ValueError(f"ascent must be None for a rule that is no Rule with a sample, got {rule!r}")
+    try:
+        return replace(rule, sample=Subset(m, rule.sample))
+    except ValueError as error:
+        raise ValueError(f"ascent={m!r}: {error}") from None
 
 
 def rule_at(rule: AnyRule, step: int) -> AnyRule:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from steppe.batch import Batch
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
+from steppe.engine.memory import Memory
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
+from steppe.engine.parts import check_batch
 from steppe.engine.passes import Closure
 from steppe.engine.replay import frozen_statistics
-from steppe.engine.state import RuleState
+from steppe.engine.state import PREFIX, RuleState
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, shift_
 from steppe.engine.weights import NotFinite
@@ -36,12 +37,14 @@ class Pending:
         parameters: every parameter of the optimizer.
         beside: what moves past the base, ``w <- w - lr beside``.
         memory: by name, a vector, and the rate at which the rule's memory moves towards it (1 replaces it).
+        numbers: by name, what the rule remembers in every group.
         rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
     """
 
     parameters: Sequence[Tensor]
     beside: Vector | None = None
     memory: dict[str, tuple[Vector, float]] = field(default_factory=dict)
+    numbers: dict[str, Tensor | float] = field(default_factory=dict)
     rescaled: bool = False
     _handed: list[Tensor] = field(init=False, repr=False)
 
@@ -60,7 +63,8 @@ class Pending:
         kept = {name: (_apart(v, grads), passes.log.rates[name]) for name, v in memory.items()}
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
-        return cls(parameters, update.beside, kept)
+        numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
+        return cls(parameters, update.beside, kept, numbers)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Scale the gradients again, for a framework whose scaler will unscale them."""
@@ -83,7 +87,9 @@ class Pending:
                 if s is not None:
                     shift_(p, s, -lr[id(p)] * self.beside.scale)
         for name, (v, rate) in self.memory.items():
-            state.keep(base.state, self.parameters, name, v.where(moving).tensors, rate)
+            state.keep(base, self.parameters, name, v.where(moving).tensors, rate)
+        for group in base.param_groups:
+            group.update({PREFIX + name: float(value) for name, value in self.numbers.items()})
 
 
 def _apart(v: Vector, grads: Sequence[Tensor | None]) -> Vector:
@@ -135,7 +141,7 @@ class HalfStep:
     def __init__(self, f: Oracle, rule: AnyRule) -> None:
         self.f, self.rule, self.finite = f, rule_at(rule, f.step), True
         needs = declared(self.rule)
-        if needs.examples or not (isinstance(self.rule, Rule) or not needs.g_adv):
+        if needs.examples or needs.parts or not (isinstance(self.rule, Rule) or not needs.g_adv):
             raise TypeError(f"first_step() and second_step() serve rules of two gradients, not {rule!r}: call step()")
         self.ran: list[nn.Module] = []  # the modules of the second pass
         self._away = ExitStack()
@@ -207,6 +213,7 @@ class Stepper:
     modules: Modules
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
+    added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
@@ -217,14 +224,14 @@ class Stepper:
         modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
-        self.state.clear_room(self.base.state)
+        self.state.clear_room(self.base)
         full = self.full
         return Oracle(
             closure,
             Parameters(parameters, radii, names),
             declares=declared(self._rule_at(step, radii)),
             step=step,
-            recall=partial(self.state.recall, self.base.state, parameters),
+            memory=Memory(parameters, self.state.of(self.base), self.base.state, groups[0]),
             full=full.scaled_by(scale.scaler if scale else None) if isinstance(full, Batch) else full,
             keep_g=self.cosine,
             guard=self.check_finite or scale is not None,
@@ -241,8 +248,7 @@ class Stepper:
             TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
         """
         f = self.oracle(closure, scaler)
-        if declared(self.rule).examples and f.rho.largest():
-            f.batch(repr(self.rule))  # also where only another step's rule looks at examples: before any has moved
+        self.added_up = check_batch(f, self.rule, self.added_up)
         if f.passes.ranks.unprepared:
             f.passes.prepare_static_graph()
         if self.gradient_noise:

@@ -21,11 +21,12 @@ class Telemetry:
 
     Attributes:
         rho: the largest radius of any group.
-        loss: ``L(w)``, on the batch (n-SAM: on the full batch).
+        loss: ``L(w)``, on the batch (n-SAM: on the full batch; ``ascent=m``: on the ``m`` examples, unless the method
+            takes the batch's gradient at ``w`` too; MomentumSAM: ``L(w + eps)``, it has no pass at ``w``).
         loss_adv: ``L(w + eps)``, on the whole batch.
         gap: the surrogate gap ``L(w + eps) - L(w)``, where one batch answered both.
         g_norm: Euclidean norm of the gradient at ``w`` (RW-SAM: of the weighted gradient; ESAM: of the kept tensors';
-            micro-batches that share passes: of the perturbed parameters').
+            micro-batches that share passes: of the perturbed parameters'; ``ascent=m``: as ``loss``).
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         update_norm: Euclidean norm of the gradient that the base sees, before it is clipped (``max_norm=``).
@@ -70,6 +71,7 @@ class StepLog:
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     norms: list[Tensor] = field(default_factory=list)  # of every gradient taken: are they finite?
     memory: dict[str, Vector] = field(default_factory=dict)
+    kept: dict[str, Tensor | float] = field(default_factory=dict)  # numbers for the next step
     rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
@@ -79,6 +81,8 @@ class StepLog:
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():
             self.memory[name] = self.memory[name] + share * vector if name in self.memory else share * vector
+        for name, value in other.kept.items():
+            self.kept[name] = self.kept.get(name, 0.0) + share * value
         self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
@@ -97,11 +101,16 @@ class StepLog:
         kept = {name: value for name, value in numbers.items() if name not in ("loss", "g_norm")}
         self.add(share, replace(other, numbers=kept))
 
-    def add_full(self, other: StepLog) -> None:
-        """Merge the log of n-SAM's pass over its larger batch."""
-        kept = ("g_norm", "forwards", "backwards")
-        self.numbers |= {name: value for name, value in other.numbers.items() if name in kept}
-        self.numbers["full_loss"] = other.numbers["loss"]
+    def add_other(self, other: StepLog, cost: float = 1.0) -> None:
+        """Merge the log of a perturbation's pass over other examples than the batch, which costs ``cost`` passes."""
+        for name in ("forwards", "backwards"):
+            self.count(name, cost * other.numbers.get(name, 0.0))
+        if "g_norm" in other.numbers:
+            self.numbers.setdefault("g_norm", other.numbers["g_norm"])
+        if "loss" in other.numbers:
+            self.numbers["other_loss"] = other.numbers["loss"]
+        self.memory |= other.memory
+        self.rates |= other.rates
         self.norms += other.norms
         self.any_gradient |= other.any_gradient
 
@@ -117,12 +126,12 @@ class StepLog:
 
     @property
     def loss(self) -> Tensor | float | None:
-        """``L(w)``; of n-SAM on the larger batch."""
-        return self.numbers.get("loss", self.numbers.get("full_loss"))
+        """``L(w)``; of n-SAM on the larger batch, of a perturbation from a subset on that; else ``L(w + eps)``."""
+        return next((self.numbers[name] for name in ("loss", "other_loss", "loss_adv") if name in self.numbers), None)
 
     def telemetry(self, **of_the_step: Any) -> Telemetry:
         """Return the numbers as the user sees them."""
-        numbers: dict[str, Any] = {name: value for name, value in self.numbers.items() if name != "full_loss"}
+        numbers: dict[str, Any] = {name: value for name, value in self.numbers.items() if name != "other_loss"}
         if "loss" in numbers and "loss_adv" in numbers:
             numbers["gap"] = numbers["loss_adv"] - numbers["loss"]
         return Telemetry(**numbers | {"loss": self.loss} | of_the_step)

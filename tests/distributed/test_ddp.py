@@ -15,6 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from steppe.engine import sampling
 from steppe.pieces.protocol import Declaration
 from tests.cases import scaler
 from tests.models import Branches
@@ -84,6 +85,8 @@ def make(name: str, model: nn.Module, **options):
         options["full"] = batch_of(model, x, y)
     if name == "ESAM":
         options["gamma"] = 1.0  # its selection is each rank's own
+    if name == "ReweightedSharpness":
+        options["size"] = 2
     return method(base, rho=0.3, **options)
 
 
@@ -123,7 +126,7 @@ def alone(name: str, options: dict, steps: int = 4) -> list[torch.Tensor]:
 
 
 NAMES = [method.__name__ for method in steppe.METHODS]
-SHARED_SOFTMAX = {"RWSAM"}  # weights are each rank's own: equal to micro-batches, not to the whole batch
+SHARED_SOFTMAX = {"RWSAM", "ReweightedSharpness"}  # weights are each rank's own: as under m=, not as on the whole batch
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,6 +258,20 @@ def test_no_gradient_is_averaged_twice(two_ranks, name, sync, closure) -> None:
         in_one_message = 1 if expected[1] else 0
         assert (by_ddp, by_hand) == (expected[0], in_one_message)
         assert forwards == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "messages", "forwards"),
+    [
+        ("SAM", {"m": 2, "sampled": 1}, (0, 1), 1.5),
+        ("SAM", {"ascent": 2}, (1, 0), 1.25),
+        ("WSAM", {"ascent": 2}, (0, 1), 2.25),
+    ],
+)
+def test_sampled_gradients_are_averaged_once(two_ranks, name, part, messages, forwards) -> None:
+    for _, _, counted, seen in two_ranks(train, name, {"parallel": False, **part}):
+        assert counted == messages
+        assert seen == forwards
 
 
 @pytest.mark.parametrize(
@@ -676,7 +693,7 @@ def test_two_calls_are_skipped_on_all_ranks(two_ranks, name: str) -> None:
     assert mine[1]
 
 
-def train_sampled(sync: str) -> tuple[list[float], list[int]]:
+def train_sampled(sync: str, part: dict) -> tuple[list[float], list[int]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     replica = DistributedDataParallel(net)
@@ -684,7 +701,7 @@ def train_sampled(sync: str) -> tuple[list[float], list[int]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))  # the same on both ranks
     seen: list[int] = []
     net.register_forward_pre_hook(lambda _, inputs: seen.extend(_rows(inputs[0], x)) if len(inputs[0]) == 2 else None)
-    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, m=2, sampled=1, sync=sync)
+    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, sync=sync, **part)
     for _ in range(3):
         opt.step(steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y))
     return [p.flatten().tolist() for p in net.parameters()], seen
@@ -695,8 +712,45 @@ def _rows(some: torch.Tensor, x: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("sync", ["local", "global"])
-def test_every_rank_draws_its_own_sample(two_ranks, sync: str) -> None:
-    (mine, my_draws), (theirs, their_draws) = two_ranks(train_sampled, sync)
+@pytest.mark.parametrize(("part", "passes"), [({"m": 2, "sampled": 1}, 2), ({"ascent": 2}, 1)], ids=["m", "ascent"])
+def test_every_rank_draws_its_own_sample(two_ranks, sync: str, part: dict, passes: int) -> None:
+    (mine, my_draws), (theirs, their_draws) = two_ranks(train_sampled, sync, part)
     assert mine == theirs
     assert my_draws != their_draws
-    assert len(my_draws) == 3 * 2 * 2  # steps, passes, examples
+    assert len(my_draws) == 3 * passes * 2  # steps, passes, examples
+
+
+def train_on_a_subset(sync: str) -> tuple[list[float], list[float]]:
+    """One step of SAM from a subset, and the same by hand; every rank has its own data."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    replica = DistributedDataParallel(net)
+    torch.manual_seed(7 + distributed.get_rank())
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    batch = steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y)
+    before = nn.utils.parameters_to_vector(net.parameters()).detach()
+    (subset,) = sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank())
+
+    def mean_over_ranks(v: torch.Tensor) -> torch.Tensor:
+        distributed.all_reduce(v)
+        return v / 2
+
+    def gradient(of: steppe.Batch) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(net(of.data[0]), of.data[1])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+    d = gradient(subset)
+    d = mean_over_ranks(d) if sync == "global" else d
+    nn.utils.vector_to_parameters(before + 0.1 * d / d.norm(), net.parameters())
+    by_hand = before - 0.1 * mean_over_ranks(gradient(batch))
+    nn.utils.vector_to_parameters(before, net.parameters())
+    steppe.SAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, ascent=2, sync=sync).step(batch)
+    return nn.utils.parameters_to_vector(net.parameters()).tolist(), by_hand.tolist()
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_a_subset_of_every_rank(two_ranks, sync: str) -> None:
+    """Every rank has its own perturbation, or all share that of their subsets together."""
+    (mine, by_hand), (theirs, _) = two_ranks(train_on_a_subset, sync)
+    assert mine == theirs
+    assert mine == pytest.approx(by_hand, rel=1e-9, abs=1e-12)

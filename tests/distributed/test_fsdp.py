@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from steppe.engine import sampling
 from tests.cases import sgd
 from tests.distributed.test_ddp import NAMES, B, batch_of, data, net, share, weights
 
@@ -115,6 +116,22 @@ def test_micro_batches_share_their_perturbation_across_ranks(two_ranks) -> None:
     for ours, _, forwards in two_ranks(train, "SAM", False, {"m": 2}):
         assert forwards == 2
         assert_close(ours, weights(model))
+
+
+@pytest.mark.parametrize("part", [{"m": 2, "sampled": 1}, {"ascent": 2}], ids=["sampled", "ascent"])
+def test_a_draw_is_of_all_ranks_together(two_ranks, monkeypatch, part) -> None:
+    """Equal indices on all ranks, of their own examples: so ranks that split a layer between them draw the same."""
+    indices = steppe.Batch(nn.Identity(), lambda *_: None, torch.arange(B))
+    real = sampling.drawn
+
+    def both(batch: steppe.Batch, *draw) -> list[steppe.Batch]:
+        return [batch.subset(torch.cat([i.data, B + i.data])) for i in real(indices, *draw)]
+
+    monkeypatch.setattr(sampling, "drawn", both)
+    expected, _ = alone("SAM", part | {"parallel": False})
+    for ours, _, forwards in two_ranks(train, "SAM", False, part | {"parallel": False}):
+        assert_close(ours, expected)
+        assert forwards == pytest.approx(1 + (2 if "m" in part else 1) * 2 / B)
 
 
 def test_perturbations_of_single_ranks_are_refused(two_ranks) -> None:

@@ -187,7 +187,7 @@ def test_what_cannot_be_enumerated_is_refused():
     ("loss", "data", "message"),
     [
         (lambda x, row: row @ x, torch.zeros(0, 2), "at least one example"),
-        (lambda x, row: row @ x, "text", "nested tuple, list or dict of tensors"),
+        (lambda x, row: row @ x, "text", "tensors with a common first dimension"),
         (lambda x, row: row * x, torch.ones(3, 2), "one number per example"),
         (
             lambda x, row: torch.log(row @ x),

@@ -5,6 +5,7 @@ import operator
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 FSDP1 = (
     "params must not be flattened by FullyShardedDataParallel, whose ranks see neither the whole norm nor single "
     "parameters: shard with torch.distributed.fsdp.fully_shard"
+)
+TENSOR_PARALLEL = (
+    "params must not be the tensor-parallel shards that DistributedDataParallel(device_mesh=) keeps as plain tensors, "
+    "of which no rank sees the whole norm: shard the data-parallel mesh with torch.distributed.fsdp.fully_shard"
 )
 STEP = "sharpness_step"  # in every group: steps so far
 
@@ -66,11 +71,33 @@ def warn(message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=9)  # past torch's wrappers of step
 
 
-def check_base(base: object) -> None:
-    """Refuse what cannot be a base: no instance, no dense first-order method, wrapped already."""
+def check_call(name: str, args: Sequence[Any], options: dict[str, Any]) -> None:
+    """Say how to write what ``sam.py`` and its copies write as ``SAM(params, SGD, lr=0.1, adaptive=True)``.
+
+    Raises:
+        TypeError: the call is of that kind.
+    """
+    if "base_optimizer" in options or any(isinstance(value, type) for value in args[1:2]):
+        raise TypeError(
+            f"{name} takes an optimizer, not parameters and a class: write "
+            f"{name}(torch.optim.SGD(params, lr=0.1, momentum=0.9), rho=0.05)"
+        )
+    if "adaptive" in options:
+        raise TypeError("adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten SAM's")
+    if "lr" in options:
+        raise TypeError(f"lr is the base optimizer's: write {name}(torch.optim.SGD(params, lr={options['lr']!r}))")
+
+
+def check_base(base: object) -> torch.optim.Optimizer:
+    """Return a base; refuse what cannot be one: no instance, no dense first-order method, wrapped already."""
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base must be an optimizer instance, e.g. torch.optim.SGD(model.parameters(), lr=0.1), got {base!r}"
+        )
+    if type(base).__name__ == "PostLocalSGDOptimizer":
+        raise TypeError(
+            "base must not be a PostLocalSGDOptimizer, whose replicas differ between averages: a step averages over "
+            "all ranks, and sync='local' perturbs every rank by itself"
         )
     if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
         raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
@@ -78,6 +105,7 @@ def check_base(base: object) -> None:
         raise ValueError(
             "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
         )
+    return base
 
 
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:
@@ -92,18 +120,63 @@ def check_options(rule: object, parallel: object, max_norm: float | None, model:
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group whose rho, parameters or options no step could use."""
-    if "rho" in group:
-        non_negative("rho", group["rho"])
-    params = group["params"]
-    for p in [params] if isinstance(params, Tensor) else list(params):
-        t = p[1] if isinstance(p, tuple) else p
-        if isinstance(t, Tensor) and t.is_complex():
-            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
-        if getattr(t, "_is_flat_param", False):
-            raise TypeError(FSDP1)
+def check_groups(groups: Sequence[dict[str, Any]], radius: str) -> None:
+    """Refuse groups whose radius, parameters or options no step could use.
+
+    Args:
+        groups: parameter groups of one optimizer.
+        radius: the key of the radius in them.
+    """
+    tensors = [_check_group(group, radius) for group in groups]
+    check_apart([t for group in tensors for t in group])
+
+
+def _check_group(group: dict[str, Any], radius: str) -> list[Tensor]:
+    if radius in group:
+        non_negative(radius, group[radius])
     if group.get("differentiable"):
         raise ValueError("differentiable must be False: the step is not differentiated through")
     if group.get("maximize"):
         raise ValueError("maximize must be False: the perturbation ascends the loss; minimise the negative instead")
+    params = group["params"]
+    listed = [params] if isinstance(params, Tensor) else params
+    named = [p[1] if isinstance(p, tuple) else p for p in listed]
+    tensors = [t for t in named if isinstance(t, Tensor)]  # the base refuses the others
+    for t in tensors:
+        if t.is_complex():
+            raise TypeError("params must be real: a sharpness-aware step of complex parameters is not defined here")
+        if t.is_meta:
+            raise TypeError("params must hold numbers: these are on the meta device; materialise the model first")
+        if getattr(t, "_is_flat_param", False):
+            raise TypeError(FSDP1)
+        if hasattr(t, "_st_info"):
+            raise TypeError(TENSOR_PARALLEL)
+    return tensors
+
+
+def check_apart(tensors: Sequence[Tensor]) -> None:
+    """Refuse a parameter that is listed twice, and parameters that lie on the same memory.
+
+    Raises:
+        ValueError: the norm of the gradient would count the memory twice, and a perturbation would move it twice.
+    """
+    if len({id(t) for t in tensors}) < len(tensors):
+        raise ValueError("params must hold every parameter once: one is listed twice")
+    end: dict[int, int] = {}  # by storage, the first byte that no parameter covers
+    for storage, start, stop in sorted(span for t in tensors if (span := _span(t)) is not None):
+        if start < end.get(storage, 0):
+            raise ValueError(
+                "params must not share memory: two parameters lie on the same. To tie weights, register one Parameter "
+                "twice (decoder.weight = encoder.weight), not its memory (decoder.weight.data = encoder.weight.data)"
+            )
+        end[storage] = stop
+
+
+def _span(t: Tensor) -> tuple[int, int, int] | None:
+    """Return the storage of a plain tensor and its first and last byte there; ``None`` where they do not say enough."""
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.numel() > 0
+    if not plain or t.untyped_storage().data_ptr() == 0:
+        return None
+    covered = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    size = t.numel() if covered == t.numel() else 1  # another parameter may lie in the gaps of a strided one
+    return t.untyped_storage().data_ptr(), t.data_ptr(), t.data_ptr() + size * t.element_size()

@@ -115,6 +115,15 @@ class Ranks:
         """Return the mean over all ranks."""
         return self._means([g], like, self.replicas[0].process_group)[0]
 
+    def mean_number(self, x: Tensor | float) -> Tensor | float:
+        """Return the mean of a number over all ranks."""
+        if self.alone:
+            return x
+        device = next(self.replicas[0].parameters()).device
+        total = torch.as_tensor(x, dtype=torch.float32, device=device).clone()
+        distributed.all_reduce(total, group=self.replicas[0].process_group)
+        return total / distributed.get_world_size(self.replicas[0].process_group)
+
     def agreed(self, value: T | None, device: torch.device) -> T | None:
         """Return ``value``, or ``None`` where any rank that shares gradients has none, so that all go the same way."""
         if not self.shared and self.group is None:

@@ -7,12 +7,13 @@ import re
 import textwrap
 
 SHARED = {
-    "base": "the base optimizer, an instance; it takes one step on the method's ``u``.",
+    "base": "the base optimizer, an instance; it takes one step on the method's ``u``. A list of them is their "
+    ":class:`~steppe.Joint`.",
     "rho": "radius of the perturbation, in the norm of the method's ``eps``, or a schedule "
     "(:mod:`steppe.schedule`). A parameter group may have its own.",
 }
 ALIASES = {
-    "Base": "torch.optim.Optimizer",
+    "Base": "torch.optim.Optimizer | list[torch.optim.Optimizer]",
     "Radius": "float | Schedule",
     "Which": "(Oracle) -> list[bool]",
     "Sync": "str | int",

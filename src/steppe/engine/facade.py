@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from steppe.engine.checks import STEP, warn
+from steppe.engine.checks import STEP, check_call, warn
 from steppe.engine.oracle import AnyRule
-from steppe.engine.parameters import RadiusOfGroups, steps_of
+from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import forget_foreign
+from steppe.engine.state import RuleState, forget_foreign, saves_as_torch
 from steppe.pieces.protocol import declared
 
 
@@ -18,6 +18,11 @@ class Facade(torch.optim.Optimizer):
     _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
     _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Say how to write what other packages write differently, before the arguments are bound."""
+        check_call(cls.__name__, args, options)
+        return super().__new__(cls)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -44,6 +49,11 @@ class Facade(torch.optim.Optimizer):
         self._stepper.base = base
 
     @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The base optimizer, by the name that it has in ``sam.py``."""
+        return self.base
+
+    @property
     def rule(self) -> AnyRule:
         """The rule: a function from oracle to update."""
         rule: AnyRule = self._stepper.rule
@@ -51,7 +61,8 @@ class Facade(torch.optim.Optimizer):
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule, self._stepper.state.names = rule, declared(rule).remembers
+        self._stepper.rule = rule
+        self._memory.names, self._memory.numbers = declared(rule).remembers, declared(rule).numbers
 
     @property
     def full(self) -> Closure | None:
@@ -79,22 +90,63 @@ class Facade(torch.optim.Optimizer):
         return self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; without a ``rho`` it gets the optimizer's."""
-        radius: RadiusOfGroups = self._stepper.radius
-        group = radius.checked(param_group, self.defaults, steps_of(self.param_groups))
-        self.base.add_param_group(group)
-        radius.added("rho" in param_group, len(self.param_groups) - 1)
+        """Add a group to the base; without a radius it gets the optimizer's."""
+        self._stepper.radius.add(param_group, self.base)
+
+    def train(self) -> None:
+        """Set a schedule-free base to training mode; nothing for other bases."""
+        getattr(self.base, "train", _nothing)()
+
+    def eval(self) -> None:
+        """Set a schedule-free base to evaluation mode; nothing for other bases."""
+        getattr(self.base, "eval", _nothing)()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state, in the base's format, with the rule's memory, radii and steps in it."""
+        if saves_as_torch(self.base):
+            return super().state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self._memory.save(self.base, self._stepper.radius.key)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, here, in steppe 0.1 or of the base alone.
+
+        Raises:
+            ValueError: the groups are not those of this optimizer.
+            KeyError: a base with a format of its own misses something.
+        """
+        if saves_as_torch(self.base):
+            super().load_state_dict(state_dict)
+            return
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        self._memory.load(self.base, state_dict, self._stepper.radius.key)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
             super().__setstate__(state)
         else:  # load_state_dict
             forget_foreign(state)
+            radius = self._stepper.radius.key
             for new, old in zip(state["param_groups"], self.param_groups, strict=True):
-                new.setdefault("rho", old["rho"])  # a checkpoint of the base alone has none
+                new.setdefault(radius, old[radius])  # a checkpoint of the base alone has none
                 new.setdefault(STEP, 0)
             self.base.__setstate__(state)
-            self._stepper.state.room = False
+            self._memory.room = False
+
+    @property
+    def _memory(self) -> RuleState:
+        memory: RuleState = self._stepper.state
+        return memory
 
     def _count_step(self) -> int:
         steps = steps_of(self.param_groups) + 1
@@ -113,9 +165,13 @@ class Facade(torch.optim.Optimizer):
             self._count_step()
         else:  # a distributed checkpoint is about to be loaded into what this step leaves
             self.base.step()
-            self._stepper.state.make_room(self.state, [p for g in self.param_groups for p in g["params"]])
+            self._memory.make_room(self.base)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
+
+
+def _nothing() -> None:
+    """Stand in for a method that a base does not have."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from steppe.batch import Data
+from steppe.engine.nested import Data
 
 ModelFunction = Callable[[nn.Module, Data], Tensor]
 

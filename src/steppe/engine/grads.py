@@ -4,15 +4,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steppe.engine.vector import Vector
+from steppe.engine.vector import Vector, is_sharded
 
 
 def drop(parameters: Sequence[Tensor]) -> None:
     """Set every ``p.grad`` to ``None``."""
     for p in parameters:
         p.grad = None
+
+
+def zero_grad(model: nn.Module) -> None:
+    """Drop the gradients of a model."""
+    if getattr(model.zero_grad, "__func__", None) is not nn.Module.zero_grad:  # the model's own
+        model.zero_grad(set_to_none=True)
+        return
+    for module in modules_of(model):
+        drop([p for p in module._parameters.values() if p is not None])
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return a model's modules, each once; faster than ``nn.Module.modules``, which builds names."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        for inner in module._modules.values() if module._modules else ():
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
 
 
 @contextmanager
@@ -39,6 +59,9 @@ def _take(p: Tensor) -> Tensor | None:
         return None
     if g.is_sparse:
         raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
+    if is_sharded(g) and g.placements != p.placements:  # type: ignore[attr-defined]
+        whole: Tensor = g.detach().redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        return whole  # each rank had a part of the sum
     # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
     # Only the number of holders tells; g and `storage` are two.
     storage = g.untyped_storage()

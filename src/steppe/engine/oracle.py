@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from copy import copy
 from functools import reduce
 from operator import add
-from typing import Protocol
 
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks
 from steppe.engine.grad_scaler import LossScale
+from steppe.engine.hessian import hessian_vector_product
+from steppe.engine.memory import Memory, Remembering
+from steppe.engine.outputs import at_outputs, holding, recording
 from steppe.engine.parameters import Parameters, Radii
-from steppe.engine.passes import Closure, Passes
+from steppe.engine.passes import PARTS, Closure, Passes
+from steppe.engine.shortcuts import Shortcuts
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.engine.weights import moved
@@ -24,20 +27,7 @@ from steppe.pieces.protocol import Declaration
 AnyRule = Callable[["Oracle"], Update]  # any function from oracle to update is a rule
 
 
-class Shortcuts(Protocol):
-    """Cheaper ways to the oracle's answers, exact to rounding; ``None`` is: take the plain way."""
-
-    def update(self, f: Oracle, rule: AnyRule, m: int | None) -> Update | None:
-        """The mean of the rule's updates over micro-batches of ``m`` examples, or its update on the batch."""
-
-    def example_norms(self, f: Oracle) -> Tensor | None:
-        """The norm of every per-example gradient at ``w``, shape ``(n,)``."""
-
-    def weighted_gradient(self, f: Oracle, weights: Tensor) -> Vector | None:
-        """``sum_i weights_i grad f_i`` at ``w``."""
-
-
-class Oracle:
+class Oracle(Remembering):
     """One batch's loss as a function of the weights, for the length of one step.
 
     ``g`` is the gradient at ``w``; ``with f.at(eps):`` moves to ``w + eps``, where ``grad`` and ``losses`` answer, and
@@ -47,7 +37,7 @@ class Oracle:
         closure, parameters, modules, ranks, scale: as for :class:`~steppe.engine.passes.Passes`.
         declares: what the rule of the step declares (:mod:`steppe.pieces.protocol`).
         step: how many steps came before, for rules that change with time and pieces that draw random numbers.
-        recall: the memory of every parameter by name, from ``optimizer.state``.
+        memory: what the rule remembers, and the base's state.
         full: the closure over the larger batch of n-SAM.
         keep_g: hold ``g`` until the end of the step, at the cost of one copy of the parameters.
         guard: take no pass at weights that are not finite.
@@ -61,7 +51,7 @@ class Oracle:
         *,
         declares: Declaration | None = None,
         step: int = 0,
-        recall: Callable[[str], Sequence[Tensor | None]] | None = None,
+        memory: Memory | None = None,
         full: Closure | None = None,
         keep_g: bool = False,
         guard: bool = False,
@@ -73,15 +63,13 @@ class Oracle:
         self.passes = Passes(closure, parameters, modules, ranks, scale)
         self.step = step
         self._declares = declares or Declaration()
-        self._recall, self._full, self.guard, self._shortcuts = recall, full, guard, shortcuts
-        self._keep_g = keep_g
+        self._memory = memory or Memory(parameters.tensors)
+        self._full, self.guard, self._shortcuts, self._keep_g = full, guard, shortcuts, keep_g
         self._whole: Oracle | None = None  # the oracle of the batch that this one is a part of
         self._g: Vector | None = None
         self._freed = False  # whether g was freed, as the rule declares
         self._full_g: Vector | None = None
         self._looking = False  # whether eps is being computed
-
-    # ---- where we are
 
     @property
     def w(self) -> Vector:
@@ -112,6 +100,7 @@ class Oracle:
         if not self._looking:  # the move of the template, after which only what the rule declares is asked for
             if self._declares.losses_at_w:
                 self.losses()
+            self.passes.first_is_away |= not self._declares.g  # where no pass at w comes before, none comes after
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
         with moved(self.passes, eps, self.guard):
@@ -184,6 +173,44 @@ class Oracle:
         """Return every ``norm(grad f_i)`` at ``w``, shape ``(n,)``, from the first pass; ``None`` without factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
 
+    def output_gradient(self) -> list[Tensor]:
+        """Return the gradient of every example's loss by the model's output at ``w``, one tensor an accumulated batch.
+
+        It comes from the pass of ``g``, so ask for it first.
+
+        Raises:
+            TypeError: the batch is none of :meth:`steppe.Batch.supervised`, or the output is not one tensor.
+        """
+        outputs: list[Tensor] = []
+        batch = self.batch("the model's outputs")
+        self.passes.detach_losses()
+        with self.passes.over(recording(batch, outputs)):
+            self._g = self.grad()
+        return at_outputs(batch, outputs)
+
+    def pull_back(self, v: Sequence[Tensor]) -> Vector:
+        """Return the mean over the examples of ``J^T v_i``, ``J`` the Jacobian of the model's output here.
+
+        With ``v`` from :meth:`output_gradient` it is ``g`` at ``w``.
+
+        Args:
+            v: one vector an example, in the form of :meth:`output_gradient`.
+        """
+        with self.passes.over(holding(self.batch(), v)):
+            return self.grad()
+
+    def hvp(self, v: Vector) -> Vector:
+        """Return the Hessian of the mean loss at ``w`` times ``v``.
+
+        By the central difference ``(grad f(w + h v) - grad f(w - h v)) / 2 h``: two passes of the same batch and masks,
+        on every model that has gradients. ``norm(h v)`` is the third root of the type's precision (5e-3 in float32).
+        Exact on quadratics, but for rounding.
+
+        Raises:
+            TypeError: parameters are in low precision, which cannot hold so small a step.
+        """
+        return hessian_vector_product(self.passes, v, self.guard)
+
     def grad_on_full(self) -> Vector:
         """Return the gradient at ``w`` of the closure over the larger batch; the pass runs once a step.
 
@@ -197,7 +224,7 @@ class Oracle:
                 raise TypeError("this method takes its perturbation from a larger batch: pass full=, a closure over it")
             full = Passes(self._full, *self.passes.context)
             self._full_g = full.gradient()
-            self.passes.log.add_full(full.log)
+            self.passes.log.add_other(full.log)
         self.passes.counted = True  # full's pass at w is the one that running statistics see
         return self._full_g
 
@@ -208,10 +235,10 @@ class Oracle:
         return self.passes.batch(use)
 
     def average(self, rule: AnyRule, m: int | None = None) -> Update:
-        """Return the mean of the rule's updates over micro-batches of ``m`` examples, with weights ``size / n``.
+        """Return the mean of the rule's updates over micro-batches of ``m`` examples, by their weights: ``size / n``.
 
-        ``m=None`` is the rule's update on the batch. Micro-batches cross neither from one accumulated batch into the
-        next nor from rank to rank. They share passes where the model allows it (:mod:`steppe.factored`).
+        ``m=None`` is the rule's update on the batch. Micro-batches lie within one accumulated batch and one rank. They
+        share passes where the model allows it (:mod:`steppe.factored`).
         """
         if m is not None:
             self.passes.ranks.stay_within()
@@ -223,17 +250,18 @@ class Oracle:
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch("micro-batches, m=").split(m))
+        parts = self.parts(self.batch(PARTS).split(m))
         return reduce(add, (share * rule(part) for share, part in parts))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
-        """Yield the oracle of every part with its share of the batch, and average what the parts log."""
+        """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
+        whole = self.batch().weight
         for batch in batches:
-            f = self.part(batch)
-            share = len(batch) / len(self.batch())
-            yield share, f
-            self.passes.log.add(share, f.passes.log)
+            f, share = self.part(batch), batch.weight / whole
+            if share:
+                yield share, f
+                self.passes.log.add(share, f.passes.log)
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""
@@ -258,43 +286,9 @@ class Oracle:
 
         A function may call a ``Rule``: what that rule declares is added to what this oracle knows.
         """
-        if not (says.remembers <= self._declares.remembers and says.losses_at_w <= self._declares.losses_at_w):
-            self._declares = self._declares.with_needs(says)
+        self._declares = self._declares.with_needs(says)
         before, self._looking = self._looking, True
         try:
             yield
         finally:
             self._looking = before
-
-    # ---- memory from step to step
-
-    def recall(self, name: str, default: Vector) -> Vector:
-        """Return what ``remember`` kept under this name; ``default`` for a parameter that has no memory yet.
-
-        ``ValueError`` for a name that the rule does not declare.
-        """
-        self._check_declared(name)
-        kept = self._recall(name) if self._recall else [None] * len(self.passes.parameters.tensors)
-        if all(t is None for t in kept):
-            return default
-        missing = default.where(t is None for t in kept).materialised()
-        return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
-
-    def remember(self, name: str, v: Vector, rate: float = 1.0) -> None:
-        """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded.
-
-        With a ``rate``, ``m <- m + rate (v - m)`` in place; a first ``m`` is ``v``. A parameter without an entry keeps
-        its ``m``.
-
-        Raises:
-            ValueError: the rule does not declare the name.
-        """
-        self._check_declared(name)
-        self.passes.log.memory[name], self.passes.log.rates[name] = v, rate
-
-    def _check_declared(self, name: str) -> None:
-        if name not in self._declares.remembers:
-            raise ValueError(
-                f"name must be one that the rule declares to remember, {sorted(self._declares.remembers)}, got "
-                f"{name!r}: give it declares = Declaration(remembers=frozenset({{{name!r}}}))"
-            )

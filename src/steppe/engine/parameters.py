@@ -58,54 +58,61 @@ class Parameters:
 
 
 class RadiusOfGroups:
-    """Keeps the radius of every parameter group in ``group["rho"]``.
+    """Keeps the radius of every parameter group in ``group[key]``.
 
-    A group that was given a ``rho`` keeps it. Another has the optimizer's: a number lives in the group, like ``lr``,
+    The key is ``"rho"``, and ``"sharpness_rho"`` where the base has an option ``rho`` of its own, as Adadelta does. A
+    group that was given a radius keeps it. Another has the optimizer's: a number lives in the group, like ``lr``,
     where it may be changed; a schedule writes there at every step.
 
     Args:
         rho: the optimizer's radius, a number or a schedule.
-        groups: the base's parameter groups, which are checked and written to.
+        base: the base optimizer, whose parameter groups are checked and written to.
 
     Raises:
         TypeError, ValueError: ``rho``, or a group, is no good; nothing has been changed.
     """
 
-    def __init__(self, rho: float | Schedule, groups: Sequence[Group]) -> None:
-        self._rho = rho
-        for group in groups:
-            checks.check_group(group)
+    def __init__(self, rho: float | Schedule, base: torch.optim.Optimizer) -> None:
+        self._rho, groups = rho, base.param_groups
+        self.key = "sharpness_rho" if has_rho(base) else "rho"
+        checks.check_groups(groups, self.key)
         radii = [scheduled(rho, 0, group) for group in groups]
-        self._own = {i for i, group in enumerate(groups) if "rho" in group}
+        self._own = {p for group in groups if self.key in group for p in group["params"]}  # their radius is their own
         for group, radius in zip(groups, radii, strict=True):
             group[STEP] = 0
-            group.setdefault("rho", radius)
+            group.setdefault(self.key, radius)
 
-    def checked(self, group: Group, defaults: Group, steps: int) -> Group:
-        """Return a new group with its radius and the steps so far, checked."""
-        params = group["params"]
+    def add(self, group: Group, base: torch.optim.Optimizer) -> None:
+        """Add a group to the base, with its radius and the steps so far."""
+        params, own, steps = group["params"], self.key in group, steps_of(base.param_groups)
         if not isinstance(params, Tensor | set):
             group = {**group, "params": list(params)}  # it may be a generator
-        checks.check_group(group)
-        return {"rho": scheduled(self._rho, steps, defaults | group), **group, STEP: steps}
-
-    def added(self, own: bool, index: int) -> None:
-        """Note a group that the base has accepted, and whether its radius is its own."""
-        self._own |= {index} if own else set()
+        checks.check_groups([*base.param_groups, group], self.key)
+        radius = scheduled(self._rho, steps, base.defaults | group)
+        base.add_param_group({self.key: radius, **group, STEP: steps})
+        self._own |= set(base.param_groups[-1]["params"]) if own else set()
 
     def update(self, groups: Sequence[Group]) -> Radii:
         """Ask the schedule, check the numbers, and return the radius of every parameter."""
         steps, rho = steps_of(groups), []
-        for i, group in enumerate(groups):
+        for group in groups:
             group.setdefault(STEP, steps)  # a group that was added to the base
-            if "rho" not in group or (callable(self._rho) and i not in self._own):
-                rho.append(scheduled(self._rho, steps, group))
+            own = not callable(self._rho) or not self._own.isdisjoint(group["params"][:1])
+            if self.key in group and own:
+                checks.non_negative(self.key, group[self.key])
+                rho.append(group[self.key])
             else:
-                checks.non_negative("rho", group["rho"])
-                rho.append(group["rho"])
+                rho.append(scheduled(self._rho, steps, group))
         for group, r in zip(groups, rho, strict=True):
-            group["rho"] = r
+            group[self.key] = r
         return Radii([r for group, r in zip(groups, rho, strict=True) for _ in group["params"]])
+
+
+def has_rho(base: Any) -> bool:
+    """Tell whether a base, or one that it wraps, has an option of the name ``rho``."""
+    inside = [value for value in vars(base).values() if isinstance(value, torch.optim.Optimizer)]
+    inside += getattr(base, "bases", ())
+    return "rho" in getattr(base, "defaults", {}) or any(map(has_rho, inside))
 
 
 def steps_of(groups: Sequence[Group]) -> int:

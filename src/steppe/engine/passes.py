@@ -19,13 +19,15 @@ from steppe.engine.vector import Vector
 from steppe.telemetry import StepLog
 
 Closure = Callable[[], Tensor | float]
+PARTS = "parts of it, m= or ascent="  # a use of the batch
 
 
 class Passes:
     """The passes of one step over one batch.
 
-    The first pass at ``w`` is an ordinary one. Every other pass draws the same numbers from torch's generators (those
-    of Python and NumPy advance) and leaves running statistics as they were.
+    The first pass at ``w`` is an ordinary one; where the batch has none at ``w``, the first at ``w + eps`` is. Every
+    other pass draws the same numbers from torch's generators (those of Python and NumPy advance) and leaves running
+    statistics as they were.
 
     Args:
         closure: zero, forward, backward, return the loss; or a :class:`~steppe.Batch`.
@@ -49,6 +51,7 @@ class Passes:
         self.log = StepLog()
         self.away = False  # whether passes are at w + eps
         self.counted = False  # whether the running statistics have seen the batch
+        self.first_is_away = False  # whether they are to see the first pass at w + eps, as none is at w
         self._losses: Tensor | None = None  # at w; with its graph until a backward or a move
         self._random: tuple[RandomState, RandomState] | None = None  # before and after the first pass
 
@@ -60,7 +63,7 @@ class Passes:
     def of(self, batch: Batch) -> Passes:
         """Return the passes over a part of the batch, in the same place."""
         part = Passes(batch, *self.context)
-        part.away, part.counted = self.away, self.counted
+        part.away, part.counted, part.first_is_away = self.away, self.counted, self.first_is_away
         return part
 
     def batch(self, use: str) -> Batch:
@@ -73,6 +76,7 @@ class Passes:
             raise TypeError(
                 f"this method looks inside the batch ({use}): pass step() a "
                 "steppe.Batch(model, loss, data) or steppe.Batch.supervised(...) instead of a plain closure"
+                + (", or a steppe.MeanBatch(model, loss, data) if the loss is one mean" if use == PARTS else "")
             )
         return self.closure
 
@@ -88,7 +92,7 @@ class Passes:
         if end is not None:
             start.restore()
         try:
-            if self.counted or (self.away if away is None else away):
+            if self.counted or (away if away is not None else self.away and not self.first_is_away):
                 with frozen_statistics(self.modules()), torch.enable_grad():
                     yield
             else:
@@ -112,6 +116,15 @@ class Passes:
             yield
         finally:
             self.away = False
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Run passes inside over the same examples with another loss."""
+        before, self.closure = self.closure, batch
+        try:
+            yield
+        finally:
+            self.closure = before
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -240,25 +253,23 @@ class Passes:
         whole = self.batch("a choice of examples, or weights on them")
         batch = whole if on is None else whole.subset(on)
         batch.zero_grad()
-        chunks = chunks_of(batch)
+        rounds = batch.rounds
         ready = self._losses if reused else None
         seen = []
-        for k, (chunk, w) in enumerate(zip(chunks, batch.shares(weights), strict=True)):
-            with self.ranks.passing(synced and k == len(chunks) - 1):
-                losses = ready
-                if losses is None:
-                    with under:
-                        losses = chunk.losses()
+        for k, (chunk, w) in enumerate(zip(rounds, batch.shares(weights), strict=True)):
+            with self.ranks.passing(synced and k == len(rounds) - 1):
+                if ready is None:
+                    seen.append(chunk.run(w, inputs, under))
                     self.log.count("forwards", len(chunk) / len(whole))
-                chunk.backward(losses, w, inputs)
+                else:
+                    chunk.backward(ready, w, inputs)
+                    seen.append(ready.detach())
             self.log.count("backwards", len(chunk) / len(whole))
-            seen.append(losses.detach())
         if on is not None:
             return
-        here = seen[0] if len(seen) == 1 else torch.cat(seen)
-        if not self.away:
-            self._losses = here
-        self._see_loss(here.mean())
+        if batch.per_example and not self.away:
+            self._losses = seen[0] if len(seen) == 1 else torch.cat(seen)
+        self._see_loss(batch.mean_of(seen))
 
     def _see_loss(self, loss: Tensor | float) -> None:
         self.log.numbers["loss_adv" if self.away else "loss"] = loss

@@ -1,38 +1,52 @@
-"""What a rule remembers from step to step, in ``state[p]`` beside the base's state."""
+"""What a rule remembers from step to step, and a checkpoint that holds it beside the base's state."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from steppe.engine.checks import warn
+from steppe.engine.checks import STEP, warn
 from steppe.engine.vector import lerp_, local
 
 PREFIX = "sharpness."
+APART = "sharpness"  # the rule's memory in a checkpoint whose format is the base's own
+
+Memory = dict[Any, dict[str, Tensor]]
 
 
 @dataclass
 class RuleState:
-    """Named vectors, one entry a parameter.
+    """Named vectors, one entry a parameter, and named numbers.
+
+    They lie in ``state[p]`` beside the base's, except where the base saves and loads in its own way: its methods may
+    change, cast or drop what they do not know, so the memory lies apart.
 
     Args:
-        names: what the rule's pieces remember.
+        names: the vectors that the rule's pieces remember.
+        numbers: the numbers.
         room: whether the entries are placeholders for a distributed checkpoint.
+        apart: the memory by parameter, where it is not in the base's state.
     """
 
     names: frozenset[str]
+    numbers: frozenset[str] = frozenset()
     room: bool = False
+    apart: Memory = field(default_factory=lambda: defaultdict(dict))
 
-    def recall(self, state: Any, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
-        """Return what is remembered under a name, by parameter."""
-        return [state[p].get(PREFIX + name) if p in state else None for p in parameters]
+    def of(self, base: Optimizer) -> Any:
+        """Return the mapping from parameter to entries where the memory of this base's parameters lies."""
+        return base.state if saves_as_torch(base) else self.apart
 
     def keep(
-        self, state: Any, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
+        self, base: Optimizer, parameters: Sequence[Tensor], name: str, kept: Sequence[Tensor | None], rate: float = 1.0
     ) -> None:
         """Remember the entries that are not ``None``, in place; with a ``rate``, move that far towards them."""
+        state = self.of(base)
         for p, t in zip(parameters, kept, strict=True):
             if t is None:
                 continue
@@ -44,26 +58,113 @@ class RuleState:
             else:
                 lerp_(local(old), local(t), rate)
 
-    def make_room(self, state: Any, parameters: Iterable[Tensor]) -> None:
+    def make_room(self, base: Optimizer) -> None:
         """Make entries of zeros for a distributed checkpoint, which is loaded into what a step with lr 0 leaves behind.
 
         Nothing is made where something is remembered already.
         """
-        if any(name.startswith(PREFIX) for entries in state.values() for name in entries):
+        state = self.of(base)
+        if any(str(name).startswith(PREFIX) for entries in state.values() for name in entries):
             return
         self.room = True
-        for p in parameters:
+        for group in base.param_groups:
+            for name in self.numbers:
+                group.setdefault(PREFIX + name, math.nan)
+        for p in _parameters(base):
             if p.grad is not None:
                 for name in self.names:
                     state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))
 
-    def clear_room(self, state: Any) -> None:
+    def clear_room(self, base: Optimizer) -> None:
         """Forget entries that no checkpoint has been loaded into."""
         if self.room:
             self.room = False
-            for entries in state.values():
+            for entries in self.of(base).values():
                 for name in self.names:
                     entries.pop(PREFIX + name, None)
+
+    def _ours(self, key: str, radius: str) -> bool:
+        return key in (radius, STEP) or key in {PREFIX + name for name in self.numbers}
+
+    # ---- checkpoints of a base that saves in its own way
+
+    def save(self, base: Optimizer, radius: str) -> dict[str, Any]:
+        """Return the base's own ``state_dict`` with the memory: in the entries of its parameters where it has them."""
+        saved = dict(base.state_dict())
+        if not _is_torchs(saved):
+            memory = {i: dict(self.apart[p]) for i, p in enumerate(_parameters(base)) if self.apart.get(p)}
+            groups = [{k: v for k, v in group.items() if self._ours(k, radius)} for group in base.param_groups]
+            return {**saved, APART: {"state": memory, "groups": groups}}
+        state = dict(saved["state"])
+        for i, p in zip(_indices(saved), _parameters(base), strict=True):
+            if self.apart.get(p):
+                state[i] = {**state.get(i, {}), **self.apart[p]}
+        return {**saved, "state": state}
+
+    def load(self, base: Optimizer, saved: Mapping[str, Any], radius: str) -> None:
+        """Load a checkpoint by the base's own ``load_state_dict``, and the memory beside it.
+
+        Args:
+            base: the base, whose groups keep their radius where the checkpoint has none.
+            saved: from :meth:`save`, from the base alone, or from steppe 0.1.
+            radius: the key of the radius in a group.
+
+        Raises:
+            KeyError: the base misses something in the checkpoint.
+        """
+        before = [{radius: group[radius], STEP: 0} for group in base.param_groups]
+        plain, memory, groups = _split(saved)
+        try:
+            base.load_state_dict(plain)
+        except KeyError as error:
+            raise KeyError(
+                f"{type(base).__name__} finds no {error} in this checkpoint: it is of another base, or of steppe 0.1, "
+                "which did not save all of the state of such a base"
+            ) from error
+        for i, group in enumerate(base.param_groups):
+            group.update(*groups[i : i + 1])
+            group |= {name: value for name, value in before[i].items() if name not in group}
+        self.room = False
+        self.apart.clear()
+        indices = _indices(saved) if _is_torchs(saved) else range(len(_parameters(base)))
+        for i, p in zip(indices, _parameters(base), strict=True):
+            if i in memory:
+                self.apart[p] = {name: t.to(p.device, p.dtype, copy=True) for name, t in memory[i].items()}
+
+
+def saves_as_torch(base: Optimizer) -> bool:
+    """Tell whether a base has torch's ``state_dict`` and ``load_state_dict``, not its own."""
+    kind = type(base)
+    return kind.state_dict is Optimizer.state_dict and kind.load_state_dict is Optimizer.load_state_dict
+
+
+def _parameters(base: Optimizer) -> list[Tensor]:
+    return [p for group in base.param_groups for p in group["params"]]
+
+
+def _is_torchs(saved: Mapping[str, Any]) -> bool:
+    return "state" in saved and "param_groups" in saved
+
+
+def _indices(saved: Mapping[str, Any]) -> list[Any]:
+    return [i for group in saved["param_groups"] for i in group["params"]]
+
+
+def _split(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Memory, list[dict[str, Any]]]:
+    """Return the base's part of a checkpoint, the rule's memory by index, and what steppe keeps in every group."""
+    ours = saved.get(APART, {"state": {}, "groups": []})
+    plain = {name: value for name, value in saved.items() if name != APART}
+    if not _is_torchs(saved):
+        return plain, ours["state"], ours["groups"]
+    state, memory = {}, {}
+    for i, entries in saved["state"].items():
+        kept = {k: v for k, v in entries.items() if str(k).startswith(PREFIX)} if isinstance(entries, Mapping) else {}
+        if kept:
+            memory[i] = kept
+            entries = {k: v for k, v in entries.items() if k not in kept}
+        if entries or not kept:
+            state[i] = entries
+    return {**plain, "state": state}, memory, []
 
 
 def forget_foreign(state: dict[str, Any]) -> None:

@@ -202,7 +202,8 @@ def _over_ranks(part: Tensor, layout: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh, placements = layout
-    each = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    # of a replica every rank has the whole; everything else is a shard, also one that does not call itself so
+    each = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
     return DTensor.from_local(part, mesh, each, run_check=False).full_tensor()
 
 

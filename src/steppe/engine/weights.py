@@ -35,22 +35,23 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
     finite = norm if guard and not known else None  # else eps becomes 0, on its device and on this rank
     moved: list[Tensor] = []
     saved: list[Tensor] = []
+    e: Tensor | None = None
     with passes.away_from_w():
         try:
             with torch.no_grad():
                 passes.reshard()
-                for p, e in zip(passes.parameters.tensors, eps.tensors, strict=True):
-                    if e is not None:
-                        saved.append(local(p).clone())
-                        moved.append(local(p))
-                        shift_(moved[-1], local(e), eps.scale, finite)
+                parameters = passes.parameters.tensors
+                moved = [local(p) for p, t in zip(parameters, eps.tensors, strict=True) if t is not None]
+                saved = [p.clone() for p in moved]  # all before any moves: two may lie on one memory
+                for p, e in zip(moved, eps.present(), strict=True):
+                    shift_(p, local(e), eps.scale, finite)
                 torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
             e = None
             del eps  # frees the memory of g
             yield
         finally:
-            if moved:
+            if saved:
                 with torch.no_grad():
-                    torch._foreach_copy_(moved, saved[: len(moved)])  # one call: no interrupt comes half way
+                    torch._foreach_copy_(moved, saved)  # one call: no interrupt comes half way
                 torch.clear_autocast_cache()
                 passes.reshard()

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.passes import CannotFactor, Interception, Matrices, Site, Small
+from steppe.factored.passes import Interception, Matrices, Site, Small
+from steppe.factored.substitutes import SAME
+from steppe.factored.tracked import CannotFactor, name_of
 
 Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
 
@@ -40,44 +42,10 @@ class Derived:
     transposed: bool = False
 
 
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return ``g v / norm(v)``, with a norm for each index of a dimension, in functions that ``vmap`` runs at once."""
-    return v * (g / v.square().sum([d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True).sqrt())
-
-
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x_i W_oij y_j + b_o``, in functions that ``vmap`` runs at once."""
-    out = torch.einsum("...i,oij,...j->...o", x, weight, y)
-    return out if bias is None else out + bias
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Return ``softmax(q k^T scale + mask) v``, whose mask may have a gradient."""
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        bias = attn_mask.dtype != torch.bool
-        scores = scores + attn_mask if bias else scores.masked_fill(~attn_mask, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout_p) @ v
-
-
-NO_TENSOR = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__repr__", "__format__"}
-REPEATS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.broadcast_to, torch.tile, torch.repeat_interleave}
+NO_TENSOR = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__format__"}
+REPEATS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.broadcast_to, torch.tile}
 TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-SAME: dict[Any, Any] = {torch._weight_norm: weight_norm, F.bilinear: bilinear, F.scaled_dot_product_attention: attention}
 
 
 class AnyFunction:
@@ -89,11 +57,13 @@ class AnyFunction:
         Raises:
             CannotFactor: its arguments or results are not tensors of parameters, constants and examples.
         """
-        name = getattr(func, "__name__", str(func))
+        index, name = passing.first_in((*args, *kwargs.values())), name_of(func)
+        assert index is not None
+        label = passing.tracked.names[index]
         if (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
-            raise CannotFactor(f"{passing.name_in((*args, *kwargs.values()))} is used by {name}, which works in place")
+            raise CannotFactor(f"{label} is used by {name}, which works in place")
         if name in NO_TENSOR:
-            raise CannotFactor(f"{passing.name_in((*args, *kwargs.values()))} is used by {name}, not as a tensor")
+            raise CannotFactor(f"{label} is used by {name}, not as a tensor")
         product = self.transposed_product(passing, func, args, kwargs)
         if product is not NotImplemented:
             return product
@@ -104,7 +74,6 @@ class AnyFunction:
         if any(_has_examples(t, n) for t in others) or repeated:
             return self.by_part(passing, func, args, kwargs)
         if any(t.requires_grad and not t.is_leaf for t in others):
-            label = passing.name_in((*args, *kwargs.values()))
             raise CannotFactor(f"{label} is used by {name} with activations whose examples do not come first")
         return self.derive(passing, func, args, kwargs)
 
@@ -113,7 +82,7 @@ class AnyFunction:
     def transposed_product(self, passing: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         """Return ``x W^T`` or ``x (W^T)^T`` of a matrix that the other layers know."""
         derived = passing.derived.get(id(args[1])) if len(args) == 2 and not kwargs else None
-        if derived is None or not derived.transposed or passing.derives_from(args[:1]):
+        if derived is None or not derived.transposed or passing.first_in(args[:1]) is not None:
             return NotImplemented
         other = F.linear if func in PRODUCTS else torch.matmul if func is F.linear else None
         layer, W = passing.layers.get(other), passing.tracked.tensors[derived.parameters[0]]
@@ -121,15 +90,15 @@ class AnyFunction:
 
     def derive(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the function's value, and note how to make it for other parameters."""
-        result = func(*args, **kwargs)
+        result, tracked, known = func(*args, **kwargs), passing.tracked, dict(passing.derived)
         found: list[int] = []
         for t in _tensors((args, kwargs)):
-            index = passing.tracked.index(t)
-            found += passing.derived[id(t)].parameters if id(t) in passing.derived else [] if index is None else [index]
-        known, several = dict(passing.derived), isinstance(result, tuple | list)
+            index = tracked.index(t)
+            found += known[id(t)].parameters if id(t) in known else [] if index is None else [index]
+        several = isinstance(result, tuple | list)
 
         def value(t: Tensor, values: Values) -> Tensor:
-            index = passing.tracked.index(t)
+            index = tracked.index(t)
             if index is not None:
                 return values[index]
             if id(t) in known and id(t) not in values:
@@ -141,10 +110,10 @@ class AnyFunction:
 
         for i, t in enumerate(result if several else [result]):
             if not isinstance(t, Tensor):
-                raise CannotFactor(f"{passing.tracked.names[found[0]]} is used by {func.__name__}, not as a tensor")
-            if passing.tracked.index(t) is None:  # weight.float() may be the weight
+                raise CannotFactor(f"{tracked.names[found[0]]} is used by {name_of(func)}, not as a tensor")
+            if tracked.index(t) is None:  # weight.float() may be the weight
                 one = (lambda values, i=i: make(values)[i]) if several else make
-                matrix = func in TRANSPOSES and passing.tracked.index(args[0]) is not None and t.dim() == 2
+                matrix = func in TRANSPOSES and tracked.index(args[0]) is not None and t.dim() == 2
                 passing.derived[id(t)] = Derived(t, tuple(dict.fromkeys(found)), one, matrix)
         return result
 
@@ -169,16 +138,16 @@ class AnyFunction:
             chunks |= {key: parts.split(t)[j] for key, t in own.items()}
 
             def call(mine: Mapping[int, Tensor], m: int = m) -> Any:
-                get = lambda t: mine.get(id(t), t)  # noqa: E731
-                found = func(*_mapped(get, args), **_mapped(get, kwargs))
+                own_of = lambda x: mine.get(id(x), x)  # noqa: E731
+                found = func(*_mapped(own_of, args), **_mapped(own_of, kwargs))
                 return found if examples else found[:m]  # else it is repeated for n examples
 
-            made.append(self.mapped(passing, call, chunks))
+            made.append(self.mapped(call, chunks))
         if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
-            raise CannotFactor(f"{passing.name_in((*args, *kwargs.values()))} is used by {func.__name__}")
+            raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
         return parts.cat([t.flatten(0, 1) for t in made])
 
-    def mapped(self, passing: Interception, call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
+    def mapped(self, call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
         """Return the results for all micro-batches.
 
         Raises:
@@ -189,7 +158,7 @@ class AnyFunction:
         except RuntimeError as error:
             if "vmap" not in str(error) and "atching rule" not in str(error):
                 raise
-            raise CannotFactor(f"{passing.tracked.names[min(passing.tracked.names)]}: {error}") from error
+            raise CannotFactor(f"a function of parameters and examples: {error}") from error
 
     def copies(self, passing: Interception, values: dict[int, Tensor], index: int, parts: MicroBatches) -> Tensor:
         """Return the copies of a parameter for each micro-batch; those of one call are the same."""
@@ -230,4 +199,5 @@ def _has_examples(t: Tensor, n: int) -> bool:
 def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
     """Return some examples of ``(n q, ...)`` as ``(k, m q, ...)``."""
     q = len(t) // n
-    return t[examples.start * q : examples.stop * q].unflatten(0, (-1, m * q))
+    rows = t[examples.start * q : examples.stop * q]
+    return rows.reshape(-1, m * q, *t.shape[1:])

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from steppe.factored.passes import CannotFactor
+from steppe.factored.tracked import CannotFactor
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 NEW = {
@@ -96,4 +96,5 @@ def cut(t: Tensor, shape: torch.Size, n: int, part: slice) -> Tensor:
     if d is None or t.shape[d] % n or t.shape[d] // n * examples != shape[d]:
         raise CannotFactor("random numbers are not drawn example by example")
     rows = t.unflatten(d, (n, -1)).narrow(d, part.start, examples)
-    return rows.flatten(d, d + 1)
+    made: Tensor = rows.flatten(d, d + 1)
+    return made

@@ -6,41 +6,24 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from steppe.batch import Batch
-from steppe.engine.oracle import Oracle
 from steppe.factored.gradients import Gradient, TensorPool
 from steppe.factored.microbatches import Layout, MicroBatches
+from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
-
-
 ANY = object()  # the key of the layer for functions that have none of their own
-
-
-class CannotFactor(Exception):  # noqa: N818
-    """The micro-batch gradients of a model cannot be factored; the message says why."""
-
-    final = True
-
-
-class Mixes(CannotFactor):
-    """Examples influence one another, and gradients of single examples are asked for; micro-batches may do."""
-
-
-class Unsure(CannotFactor):
-    """This batch cannot tell whether a model factors; the message says why."""
-
-    final = False
 
 
 @dataclass
@@ -59,6 +42,7 @@ class Site:
         version: the version counter of ``kept`` when it was recorded.
         parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
         freed: whether what was recorded has been used and freed.
+        lookup: which lookup of the pass it is.
     """
 
     layer: Any
@@ -72,6 +56,7 @@ class Site:
     version: int = 0
     parts: MicroBatches | None = None
     freed: bool = False
+    lookup: int = 0
 
     def free(self) -> None:
         """Free the recorded tensors."""
@@ -95,58 +80,6 @@ class Site:
         return t.reshape(*leading, *t.shape[1:])
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """The perturbed parameters of a model.
-
-    Attributes:
-        parameters: id of the parameter -> index.
-        names: index -> name.
-        n: how many examples the batch has.
-        tensors: index -> parameter.
-        unbatched: the uses, by order, whose rows belong to no example, such as position embeddings.
-    """
-
-    parameters: Mapping[int, int]
-    names: Mapping[int, str]
-    n: int
-    tensors: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
-    unbatched: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, f: Oracle, batch: Batch) -> Tracked:
-        """Return the parameters of the batch's model that have a radius above 0 and require a gradient."""
-        names = {id(p): name for name, p in batch.model.named_parameters()}
-        radii = zip(f.passes.parameters.tensors, f.rho.values, strict=True)
-        index = {id(p): i for i, (p, rho) in enumerate(radii) if rho and p.requires_grad}
-        tensors = {i: f.passes.parameters.tensors[i] for i in index.values()}
-        return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch), tensors)
-
-    def index(self, t: object) -> int | None:
-        """Return the index of a tracked parameter, ``None`` for anything else."""
-        return self.parameters.get(id(t)) if isinstance(t, Tensor) else None
-
-    def first_in(self, args: Iterable[Any]) -> int | None:
-        """Return the index of the first tracked parameter among arguments, also inside lists."""
-        for a in args:
-            index = self.first_in(a) if isinstance(a, list | tuple) else self.index(a)
-            if index is not None:
-                return index
-        return None
-
-
-HARMLESS = {
-    *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "layout", "grad", "is_sparse"),
-    *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
-    *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
-}  # functions that do not use a parameter's value
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
 class Interception(TorchFunctionMode):
     """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
 
@@ -165,46 +98,57 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
-        self.count = 0  # of the sites so far
-        self.mixes = False  # whether examples of a micro-batch influence one another
+        self.count, self.lookups = 0, 0  # of the sites, and of the lookups, so far
         self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
+        self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
+        self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        layer = self.layers.get(func)
         arguments = (*args, *kwargs.values())
-        if layer is not None and not (self.derived and self.derives_from(arguments)):
-            made = getattr(layer, self.method)(self, func, *args, **kwargs)
+        transformed = peek_interpreter_stack() is not None
+        derives = bool(self.derived) and self.first_in(arguments) is not None  # from parameters alone
+        layer = None if transformed or derives else self.layers.get(func)
+        if layer is not None:
+            with self.understood():
+                made = getattr(layer, self.method)(self, func, *args, **kwargs)
             if made is not NotImplemented:
                 return made
-        index = self.tracked.first_in(arguments)
-        if (index is not None or self.derived and self.derives_from(arguments)) and _name(func) not in HARMLESS:
+        index = self.first_in(map(unwrapped, arguments) if transformed else arguments)
+        if index is None or name_of(func) in HARMLESS:
+            return func(*args, **kwargs)
+        if transformed:
+            raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
+        with self.understood():
             return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
-        return func(*args, **kwargs)
 
-    def derives_from(self, arguments: Iterable[Any]) -> tuple[int, ...]:
-        """Return the parameters of the first function of parameters alone among arguments, also inside lists."""
+    def first_in(self, arguments: Iterable[Any]) -> int | None:
+        """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
+        if not self.derived:
+            return self.tracked.first_in(arguments)
         for a in arguments:
-            if isinstance(a, list | tuple):
-                found = self.derives_from(a)
-            else:
-                found = self.derived[id(a)].parameters if id(a) in self.derived else ()
-            if found:
-                return found
-        return ()
+            index = self.first_in(a) if isinstance(a, list | tuple) else self.tracked.index(a)
+            if index is None and id(a) in self.derived:
+                index = self.derived[id(a)].parameters[0]
+            if index is not None:
+                return index
+        return None
 
-    def name_in(self, arguments: Iterable[Any]) -> str:
-        """Return the name of the first perturbed parameter among arguments, or among what is made of them."""
-        arguments = list(arguments)
-        index = self.tracked.first_in(arguments)
-        return self.tracked.names[self.derives_from(arguments)[0] if index is None else index]
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
+        raise NotImplementedError
 
-    def next_is_unbatched(self) -> bool:
-        """Return whether the rows of the next site belong to no example."""
-        return self.count in self.tracked.unbatched
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Surround the work of a layer, which knows what it does with parameters."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
 
 
 class FirstPass(Interception):
@@ -268,9 +212,19 @@ class FirstPass(Interception):
             self.check_kept(site)
             self.on_delta(site)
 
-    def uses(self) -> tuple[Any, ...]:
-        """Return layer, parameters and leading dimensions of every site, in order."""
-        return tuple((site.layer, site.weight, site.bias, site.leading) for site in self.sites)
+    def structure(self) -> tuple[Any, ...]:
+        """Return what the forward pass did with the parameters, whatever the sizes of its data.
+
+        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
+        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
+        """
+        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
+        return (*uses, self.mixes, self.independent == 1)
+
+    @property
+    def independent(self) -> int:
+        """How many examples, or micro-batches, do not influence one another."""
+        return self.parts.k if self.parts is not None and self.mixes else self.tracked.n
 
     def check(self) -> None:
         """Raise where a site has no gradient, or several, or its input was changed in place."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.passes import CannotFactor, Interception, Matrices, Site, Small
+from steppe.factored.passes import Interception, Matrices, Site, Small
+from steppe.factored.tracked import CannotFactor
 
 
 class Recurrent:
@@ -28,7 +29,8 @@ class Recurrent:
         if input.dim() != 3 or input.shape[examples] != parts.n:
             raise CannotFactor("a recurrent network whose examples are not along its batch dimension")
         own = [
-            None if i is None else passing.copies_by_part(self, p, i, parts) for p, i in zip(weights, index, strict=True)
+            None if i is None else passing.copies_by_part(self, p, i, parts)
+            for p, i in zip(weights, index, strict=True)
         ]
         made = []
         states = hidden if isinstance(hidden, tuple | list) else (hidden,)

@@ -47,6 +47,7 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         m: the number of examples in a micro-batch.
 
     Raises:
+        TypeError: the batch is a :class:`~steppe.MeanBatch`.
         ValueError: ``m`` is not a positive integer, or the gradients of the model do not factor; the message says why.
 
     Example:
@@ -54,6 +55,7 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
         >>> noise.trace, noise.signal_to_noise
     """
     checks.positive_integer("m", m)
+    batch.require_losses("gradient statistics")
     parameters = list(batch.model.parameters() if params is None else params)
     f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))))
     engine = SharedPasses(parallel=True)
@@ -74,8 +76,7 @@ def _norms(f: Oracle, engine: SharedPasses, chunks: Sequence[Batch], m: int) -> 
     """Return norm and size of every micro-batch, and the norm of the mean gradient."""
     norms, sizes, mean = [], [], None
     for share, part in f.parts(chunks):
-        recorded = engine.first_pass(part)
-        assert recorded is not None
+        recorded = engine.recorded(part)
         parts = MicroBatches(recorded.n, m)
         norms.append(recorded.norms(parts))
         sizes.append(parts.sizes(norms[-1]))

@@ -22,7 +22,7 @@ import steppe
 from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError
 from steppe.lab.settings import Settings
-from steppe.optimizer import Parts
+from steppe.rule import Parts
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from steppe.batch import Data, Loss
+from steppe.batch import Loss
+from steppe.engine.nested import Data
 from steppe.measure.ball import WorstCase
 from steppe.measure.noise import gradient_noise
 from steppe.measure.operator import Hessian

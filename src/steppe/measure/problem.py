@@ -10,8 +10,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Data, Loss, mapped
+from steppe.batch import Batch, Loss
 from steppe.engine import checks
+from steppe.engine.nested import Data, mapped
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import reshard

@@ -21,9 +21,12 @@ class Declaration:
             second pass, which saves one copy of the parameters.
         g_adv: a rule takes the gradient at ``w + eps``. A rule without it makes its update of gradients at ``w``, which
             DDP averages in their backward passes.
+        parts: takes parts of the batch, so ``step`` needs a :class:`~steppe.Batch` or a :class:`~steppe.MeanBatch`.
         examples: looks at single examples, so ``step`` needs a :class:`~steppe.Batch`.
         losses_at_w: asks for ``f.losses_at_w()`` at ``w + eps``.
         remembers: the names that it passes to ``f.recall`` and ``f.remember``.
+        numbers: the names that it passes to ``f.recall_number`` and ``f.remember_number``.
+        base_state: the names that it passes to ``f.base_state``.
         weights: ``sample`` is ``sum_i p_i grad f_i``, with ``p`` uniform, or ``p = piece.weights(norms)`` made from the
             norms of the per-example gradients.
         radial: ``geometry`` multiplies ``d`` by ``piece.radial(norm)``, a number made from the norm of ``d`` alone.
@@ -35,9 +38,12 @@ class Declaration:
 
     g: bool = True
     g_adv: bool = True
+    parts: bool = False
     examples: bool = False
     losses_at_w: bool = False
     remembers: frozenset[str] = frozenset()
+    numbers: frozenset[str] = frozenset()
+    base_state: frozenset[str] = frozenset()
     weights: Literal["uniform", "norms"] | None = None
     radial: bool = False
     whole_batch: bool = False
@@ -47,9 +53,12 @@ class Declaration:
         """Return this declaration with what another one needs and remembers."""
         return replace(
             self,
+            parts=self.parts or other.parts,
             examples=self.examples or other.examples,
             losses_at_w=self.losses_at_w or other.losses_at_w,
             remembers=self.remembers | other.remembers,
+            numbers=self.numbers | other.numbers,
+            base_state=self.base_state | other.base_state,
         )
 
 

@@ -1,7 +1,7 @@
 """Which gradient to ascend by: which examples, which weights on them, which memory."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.replay import generator
-from steppe.engine.vector import Vector, shard_like, wide
+from steppe.engine.sampling import gradient_of_subset
+from steppe.engine.vector import Vector
 from steppe.pieces.protocol import Declaration, declared
+from steppe.pieces.weights import Exact, Softmax
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,55 @@ class OnFull:
 
     def __call__(self, f: Oracle) -> Vector:
         return f.grad_on_full()
+
+
+@dataclass(frozen=True)
+class Subset:
+    """``d = sample`` on ``m`` random examples of the batch: ``1 + m / n`` passes in place of 2.
+
+    Only the direction comes from the subset; the gradient at ``w + eps`` is that of the whole batch. A small ascent
+    batch was used for NFNets (Brock et al. 2021, arXiv 2102.06171) and by Bahri et al. 2022 (arXiv 2110.08529).
+
+    It is SAM with a smaller radius along ``g``, not m-SAM: ``norm(d)^2`` has the mean
+    ``norm(g)^2 + tr V / m (n - m) / (n - 1)`` over the draws, with ``V`` the covariance of the batch's per-example
+    gradients (divided by ``n``). So raise rho by up to ``sqrt(1 + tr V (n - m) / (m (n - 1) norm(g)^2))``, which is
+    between 1 and about ``sqrt(n / m)``.
+
+    The draw depends on the seed, the step and the rank. Where ``combine`` asks for the batch's gradient at ``w``, that
+    is one more pass, and running statistics see it; else they see the pass at ``w + eps``.
+
+    Args:
+        m: examples in the subset; at or above the batch size it is ``sample``.
+        sample: ``(f) -> Vector``, asked on the subset.
+        seed: of the draws.
+
+    Raises:
+        ValueError: ``m`` is no positive integer, or ``sample`` takes other examples than those of the batch.
+        TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
+    """
+
+    m: int
+    sample: Callable[[Oracle], Vector] = Mean()
+    seed: int = 0
+
+    declares: ClassVar[Declaration] = Declaration(parts=True)
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("m", self.m)
+        if any(isinstance(piece, OnFull | Subset) for piece in pieces_of(self.sample)):
+            raise ValueError(
+                f"sample must take its gradient on the batch, to be asked on a subset, got {self.sample!r}"
+            )
+
+    def __call__(self, f: Oracle) -> Vector:
+        return gradient_of_subset(f, self.sample, self.m, self.seed)
+
+
+def pieces_of(piece: object) -> Iterator[object]:
+    """Yield a piece and the pieces that it is made of."""
+    yield piece
+    for part in fields(piece) if is_dataclass(piece) else ():
+        yield from pieces_of(getattr(piece, part.name))
 
 
 @dataclass(frozen=True)
@@ -117,90 +168,15 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class FiniteDifference:
-    """``norm(grad f_i) ~ abs(f_i(w + delta z) - f_i(w)) / delta`` with Rademacher ``z``: RW-SAM's probe.
-
-    The difference estimates ``abs(<z, grad f_i>)``: its square has mean ``norm(grad f_i)^2``, itself it has mean about
-    0.8 of the norm, and one probe's relative standard deviation is about 0.76. Several probes are joined by the root of
-    their mean square.
-
-    ``delta`` is no absolute number: ``norm(delta z) = length * rho`` with the largest rho of any group, that is
-    ``delta = length * rho / sqrt(d)`` for ``d`` perturbed coordinates. (A bare 1e-3 moves 11 M parameters by 3.3.)
-
-    Args:
-        length: the probe's length in units of rho.
-        probes: how many directions; one more forward each.
-        seed: of the directions, which depend on it and on the step alone.
-
-    Raises:
-        ValueError: ``length`` is not above 0, ``probes`` is no positive integer.
-        TypeError: in ``step``, where parameters are in low precision, which cannot hold so small a step.
-    """
-
-    length: float = 0.1
-    probes: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks.number("length", self.length, "a finite number > 0", low=1e-30)
-        checks.positive_integer("probes", self.probes)
-
-    def __call__(self, f: Oracle) -> Tensor:
-        w = f.movable(f.w)
-        if any(wide(t) is not t for t in w.present()):
-            raise TypeError(
-                "FiniteDifference needs parameters in float32 or float64: low precision cannot hold its small step; "
-                "keep the parameters in float32 and run the model under torch.autocast"
-            )
-        d = max(1, sum(t.numel() for t in w.present()))
-        delta = self.length * f.rho.largest() / d**0.5
-        moved = []
-        for k in range(self.probes):
-            with f.at(delta * self.direction(w, f.step * self.probes + k)):
-                moved.append(f.losses())
-        here = f.losses()  # last: the graph of this forward serves the backward that follows
-        return torch.stack([(there - here) / delta for there in moved]).square().mean(0).sqrt()
-
-    def direction(self, w: Vector, draw: int) -> Vector:
-        """Return ``z``: +1 or -1 in every coordinate."""
-        random = {t.device: generator(self.seed, draw, t.device) for t in w.present()}
-        return w.map(lambda t: shard_like(_signs(t, random[t.device]), t))
-
-
-def _signs(t: Tensor, random: torch.Generator) -> Tensor:
-    """Return +1 or -1 for every entry, eight from a byte: the same however the tensor is sharded."""
-    of_byte = (torch.arange(256, device=t.device)[:, None] >> torch.arange(8, device=t.device) & 1) * 2 - 1
-    drawn = torch.randint(256, (-(-t.numel() // 8),), generator=random, device=t.device, dtype=torch.int32)
-    return of_byte.to(t.dtype).index_select(0, drawn).view(-1)[: t.numel()].view(t.shape)
-
-
-@dataclass(frozen=True)
-class Exact:
-    """``norm(grad f_i)`` from the factors of the first pass: without a probe (not in the paper).
-
-    The weighted gradient that follows is one weight-gradient pass; of accumulated batches, whose factors are not all
-    held at once, one more forward and backward. Where the model does not factor (:mod:`steppe.factored`; with
-    ``parallel=False`` none does), ``otherwise`` answers.
-    """
-
-    otherwise: Callable[[Oracle], Tensor] = FiniteDifference()
-
-    declares: ClassVar[Declaration] = Declaration(weights="norms")
-
-    def __call__(self, f: Oracle) -> Tensor:
-        norms = f.example_norms()
-        return self.otherwise(f) if norms is None else norms
-
-
-@dataclass(frozen=True)
 class Reweighted:
-    """``d = sum_i p_i grad f_i``, ``p = softmax(lam norm(grad f_i))``: Reweighted SAM (arXiv 2509.18001).
+    """``d = sum_i p_i grad f_i``, ``p = softmax(lam norm(grad f_i))``: Reweighted SAM (arXiv 2509.18001), as reported.
 
     What the paper says: the direction maximises ``<sum p_i grad f_i, eps> + H(P) / lam`` over weights ``p`` and unit
     ``eps``, which after relaxing the norm of the sum gives ``p_i ~ exp(lam norm(grad f_i))`` over the mini-batch; the
     norms are estimated by one finite difference with a Rademacher direction, one extra forward.
-    What is inferred: the weights act on the perturbation only, the second gradient is that of the uniform mean (it is
-    the "objective for the perturbation direction", and the reported cost of 7/6 of SAM then counts exactly).
+    What is inferred from reports of it: the weights act on the perturbation alone, the second gradient is that of the
+    uniform mean. The reported cost, 7/6 of SAM's, does not tell: weights on both gradients cost the same. The gradient
+    of the paper's objective has them on both: :class:`~steppe.BothWeighted`.
     What is our choice: exact norms where the model factors; raw norms, neither standardised nor clipped; ``lam``'s
     default; the probe's length relative to rho; a softmax over the micro-batch under ``m``, and over a rank's own
     examples under data parallelism. The paper's values are not known to us.
@@ -230,4 +206,4 @@ class Reweighted:
 
     def weights(self, norms: Tensor) -> Tensor:
         """Return ``softmax(lam norms)`` along the last dimension."""
-        return torch.softmax(self.lam * wide(norms), dim=-1)
+        return Softmax(self.lam).weights(norms)

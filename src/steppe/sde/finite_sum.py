@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from steppe.batch import Batch, leaves, mapped
+from steppe.batch import Batch
 from steppe.engine.functional import functional
+from steppe.engine.nested import leaves, mapped
 from steppe.engine.replay import RandomState, frozen_statistics
 
 ExampleLoss = Callable[[Tensor, Any], Tensor]  # (x of shape (d,), one example's row of the data) -> ()
@@ -28,7 +29,7 @@ class FiniteSum:
         data: a nested tuple, list or dict of tensors with a common first dimension, the ``n`` examples.
 
     Raises:
-        SDEError: ``data`` is empty, or holds something else than tensors with a common first dimension.
+        SDEError: ``data`` is empty, or cannot be cut into examples.
 
     Example:
         >>> X, y = torch.randn(6, 2), torch.randn(6)
@@ -47,7 +48,7 @@ class FiniteSum:
             raise SDEError(str(error)) from None
 
     def __len__(self) -> int:
-        return len(leaves(self.data)[0])
+        return len(next(leaves(self.data)))
 
     def losses(self, x: Tensor) -> Tensor:
         """Return every ``f_i(x)``, shape ``(n,)``."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from steppe.batch import Batch, mapped
+from steppe.batch import Batch
+from steppe.engine.nested import mapped
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.vector import TINY, Vector
 from steppe.optimizer import SharpnessAware

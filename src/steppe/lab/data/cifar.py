@@ -39,8 +39,10 @@ def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:
         with path.open("rb") as file:
             loaded = _Unpickler(file, encoding="bytes").load()
         found = {name.decode() if isinstance(name, bytes) else name: value for name, value in loaded.items()}
-        labels = torch.tensor(found[key], dtype=torch.int64)
-        return found["data"].values.reshape(-1, 3, 32, 32), labels
+        labels, images = torch.tensor(found[key], dtype=torch.int64), found["data"].values.reshape(-1, 3, 32, 32)
+        if labels.dim() != 1:
+            raise pickle.UnpicklingError(f"found labels of shape {tuple(labels.shape)}")
+        return images, labels
     except Exception as error:  # damaged pickles raise nearly anything
         expected = f"expected a pickled dict with '{key}' and with 'data', bytes of shape (n, 3072)"
         raise LabError(f"{path}: cannot read it, {expected}: {type(error).__name__}: {error}") from None
@@ -58,6 +60,8 @@ class _Bytes:
         _, shape, kind, by_columns, raw = state
         if not isinstance(kind, _Type) or not isinstance(raw, bytes) or shape[1:] != (3072,):
             raise pickle.UnpicklingError(f"found an array of shape {shape}")
+        if not raw or len(raw) != 3072 * shape[0]:  # torch.frombuffer would leave a damaged buffer behind
+            raise pickle.UnpicklingError(f"found {len(raw)} bytes for an array of shape {shape}")
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         self.values = flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
 

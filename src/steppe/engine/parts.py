@@ -1,0 +1,82 @@
+"""What a rule needs of its batch, and whether the parts of a batch add up to it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from steppe.engine.checks import warn
+from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.passes import PARTS
+from steppe.mean_batch import MeanBatch
+from steppe.pieces.protocol import declared
+from steppe.pieces.sample import pieces_of
+from steppe.rule import Micro
+
+
+def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
+    """Refuse a closure that the rule cannot look into, also where only another step's rule does.
+
+    A mean over parts of the batch is compared with the mean over the batch, once.
+
+    Args:
+        f: the oracle of the step.
+        rule: the optimizer's rule.
+        known: whether the means have been compared before.
+
+    Returns:
+        Whether they have been compared by now.
+
+    Raises:
+        TypeError: the rule looks at parts, or at single examples, and the closure does not know them.
+        ValueError: the batch weighs nothing.
+    """
+    needs = declared(rule)
+    if not f.rho.largest() or not (needs.examples or needs.parts):
+        return known
+    batch = f.batch(repr(rule) if needs.examples else PARTS)
+    if needs.examples:
+        batch.require_losses(repr(rule))
+    if not batch.weight:
+        raise ValueError("weight must be above 0 for the data of the whole batch, got 0: has it no labelled token?")
+    if not known and isinstance(batch, MeanBatch) and any(isinstance(piece, Micro) for piece in pieces_of(rule)):
+        with f.passes.trial(), f.passes.ranks.apart():
+            _compare(batch)
+        return True
+    return known
+
+
+def _compare(batch: MeanBatch) -> None:
+    """Warn where the mean over the batch is not the mean over its halves, by their weights; three forwards."""
+    modules = batch.modules()
+    if len(batch) < 2 or any("_orig_mod" in m._modules for m in modules):  # it would be compiled again
+        return
+    halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
+    try:
+        with torch.no_grad(), evaluated(modules):
+            whole, parts = batch.value(), [half.value() for half in halves]  # type: ignore[attr-defined]
+    except Exception:  # in evaluation mode the model has no loss: that cannot be told
+        return
+    pairs = zip((half.weight for half in halves), parts, strict=True)
+    total = sum(weight / batch.weight * float(part) for weight, part in pairs if weight)
+    low = whole.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(whole.device.type)
+    if abs(total - float(whole)) > (3e-2 if low else 1e-4) * max(abs(total), abs(float(whole)), 1e-3):
+        warn(
+            f"the loss of the batch, {float(whole):.6g}, is not the weighted mean of its parts' losses, {total:.6g}: "
+            "m= is then another objective. Is it a mean over tokens: pass weight=, the number of tokens in the data. "
+            "Does it compare examples with one another, as contrastive losses do: leave m= out"
+        )
+
+
+@contextmanager
+def evaluated(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Set modules to evaluation mode, without dropout and batch statistics, and put every one's mode back."""
+    before = [m.training for m in modules]
+    try:
+        for m in modules:
+            m.training = False
+        yield
+    finally:
+        for m, training in zip(modules, before, strict=True):
+            m.training = training
