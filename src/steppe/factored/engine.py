@@ -219,6 +219,10 @@ class SharedPasses:
                 return None
         return None
 
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Return whether the batch's gradient is the weighted mean of its parts', as no example changes another's."""
+        return batch.per_example and not self.entry(f, batch).plan.reason
+
     def _allowed(self, plan: SharingPlan) -> bool:
         """Return whether micro-batches may share passes.
 
