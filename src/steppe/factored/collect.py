@@ -216,7 +216,7 @@ def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> l
                 c_k, delta = c[site.parts.starts], site.deltas[0]
                 found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.reshape(len(delta), -1))
         for i, uses in matrices.items():
-            found[i] = [use.weighted(c) for use in uses]
+            found.setdefault(i, []).extend(use.weighted(c) for use in uses)
             for use in uses:
                 if use.bias is not None:
                     small.setdefault(use.bias, []).append(use.delta.sum(1))

@@ -110,8 +110,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         arguments = (*args, *kwargs.values())
         transformed = peek_interpreter_stack() is not None
-        derives = bool(self.derived) and self.first_in(arguments) is not None  # from parameters alone
-        layer = None if transformed or derives else self.layers.get(func)
+        layer = None if transformed or (self.derived and self.derives(arguments) is not None) else self.layers.get(func)
         if layer is not None:
             with self.understood():
                 made = getattr(layer, self.method)(self, func, *args, **kwargs)
@@ -127,12 +126,17 @@ class Interception(TorchFunctionMode):
 
     def first_in(self, arguments: Iterable[Any]) -> int | None:
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
-        if not self.derived:
-            return self.tracked.first_in(arguments)
+        arguments = list(arguments)
+        index = self.tracked.first_in(arguments)
+        return index if index is not None or not self.derived else self.derives(arguments)
+
+    def derives(self, arguments: Iterable[Any]) -> int | None:
+        """Return the index of a parameter from which, with no examples, an argument is made; also inside lists."""
         for a in arguments:
-            index = self.first_in(a) if isinstance(a, list | tuple) else self.tracked.index(a)
-            if index is None and id(a) in self.derived:
-                index = self.derived[id(a)].parameters[0]
+            if isinstance(a, list | tuple):
+                index = self.derives(a)
+            else:
+                index = self.derived[id(a)].parameters[0] if id(a) in self.derived else None
             if index is not None:
                 return index
         return None

@@ -45,7 +45,8 @@ class Rounding:
     products may be rounded to TF32, at least 5e-4.
 
     Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
-    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size.
+    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size. A deep model
+    with normalisation amplifies rounding: where weights rounded by a few ``u`` move its losses farther, 64 times that.
 
     Gradients are not continuous where a ReLU or a maximum changes sides. Rounding flips a share of about ``c u`` of
     the units. A flipped unit contributes its part of the gradient or does not, and parts add up like random numbers,
@@ -58,6 +59,7 @@ class Rounding:
     """
 
     u: float
+    amplified: float = 0.0  # how far weights rounded by ``4 u`` move the losses
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Rounding":
@@ -68,7 +70,7 @@ class Rounding:
     @property
     def losses(self) -> float:
         """The bound for losses."""
-        return max(64 * self.u, 1e-9)
+        return max(64 * self.u, 64 * self.amplified, 1e-9)
 
     @property
     def gradients(self) -> float:
@@ -116,6 +118,7 @@ class Rehearsal:
         """Find where examples lie, then make the update both ways."""
         first, g, plan = self.recorded(tracked)
         rounding = Rounding.of([*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]])
+        rounding = replace(rounding, amplified=self.amplified(rounding.u))
         plan.apply(first)
         cost = relative_cost(first)
         whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
@@ -126,6 +129,24 @@ class Rehearsal:
             batch = self.batch if order is None else self.batch.subset(order)
             self.check_both_ways(batch, plan, self.chosen(random), rounding)
         return replace(plan, cost=cost)
+
+    def amplified(self, u: float) -> float:
+        """Return how far the losses of the first micro-batch move where every weight is rounded by ``4 u``."""
+        self.heard.part, part = slice(0, min(self.m, self.n)), self.batch.split(self.m)[0]
+        saved = [p.detach().clone() for p in self.tensors]
+        found = []
+        try:
+            for changed in (False, True):
+                with Passes(part, self.parameters).one(away=True), torch.no_grad():
+                    for p in self.tensors if changed else ():
+                        about = torch.arange(p.numel(), device=p.device).cos().reshape(p.shape)  # irregular, of size 1
+                        p.addcmul_(p, about.to(p.dtype), value=4 * u)
+                    found.append(part.losses())
+        finally:
+            self.heard.part = None
+            with torch.no_grad():
+                torch._foreach_copy_(self.tensors, saved)
+        return float((found[0] - found[1]).abs().max()) / (float(found[0].abs().mean()) + self.heard.scale)
 
     # ---- where examples lie
 
