@@ -195,8 +195,8 @@ class Program:
     def rehearse(self, x: Tensor, y: Tensor) -> None:
         """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
         self.world.x, self.world.y = x, y
-        m = getattr(self.opt._stepper.rule, "m", None)
-        SharedPasses().entry(self.opt._stepper.oracle(self.world.batch), self.world.batch, m)
+        for m in {getattr(self.opt._stepper.rule, "m", None), None}:
+            SharedPasses().entry(self.opt._stepper.oracle(self.world.batch), self.world.batch, m)
 
     def copy(self) -> None:
         """A copy goes on in place of the original."""

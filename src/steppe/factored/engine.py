@@ -198,6 +198,7 @@ class SharedPasses:
         entry = self.entry(f, batch, m)
         before, buffers = RandomState.now(f.passes.parameters.devices), Snapshot(batch.modules())
         counted = f.passes.counted
+        entry.begin(len(batch))
         for again in (True, False):
             if not self._allowed(entry.plan):
                 return None

@@ -223,7 +223,7 @@ class FirstPass(Interception):
         is more than one example, or micro-batch where its examples influence one another: one fits any layout.
         """
         uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
-        return (*uses, self.mixes, self.independent == 1)
+        return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
 
     @property
     def independent(self) -> int:

@@ -72,12 +72,18 @@ class Entry:
 
     def recall(self, structure: tuple[Any, ...]) -> bool:
         """Return to a plan that was proven for another pass, if there is one for this structure."""
-        known = [p for p in self.proven if p.structure == structure]
-        if known and known[0] is not self.plan:
-            self.plan = known[0]
-            self.proven = [p for p in self.proven if p is not known[0]] + known
-            return True
-        return False
+        return self._return_to([p for p in self.proven if p.structure == structure and p is not self.plan])
+
+    def begin(self, n: int) -> None:
+        """Return to the last plan for single examples where ``n`` is 1, and for several where it is not."""
+        if not self.plan.reason and self.plan.single is not (n == 1):
+            self._return_to([p for p in self.proven if p.single is (n == 1)])
+
+    def _return_to(self, known: list[SharingPlan]) -> bool:
+        for plan in known[-1:]:
+            self.plan = plan
+            self.proven = [*(p for p in self.proven if p is not plan), plan]
+        return bool(known)
 
     def fail(self, reason: str, step: int | None = None) -> None:
         """Note that this step, or with ``None`` every later step, runs in a loop."""
@@ -182,7 +188,7 @@ def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: tuple
         return True
     if not capturing(f.passes.parameters.devices) and known(batch.model).may_rehearse():
         entry.learn(rehearsed(f, batch, m))
-        return not entry.plan.reason and entry.plan.structure == structure
+        return not entry.plan.reason
     return False
 
 

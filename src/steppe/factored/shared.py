@@ -43,6 +43,11 @@ class SharingPlan:
     mixes: bool = False
     cost: float = 1.0
 
+    @property
+    def single(self) -> bool:
+        """Whether it is for a batch of one example."""
+        return bool(self.structure and self.structure[-1])
+
     def apply(self, first: FirstPass) -> None:
         """Give the sites of a pass their layouts.
 
