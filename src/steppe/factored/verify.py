@@ -65,13 +65,9 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
         if is_compiled(module):
             raise CannotFactor("the model is compiled")
-<<<<<<< HEAD
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise CannotFactor(f"{module.original_name} is TorchScript")
-    if any(hasattr(p, "full_tensor") for p in batch.model.parameters()):
-=======
     if any(map(is_sharded, batch.model.parameters())):
->>>>>>> main
         raise CannotFactor("parameters are sharded")
     if len({p.device for p in parameters}) > 1:
         raise CannotFactor("parameters are on several devices")
