@@ -133,10 +133,8 @@ class Interception(TorchFunctionMode):
     def derives(self, arguments: Iterable[Any]) -> int | None:
         """Return the index of a parameter from which, with no examples, an argument is made; also inside lists."""
         for a in arguments:
-            if isinstance(a, list | tuple):
-                index = self.derives(a)
-            else:
-                index = self.derived[id(a)].parameters[0] if id(a) in self.derived else None
+            known = self.derived.get(id(a))
+            index = known.parameters[0] if known else self.derives(a) if isinstance(a, list | tuple) else None
             if index is not None:
                 return index
         return None

@@ -26,6 +26,7 @@ from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
 from steppe.factored.passes import FirstPass, Site
+from steppe.factored.rounding import Rounding
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
 from steppe.factored.tracked import CannotFactor, Tracked, Unsure
 from steppe.factored.unseen import Kernels
@@ -35,47 +36,6 @@ from steppe.rule import Rule
 
 TRIED = 4  # micro-batches of each order that are made both ways
 VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How far two ways may differ by rounding alone, from the unit roundoff ``u`` of the least precise numbers in them.
-
-    ``u`` is 1e-16 in float64, 6e-8 in float32, 2e-3 in bfloat16, 5e-4 in float16, and on an accelerator, whose
-    products may be rounded to TF32, at least 5e-4.
-
-    Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
-    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size. A deep model
-    with normalisation amplifies rounding: where weights rounded by a few ``u`` move its losses farther, 64 times that.
-
-    Gradients are not continuous where a ReLU or a maximum changes sides. Rounding flips a share of about ``c u`` of
-    the units. A flipped unit contributes its part of the gradient or does not, and parts add up like random numbers,
-    so the relative difference is about ``sqrt(c u)``: ``20 sqrt(u)`` are allowed, which is 5e-3 in float32, and a half
-    at most: in low precision the losses carry the proof. In float64
-    less than one unit in 1e12 flips, and 1e-9 is allowed for both.
-
-    Of every parameter a hundredth of the whole gradient's norm is added to its own, because a gradient may be zero but
-    for rounding, such as that of a bias before a normalisation.
-    """
-
-    u: float
-    amplified: float = 0.0  # how far weights rounded by ``4 u`` move the losses
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Rounding":
-        """Return the rounding of the least precise of some tensors."""
-        u = max(torch.finfo(t.dtype).eps / 2 for t in tensors)
-        return cls(max(u, 5e-4) if u > 1e-9 and any(t.device.type != "cpu" for t in tensors) else u)
-
-    @property
-    def losses(self) -> float:
-        """The bound for losses."""
-        return max(64 * self.u, 64 * self.amplified, 1e-9)
-
-    @property
-    def gradients(self) -> float:
-        """The bound for gradients."""
-        return min(20 * self.u**0.5, 0.5) if self.u > 1e-12 else 1e-9
 
 
 @dataclass
@@ -118,7 +78,7 @@ class Rehearsal:
         """Find where examples lie, then make the update both ways."""
         first, g, plan = self.recorded(tracked)
         rounding = Rounding.of([*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]])
-        rounding = replace(rounding, amplified=self.amplified(rounding.u))
+        rounding = rounding.of_model(self.first_part, self.tensors, self.heard.scale)
         plan.apply(first)
         cost = relative_cost(first)
         whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
@@ -130,23 +90,14 @@ class Rehearsal:
             self.check_both_ways(batch, plan, self.chosen(random), rounding)
         return replace(plan, cost=cost)
 
-    def amplified(self, u: float) -> float:
-        """Return how far the losses of the first micro-batch move where every weight is rounded by ``4 u``."""
+    def first_part(self) -> Tensor:
+        """Return the losses of the first micro-batch by itself."""
         self.heard.part, part = slice(0, min(self.m, self.n)), self.batch.split(self.m)[0]
-        saved = [p.detach().clone() for p in self.tensors]
-        found = []
         try:
-            for changed in (False, True):
-                with Passes(part, self.parameters).one(away=True), torch.no_grad():
-                    for p in self.tensors if changed else ():
-                        about = torch.arange(p.numel(), device=p.device).cos().reshape(p.shape)  # irregular, of size 1
-                        p.addcmul_(p, about.to(p.dtype), value=4 * u)
-                    found.append(part.losses())
+            with Passes(part, self.parameters).one(away=True), torch.no_grad():
+                return part.losses()
         finally:
             self.heard.part = None
-            with torch.no_grad():
-                torch._foreach_copy_(self.tensors, saved)
-        return float((found[0] - found[1]).abs().max()) / (float(found[0].abs().mean()) + self.heard.scale)
 
     # ---- where examples lie
 

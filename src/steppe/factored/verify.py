@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
-from steppe.engine.replay import RandomState
+from steppe.engine.replay import RandomState, is_compiled
+from steppe.engine.vector import is_sharded
 from steppe.factored.draws import Draws
 from steppe.factored.rehearsal import Rehearsal
 from steppe.factored.shared import SharingPlan
-from steppe.factored.tracked import CannotFactor, Tracked
+from steppe.factored.tracked import CannotFactor, NotProven, Tracked
 from steppe.factored.unseen import watch_scripts
 
 
@@ -23,7 +24,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
 
     The update of SAM on micro-batches is made by shared passes and by the serial loop, on the batch as it is and on a
     random permutation of its examples. The two have to agree to
-    :class:`~steppe.factored.rehearsal.Rounding` in the losses at ``w`` and at
+    :class:`~steppe.factored.rounding.Rounding` in the losses at ``w`` and at
     ``w + eps_k`` and in the update, summed over at most ``TRIED`` micro-batches of each order: the first, the last,
     which may be smaller, and random ones. A difference beyond 30 times the bound is the model's; a smaller one may be
     bad luck, and a later batch tells.
@@ -40,6 +41,8 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         watch_scripts()
         with f.passes.ranks.apart(), _noise_added(batch.model), Draws(len(batch)) as draws:
             return Rehearsal(f, batch, m, draws).plan(tracked)
+    except NotProven:
+        return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
     except CannotFactor as error:
         return SharingPlan(tracked, reason=str(error), final=error.final)
     except Exception as error:  # the model itself fails: the loop will raise the same error
@@ -58,11 +61,11 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
             raise CannotFactor("SyncBatchNorm averages statistics over the processes")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        if is_compiled(module):
             raise CannotFactor("the model is compiled")
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise CannotFactor(f"{module.original_name} is TorchScript")
-    if any(hasattr(p, "full_tensor") for p in batch.model.parameters()):
+    if any(map(is_sharded, batch.model.parameters())):
         raise CannotFactor("parameters are sharded")
     if len({p.device for p in parameters}) > 1:
         raise CannotFactor("parameters are on several devices")
