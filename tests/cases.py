@@ -101,6 +101,7 @@ class Case:
     looks_inside: bool = False
     low: bool = True
     selects: bool = False  # its second gradient is on a part of the batch
+    waits: int = 0  # for the device, beside those of every step
 
 
 def named(method: type[SharpnessAware], **hyper: object) -> Make:
@@ -111,6 +112,30 @@ def named(method: type[SharpnessAware], **hyper: object) -> Make:
 
 def composed(rule: Callable[..., object]) -> Make:
     return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full, parallel=False)
+
+
+class Keeping(torch.optim.SGD):
+    """SGD that keeps the moments of its gradients, which it does not use."""
+
+    def step(self, closure: None = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, g = self.state[p], p.grad.detach()
+            state["exp_avg"] = 0.9 * state["exp_avg"] + 0.1 * g if "exp_avg" in state else 0.1 * g
+            state["exp_avg_sq"] = 0.9 * state["exp_avg_sq"] + 0.1 * g * g if "exp_avg_sq" in state else 0.1 * g * g
+        super().step()
+
+
+def reading(method: type[SharpnessAware], **hyper: object) -> Make:
+    """Make a method that reads the base's moments, which plain SGD does not keep."""
+
+    def make(base: torch.optim.Optimizer, world: World, rho: float) -> SharpnessAware:
+        if type(base) is torch.optim.SGD and not base.defaults["momentum"]:
+            base = Keeping(base.param_groups, **{k: base.defaults[k] for k in ("lr", "weight_decay")})
+        if method is steppe.PreconditionedSAM and type(base) is torch.optim.SGD:
+            base = Keeping(base.param_groups, **{k: base.defaults[k] for k in ("lr", "weight_decay", "momentum")})
+        return method(base, rho=rho, **hyper)
+
+    return make
 
 
 METHODS = [
@@ -138,6 +163,19 @@ METHODS = [
     Case("LookSAM", named(steppe.LookSAM, k=2)),
     Case("FSAM", named(steppe.FSAM, sigma=0.7)),
     Case("VaSSO", named(steppe.VaSSO, theta=0.4)),
+    Case("WSAM clip", named(steppe.WSAM, clip=50.0)),
+    Case("MomentumSAM", reading(steppe.MomentumSAM), passes=(1, 1)),
+    Case("LESAM", named(steppe.LESAM, sigma=0.05)),
+    Case("XSAM", named(steppe.XSAM, every=2), passes=(23, 2), looks_inside=True),
+    Case("XSAM fixed", named(steppe.XSAM, alpha=1.5)),
+    Case("SSAM", named(steppe.SSAM)),
+    Case("ZSharp", named(steppe.ZSharp, q=0.6)),
+    Case("GCSAM", named(steppe.GCSAM)),
+    Case("AESAM", named(steppe.AESAM, start=0.5, end=-1.0, steps=4), waits=1),
+    Case("FunctionalSAM", named(steppe.FunctionalSAM), looks_inside=True),
+    Case("PreconditionedSAM", reading(steppe.PreconditionedSAM)),
+    Case("EigenSAM", named(steppe.EigenSAM, every=2, power=2), passes=(6, 6), low=False),
+    Case("LookbehindSAM", named(steppe.LookbehindSAM), passes=(3, 3)),
 ]
 
 MICRO = [
@@ -158,6 +196,10 @@ MICRO = [
         ("LookSAM", {"k": 2}, {}),
         ("FSAM", {}, {}),
         ("VaSSO", {}, {}),
+        ("GCSAM", {}, {}),
+        ("AESAM", {}, {"passes": (3, 3), "waits": 1}),
+        ("FunctionalSAM", {}, {}),
+        ("LookbehindSAM", {}, {"passes": (3, 3)}),
     ]
 ]
 

@@ -256,12 +256,13 @@ class Oracle(Remembering):
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
         """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
-        whole = self.batch().weight
+        whole, first = self.batch().weight, True
         for batch in batches:
             f, share = self.part(batch), batch.weight / whole
             if share:
                 yield share, f
-                self.passes.log.add(share, f.passes.log)
+                self.passes.log.add(share, f.passes.log, first)
+                first = False
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""
