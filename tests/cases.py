@@ -114,25 +114,31 @@ def composed(rule: Callable[..., object]) -> Make:
     return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full, parallel=False)
 
 
-class Keeping(torch.optim.SGD):
-    """SGD that keeps the moments of its gradients, which it does not use."""
+class Keeps:
+    """Keeps the moments of the gradients in a base's state, which it does not use."""
 
     def step(self, closure: None = None) -> None:
+        super().step()  # first: it looks for its own state
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state, g = self.state[p], p.grad.detach()
-            state["exp_avg"] = 0.9 * state["exp_avg"] + 0.1 * g if "exp_avg" in state else 0.1 * g
-            state["exp_avg_sq"] = 0.9 * state["exp_avg_sq"] + 0.1 * g * g if "exp_avg_sq" in state else 0.1 * g * g
-        super().step()
+            for name, t in (("exp_avg", g), ("exp_avg_sq", g * g)):
+                state[name] = state[name].lerp(t, 0.1) if name in state else 0.1 * t
+
+
+class KeepingSGD(Keeps, torch.optim.SGD):
+    pass
+
+
+class KeepingRMSprop(Keeps, torch.optim.RMSprop):
+    pass
 
 
 def reading(method: type[SharpnessAware], **hyper: object) -> Make:
-    """Make a method that reads the base's moments, which plain SGD does not keep."""
+    """Make a method that reads the base's moments, which SGD and RMSprop do not keep."""
+    keeping = {torch.optim.SGD: KeepingSGD, torch.optim.RMSprop: KeepingRMSprop}
 
     def make(base: torch.optim.Optimizer, world: World, rho: float) -> SharpnessAware:
-        if type(base) is torch.optim.SGD and not base.defaults["momentum"]:
-            base = Keeping(base.param_groups, **{k: base.defaults[k] for k in ("lr", "weight_decay")})
-        if method is steppe.PreconditionedSAM and type(base) is torch.optim.SGD:
-            base = Keeping(base.param_groups, **{k: base.defaults[k] for k in ("lr", "weight_decay", "momentum")})
+        base.__class__ = keeping.get(type(base), type(base))
         return method(base, rho=rho, **hyper)
 
     return make

@@ -12,6 +12,9 @@ from tests.cases import METHODS, World, assert_close, each_method, optimizer, sa
 GRAPHS = {  # beside the one: of forwards without gradients, and of another number of examples
     "RWSAM": 1,
     "RWSAM probe": 1,
+    "ReweightedSharpness": 1,
+    "ReweightedSharpness probe": 1,
+    "XSAM": 1,
     "ESAM": 2,
 }
 

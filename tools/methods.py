@@ -53,7 +53,8 @@ def public(module: str) -> list[str]:
 
 def ordered(names: list[str]) -> list[str]:
     """Return names in the linter's order: constants, classes, the rest."""
-    return sorted(set(names), key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
+    kind = lambda name: 0 if name.isupper() else 1 if name[0].isupper() else 2  # noqa: E731
+    return sorted(set(names), key=lambda name: (kind(name), name.lower()))
 
 
 def with_names(text: str) -> str:

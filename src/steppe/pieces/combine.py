@@ -123,7 +123,7 @@ class Slerp:
         checks.non_negative("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        return Update(g_adv.norm() * slerp(f.g, g_adv, torch.tensor(self.alpha)))
+        return Update(g_adv.norm() * slerp(f.g, g_adv, self.alpha))
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,15 @@ class SearchedSlerp:
         if f.step % self.every == 0:
             alpha = self.search(f, g_adv)
             f.remember_number("alpha", alpha)
-        return Update(g_adv.norm() * slerp(f.g, g_adv, torch.as_tensor(alpha)))
+        return Update(g_adv.norm() * slerp(f.g, g_adv, alpha))
 
     def search(self, f: Oracle, g_adv: Vector) -> Tensor:
         """Return the ``alpha`` with the highest loss; of equal ones the first."""
-        alphas = torch.arange(0.0, self.largest + self.spacing / 2, self.spacing)
         losses = []
-        for alpha in alphas:
-            with f.at(f.rho * (self.reach * f.movable(slerp(f.g, g_adv, alpha)))):
+        for i in range(int(self.largest / self.spacing + 0.5) + 1):
+            with f.at(f.rho * (self.reach * f.movable(slerp(f.g, g_adv, self.spacing * i)))):
                 losses.append(f.losses().mean())
-        return alphas.to(losses[0].device)[torch.stack(losses).argmax()]
+        return self.spacing * torch.stack(losses).nan_to_num(-math.inf, math.inf, -math.inf).argmax().to(losses[0])
 
 
 @dataclass(frozen=True)
@@ -207,15 +206,14 @@ class ReuseOrthogonal:
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
 
 
-def slerp(a: Vector, b: Vector, alpha: Tensor) -> Vector:
+def slerp(a: Vector, b: Vector, alpha: Scalar) -> Vector:
     """Return the unit vector ``alpha`` of the angle from ``a`` towards ``b``; over 1 it lies beyond ``b``."""
     a, b = a / (a.norm() + TINY), b / (b.norm() + TINY)
     angle = 2 * ((b - a).norm() / 2).clamp(max=1.0).arcsin()  # more exact for small angles than the arccos of <a, b>
-    alpha, sine = alpha.to(angle), angle.sin()
+    alpha, sine = alpha.to(angle) if isinstance(alpha, Tensor) else alpha, angle.sin()
     small = sine < 1e-8  # sin(x angle) / sin(angle) is x
-    from_a = torch.where(small, 1 - alpha, ((1 - alpha) * angle).sin() / sine)
-    from_b = torch.where(small, alpha, (alpha * angle).sin() / sine)
-    return from_a * a + from_b * b
+    share_a, share_b = (torch.where(small, x, (x * angle).sin() / sine) for x in (1 - alpha, alpha))
+    return share_a * a + share_b * b
 
 
 def along(a: Vector, b: Vector) -> Tensor:
