@@ -88,6 +88,9 @@ CASES = [
     for name, method in (("cnn", steppe.RWSAM), ("resnet", steppe.WSAM), ("vit", steppe.SAM), ("gpt", steppe.RWSAM))
 ]
 
+# AE-SAM decides on the host, and AdamW, the base of the second, counts its steps there
+CAPTURABLE = [c for c in CASES if c.values[1] not in (steppe.AESAM, steppe.PreconditionedSAM)]
+
 
 @pytest.mark.parametrize(("name", "method", "way"), CASES)
 def test_a_step_waits_once_and_leaves_nothing_on_the_cpu(name: str, method: Any, way: str) -> None:
@@ -97,7 +100,7 @@ def test_a_step_waits_once_and_leaves_nothing_on_the_cpu(name: str, method: Any,
         model, batch = on_device(a, name)
         optimizer = make(model, batch)
         waits, strays = last_step(a, lambda: optimizer.step(batch))
-        state = [t for kept in optimizer.state.values() for t in kept.values() if t is not None]
+        state = [t for kept in optimizer.state.values() for t in kept.values() if t is not None and t.dim()]
         found = values(model.parameters())
     assert waits == [READ] * (2 if method is steppe.AESAM else 1)
     assert set(strays) == ({"aten.rand.generator", "aten.lt.Scalar"} if method is steppe.ESAM else set())

@@ -141,7 +141,10 @@ class Oracle(Remembering):
         if self._looking and weights is not None and on is None and wrt is None and not away and self._shortcuts:
             d = self._shortcuts.weighted_gradient(self, weights)
             if d is not None:
-                return self.passes.made(d)
+                d = self.passes.made(d)
+                if self._g is not None:  # from the same pass
+                    self.passes.log.numbers["g_norm"] = self._g.norm()
+                return d
         says = self._declares
         alone = (says.linear and not says.g) if away else not says.g_adv
         final = alone and self.is_whole and not self._looking  # the update is made of this gradient alone
