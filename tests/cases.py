@@ -169,7 +169,7 @@ METHODS = [
     Case("LookSAM", named(steppe.LookSAM, k=2)),
     Case("FSAM", named(steppe.FSAM, sigma=0.7)),
     Case("VaSSO", named(steppe.VaSSO, theta=0.4)),
-    Case("WSAM clip", named(steppe.WSAM, clip=50.0)),
+    Case("WSAM clip", named(steppe.WSAM, clip_each=50.0)),
     Case("MomentumSAM", reading(steppe.MomentumSAM), passes=(1, 1)),
     Case("LESAM", named(steppe.LESAM, sigma=0.05)),
     Case("XSAM", named(steppe.XSAM, every=2), passes=(23, 2), looks_inside=True),
@@ -243,6 +243,12 @@ COMBINATIONS = [
     ),
     Case("every second step", composed(Every(2, Rule(geometry=Scaled(0.5, of=Unified(0.2)))))),
     Case("sampled m-SAM", composed(Micro(2, Rule(), sampled=2)), passes=(1.8, 1.8), looks_inside=True),
+    Case(
+        "sampled m-SAM in the pass of g",
+        lambda base, world, rho: steppe.SAM(base, rho, m=2, sampled=2, clip=0.9),
+        passes=(1.4, 1.4),
+        looks_inside=True,
+    ),
     Case(
         "sampled m-ASAM, weighted",
         composed(Micro(5, Rule(geometry=Adaptive(), combine=Weighted(0.8)), sampled=1)),

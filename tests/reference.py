@@ -459,7 +459,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ReweightedSharpness": lambda size=64, lam=None: Method(
         rule=both_weighted(effective_size(size) if lam is None else lambda norms: torch.softmax(lam * norms, 0))
     ),
-    "WSAMClip": lambda gamma, clip: Method(combine=weighted_and_clipped(gamma, clip)),
+    "WSAMClip": lambda gamma, clip_each: Method(combine=weighted_and_clipped(gamma, clip_each)),
     "MomentumSAM": lambda: Method(sample=against_the_momentum),
     "LESAM": lambda sigma: Method(geometry=within_a_budget(sigma)),
     "XSAM": lambda alpha: Method(combine=on_the_great_circle(alpha)),

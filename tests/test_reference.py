@@ -81,7 +81,7 @@ def test_methods_that_read_the_bases_state(name: str, base: str, m: int | None) 
 
 @pytest.mark.parametrize("base", BASES)
 def test_wsam_with_its_authors_clipping(base: str) -> None:
-    w, hyper = world(), {"gamma": 0.8, "clip": 0.5}
+    w, hyper = world(), {"gamma": 0.8, "clip_each": 0.5}
     expected = expected_path("WSAMClip", w, base, **hyper)
     assert_same_path(steppe.WSAM(BASES[base](w.parameters()), RHO, **hyper), w, expected)
 

@@ -182,8 +182,8 @@ class WSAM(SharpnessAware):
 
     Args:
         gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
-        clip: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted: ``max_norm`` of the
-            authors' code. ``max_norm`` here clips the whole step once.
+        clip_each: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted: ``max_norm`` of
+            the authors' code. ``max_norm`` here clips the whole step once.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class WSAM(SharpnessAware):
         base: Base,
         rho: Radius = 0.05,
         gamma: float = 0.9,
-        clip: float | None = None,
+        clip_each: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, Rule(combine=Weighted(gamma, clip)), rho, **options)
+        super().__init__(base, Rule(combine=Weighted(gamma, clip_each)), rho, **options)
 
 
 class CoupledWSAM(SharpnessAware):

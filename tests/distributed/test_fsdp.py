@@ -33,6 +33,10 @@ def whole(model: nn.Module) -> list[torch.Tensor]:
 
 def make(name: str, model: nn.Module, **options):
     base = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if name.startswith("Joint "):
+        name = name.removeprefix("Joint ")
+        matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == two] for two in (True, False))
+        base = steppe.Joint([sgd(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(rest, lr=0.05)])
     if name == "NSAM":
         x, y = data(1000)
         if distributed.is_initialized():
@@ -124,8 +128,8 @@ def test_a_draw_is_of_all_ranks_together(two_ranks, monkeypatch, part) -> None:
     indices = steppe.Batch(nn.Identity(), lambda *_: None, torch.arange(B))
     real = sampling.drawn
 
-    def both(batch: steppe.Batch, *draw) -> list[steppe.Batch]:
-        return [batch.subset(torch.cat([i.data, B + i.data])) for i in real(indices, *draw)]
+    def both(batch: steppe.Batch, *draw) -> list[sampling.Draw]:
+        return [(batch, torch.cat([on, B + on])) for _, on in real(indices, *draw)]
 
     monkeypatch.setattr(sampling, "drawn", both)
     expected, _ = alone("SAM", part | {"parallel": False})
@@ -219,7 +223,7 @@ def steps(model, optimizer, which) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "VaSSO", "LookSAM"])
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "VaSSO", "LookSAM", "Joint FSAM"])
 def test_checkpoints_cross_between_one_process_and_two(two_ranks, tmp_path, name) -> None:
     model = net()
     optimizer = make(name, model)

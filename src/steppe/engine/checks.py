@@ -5,7 +5,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -62,6 +62,25 @@ def grad_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
 
 
+def loss_among(returned: Any) -> Any:
+    """Return the loss among what a closure returned: itself, its ``loss``, or the first entry of a tuple or list.
+
+    Raises:
+        TypeError: there is none of one number.
+    """
+    loss = returned
+    if isinstance(returned, Mapping):  # also the outputs of Hugging Face's models
+        loss = returned.get("loss")
+    elif isinstance(returned, tuple | list) and not hasattr(returned, "loss"):
+        loss = returned[0] if returned else None
+    elif not isinstance(returned, Tensor):
+        loss = getattr(returned, "loss", returned)
+    if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, Real):
+        return loss
+    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"closure must return the loss, one number, or it as .loss or as the first of several, got {kind}")
+
+
 def warn(message: str) -> None:
     """Warn at the user's line: the first one outside torch and steppe, where Python can tell it (3.12)."""
     if sys.version_info >= (3, 12):
@@ -83,7 +102,13 @@ def check_call(name: str, args: Sequence[Any], options: dict[str, Any]) -> None:
             f"{name}(torch.optim.SGD(params, lr=0.1, momentum=0.9), rho=0.05)"
         )
     if "adaptive" in options:
-        raise TypeError("adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten SAM's")
+        raise TypeError(
+            "adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten times as large"
+        )
+    if isinstance(options.get("rho"), list | tuple):
+        raise TypeError(
+            "rho is one number or a schedule; the radius of a group stands in the group: {'params': ..., 'rho': 0.1}"
+        )
     if "lr" in options:
         raise TypeError(f"lr is the base optimizer's: write {name}(torch.optim.SGD(params, lr={options['lr']!r}))")
 

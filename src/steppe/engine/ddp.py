@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from steppe.engine.checks import FSDP1
+from steppe.engine.replay import is_compiled
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, is_sharded, wide
 
@@ -94,6 +95,7 @@ class Ranks:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
+                stack.callback(replica.register_forward_pre_hook(_stay_apart).remove)
             self._broadcast_buffers(False)
             try:
                 yield
@@ -175,6 +177,11 @@ class Ranks:
         return [Vector(means[i : i + len(like)]) for i in range(0, len(means), len(like))]
 
 
+def _stay_apart(replica: Any, _inputs: Any) -> None:
+    """Undo ``model.require_backward_grad_sync = True``, which closures that accumulate write, in a pass apart."""
+    replica.require_backward_grad_sync = False
+
+
 @contextmanager
 def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
     """Refuse a DDP model that runs inside: its gradients would be averaged in the wrong passes.
@@ -193,7 +200,7 @@ def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
                 "pass model= to the optimizer"
             )
 
-    compiled = any("_orig_mod" in module._modules for module in known)  # torch warns of hooks on compiled modules
+    compiled = any(map(is_compiled, known))  # torch warns of hooks on compiled modules
     hook = None if compiled else register_module_forward_pre_hook(refuse)
     try:
         yield
@@ -236,6 +243,7 @@ class RankGroups:
         Raises:
             TypeError: the model is flattened by FullyShardedDataParallel.
             ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
+            RuntimeError: inside ``join()``.
         """
         if not distributed_run():
             return Ranks()
@@ -252,6 +260,11 @@ class RankGroups:
         replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
         if not replicas:
             return Ranks()
+        if any(replica._join_config.enable for replica in replicas):
+            raise RuntimeError(
+                "a step cannot run inside DDP's join(): a rank without data does not know how many passes the others "
+                "take. Give every rank as many batches (DistributedSampler does, and drop_last=True)"
+            )
         if self.sync == "global":
             return Ranks(replicas, shared=True, averaged=True)
         group = self._neighbours(replicas[0].process_group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +54,19 @@ class Snapshot:
         self.copies: list[tuple[Tensor, Tensor, int]] = []  # a buffer, its copy, its version
         self.bound: list[tuple[nn.Module, str, Tensor]] = []
         self.ran: list[nn.Module] = []
+        self.thread = get_ident()
         for module in modules:
             self.take(module)
 
     def run(self, module: nn.Module, _inputs: object) -> None:
-        """Take a module that is about to run, as a forward hook."""
-        self.ran.append(module)
-        self.take(module)
+        """Take a module that is about to run, as a forward hook; what another thread runs is not this pass's."""
+        if get_ident() == self.thread:
+            self.ran.append(module)
+            self.take(module)
 
     def take(self, module: nn.Module) -> None:
         """Copy the buffers of a module in training mode."""
-        if "_orig_mod" in module._modules:  # compiled: the modules inside run without hooks
+        if is_compiled(module):  # the modules inside run without hooks
             for inner in list(module.modules())[1:]:
                 self.take(inner)
         if not module.training or not module._buffers:
@@ -89,6 +92,11 @@ class Snapshot:
             module._buffers[name] = buffer  # a module may have bound a new tensor
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile(module)`` made the module, or ``module.compile()`` compiled it in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 @contextmanager
 def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Module]]:
     """Undo every change that a pass makes to the buffers of modules in training mode, also when it raises.
@@ -106,7 +114,7 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Mod
     snapshot = Snapshot()
     compiled = False
     for module in modules:
-        compiled |= "_orig_mod" in module._modules
+        compiled |= is_compiled(module)
         if module._buffers:
             snapshot.take(module)
     hook = None if compiled else register_module_forward_pre_hook(snapshot.run)

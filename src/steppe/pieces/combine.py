@@ -33,31 +33,31 @@ class Weighted:
 
     Args:
         gamma: the weight of sharpness.
-        clip: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted, as the authors' code
-            does with ``max_norm=``; the paper does not mention it. ``eps`` comes from ``g`` before it is clipped. The
-            authors clip means over all ranks; here each rank, and each micro-batch, clips its own.
+        clip_each: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted, as the authors'
+            code does with ``max_norm=``; the paper does not mention it. ``eps`` comes from ``g`` before it is clipped.
+            The authors clip means over all ranks; here each rank, and each micro-batch, clips its own.
 
     Raises:
-        ValueError: ``gamma`` is not in [0, 1), ``clip`` is not above 0.
+        ValueError: ``gamma`` is not in [0, 1), ``clip_each`` is not above 0.
     """
 
     gamma: float = 0.9
-    clip: float | None = None
+    clip_each: float | None = None
 
     @property
     def declares(self) -> Declaration:
         """Linear, unless it clips."""
-        return Declaration(linear=self.clip is None)
+        return Declaration(linear=self.clip_each is None)
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
-        if self.clip is not None:
-            checks.number("clip", self.clip, "a number > 0 or None", low=math.ulp(0.0))
+        if self.clip_each is not None:
+            checks.number("clip_each", self.clip_each, "a number > 0 or None", low=math.ulp(0.0))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         g = f.g
-        if self.clip is not None:
-            g, g_adv = Update(g).clipped(self.clip).grad, Update(g_adv).clipped(self.clip).grad
+        if self.clip_each is not None:
+            g, g_adv = Update(g).clipped(self.clip_each).grad, Update(g_adv).clipped(self.clip_each).grad
         return Update(g, beside=_odds(self.gamma) * (g_adv - g))
 
 
