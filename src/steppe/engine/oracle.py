@@ -199,10 +199,7 @@ class Oracle(Remembering):
     def pull_back(self, v: Sequence[Tensor]) -> Vector:
         """Return the mean over the examples of ``J^T v_i``, ``J`` the Jacobian of the model's output here.
 
-        With ``v`` from :meth:`output_gradient` it is ``g`` at ``w``.
-
-        Args:
-            v: one vector an example, in the form of :meth:`output_gradient`.
+        ``v`` is in the form of :meth:`output_gradient`; with that itself the answer at ``w`` is ``g``.
         """
         with self.passes.over(holding(self.batch(), v)):
             return self.grad()
