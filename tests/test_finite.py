@@ -41,7 +41,8 @@ def test_a_bad_gradient_in_any_pass_skips_the_step(case, value: float) -> None:
         trial = copy.deepcopy((w, opt))
         if trial[1]._stepper.parallel:  # rehearse, and come back
             trial[0].model.fail_at = ()
-            SharedPasses().entry(oracle_of(trial[1], trial[0].batch), trial[0].batch)
+            for m in {getattr(trial[1]._stepper.rule, "m", None), None}:
+                SharedPasses().entry(oracle_of(trial[1], trial[0].batch), trial[0].batch, m)
             trial[0].model.calls, trial[0].model.fail_at = 0, (spoil_at,)
         trial[1].step(trial[0].batch)
         if trial[1].telemetry.was_skipped:
