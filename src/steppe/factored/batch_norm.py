@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from steppe.engine.vector import wide
 from steppe.factored.elementwise import NormLayer
 from steppe.factored.gradients import no_view
-from steppe.factored.passes import CannotFactor, FirstPass, Interception, Matrices, Mixes, Site, Small, Unsure
+from steppe.factored.passes import FirstPass, Interception, Matrices, Site, Small
+from steppe.factored.tracked import CannotFactor, Mixes, Unsure
 
 
 @dataclass
@@ -88,8 +89,7 @@ class BatchNorm:
         index = passing.tracked.index(p)
         if p is None or index is None:
             return (without if p is None else p).expand(passing.parts.k, -1)
-        made: Tensor = passing.copies_by_part(self, p, index, passing.parts)  # type: ignore[attr-defined]
-        return made
+        return passing.copies_by_part(self, p, index, passing.parts)
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """Add nothing: the gradients of the copies are those of the micro-batches."""
