@@ -48,7 +48,7 @@ class SharpnessAwareTrainerMixin(_Trainer):
     Raises:
         TypeError: the mixin comes after ``Trainer``; or, in ``train``, there is no steppe optimizer, or the method
             looks at single examples and there are no ``losses``.
-        NotImplementedError: in ``train``, under DeepSpeed, FSDP, Megatron or XLA; or ``m=`` where the inputs cannot be
+        NotImplementedError: in ``train``, under DeepSpeed, FSDP 1, Megatron or XLA; or ``m=`` where the inputs cannot be
             cut: padding-free rows, or inputs that the Trainer generates.
 
     Example:
