@@ -10,6 +10,7 @@ from steppe.batch import chunks_of
 from steppe.engine.checks import warn
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.passes import PARTS
+from steppe.engine.replay import is_compiled
 from steppe.mean_batch import MeanBatch
 from steppe.pieces.protocol import declared
 from steppe.pieces.sample import pieces_of
@@ -52,9 +53,7 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
 def _compare(batch: MeanBatch) -> None:
     """Warn where the mean over the batch is not the mean over its halves, by their weights; three forwards."""
     modules = batch.modules()
-    if (
-        len(batch) < 2 or not batch.weight or any("_orig_mod" in m._modules for m in modules)
-    ):  # it would be compiled again
+    if len(batch) < 2 or not batch.weight or any(map(is_compiled, modules)):  # it would be compiled again
         return
     halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
     try:

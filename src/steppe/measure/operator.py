@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steppe.batch import Batch
-from steppe.engine.vector import Vector
+from steppe.engine.vector import Vector, is_sharded
 from steppe.measure.problem import Problem
 
 Term = Callable[[Batch], Vector]  # a batch's part of the product with one vector: the sum over its examples
@@ -67,7 +67,7 @@ class Operator(ABC):
         return self._product(v)
 
     def _product(self, v: Vector) -> Vector:
-        if any(hasattr(p, "device_mesh") for p in self.like):
+        if any(map(is_sharded, self.like)):
             raise TypeError("a sharded model cannot be differentiated twice: Hessian(problem, CentralDifference())")
         total, term = Vector([None] * len(self.like)), self._term(v)
         with self.problem.untouched(), _differentiable_twice():
