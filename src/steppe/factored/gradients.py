@@ -242,7 +242,7 @@ def squared_norms(gradients: Iterable[Gradient], small: Iterable[Tensor]) -> Ten
     factored = [g for g in gradients if isinstance(g, Factors)]
     found = [g.squares for g in gradients if not isinstance(g, Factors)]
     if small:
-        found.append(wide(torch.cat([t.flatten(1) for t in small], 1)).square().sum(1))
+        found.append(wide(torch.cat([t.reshape(len(t), -1) for t in small], 1)).square().sum(1))
     if factored:
         found.append(_squares_of_factors(factored))
     return _sum(found)
