@@ -4,57 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from steppe.lab.models import build, mlp
+
 CLASSES, VOCABULARY, LENGTH = 10, 256, 64
 
 
-class Block(nn.Module):
-    """ResNet's basic block with group norm."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(8, outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(8, outputs)
-        same = stride == 1 and inputs == outputs
-        project = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(8, outputs))
-        self.shortcut = nn.Identity() if same else nn.Sequential(*project)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions beside the shortcut."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
 def resnet18(width: int, side: int = 32) -> nn.Module:
-    """ResNet-18, group norm for batch norm; ``width`` 64 has 62 tensors, 11.2 M parameters.
-
-    Images of 224 get the published stem (7 x 7, then pooling), those of 32 one convolution of 3 x 3.
-    """
-    small = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU()
-    large = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    layers: list[nn.Module] = [*(small if side <= 64 else large)]
-    inputs = width
-    for stage in range(4):
-        for i in range(2):
-            layers.append(Block(inputs, width << stage, 2 if stage and not i else 1))
-            inputs = width << stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
-
-
-def mlp(*sizes: int) -> nn.Module:
-    """Linear layers with ReLU between."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    """ResNet-18, group norm for batch norm; ``width`` 64 has 62 tensors, 11.2 M parameters."""
+    return build(f"resnet18-w{width}-gn", torch.empty(3, side, side), CLASSES)
 
 
 def cnn() -> nn.Module:
@@ -143,8 +106,8 @@ class Case:
 
 
 CASES = {
-    "digits_mlp": Case("mlp", lambda: mlp(64, 256, 256, 10), vectors(64)),
-    "mlp": Case("mlp", lambda: mlp(784, 1024, 1024, 10), vectors(784)),
+    "digits_mlp": Case("mlp", lambda: mlp([64, 256, 256, 10]), vectors(64)),
+    "mlp": Case("mlp", lambda: mlp([784, 1024, 1024, 10]), vectors(784)),
     "cnn": Case("conv", cnn, images(1, 28)),
     "resnet18_w16": Case("conv", lambda: resnet18(16), images(3, 32), cpu_batch_size=32),
     "resnet18_w32": Case("conv", lambda: resnet18(32), images(3, 32), cpu_batch_size=32),

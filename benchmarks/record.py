@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,7 @@ import torch
 
 import steppe
 from benchmarks.memory import keep_freed
-
-
-def cpu() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+from steppe.lab.record import environment
 
 
 def source() -> str:
@@ -46,7 +37,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": cpu(),
+        "cpu": environment()["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "allocator": "freed memory kept" if KEPT else "the system's",

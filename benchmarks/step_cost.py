@@ -22,14 +22,15 @@ from torch import Tensor, nn
 import steppe
 from benchmarks import record
 from benchmarks.memory import peak
-from benchmarks.models import CASES, mlp
+from benchmarks.models import CASES
 from benchmarks.rivals import NAME, RIVALS
 from benchmarks.timing import Timer
+from steppe.lab.models import mlp
 
 SHAPES: dict[str, Callable[[], nn.Module]] = {
     "resnet18": CASES["resnet18"].model,
     "vit_s": CASES["vit_s"].model,
-    "mlp_100m": lambda: mlp(*[5000] * 5),
+    "mlp_100m": lambda: mlp([5000] * 5),
     "digits_mlp": CASES["digits_mlp"].model,
 }
 LR = 1e-6

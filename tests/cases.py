@@ -196,6 +196,12 @@ COMBINATIONS = [
     Case("every second step", composed(Every(2, Rule(geometry=Scaled(0.5, of=Unified(0.2)))))),
     Case("sampled m-SAM", composed(Micro(2, Rule(), sampled=2)), passes=(1.8, 1.8), looks_inside=True),
     Case(
+        "sampled m-SAM in the pass of g",
+        lambda base, world, rho: steppe.SAM(base, rho, m=2, sampled=2, clip=0.9),
+        passes=(1.4, 1.4),
+        looks_inside=True,
+    ),
+    Case(
         "sampled m-ASAM, weighted",
         composed(Micro(5, Rule(geometry=Adaptive(), combine=Weighted(0.8)), sampled=1)),
         passes=(2, 2),

@@ -82,18 +82,35 @@ def test_a_step_without_finite_gradients_says_so_in_the_gradients_and_moves_noth
     assert not opt.state
 
 
-def test_backward_again_starts_anew() -> None:
+def test_backward_again_is_refused_until_the_gradients_are_dropped() -> None:
+    """An accumulation loop would keep the last micro-batch alone."""
     ours, theirs = world(), world()
-    a = steppe.SAM(sgd(ours))
-    b = steppe.SAM(sgd(theirs))
+    a, b = (steppe.SAM(sgd(w)) for w in (ours, theirs))
     first, second = ours.batches(2)
-    a.backward(first)
+    for drop in (a.zero_grad, lambda: a.zero_grad(set_to_none=False), ours.model.zero_grad):
+        a.backward(first)
+        kept = [p.grad.clone() for p in ours.parameters()]
+        with pytest.raises(RuntimeError, match=r"optimizer\.backward\(\[batch, \.\.\.\]\).*zero_grad\(\)"):
+            a.backward(second)
+        assert same_bits(kept, [p.grad for p in ours.parameters()])
+        drop()
     a.backward(second)
     a.step()
     b.step(theirs.batches(2)[1])
     assert same_bits(ours.parameters(), theirs.parameters())
     with pytest.warns(UserWarning, match="not sharpness-aware"):
         a.step()  # nothing is left to finish
+
+
+def test_backward_again_after_a_step_that_is_skipped() -> None:
+    w = world()
+    opt = steppe.SAM(sgd(w))
+    bad = steppe.Batch.supervised(w.model, w.criterion, w.x * torch.inf, w.y)
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.backward(bad)
+    opt.backward(w.batch)
+    opt.step()
+    assert opt.telemetry.steps == 1
 
 
 def test_an_error_in_the_passes_leaves_nothing_to_finish() -> None:
@@ -108,6 +125,7 @@ def test_an_error_in_the_passes_leaves_nothing_to_finish() -> None:
         return w.batch()
 
     opt.backward(closure)
+    opt.zero_grad()
     with pytest.raises(KeyError):
         opt.backward(closure)
     assert same_bits(before, w.parameters())

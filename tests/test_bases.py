@@ -7,7 +7,10 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -352,3 +355,73 @@ def test_its_step_may_take_a_closure() -> None:
     for base in parts:
         base.step()
     assert same_bits(ours.parameters(), theirs.parameters())
+
+
+# ---- what closures return
+
+
+@dataclass
+class Output:
+    loss: Tensor
+
+
+class Named(NamedTuple):
+    logits: int
+    loss: Tensor
+
+
+RETURNED = {
+    "dict": lambda loss: {"logits": None, "loss": loss},
+    "tuple": lambda loss: (loss, "logits"),
+    "list": lambda loss: [loss],
+    "named tuple": lambda loss: Named(0, loss),
+    "output": Output,
+    "number": lambda loss: loss.item(),
+    "one element": lambda loss: loss.reshape(1),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED.values(), ids=RETURNED)
+def test_the_loss_is_found_in_what_a_closure_returns(returned: Callable[[Tensor], object]) -> None:
+    w = world()
+    opt = steppe.SAM(sgd(w))
+    loss = opt.step(lambda: returned(w.batch()))
+    torch.testing.assert_close(torch.as_tensor(loss).reshape(()), torch.as_tensor(opt.telemetry.loss).reshape(()))
+    assert opt.telemetry.gap > 0
+
+
+@pytest.mark.parametrize("returned", [None, {}, {"logits": 1.0}, (), "loss", torch.ones(3), Output(None)], ids=repr)
+def test_what_is_no_loss_is_refused_before_anything_moves(returned: object) -> None:
+    w = world()
+    opt, before = steppe.SAM(sgd(w)), w.weights()
+    with pytest.raises(TypeError, match="closure must return the loss, one number"):
+        opt.step(lambda: (w.batch(), returned)[1])
+    assert same_bits(before, w.parameters())
+
+
+# ---- threads
+
+
+def test_two_threads_with_running_statistics_do_not_meet() -> None:
+    """The hook that looks for modules is called in every thread."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+    here, there = world(torch.float32, model), world(torch.float32, model, seed=1)
+    alone = copy.deepcopy((here, there))
+    opt, other = steppe.SAM(sgd(here), rho=0.3), steppe.SAM(sgd(there), rho=0.3)
+    with ThreadPoolExecutor(1) as thread:
+        calls = 0
+
+        def closure() -> Tensor:  # in its second pass, another thread takes a whole step
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                thread.submit(other.step, there.batch).result()
+            return here.batch()
+
+        opt.step(closure)
+    for w, expected in zip((here, there), alone, strict=True):
+        steppe.SAM(sgd(expected), rho=0.3).step(expected.batch)
+        assert same_bits(list(w.model.state_dict().values()), list(expected.model.state_dict().values()))

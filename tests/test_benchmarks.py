@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import m_sam, memory, record, rivals, step_cost, table
-from benchmarks.models import CASES, classify, mlp
+from benchmarks.models import CASES, classify
 from benchmarks.timing import Timer
 from benchmarks.vmap_sam import VmapSAM
 from torch import nn
 
 import steppe
+from steppe.lab.models import mlp
 from tests.cases import sgd
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_a_way_predicted_too_slow_is_left_out() -> None:
 
 def test_step_cost_counts_the_methods_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cost, "SAMPLE", 0.0)
-    rows = step_cost.measure(mlp(20, 30, 10), rounds=1)
+    rows = step_cost.measure(mlp([20, 30, 10]), rounds=1)
     by = {(row["method"], row["by"]): row for row in rows}
     assert {name for name, who in by if who == "steppe"} == {method.__name__ for method in steppe.METHODS}
     assert by["SAM", "steppe"]["passes"] == 2

@@ -198,7 +198,7 @@ def test_the_loss_returned_is_the_one_at_w(case: Case) -> None:
     if case.name == "n-SAM, sharpest":
         expected = w.batch.losses().mean()
     if case.name == "sampled ascent":  # its pass at w is over the subset alone
-        expected = sampling.drawn(w.batch, 4, 1, 0, 0)[0].losses().mean()
+        expected = sampling.batch_of(sampling.drawn(w.batch, 4, 1, 0, 0)[0]).losses().mean()
     torch.testing.assert_close(opt.step(w.batch), expected.detach())
 
 

@@ -140,7 +140,7 @@ def test_the_mean_over_draws_weighs_by_tokens(monkeypatch: pytest.MonkeyPatch) -
     batch = MeanBatch(w.model, token_loss, masked(w), weight=tokens)
     found = []
     for i in range(0, N, 2):
-        monkeypatch.setattr(sampling, "drawn", lambda b, *_, i=i: [b.subset(torch.tensor([i, i + 1]))])
+        monkeypatch.setattr(sampling, "drawn", lambda b, *_, i=i: [(b, torch.tensor([i, i + 1]))])
         found.append(update_of(w, batch, steppe.Micro(2, sampled=1)))
     torch.testing.assert_close(torch.stack(found).mean(0), by_hand(w, batch.data, 2), rtol=1e-9, atol=1e-11)
 

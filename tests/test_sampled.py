@@ -11,7 +11,8 @@ from torch import nn
 import steppe
 from steppe import Micro, Rule, SharpnessAware
 from steppe.engine import sampling
-from tests.cases import CASES, METHODS, Case, N, same_bits, sgd, world
+from tests.cases import CASES, METHODS, Case, N, flat, same_bits, sgd, world
+from tests.exact import ExactNorms
 
 RHO = 0.3
 PARTS = [c for c in METHODS if c.name not in ("NSAM", "LookSAM", "FSAM", "VaSSO")]
@@ -29,7 +30,7 @@ def update_of(w, rule, **options) -> torch.Tensor:
 
 def draw(monkeypatch, chosen: list[list[int]]) -> None:
     """Take these examples in place of random ones."""
-    monkeypatch.setattr(sampling, "drawn", lambda batch, *_: [batch.subset(torch.tensor(part)) for part in chosen])
+    monkeypatch.setattr(sampling, "drawn", lambda batch, *_: [(batch, torch.tensor(part)) for part in chosen])
 
 
 @pytest.mark.parametrize("case", PARTS, ids=lambda case: case.name)
@@ -90,17 +91,97 @@ def test_steps_of_every_method(case: Case) -> None:
     assert opt.telemetry.skipped == 0
 
 
-def test_passes_are_counted_as_they_are_run() -> None:
+@pytest.mark.parametrize(
+    ("k", "parallel", "sizes"),
+    [(1, "auto", [2, 8, 2]), (3, "auto", [2, 2, 2, 4, 2, 2, 2]), (1, False, [N, 2, 2]), (2, False, [N, 2, 2, 2, 2])],
+)
+def test_passes_are_counted_as_they_are_run(k: int, parallel: bool | str, sizes: list[int]) -> None:
+    """Where nothing mixes examples the samples are parts of the pass of ``g``."""
     w, calls = world(), []
     w.model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    opt = steppe.SAM(sgd(w), RHO, m=2, sampled=k, parallel=parallel)
+    for _ in range(3):  # the first two verify that nothing mixes examples
+        calls.clear()
+        opt.step(w.batch)
+    assert calls == sizes
+    assert opt.telemetry.forwards == opt.telemetry.backwards == pytest.approx(sum(sizes) / N)
+    assert opt.telemetry.passes == pytest.approx(sum(sizes) / N)
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_g_is_the_same_from_one_pass_and_from_parts(case: Case) -> None:
+    """So are the step, its memory and what it reports."""
+    ours, theirs = world(), world()
+    a, b = (case.make(sgd(w), w, RHO) for w in (ours, theirs))
+    a.rule, b.rule = (Micro(3, opt.rule, sampled=2) for opt in (a, b))
+    b._stepper.parallel = False
+    if case.name == "RWSAM":  # its probe would be a finite difference
+        b.rule = Micro(3, Rule(sample=steppe.Reweighted(0.5, ExactNorms())), sampled=2)
+    for mine, other in zip(ours.batches(2), theirs.batches(2), strict=True):
+        losses = a.step(mine), b.step(other)
+        torch.testing.assert_close(*losses)
+        for name in ("g_norm", "correction", "eps_norm", "gap"):
+            x, y = (getattr(opt.telemetry, name) for opt in (a, b))
+            assert (x is None) == (y is None), name
+            assert x is None or float(x) == pytest.approx(float(y), rel=1e-7), name
+    torch.testing.assert_close(flat(ours.model), flat(theirs.model), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("sampled", [1, 2])
+def test_a_sample_may_be_one_of_the_accumulated_batches(sampled: int) -> None:
+    """Its pass is then one of those that make ``g``, whatever mixes examples: 1 + k / K passes, as in the base."""
+    ours, theirs = world(torch.float32, noisy), world(torch.float32, noisy)
+    cuts = [torch.arange(a, b) for a, b in ((0, 4), (4, 8), (8, N))]
+    mine, other = ([w.batch.subset(on) for on in cuts] for w in (ours, theirs))
+    calls: list[int] = []
+    ours.model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    a, b = steppe.SAM(sgd(ours), 1e-9, m=4, sampled=sampled), sgd(theirs)
+    torch.manual_seed(3)
+    a.step(mine)
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    steppe.Batches(other)()
+    b.step()
+    assert torch.equal(after, torch.rand(3))
+    assert calls == [4, 4, 2] + [4] * sampled
+    assert a.telemetry.passes == pytest.approx(1 + 4 * sampled / N)
+    for name, buffer in ours.model.named_buffers():
+        assert torch.equal(buffer, theirs.model.get_buffer(name)), name
+    torch.testing.assert_close(flat(ours.model), flat(theirs.model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_correction_is_clipped_against_g() -> None:
+    """By one factor for the base's gradient and for what moves beside it."""
+    for rule in (Rule(), Rule(combine=steppe.Weighted(0.8)), Rule(combine=steppe.Coupled(0.8))):
+        w = world()
+        g = flat_update(steppe.Plain()(SharpnessAware(sgd(w), Rule(), RHO)._stepper.oracle(w.batch)))
+        free = update_of(w, Micro(2, rule, sampled=2))
+        plain = torch.cat([g, torch.zeros_like(free[len(g) :])])
+        ratio = float((free - plain).norm() / g.norm())
+        clipped = update_of(w, Micro(2, rule, sampled=2, clip=0.3 * ratio))
+        torch.testing.assert_close(clipped, plain + 0.3 * (free - plain), rtol=1e-8, atol=1e-11)
+        same = update_of(w, Micro(2, rule, sampled=2, clip=1.1 * ratio))
+        torch.testing.assert_close(same, free, rtol=1e-9, atol=1e-12)
+        opt = SharpnessAware(sgd(w), rule, RHO, m=2, sampled=2, clip=0.3 * ratio)
+        opt.step(w.batch)
+        assert float(opt.telemetry.correction) <= 0.3 * ratio * (1 + 1e-9)
+
+
+def test_running_mean_and_deviation_of_the_correction() -> None:
+    w = world()
     opt = steppe.SAM(sgd(w), RHO, m=2, sampled=1)
-    opt.step(w.batch)
-    assert calls == [N, 2, 2]
-    assert opt.telemetry.forwards == opt.telemetry.backwards == pytest.approx(1 + 2 * 2 / N)
-    assert opt.telemetry.passes == pytest.approx(1.4)
-    opt.rule = Micro(2, Rule(), sampled=3)
-    opt.step(w.batch)
-    assert opt.telemetry.passes == pytest.approx(1 + 2 * 3 * 2 / N)
+    seen = []
+    for batch in w.batches(5):
+        opt.step(batch)
+        seen.append(float(opt.telemetry.correction))
+    weights = torch.tensor([0.98**4] + [0.02 * 0.98 ** (4 - i) for i in range(1, 5)], dtype=torch.float64)
+    x = torch.tensor(seen, dtype=torch.float64)
+    mean = float(weights @ x)
+    assert float(opt.telemetry.correction_mean) == pytest.approx(mean)
+    assert float(opt.telemetry.correction_deviation) == pytest.approx(float((weights @ (x - mean) ** 2).sqrt()))
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(steppe.Batch.supervised(w.model, w.criterion, w.x * torch.inf, w.y))
+    assert float(opt.telemetry.correction_mean) == pytest.approx(mean)
 
 
 def noisy() -> nn.Module:
@@ -141,10 +222,9 @@ def test_a_sample_lies_within_one_accumulated_batch() -> None:
     w = world()
     chunks = [w.batch.subset(torch.arange(4)), w.batch.subset(torch.arange(4, N))]
     batch = steppe.Batches(chunks)
-    sizes = {len(part) for step in range(20) for part in sampling.drawn(batch, 4, 1, 0, step)}
+    sizes = {len(on) for step in range(20) for _, on in sampling.drawn(batch, 4, 1, 0, step)}
     assert sizes == {4}
-    parts = sampling.drawn(batch, 4, 9, 0, 0)
-    assert sorted(map(len, parts)) == [2, 4, 4]
+    assert sorted(len(on) for _, on in sampling.drawn(batch, 4, 9, 0, 0)) == [2, 4, 4]
     f = SharpnessAware(sgd(w), Rule(), RHO)._stepper.oracle(batch)
     ours = flat_update(Micro(1, Rule(), sampled=N)(f))
     torch.testing.assert_close(ours, update_of(w, Micro(1, Rule())), rtol=1e-9, atol=1e-12)
@@ -152,10 +232,10 @@ def test_a_sample_lies_within_one_accumulated_batch() -> None:
 
 def test_draws_differ_by_step_and_seed_and_are_uniform() -> None:
     batch = world().batch
-    first = [part.data[0] for seed in (0, 1) for step in range(200) for part in sampling.drawn(batch, 2, 1, seed, step)]
-    counts = torch.stack([(x[:, None] == batch.data[0]).all(-1).any(0) for x in first]).double().mean(0)
+    first = [on for seed in (0, 1) for step in range(200) for _, on in sampling.drawn(batch, 2, 1, seed, step)]
+    counts = torch.cat(first).bincount() / len(first)
     assert (counts - 0.2).abs().max() < 0.08  # 400 draws: four standard deviations
-    again = [part.data[0] for step in range(200) for part in sampling.drawn(batch, 2, 1, 0, step)]
+    again = [on for step in range(200) for _, on in sampling.drawn(batch, 2, 1, 0, step)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
 
 
@@ -173,13 +253,19 @@ def test_what_is_refused_is_named() -> None:
         steppe.SAM(sgd(w), sampled=1)
     with pytest.raises(ValueError, match="sampled must be a positive integer, got 0"):
         steppe.SAM(sgd(w), m=2, sampled=0)
+    with pytest.raises(ValueError, match="clip needs m= and sampled="):
+        steppe.SAM(sgd(w), clip=0.5)
+    with pytest.raises(ValueError, match="clip needs sampled="):
+        steppe.SAM(sgd(w), m=2, clip=0.5)
+    with pytest.raises(ValueError, match="clip must be a number > 0 or None, got 0"):
+        steppe.SAM(sgd(w), m=2, sampled=1, clip=0)
     with pytest.raises(TypeError, match="looks inside the batch"):
         steppe.SAM(sgd(w), m=2, sampled=1).step(lambda: w.batch())
 
 
 def test_the_rule_is_written_as_it_was_made() -> None:
     assert repr(Micro(8, Rule())) == f"Micro(m=8, rule={Rule()!r})"
-    rule = Micro(8, Rule(), sampled=2, seed=1)
+    rule = Micro(8, Rule(), sampled=2, seed=1, clip=0.5)
     assert eval(repr(rule), vars(steppe)) == rule
     assert len(CASES) > len(PARTS)
 

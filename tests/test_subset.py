@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +16,18 @@ from steppe.rule import on_micro_batches
 from tests.cases import METHODS, Case, N, assert_equal_states, flat, same_bits, sgd, world
 from tests.test_sampled import RHO, draw, noisy, update_of
 
-FROM_THE_BATCH = [c for c in METHODS if c.name != "NSAM"]
+OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness")  # no sample, or one that is no gradient on the batch
+FROM_THE_BATCH = [c for c in METHODS if c.name.split()[0] not in OTHERS]
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A direction from the base's state."""
+
+    declares: ClassVar[steppe.Declaration] = steppe.Declaration(base_state=frozenset({"momentum_buffer"}))
+
+    def __call__(self, f: steppe.Oracle) -> steppe.Vector:
+        return f.base_state("momentum_buffer")
 
 
 def gradient(w, rows: list[int]) -> torch.Tensor:
@@ -159,22 +172,26 @@ def test_the_subset_lies_within_one_accumulated_batch(monkeypatch) -> None:
     for _ in range(4):
         opt.step(chunks)
         assert opt.telemetry.passes == pytest.approx(1.3)
-    for part in found:
-        assert any(torch.isin(part.data[0], chunk.data[0]).all() for chunk in chunks)
+    assert {id(chunk) for chunk, _ in found} == set(map(id, chunks))
+    assert all(len(on) == 3 and on.max() < len(chunk) for chunk, on in found)
 
 
 def test_what_is_refused_is_named() -> None:
     w = world()
     with pytest.raises(ValueError, match="ascent must be None beside m="):
         steppe.SAM(sgd(w), m=2, ascent=2)
-    with pytest.raises(ValueError, match=r"ascent=2: sample must take its gradient on the batch, .* got OnFull\(\)"):
+    with pytest.raises(ValueError, match=r"ascent=2: sample must be a gradient on the batch, .* got OnFull\(\)"):
         steppe.NSAM(sgd(w), full=w.full, ascent=2)
+    with pytest.raises(ValueError, match="sample must be a gradient on the batch"):
+        Subset(2, Momentum())
+    with pytest.raises(ValueError, match="ascent must be None for a rule that is no Rule"):
+        steppe.ReweightedSharpness(sgd(w), ascent=2)
     with pytest.raises(ValueError, match="ascent must be None for a rule that is no Rule"):
         SharpnessAware(sgd(w), steppe.Plain(), ascent=2)
     with pytest.raises(ValueError, match="ascent=0: m must be a positive integer, got 0"):
         steppe.SAM(sgd(w), ascent=0)
     for inner in (Subset(3), steppe.Friendly(of=OnFull())):
-        with pytest.raises(ValueError, match="sample must take its gradient on the batch"):
+        with pytest.raises(ValueError, match="sample must be a gradient on the batch"):
             Subset(2, inner)
     before = w.weights()
     with pytest.raises(TypeError, match="looks inside the batch"):

@@ -10,7 +10,7 @@ from torch import nn
 
 import steppe
 from steppe import Every, Micro, SharpnessAware
-from tests.cases import METHODS, Case, each_base, optimizer, same_bits, scaler, sgd, world
+from tests.cases import METHODS, Case, each_base, optimizer, same_bits, scaler, sgd, sgdm, world
 
 TWO_GRADIENTS = [c for c in METHODS if not c.looks_inside and c.name not in ("NSAM", "ESAM-all")]
 MORE = [c for c in METHODS if c not in TWO_GRADIENTS and c.name != "NSAM"]
@@ -89,6 +89,21 @@ def test_order_of_calls() -> None:
     assert not same_bits(before, w.weights())
     opt.cancel_step()  # nothing to cancel
     opt.step(w.batch)
+
+
+def test_a_call_without_a_backward_before_it_is_refused() -> None:
+    w = world()
+    opt = steppe.SAM(sgdm(w))
+    with pytest.raises(RuntimeError, match=r"first_step\(\) found no gradients"):
+        opt.first_step()
+    before = w.weights()
+    w.batch()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"second_step\(\) found no gradients"):
+        opt.second_step()
+    assert same_bits(before, w.parameters())
+    assert not opt.state
+    two_calls(opt, w.batch)
 
 
 def test_statistics_are_counted_once_also_when_cancelled() -> None:

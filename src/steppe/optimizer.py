@@ -24,8 +24,9 @@ from steppe.options import Base
 from steppe.pieces.protocol import declared
 from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
-from steppe.step import HalfStep, Pending, Skipped, Stepper
+from steppe.step import Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
+from steppe.two_calls import HalfStep
 
 Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
@@ -50,10 +51,13 @@ class SharpnessAware(Facade):
         m: size of the micro-batches that each get their own perturbation (m-SAM, :class:`~steppe.Micro`); ``step`` then
             needs a :class:`~steppe.Batch`. ``None`` is the whole batch.
         sampled: how many random micro-batches are taken at every step, for m-SAM in expectation at
-            ``1 + 2 sampled m / n`` passes; needs ``m``. ``None`` takes all of them.
+            ``1 + sampled m / n`` passes, or ``1 + 2 sampled m / n`` where examples are mixed (:class:`~steppe.Micro`);
+            needs ``m``. ``None`` takes all of them.
         ascent: take the perturbation from this many random examples of a :class:`~steppe.Batch`, for ``1 + ascent / n``
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
-        check_finite: skip steps whose gradients are not finite. The step then waits for its device once; else only for
+        clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
+        check_finite: skip steps whose gradients are not finite, or of a norm whose square is not, 1.8e19 in float32.
+            The step then waits for its device once; else only for
             all-reduces, verification of shared passes, and ESAM on accumulated batches.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
@@ -97,6 +101,7 @@ class SharpnessAware(Facade):
         m: int | None = None,
         sampled: int | None = None,
         ascent: int | None = None,
+        clip: float | None = None,
         check_finite: bool = True,
         cosine: bool = False,
         gradient_noise: bool = False,
@@ -106,7 +111,7 @@ class SharpnessAware(Facade):
         model: nn.Module | None = None,
     ) -> None:
         base = as_one(base)
-        rule = on_micro_batches(rule, m, sampled, ascent)
+        rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_options(rule, parallel, max_norm, model)
         ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
         radius = RadiusOfGroups(rho, base)
@@ -177,8 +182,8 @@ class SharpnessAware(Facade):
 
         Every ``p.grad`` is left with what the base will see, and ``step()``, without a closure, moves. So loops and
         frameworks that clip, log or check gradients before ``step()`` do so to the combined gradient, once a step.
-        WSAM's term beside the base is not among the gradients. Called again before ``step()``, it starts anew. Of a
-        step that must be skipped the gradients are NaN, and ``step()`` moves nothing.
+        WSAM's term beside the base is not among the gradients. It does not add to earlier gradients: to accumulate,
+        pass a list of batches. Of a step that must be skipped the gradients are NaN, and ``step()`` moves nothing.
 
         Args:
             closure: as for :meth:`step`.
@@ -190,7 +195,8 @@ class SharpnessAware(Facade):
             The loss at ``w``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`step`; nothing has been changed.
+            TypeError, ValueError, RuntimeError: as :meth:`step`, or called again before ``step()`` or ``zero_grad()``;
+                nothing has been changed.
 
         Example:
             >>> loss = optimizer.backward(closure)
@@ -198,6 +204,7 @@ class SharpnessAware(Facade):
             >>> optimizer.step()
         """
         self._refuse_half_step()
+        self._refuse_second_backward()
         self._pending = None
         closed = as_closure(closure)
         f, pending = self._stepper.passes(closed, scaler)
@@ -223,7 +230,8 @@ class SharpnessAware(Facade):
 
         Raises:
             TypeError: the method needs more than two gradients.
-            RuntimeError: called twice without ``second_step`` between.
+            RuntimeError: called twice without ``second_step`` between, or without a backward before; nothing has been
+                changed.
 
         Example:
             >>> criterion(model(x), y).backward()
@@ -245,7 +253,7 @@ class SharpnessAware(Facade):
             zero_grad: drop the gradients afterwards.
 
         Raises:
-            RuntimeError: ``first_step`` was not called before.
+            RuntimeError: ``first_step`` was not called before, or no backward since; the weights are ``w``.
         """
         if self._half is None:
             raise RuntimeError("call first_step() before second_step()")
@@ -277,7 +285,8 @@ class SharpnessAware(Facade):
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
         counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
-        self.telemetry = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        seen = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
+        self.telemetry = seen.following(self.telemetry)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:

@@ -1,5 +1,6 @@
 """The template of every method, and rules made of rules."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypedDict
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.sampling import sampled_average
+from steppe.engine.sampling import Sampled, sampled_average
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
@@ -81,17 +82,20 @@ class Micro:
     normalisation sees micro-batches, as in gradient accumulation.
 
     With ``sampled=k`` only ``k`` random micro-batches are taken, and ``u = g + (1 / k) sum_j [u(S_j) - g(S_j)]``: m-SAM
-    in expectation for ``1 + 2 k m / n`` passes, on every model that can run on a part of its batch
-    (:func:`~steppe.engine.sampling.sampled_average`).
+    in expectation on every model that can run on a part of its batch, for ``1 + 2 k m / n`` passes, or ``1 + k m / n``
+    where nothing mixes examples (:func:`~steppe.engine.sampling.sampled_average`). With ``clip=c`` the correction
+    ``v = (1 / k) sum_j [u(S_j) - g(S_j)]`` is scaled by ``min(1, c norm(g) / norm(v))``, and what moves beside the base
+    by the same factor; under DDP every rank does so.
 
     Args:
         m: examples in a micro-batch.
         rule: the rule of every micro-batch.
         sampled: how many micro-batches to draw at every step; ``None`` takes all of them.
         seed: of the draws, which depend on it, the step and the rank alone.
+        clip: the largest norm of the correction, in units of ``norm(g)``; needs ``sampled``. ``None`` is any.
 
     Raises:
-        ValueError: ``m`` or ``sampled`` is no positive integer.
+        ValueError: ``m`` or ``sampled`` is no positive integer, or ``clip`` is not above 0 or without ``sampled``.
         TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
     """
 
@@ -99,21 +103,27 @@ class Micro:
     rule: AnyRule = Rule()
     sampled: int | None = None
     seed: int = 0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive_integer("m", self.m)
         if self.sampled is not None:
             checks.positive_integer("sampled", self.sampled)
+        if self.clip is not None:
+            checks.number("clip", self.clip, "a number > 0 or None", low=math.ulp(0.0))
+            if self.sampled is None:
+                raise ValueError(f"clip needs sampled=, whose correction it limits, got clip={self.clip!r}")
 
     def __call__(self, f: Oracle) -> Update:
         """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
         if self.sampled is None:
             return f.average(self.rule, self.m)
-        return sampled_average(f, self.rule, self.m, self.sampled, self.seed)
+        return sampled_average(f, self.rule, Sampled(self.m, self.sampled, self.seed, self.clip))
 
     def __repr__(self) -> str:
         some = "" if self.sampled is None else f", sampled={self.sampled}, seed={self.seed}"
-        return f"Micro(m={self.m}, rule={self.rule!r}{some})"
+        limit = "" if self.clip is None else f", clip={self.clip}"
+        return f"Micro(m={self.m}, rule={self.rule!r}{some}{limit})"
 
     @property
     def declares(self) -> Declaration:
@@ -157,29 +167,36 @@ class Parts(TypedDict, total=False):
     m: int | None
     sampled: int | None
     ascent: int | None
+    clip: float | None
 
 
 def on_micro_batches(
-    rule: AnyRule, m: int | None = None, sampled: int | None = None, ascent: int | None = None
+    rule: AnyRule,
+    m: int | None = None,
+    sampled: int | None = None,
+    ascent: int | None = None,
+    clip: float | None = None,
 ) -> AnyRule:
     """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``m=None`` is the whole batch.
 
-    With ``ascent`` the perturbation comes from that many random examples. Of :class:`Every` the rule of its k-th steps
-    is changed.
+    With ``ascent`` the perturbation comes from that many random examples; ``clip`` limits the correction of a sample.
+    Of :class:`Every` the rule of its k-th steps is changed.
 
     Raises:
-        ValueError: ``sampled`` without ``m``, or ``ascent`` with it, or ``ascent`` of a rule whose perturbation does
-            not come from the batch.
+        ValueError: ``sampled`` without ``m``, ``clip`` without ``sampled``, ``ascent`` with ``m``, or ``ascent`` of a
+            rule whose perturbation does not come from the batch.
     """
     if m is None and sampled is not None:
         raise ValueError(f"sampled needs m=, the size of the micro-batches that it draws, got sampled={sampled!r}")
+    if m is None and clip is not None:
+        raise ValueError(f"clip needs m= and sampled=, whose correction it limits, got clip={clip!r}")
     if m is not None and ascent is not None:
         raise ValueError(f"ascent must be None beside m=, which gives every micro-batch its own, got ascent={ascent!r}")
     if isinstance(rule, Every):
-        return replace(rule, rule=on_micro_batches(rule.rule, m, sampled, ascent))
+        return replace(rule, rule=on_micro_batches(rule.rule, m, sampled, ascent, clip))
     if ascent is not None:
         return _from_subset(rule, ascent)
-    return rule if m is None else Micro(m, rule, sampled)
+    return rule if m is None else Micro(m, rule, sampled, clip=clip)
 
 
 def _from_subset(rule: AnyRule, m: int) -> Rule:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steppe.batch import Batch
 from steppe.engine.ddp import RankGroups
@@ -18,7 +18,6 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
 from steppe.engine.parts import check_batch
 from steppe.engine.passes import Closure
-from steppe.engine.replay import frozen_statistics
 from steppe.engine.state import PREFIX, RuleState
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, shift_
@@ -26,7 +25,8 @@ from steppe.engine.weights import NotFinite
 from steppe.factored.engine import SharedPasses
 from steppe.factored.statistics import gradient_statistics
 from steppe.pieces.protocol import declared
-from steppe.rule import Plain, Rule, rule_at
+from steppe.rule import Plain, rule_at
+from steppe.two_calls import HalfStep, no_closure
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Pending:
         memory: by name, a vector, and the rate at which the rule's memory moves towards it (1 replaces it).
         numbers: by name, what the rule remembers in every group.
         rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
+        dropped: whether the gradients have been zeroed since.
     """
 
     parameters: Sequence[Tensor]
@@ -46,6 +47,7 @@ class Pending:
     memory: dict[str, tuple[Vector, float]] = field(default_factory=dict)
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
     rescaled: bool = False
+    dropped: bool = False
     _handed: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,11 @@ class Pending:
         if scaler is not None:
             for p in self.parameters:
                 p.grad = None if p.grad is None else scaler.scale(p.grad)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the gradients are still in ``p.grad``."""
+        return not self.dropped and any(p.grad is not None for p in self._handed)
 
     def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
         """Step the base, move beside it, and write the rule's memory.
@@ -107,6 +114,8 @@ class Skipped:
     """A step that moves nothing, as a gradient is not finite."""
 
     rescaled: bool = False
+    dropped: bool = False
+    waits: ClassVar[bool] = False
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Set the gradients to NaN, so that whoever checks them skips the step too."""
@@ -116,76 +125,6 @@ class Skipped:
 
     def move(self, base: torch.optim.Optimizer, state: RuleState) -> None:
         """Move nothing."""
-
-
-def no_closure() -> Tensor:
-    """Stand in for the closure between ``first_step`` and ``second_step``."""
-    raise TypeError(
-        "this method takes passes of its own, not just two gradients: call step() with a closure or a Batch"
-    )
-
-
-class HalfStep:
-    """A step between ``first_step`` and ``second_step``: the weights are ``w + eps``.
-
-    Running statistics are put back to what the first pass has left.
-
-    Args:
-        f: an oracle whose closure is :func:`no_closure`.
-        rule: the optimizer's rule.
-
-    Raises:
-        TypeError: the rule needs more than the gradients at ``w`` and ``w + eps``; nothing has been changed.
-    """
-
-    def __init__(self, f: Oracle, rule: AnyRule) -> None:
-        self.f, self.rule, self.finite = f, rule_at(rule, f.step), True
-        needs = declared(self.rule)
-        if needs.examples or needs.parts or not (isinstance(self.rule, Rule) or not needs.g_adv):
-            raise TypeError(f"first_step() and second_step() serve rules of two gradients, not {rule!r}: call step()")
-        self.ran: list[nn.Module] = []  # the modules of the second pass
-        self._away = ExitStack()
-
-    def look(self) -> None:
-        """Take the gradients in ``p.grad`` as ``g``, and move to ``w + eps``."""
-        passes = self.f.passes
-        given = [p.grad for p in passes.parameters.tensors]
-        try:
-            self.f.g = passes.given()
-            eps = self.rule.perturbation(self.f) if isinstance(self.rule, Rule) else None
-            self.ran = self._away.enter_context(frozen_statistics(passes.modules()))  # also where nothing moves
-            if eps:
-                self._away.enter_context(self.f.at(eps))
-        except NotFinite:
-            self.finite = False
-        except BaseException:
-            self.leave()
-            for p, g in zip(passes.parameters.tensors, given, strict=True):
-                p.grad = g
-            raise
-
-    def see(self) -> Update | None:
-        """Take the gradients in ``p.grad`` as ``g_adv``, move back to ``w``, and combine; ``None`` is no update."""
-        f, ranks = self.f, self.f.passes.ranks
-        try:
-            g_adv = f.passes.given()
-        finally:
-            self.leave()
-        if not ranks.alone:
-            if f.needs_g:  # this rank's, or the mean already, whose mean it is
-                f.g = ranks.mean(f.g, f.passes.parameters.tensors)  # on every rank, also on one that is not finite
-            ranks.averaged = True
-        if not self.finite:
-            return None
-        if isinstance(self.rule, Rule):
-            f.passes.log.compare(f.g if f.needs_g else None, g_adv)
-            return self.rule.combine(f, g_adv)
-        return self.rule(f)
-
-    def leave(self) -> None:
-        """Move back to ``w``."""
-        with torch.no_grad():
-            self._away.close()
 
 
 @dataclass

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from steppe.engine.vector import TINY, Vector
 
+RATE = 0.02  # of running means: they follow about the last 50 steps
+
 
 @dataclass(frozen=True)
 class Telemetry:
@@ -31,6 +33,10 @@ class Telemetry:
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         update_norm: Euclidean norm of the gradient that the base sees, before it is clipped (``max_norm=``).
         cosine: of ``g`` and ``g_adv``.
+        correction: of ``sampled=``: ``norm(u - g) / norm(g)``, the sampled correction and what moves beside the base
+            together, after ``clip=``; under DDP on this rank.
+        correction_mean: running mean of ``correction`` over about the last 50 steps that have one.
+        correction_deviation: its running standard deviation.
         trace_V: trace of the covariance of the examples' gradients at ``w`` in this batch (``gradient_noise=True``).
         forwards: forward passes over the batch.
         backwards: backward passes over the batch.
@@ -48,6 +54,9 @@ class Telemetry:
     g_adv_norm: Tensor | float | None = None
     update_norm: Tensor | float | None = None
     cosine: Tensor | float | None = None
+    correction: Tensor | float | None = None
+    correction_mean: Tensor | float | None = None
+    correction_deviation: Tensor | float | None = None
     trace_V: Tensor | float | None = None
     forwards: float = 0.0
     backwards: float = 0.0
@@ -59,6 +68,16 @@ class Telemetry:
     def passes(self) -> float:
         """The step's cost in ordinary forward-backward passes, a backward counted as two forwards."""
         return (self.forwards + 2 * self.backwards) / 3
+
+    def following(self, last: Telemetry) -> Telemetry:
+        """Return these numbers with the running mean and deviation, of which ``last`` has those before this step."""
+        mean, deviation, x = last.correction_mean, last.correction_deviation, self.correction
+        if x is not None and not self.was_skipped:
+            if mean is None or deviation is None:
+                mean, deviation = x, 0.0
+            step = x - mean
+            mean, deviation = mean + RATE * step, ((1 - RATE) * (deviation**2 + RATE * step**2)) ** 0.5
+        return replace(self, correction_mean=mean, correction_deviation=deviation)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import steppe
 from steppe.engine import sampling
 from steppe.pieces.protocol import Declaration
-from tests.cases import scaler
+from tests.cases import same_bits, scaler
 from tests.models import Branches
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
@@ -263,15 +263,24 @@ def test_no_gradient_is_averaged_twice(two_ranks, name, sync, closure) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "messages", "forwards"),
     [
-        ("SAM", {"m": 2, "sampled": 1}, (0, 1), 1.5),
+        ("SAM", {"m": 2, "sampled": 1, "parallel": False}, (0, 1), 1.5),
+        ("SAM", {"m": 2, "sampled": 1}, (0, 1), 1.25),
+        ("SAM", {"m": 2, "sampled": 1, "clip": 0.5}, (0, 1), 1.25),
         ("SAM", {"ascent": 2}, (1, 0), 1.25),
         ("WSAM", {"ascent": 2}, (0, 1), 2.25),
     ],
 )
 def test_sampled_gradients_are_averaged_once(two_ranks, name, part, messages, forwards) -> None:
-    for _, _, counted, seen in two_ranks(train, name, {"parallel": False, **part}):
-        assert counted == messages
-        assert seen == forwards
+    (mine, memory, *counts), (theirs, other, *_) = two_ranks(train, name, part)
+    assert counts == [messages, forwards]
+    assert same_bits(mine + memory, theirs + other)
+
+
+def test_the_parts_of_g_are_its_pass_under_ddp(two_ranks) -> None:
+    part = {"m": 2, "sampled": 1}
+    (ours, *_), (theirs, *_) = (two_ranks(train, "WSAM", part | more)[0] for more in ({}, {"parallel": False}))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -701,7 +710,7 @@ def train_sampled(sync: str, part: dict) -> tuple[list[float], list[int]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))  # the same on both ranks
     seen: list[int] = []
     net.register_forward_pre_hook(lambda _, inputs: seen.extend(_rows(inputs[0], x)) if len(inputs[0]) == 2 else None)
-    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, sync=sync, **part)
+    opt = steppe.WSAM(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, sync=sync, parallel=False, **part)
     for _ in range(3):
         opt.step(steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y))
     return [p.flatten().tolist() for p in net.parameters()], seen
@@ -729,7 +738,7 @@ def train_on_a_subset(sync: str) -> tuple[list[float], list[float]]:
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     batch = steppe.Batch.supervised(replica, nn.CrossEntropyLoss(reduction="none"), x, y)
     before = nn.utils.parameters_to_vector(net.parameters()).detach()
-    (subset,) = sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank())
+    subset = sampling.batch_of(*sampling.drawn(batch, 2, 1, 0, 0, distributed.get_rank()))
 
     def mean_over_ranks(v: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(v)
@@ -754,3 +763,47 @@ def test_a_subset_of_every_rank(two_ranks, sync: str) -> None:
     (mine, by_hand), (theirs, _) = two_ranks(train_on_a_subset, sync)
     assert mine == theirs
     assert mine == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+
+
+def train_as_nanogpt(sync: str, idiom: bool) -> list[torch.Tensor]:
+    """Two micro-batches in a closure, of which the last alone is averaged by DDP if it is for the closure to say."""
+    model = DistributedDataParallel(net())
+    optimizer = steppe.SAM(sgd(model), rho=0.3, sync=sync)
+    for step in range(3):
+        parts = list(zip(*(t.split(3) for t in map(share, data(step))), strict=True))
+
+        def closure(parts=parts):
+            optimizer.zero_grad()
+            for k, (x, y) in enumerate(parts):
+                if idiom:
+                    model.require_backward_grad_sync = k == len(parts) - 1
+                loss = nn.functional.cross_entropy(model(x), y) / len(parts)
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return weights(model)
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_a_closure_that_sets_when_ddp_averages(two_ranks, sync) -> None:
+    """``require_backward_grad_sync = True`` would average the gradient of a perturbation that is each rank's own."""
+    ours, theirs = two_ranks(train_as_nanogpt, sync, True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, two_ranks(train_as_nanogpt, sync, False)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def step_inside_join() -> str:
+    model = DistributedDataParallel(net())
+    optimizer = steppe.SAM(sgd(model))
+    with model.join():
+        try:
+            optimizer.step(batch_of(model, *map(share, data(0))))
+        except RuntimeError as error:
+            return str(error)
+    return "stepped"
+
+
+def test_join_is_refused_by_name(two_ranks) -> None:
+    assert all(r"DDP's join()" in answer for answer in two_ranks(step_inside_join))

@@ -124,8 +124,8 @@ def test_a_draw_is_of_all_ranks_together(two_ranks, monkeypatch, part) -> None:
     indices = steppe.Batch(nn.Identity(), lambda *_: None, torch.arange(B))
     real = sampling.drawn
 
-    def both(batch: steppe.Batch, *draw) -> list[steppe.Batch]:
-        return [batch.subset(torch.cat([i.data, B + i.data])) for i in real(indices, *draw)]
+    def both(batch: steppe.Batch, *draw) -> list[sampling.Draw]:
+        return [(batch, torch.cat([on, B + on])) for _, on in real(indices, *draw)]
 
     monkeypatch.setattr(sampling, "drawn", both)
     expected, _ = alone("SAM", part | {"parallel": False})

@@ -92,8 +92,8 @@ def test_the_published_protocol_takes_1024_examples_in_evaluation_mode():
     assert len(found.rises) == 8 * 2
     by_hand = Problem(model, CRITERION, tuple(t[:1024] for t in xy), mode="eval")
     assert found == AverageCase(0.1, m=128, draws=2)(by_hand)
-    defaults = WorstCase(0.5)
-    assert (defaults.m, defaults.steps, AverageCase(0.1).draws) == (128, 20, 20)
+    worst, average = WorstCase(0.5), AverageCase(0.1)
+    assert (worst.m, worst.steps, worst.norm, average.m, average.draws) == (128, 20, "l2", 128, 20)
 
 
 @pytest.mark.parametrize(

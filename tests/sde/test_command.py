@@ -15,12 +15,13 @@ def command(*arguments):
     return CliRunner().invoke(app, ["sde", *map(str, arguments)], terminal_width=200)
 
 
-def test_it_prints_and_continues(tmp_path):
+def test_it_prints_draws_and_continues(tmp_path):
     first = command(*TINY, "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert "11 weak errors to measure, 0 known" in first.output
     for title in ("against lr, in", "against lr, corrected, in", "against rho, beyond that at rho 0"):
         assert f"Weak error {title}" in first.output
+    assert (tmp_path / "orders.png").stat().st_size > 10_000
     kept = json.loads((tmp_path / "errors.json").read_text())["errors"]
     assert len(kept) == 11
     again = command(*TINY, "--out", tmp_path)

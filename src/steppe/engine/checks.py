@@ -5,7 +5,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -60,6 +60,25 @@ def grad_scaler(scaler: object) -> None:
     """Raise ``TypeError`` unless ``scaler`` is ``None`` or a ``torch.amp.GradScaler``."""
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+
+
+def loss_among(returned: Any) -> Any:
+    """Return the loss among what a closure returned: itself, its ``loss``, or the first entry of a tuple or list.
+
+    Raises:
+        TypeError: there is none of one number.
+    """
+    loss = returned
+    if isinstance(returned, Mapping):  # also the outputs of Hugging Face's models
+        loss = returned.get("loss")
+    elif isinstance(returned, tuple | list) and not hasattr(returned, "loss"):
+        loss = returned[0] if returned else None
+    elif not isinstance(returned, Tensor):
+        loss = getattr(returned, "loss", returned)
+    if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, Real):
+        return loss
+    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"closure must return the loss, one number, or it as .loss or as the first of several, got {kind}")
 
 
 def warn(message: str) -> None:

@@ -94,6 +94,7 @@ class Ranks:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
+                stack.callback(replica.register_forward_pre_hook(_stay_apart).remove)
             self._broadcast_buffers(False)
             try:
                 yield
@@ -175,6 +176,11 @@ class Ranks:
         return [Vector(means[i : i + len(like)]) for i in range(0, len(means), len(like))]
 
 
+def _stay_apart(replica: Any, _inputs: Any) -> None:
+    """Undo ``model.require_backward_grad_sync = True``, which closures that accumulate write, in a pass apart."""
+    replica.require_backward_grad_sync = False
+
+
 @contextmanager
 def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
     """Refuse a DDP model that runs inside: its gradients would be averaged in the wrong passes.
@@ -236,6 +242,7 @@ class RankGroups:
         Raises:
             TypeError: the model is flattened by FullyShardedDataParallel.
             ValueError: ``sync`` is no choice for parameters that are sharded, or does not divide the ranks.
+            RuntimeError: inside ``join()``.
         """
         if not distributed_run():
             return Ranks()
@@ -252,6 +259,11 @@ class RankGroups:
         replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
         if not replicas:
             return Ranks()
+        if any(replica._join_config.enable for replica in replicas):
+            raise RuntimeError(
+                "a step cannot run inside DDP's join(): a rank without data does not know how many passes the others "
+                "take. Give every rank as many batches (DistributedSampler does, and drop_last=True)"
+            )
         if self.sync == "global":
             return Ranks(replicas, shared=True, averaged=True)
         group = self._neighbours(replicas[0].process_group)

@@ -89,6 +89,20 @@ class Facade(torch.optim.Optimizer):
         """The base's defaults."""
         return self.base.defaults
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, also those that :meth:`backward` has left."""
+        super().zero_grad(set_to_none)
+        if self._pending is not None:
+            self._pending.dropped = True
+
+    def _refuse_second_backward(self) -> None:
+        if self._pending is not None and self._pending.waits:
+            raise RuntimeError(
+                "backward() was called again before step(). It does not add to the gradients in p.grad. To accumulate, "
+                "pass all micro-batches at once, optimizer.backward([batch, ...]), or run them in one closure. To drop "
+                "a step, call zero_grad() first."
+            )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; without a radius it gets the optimizer's."""
         self._stepper.radius.add(param_group, self.base)

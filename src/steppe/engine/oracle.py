@@ -173,6 +173,11 @@ class Oracle(Remembering):
         """Return every ``norm(grad f_i)`` at ``w``, shape ``(n,)``, from the first pass; ``None`` without factors."""
         return None if self._shortcuts is None else self._shortcuts.example_norms(self)
 
+    def adds(self) -> bool:
+        """Tell whether gradients of parts add up to ``g``, as far as the engine of shared passes has verified it."""
+        shortcuts, batches = self._shortcuts, chunks_of(self.batch())
+        return shortcuts is not None and all(shortcuts.adds(self, batch) for batch in batches)
+
     def output_gradient(self) -> list[Tensor]:
         """Return the gradient of every example's loss by the model's output at ``w``, one tensor an accumulated batch.
 

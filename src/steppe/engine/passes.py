@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
+from steppe.engine.checks import loss_among
 from steppe.engine.ddp import Ranks, distributed_run, no_unknown_replica
 from steppe.engine.grad_scaler import LossScale
 from steppe.engine.grads import drop, only, take
@@ -234,9 +235,7 @@ class Passes:
         self._losses = self.losses_at_w()
 
     def _run_closure(self) -> None:
-        loss = self.closure()
-        if loss is None:
-            raise TypeError("closure must return the loss, got None")
+        loss = loss_among(self.closure())
         self._see_loss(loss.detach().clone() if isinstance(loss, Tensor) else loss)  # its memory may be used again
         self.log.count("forwards")
         self.log.count("backwards")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,15 @@ class Snapshot:
         self.copies: list[tuple[Tensor, Tensor, int]] = []  # a buffer, its copy, its version
         self.bound: list[tuple[nn.Module, str, Tensor]] = []
         self.ran: list[nn.Module] = []
+        self.thread = get_ident()
         for module in modules:
             self.take(module)
 
     def run(self, module: nn.Module, _inputs: object) -> None:
-        """Take a module that is about to run, as a forward hook."""
-        self.ran.append(module)
-        self.take(module)
+        """Take a module that is about to run, as a forward hook; what another thread runs is not this pass's."""
+        if get_ident() == self.thread:
+            self.ran.append(module)
+            self.take(module)
 
     def take(self, module: nn.Module) -> None:
         """Copy the buffers of a module in training mode."""

@@ -1,51 +1,131 @@
 """Random micro-batches of a step's batch: for m-SAM in expectation, and for a perturbation from a part of the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-from steppe.batch import Batch, chunks_of
+from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import distributed_run
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.passes import PARTS
 from steppe.engine.replay import RandomState, generator
 from steppe.engine.update import Update
-from steppe.engine.vector import Vector
+from steppe.engine.vector import TINY, Vector
+
+Draw = tuple[Batch, Tensor]  # one of the accumulated batches, and the indices of examples in it
 
 
-def sampled_average(f: Oracle, rule: AnyRule, m: int, draws: int, seed: int) -> Update:
+@dataclass(frozen=True)
+class Sampled:
+    """How micro-batches are drawn.
+
+    Args:
+        m: examples in each.
+        draws: how many of them.
+        seed: of the draws.
+        clip: the largest norm of the correction, in units of ``norm(g)``; ``None`` is any.
+    """
+
+    m: int
+    draws: int
+    seed: int = 0
+    clip: float | None = None
+
+    def of(self, f: Oracle) -> list[Draw]:
+        """Return this step's draws."""
+        return drawn(f.batch(PARTS), self.m, self.draws, self.seed, f.step, rank_of(f))
+
+
+def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
     """Return ``g + (1 / k) sum_j [u(S_j) - g(S_j)]`` with ``S_1 ... S_k`` disjoint random micro-batches of the batch.
 
     ``g`` is the gradient of the whole batch, ``u(S)`` the rule's update and ``g(S)`` the gradient on ``S``. Its mean
     over the draws is the mean of the rule's updates over random micro-batches (m-SAM), where ``m`` divides the batch;
     with every micro-batch of a partition it is that mean exactly. What moves beside the base, and what is remembered,
-    is averaged over the draws. Costs ``1 + 2 k m / n`` passes.
+    is averaged over the draws.
 
-    Both passes over ``S`` draw the same random numbers, and the stream goes on as after the pass of ``g``, which alone
-    updates running statistics.
+    Costs ``1 + k m / n`` passes where ``g`` may be made of the gradients on ``S_j`` and on the other examples: where
+    the ``S_j`` are whole accumulated batches, and where nothing mixes examples (:mod:`steppe.factored` verifies that).
+    Else it costs ``1 + 2 k m / n``.
+
+    Both passes over ``S`` draw the same random numbers, and the stream goes on as after the passes of ``g``, which
+    alone update running statistics.
     """
     f.passes.ranks.stay_within()
-    whole = f.batch(PARTS)
-    g, log, n = f.g, f.passes.log, len(whole)
-    batches = drawn(whole, m, draws, seed, f.step, rank_of(f))
-    total = sum(map(len, batches))
+    whole, draws, log = f.batch(PARTS), how.of(f), f.passes.log
+    parts, n = _parts_of_g(f, draws), len(whole)
+    total = sum(len(on) for _, on in draws)
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
     try:
-        for batch in batches:
+        for part in parts:
+            batch = part.batch()
             share = batch.weight / whole.weight * n / total
-            if not share:  # a mean over none of the batch's tokens
-                continue
-            part = f.part(batch, keep_g=True)
-            update = part.average(rule)
-            corrections.append(share * (update + Update(part.g * -1.0)))
+            corrections.append(share * (part.average(rule) + Update(part.g * -1.0)))
             log.add_sample(share, len(batch) / n, part.passes.log)
     finally:
         stream.restore()
-    return reduce(add, corrections, Update(g))
+    if not corrections:  # means over none of the batch's tokens
+        return Update(f.g)
+    return Update(f.g) + _clipped(f, reduce(add, corrections), how.clip)
+
+
+def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[Oracle]:
+    """Set ``f.g``, and return the oracles of the draws; with their gradients, where ``g`` is made of these."""
+    if not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
+        f.g = f.g  # takes its pass
+        return [f.part(batch, keep_g=True) for batch in map(batch_of, draws) if batch.weight]
+    log, whole, g, parts = f.passes.log, f.batch().weight, Vector([None] * len(f.w.tensors)), []
+    for batch, chosen in _cut(f.batch(), draws):
+        part, share = f.part(batch, keep_g=True), batch.weight / whole
+        g = g + share * part.g
+        if chosen:
+            parts.append(part)
+            log.count("loss", share * part.passes.log.numbers["loss"])
+        else:
+            log.add(share, part.passes.log)
+    f.g = g
+    f.passes.counted, log.numbers["g_norm"] = True, g.norm()
+    return [part for part in parts if part.batch().weight]
+
+
+def _cut(batch: Batch, draws: Sequence[Draw]) -> list[tuple[Batch, bool]]:
+    """Return batches that make up the whole in the order of its passes, and whether each is a draw."""
+    cut: list[tuple[Batch, bool]] = []
+    for chunk in chunks_of(batch):
+        here = [draw for draw in draws if draw[0] is chunk]
+        cut += [(batch_of(draw), True) for draw in here]
+        if sum(len(on) for _, on in here) == len(chunk):
+            continue
+        other = chunk.subset(_others(len(chunk), here)) if here else chunk
+        if cut and not cut[-1][1]:
+            cut[-1] = Batches([cut[-1][0], other]), False
+        else:
+            cut.append((other, False))
+    return cut
+
+
+def _others(n: int, draws: Sequence[Draw]) -> Tensor:
+    """Return the indices of the ``n`` examples that are in none of the draws."""
+    left = torch.ones(n, dtype=torch.bool)
+    for _, on in draws:
+        left[on] = False
+    return left.nonzero().flatten()
+
+
+def _clipped(f: Oracle, correction: Update, clip: float | None) -> Update:
+    """Return the correction with at most ``clip`` times the norm of ``g``, and log how large it is."""
+    norm = correction.grad.norm()
+    if correction.beside is not None:
+        norm = (norm.square() + correction.beside.norm().square()).sqrt()
+    ratio = norm / (f.g.norm() + TINY)
+    kept = ratio if clip is None else ratio.clamp(max=clip)
+    f.passes.log.numbers["correction"] = kept
+    return correction if clip is None else kept / (ratio + TINY) * correction
 
 
 def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, seed: int) -> Vector:
@@ -58,8 +138,8 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
     batch = f.batch(PARTS)
     if f.needs_g:
         f.g = f.g  # now, so that running statistics see this pass
-    draws = (part for k in (1, len(batch)) for part in drawn(batch, m, k, seed, f.step, rank_of(f)))
-    chosen = next(part for part in draws if part.weight)  # a mean over tokens may have none of them
+    draws = (draw for k in (1, len(batch)) for draw in drawn(batch, m, k, seed, f.step, rank_of(f)))
+    chosen = next(part for part in map(batch_of, draws) if part.weight)  # a mean over tokens may have none of them
     stream = RandomState.now(f.passes.parameters.devices)
     part = f.part(chosen)
     part.passes.counted = True
@@ -67,12 +147,11 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
         d = sample(part)
     finally:
         stream.restore()
-    f.passes.first_is_away = True
-    f.passes.log.add_other(part.passes.log, len(chosen) / len(batch))
+    f.passes.log.add_other(part.passes.log, len(part.batch()) / len(batch))
     return d
 
 
-def drawn(batch: Batch, m: int, draws: int, seed: int, step: int, rank: int = 0) -> list[Batch]:
+def drawn(batch: Batch, m: int, draws: int, seed: int, step: int, rank: int = 0) -> list[Draw]:
     """Return ``draws`` disjoint micro-batches of ``m`` random examples; at most those of one partition.
 
     They do not cross accumulated batches, and smaller ones, of what a batch has left over, come last. The choice
@@ -83,7 +162,13 @@ def drawn(batch: Batch, m: int, draws: int, seed: int, step: int, rank: int = 0)
     parts = [(chunk, i) for chunk in chunks for i in torch.randperm(len(chunk), generator=random).split(m)]
     mixed = [parts[k] for k in torch.randperm(len(parts), generator=random).tolist()]
     mixed.sort(key=lambda part: len(part[1]) < m)
-    return [chunk.subset(i) for chunk, i in mixed[:draws]]
+    return mixed[:draws]
+
+
+def batch_of(draw: Draw) -> Batch:
+    """Return the batch of the drawn examples."""
+    chunk, on = draw
+    return chunk if len(on) == len(chunk) else chunk.subset(on)
 
 
 def rank_of(f: Oracle) -> int:

@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from steppe.batch import Batch
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 
@@ -22,3 +23,6 @@ class Shortcuts(Protocol):
 
     def weighted_gradient(self, f: Any, weights: Tensor) -> Vector | None:
         """``sum_i weights_i grad f_i`` at ``w``."""
+
+    def adds(self, f: Any, batch: Batch) -> bool:
+        """Whether the batch's gradient is the weighted mean of its parts', as no example changes another's loss."""

@@ -209,6 +209,10 @@ class SharedPasses:
             first.on_delta = None  # breaks the reference cycle that would keep the gradients
         return None
 
+    def adds(self, f: Oracle, batch: Batch) -> bool:
+        """Return whether the batch's gradient is the weighted mean of its parts', as no example changes another's."""
+        return batch.per_example and not self.entry(f, batch).plan.reason
+
     def entry(self, f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
         """Return the entry of the batch's model; a step that asks again gets the same one."""
         key = id(batch), parts

@@ -47,13 +47,10 @@ def apply(images: Tensor, change: dict[str, Tensor], side: int | None = None) ->
 
 def crop(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     """Return each image padded by black and cropped to its size at (top, left)."""
-    n, channels, height, width = images.shape
     padded = functional.pad(images, (PAD, PAD, PAD, PAD))
-    rows = (top[:, None] + torch.arange(height, device=images.device))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(width, device=images.device))[:, None, None, :]
-    example = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[example, channel, rows, columns]
+    height, width = images.shape[2:]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of the crops at all corners
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def resized_crop(images: Tensor, box: Tensor, side: int) -> Tensor:

@@ -13,12 +13,12 @@ from steppe.measure.operator import (
     Operator,
 )
 from steppe.measure.problem import Problem
-from steppe.measure.spectrum import Density, Eigenpairs, NotConverged, eigenpairs, spectral_density
+from steppe.measure.spectrum import Density, Eigenpairs, NotConverged, eigenpairs, power_iteration, spectral_density
 from steppe.measure.trace import Estimate, alignment, hutch_pp, hutchinson
 
 __all__ = [
     "AverageCase", "CentralDifference", "Density", "Eigenpairs", "EmpiricalFisher", "Estimate",
     "GaussNewton", "GradientCovariance", "GradientNoise", "Hessian", "Line", "Minimum", "NotConverged", "Operator",
     "Plane", "Problem", "Sharpness", "WorstCase", "alignment", "eigenpairs", "filter_normalised", "gradient_noise",
-    "hutch_pp", "hutchinson", "line", "minimum", "plane", "published", "spectral_density", "towards",
+    "hutch_pp", "hutchinson", "line", "minimum", "plane", "power_iteration", "published", "spectral_density", "towards",
 ]  # fmt: skip

@@ -18,7 +18,6 @@ from steppe.measure.trace import mean_and_error
 Norm = Literal["l2", "linf"]
 MOMENTUM = 0.75  # of Auto-PGD (arXiv 2003.01690)
 ENOUGH = 0.75  # the step size stays if this share of the steps has risen
-PUBLISHED_EXAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -148,17 +147,13 @@ class AverageCase(_InBall):
 def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
     """Return the sharpness by the protocol of Andriushchenko et al. 2023 (arXiv 2302.07011).
 
-    The first 1,024 training examples in subsets of ``m = 128``, normalisation in evaluation mode, 20 steps of Auto-PGD
-    from ``w`` with a first step of 2 rho, or 20 draws. The measures' defaults are these; this function sets examples
-    and mode. Two things differ from the authors' code (tml-epfl/sharpness-vs-generalization): their adaptive l2 step
-    goes along ``abs(w) * g / norm(g)`` where ours is the steepest, and their option to normalise logits is left to the
-    model. Their radii for ResNets are 0.05 to 0.4 (average, l2), 0.1 to 0.8 (average, linf), 0.25 to 2 (worst, l2) and
-    5e-4 to 8e-3 (worst, linf).
+    The first 1,024 training examples in evaluation mode; the rest of it is the measures' defaults. ``docs/measure.md``
+    says where the authors' code differs, and has their radii.
 
     Example:
         >>> published(problem, WorstCase(rho=0.5, adaptive=True)).value
     """
-    chosen = problem.first(PUBLISHED_EXAMPLES)
+    chosen = problem.first(1024)
     chosen.mode = "eval"
     return measure(chosen)
 

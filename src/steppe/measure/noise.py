@@ -5,17 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from steppe.batch import Batch
-from steppe.engine.functional import functional
-from steppe.engine.nested import Data, mapped
 from steppe.engine.vector import Vector
 from steppe.factored import gradient_statistics
 from steppe.measure.problem import Problem
 
 log = logging.getLogger("steppe")
-HELD = 2**26  # numbers in the per-example gradients that vmap holds at once: 256 MB in float32
 MIXED = "the gradients of single examples are not defined, because examples influence one another: "
 
 
@@ -39,7 +35,7 @@ def gradient_noise(problem: Problem) -> GradientNoise:
     """Return per-example gradient norms and tr V.
 
     The norms come from activations and output gradients where the model allows it
-    (:func:`steppe.factored.gradient_statistics`), else from ``vmap``, else from a loop over the examples.
+    (:func:`steppe.factored.gradient_statistics`), else from a loop over the examples.
 
     Raises:
         ValueError: examples influence one another (batch normalisation in training mode), so that the gradient of one
@@ -63,38 +59,17 @@ def _norms(problem: Problem, batch: Batch) -> Tensor:
     try:
         return gradient_statistics(batch, problem.parameters).norms
     except ValueError as error:
-        log.debug("per-example gradients by vmap: %s", error)
-    try:
-        squares, total = _under_vmap(problem, batch)
-    except RuntimeError as error:  # an operation that vmap does not support, or a branch on data
         log.debug("per-example gradients in a loop: %s", error)
-        squares, total = _one_by_one(problem, batch)
-    g = torch.autograd.grad(batch.losses().sum(), problem.parameters, allow_unused=True)
-    if float((total - Vector(g)).norm()) > 1e-3 * float(squares.sqrt().sum()):
-        raise ValueError(f"{MIXED}their gradients alone do not add up to the batch's")
-    return squares.sqrt()
-
-
-def _under_vmap(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
-    """Return the squared norms of the per-example gradients, and the gradients' sum."""
-    names = {id(p): name for name, p in batch.model.named_parameters()}
-    losses, w = functional(batch.model, batch.loss), {names[id(p)]: p.detach() for p in problem.parameters}
-
-    def f(w: dict[str, Tensor], example: Data) -> Tensor:
-        return losses(w, mapped(lambda t: t.unsqueeze(0), example)).sum()
-
-    squares, total = [], Vector([None] * len(w))
-    for part in batch.split(max(1, HELD // sum(p.numel() for p in w.values()))):
-        G: dict[str, Tensor] = vmap(grad(f), in_dims=(None, 0))(w, part.data)
-        squares.append(torch.stack([t.flatten(1).square().sum(1) for t in G.values()]).sum(0))
-        total = total + Vector([t.sum(0) for t in G.values()])
-    return torch.cat(squares), total
-
-
-def _one_by_one(problem: Problem, batch: Batch) -> tuple[Tensor, Vector]:
-    squares, total = [], Vector([None] * len(problem.parameters))
+    squares, total = list[Tensor](), Vector([None] * len(problem.parameters))
     for example in batch.split(1):
-        g = Vector(torch.autograd.grad(example.losses().sum(), problem.parameters, allow_unused=True))
+        g = _gradient(problem, example)
         squares.append(g.norm().square())
         total = total + g
-    return torch.stack(squares), total
+    norms = torch.stack(squares).sqrt()
+    if float((total - _gradient(problem, batch)).norm()) > 1e-3 * float(norms.sum()):
+        raise ValueError(f"{MIXED}their gradients alone do not add up to the batch's")
+    return norms
+
+
+def _gradient(problem: Problem, batch: Batch) -> Vector:
+    return Vector(torch.autograd.grad(batch.losses().sum(), problem.parameters, allow_unused=True))

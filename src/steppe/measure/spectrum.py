@@ -47,6 +47,29 @@ class Eigenpairs:
         return self.values[0]
 
 
+def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int = 0) -> Eigenpairs:
+    """Return the eigenvalue that is largest in *absolute value*: ``v <- A v / norm(A v)``, ``lambda = <v, A v>``.
+
+    WSAM's Table 9 names this method (arXiv 2305.15817; its settings are not known to us). The stopping rule is
+    PyHessian's: ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7. It takes at most
+    ``most`` products from a Gaussian start; :func:`eigenpairs` needs fewer, and distinguishes the ends of the spectrum.
+    """
+    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive_integer("most", most)
+    v = unit(gaussian(A.like, torch.Generator().manual_seed(seed)))
+    before, converged = float("inf"), False
+    for products in range(1, most + 1):
+        Av = A @ v
+        value = float(v.dot(Av))
+        residual = float((Av - value * v).norm())
+        converged = abs(value - before) <= tol * abs(value)
+        if converged or products == most:
+            break
+        v, before = unit(Av), value
+    warn_unless(converged, f"power iteration: lambda = {value:.4g}, residual {residual:.2g} after {products} products")
+    return Eigenpairs((value,), (v,), (residual,), converged, products)
+
+
 def eigenpairs(
     A: Symmetric,
     k: int = 1,

@@ -67,10 +67,9 @@ class Subset:
 
     def __post_init__(self) -> None:
         checks.positive_integer("m", self.m)
-        if any(isinstance(piece, OnFull | Subset) for piece in pieces_of(self.sample)):
-            raise ValueError(
-                f"sample must take its gradient on the batch, to be asked on a subset, got {self.sample!r}"
-            )
+        elsewhere = any(isinstance(piece, OnFull | Subset) for piece in pieces_of(self.sample))
+        if elsewhere or declared(self.sample).base_state:
+            raise ValueError(f"sample must be a gradient on the batch, to be taken on a subset, got {self.sample!r}")
 
     def __call__(self, f: Oracle) -> Vector:
         return gradient_of_subset(f, self.sample, self.m, self.seed)

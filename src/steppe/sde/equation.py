@@ -29,20 +29,11 @@ class Equation:
 
         b = -E u,    sigma sigma^T = lr Cov u,    corrected: b - (lr / 2) b' b.
 
-    The drift ``-E u`` is minus the gradient of a regularised loss, with ``V`` the covariance of the per-example
-    gradients and ``c = 1`` with replacement, ``(n - m) / (n - 1)`` without (arXiv 2509.18001; the factor is derived):
-
-    | form | regularised loss | theorem |
-    | --- | --- | --- |
-    | USAM, mini-batch (m = size) and m | ``f + rho/2 norm(grad f)^2 + rho c / (2 m) tr V`` | 3.3, 3.5 |
-    | n-USAM | ``f + rho/2 norm(grad f)^2`` | 3.4 |
-    | SAM, mini-batch and m | ``f + rho E norm(grad f_I)``, ``I`` of ``m`` examples | 3.7, 3.8 |
-    | n-SAM | ``f + rho norm(grad f)`` | 3.6, derived |
-
-    The diffusion is the covariance of the whole batch's update, for the m-form with replacement ``m / size`` times that
-    of one micro-batch's (3.5). The drift leaves out O(rho^2). Without the correction the equation has weak order 1
-    in lr, with it order 2 in lr at fixed rho up to that remainder (Li, Tai and E, arXiv 1511.06251, for SGD; for the
-    others derived).
+    The drift ``-E u`` is minus the gradient of a regularised loss, whose terms :class:`Regularisers` has by theorem.
+    The diffusion is the covariance of the whole batch's update, for the m-form with replacement ``m / size`` times
+    that of one micro-batch's (theorem 3.5). The drift leaves out O(rho^2). Without the correction the equation has
+    weak order 1 in lr, with it order 2 in lr at fixed rho up to that remainder (Li, Tai and E, arXiv 1511.06251, for
+    SGD; for the others derived).
 
     Args:
         problem: a finite sum that is small enough for its Hessians and for all micro-batches.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from steppe.sde.equation import Equation
 from steppe.sde.finite_sum import FiniteSum, SDEError, logistic, quadratic
 from steppe.sde.paths import Errors, Progress, weak_error, whole_steps
 from steppe.sde.scheme import Scheme
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RULES: dict[str, Callable[[int], AnyRule]] = {
     "SGD": lambda m: Plain(),
@@ -200,3 +204,28 @@ def curves(errors: Mapping[str, Errors], cases: Sequence[Case]) -> Iterator[Erro
         if groups:
             found = [estimate(each) for each in groups.values()]
             yield ErrorCurve(rule, function, against, list(groups), found, fit(list(groups), found))
+
+
+def orders(curves: Sequence[ErrorCurve]) -> "Figure":
+    """Return the figure of weak errors against lr and rho, logarithmic, by matplotlib.
+
+    A dashed line has the claimed order. Hollow marks do not differ significantly from 0.
+    """
+    from matplotlib.figure import Figure
+
+    functions = list(dict.fromkeys(curve.function for curve in curves))
+    figure = Figure(figsize=(13, 3.6 * len(functions)), layout="constrained", dpi=110)
+    axes = figure.subplots(len(functions), len(CLAIMS), squeeze=False)
+    for axis, (function, against) in zip(axes.flat, product(functions, CLAIMS), strict=True):
+        axis.set(xscale="log", yscale="log", title=f"against {against}", ylabel=f"weak error of {function}")
+        for curve in (curve for curve in curves if (curve.function, curve.against) == (function, against)):
+            color = f"C{list(RULES).index(curve.rule)}"
+            for h, e in zip(curve.at, curve.errors, strict=True):
+                fill, bar = color if e.resolved else "white", 1.96 * e.error
+                axis.errorbar(h, abs(e.mean), bar, fmt="o", color=color, markerfacecolor=fill, label=curve.rule)
+            top = max(curve.at)
+            claimed = [abs(curve.errors[curve.at.index(top)].mean) * (h / top) ** CLAIMS[against] for h in curve.at]
+            axis.plot(curve.at, claimed, "--", color=color, linewidth=0.8)
+    labels = {name: mark for axis in axes.flat for mark, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=len(RULES))
+    return figure

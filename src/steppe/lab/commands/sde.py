@@ -30,7 +30,7 @@ def sde(
     time: Annotated[float, typer.Option(help="Length of paths against lr, a multiple of each lr.")] = 1.0,
     paths: Annotated[int | None, typer.Option(help="Paths of optimizer and equation.", show_default="4000")] = None,
     seed: Annotated[int, typer.Option(help="Seed of batches and Brownian motion.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory of the record.")] = Path("runs/sde"),
+    out: Annotated[Path, typer.Option(help="Directory of the record and the figure.")] = Path("runs/sde"),
     quick: Annotated[bool, typer.Option("--quick", help="Three rules, 500 paths, about 10 seconds.")] = False,
 ) -> None:
     """Test real optimizers against their stochastic differential equations, and fit the orders of the weak error.
@@ -49,8 +49,7 @@ def sde(
         try:
             _measure(study, cases, errors, folder / "errors.json", console)
         finally:
-            _report(errors, cases, console)
-            line(console, f"Errors: {folder / 'errors.json'}")
+            _report(errors, cases, folder, console)
     except ValueError as error:
         raise LabError(str(error)) from error
 
@@ -91,8 +90,9 @@ def _measure(
             write(file, json.dumps({"settings": asdict(study), "errors": errors}, indent=1) + "\n")
 
 
-def _report(errors: "dict[str, Errors]", cases: "list[Case]", console: Console) -> None:
-    from steppe.sde.study import CLAIMS, curves
+def _report(errors: "dict[str, Errors]", cases: "list[Case]", folder: Path, console: Console) -> None:
+    from steppe.lab.files import write
+    from steppe.sde.study import CLAIMS, curves, orders
 
     found = list(curves(errors, cases))
     for against, claim in CLAIMS.items():
@@ -102,6 +102,9 @@ def _report(errors: "dict[str, Errors]", cases: "list[Case]", console: Console) 
             title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
             headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
             console.print(table(headers, [_row(curve, at) for curve in shown], title))
+    if found:
+        write(folder / "orders.png", orders(found).savefig)
+        line(console, f"Errors and figure: {folder}")
 
 
 def _row(curve: "ErrorCurve", at: list[float]) -> list[str]:
