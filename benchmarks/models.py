@@ -71,6 +71,39 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+def with_batch_norm(model: nn.Module) -> nn.Module:
+    """Return the model with batch norm in place of every group norm."""
+    for module in list(model.modules()):
+        for name, inner in module.named_children():
+            if isinstance(inner, nn.GroupNorm):
+                setattr(module, name, nn.BatchNorm2d(inner.num_channels))
+    return model
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a trained update of low rank beside it (Hu et al. 2022, arXiv 2106.09685)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The frozen layer and the update."""
+        return self.frozen(x) + self.up(self.down(x))
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """Return the frozen model with low-rank updates of the linear layers between its attention layers."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        for name in ("linear1", "linear2"):
+            if isinstance(getattr(module, name, None), nn.Linear):
+                setattr(module, name, LoRA(getattr(module, name)))
+    return model
+
+
 def classify(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
     """Every example's cross-entropy; over tokens its mean."""
     inputs, targets = data

@@ -108,11 +108,40 @@ def step_cost(data: dict[str, Any]) -> str:
     )
 
 
+NEAR_SGD = {"sampled": "`sampled=1`", "ascent": "`ascent=m`", "m_sam": "m-SAM, all micro-batches"}
+
+
+def near_sgd(data: dict[str, Any]) -> str:
+    """Return the table of what a step costs beside the base optimizer's own."""
+    rows = data["rows"]
+    ms = sorted({row["m"] for row in rows if row["m"]})
+    found = {(row["model"], row["way"], row["m"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = found[model, "base", None]
+        size = f"{own['parameters'] / 1e6:.2f} M, {own['ms']:.1f} ms"
+        lines.append([f"{model} ({size})", "SAM", ratio(found[model, "sam", None]), *["" for _ in ms[1:]]])
+        for way in (w for w in NEAR_SGD if any((model, w, m) in found for m in ms)):
+            lines.append([model, NEAR_SGD[way], *(beside_passes(found.get((model, way, m))) for m in ms)])
+    time = "CPU time" if data["settings"].get("cpu_time") else "Time"
+    return (
+        f"{where(data)}. {time} of a step as a ratio to the base optimizer's own step (SGD with momentum) on the same "
+        f"batch of {rows[0]['batch_size']}, median (range) of at most {data['settings']['rounds']} rounds; in brackets "
+        f"the passes that it counts.\n\n{markdown(['model', 'way', *(f'm = {m}' for m in ms)], lines)}\n"
+    )
+
+
+def beside_passes(row: Row | None) -> str:
+    """Return the ratio and the passes that the step counts."""
+    return "-" if row is None else f"{ratio(row)} [{row['passes']:.2f}]"
+
+
 def tables(records: Path = RECORDS) -> str:
     """Return the tables of every record, those of m-SAM first."""
     found = [record.read(path) for path in sorted(records.glob("*.json"))]
     sections = {
         "m_sam": ("## SAM, m-SAM and RW-SAM", m_sam),
+        "near_sgd": ("## Sampled m-SAM and ascent on a subset beside the base's own step", near_sgd),
         "step_cost": ("## What each method's own algebra costs", step_cost),
     }
     made = []

@@ -21,7 +21,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass
 class Timer:
-    """Timer of one step; ``seconds`` are its samples."""
+    """Timer of one step; ``seconds`` are its samples, by a clock of the wall or of the CPU (``process_time``)."""
 
     step: Callable[[], object]
     device: torch.device
@@ -29,6 +29,7 @@ class Timer:
     rounds: int = 1
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    clock: Callable[[], float] = perf_counter
 
     def after_itself(self) -> float:
         """Return the seconds of a step that follows a step of the same kind, so that no other warmed its memory."""
@@ -38,11 +39,11 @@ class Timer:
     def once(self) -> float:
         """Return the seconds of a step, the mean of ``repeats``."""
         synchronize(self.device)
-        start = perf_counter()
+        start = self.clock()
         for _ in range(self.repeats):
             self.step()
         synchronize(self.device)
-        return (perf_counter() - start) / self.repeats
+        return (self.clock() - start) / self.repeats
 
     def prepare(self, rounds: int, limit: float, sample: float = SAMPLE) -> None:
         """Warm up, and choose repeats and rounds such that all samples take about ``limit`` seconds at most."""

@@ -257,6 +257,8 @@ def test_the_manner_of_sam_py_is_told_what_to_write() -> None:
         steppe.SAM(sgd(w), adaptive=True)
     with pytest.raises(TypeError, match=r"write SAM\(torch\.optim\.SGD\(params, lr=0\.2\)\)"):
         steppe.SAM(sgd(w), lr=0.2)
+    with pytest.raises(TypeError, match="the radius of a group stands in the group"):
+        steppe.SAM(sgd(w), rho=[0.1, 0.2])
     opt = steppe.SAM(sgd(w))
     assert opt.base_optimizer is opt.base
 

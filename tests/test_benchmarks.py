@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import m_sam, memory, record, rivals, step_cost, table
+from benchmarks import m_sam, memory, near_sgd, record, rivals, step_cost, table
 from benchmarks.models import CASES, classify
 from benchmarks.timing import Timer
 from benchmarks.vmap_sam import VmapSAM
@@ -55,6 +55,17 @@ def test_m_sam_is_measured(tmp_path: Path) -> None:
     record.write(tmp_path / "a.json", "m_sam", torch.device("cpu"), {"rounds": 2}, rows)
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows
     assert "| digits_mlp | steppe, two passes |" in table.tables(tmp_path)
+
+
+def test_steps_near_sgd_are_measured(tmp_path: Path) -> None:
+    args = near_sgd.arguments(["--ms", "2", "--rounds", "1", "--time-limit", "1", "--batch-size", "4"])
+    rows = [row for name in near_sgd.MODELS for row in near_sgd.measure(name, near_sgd.MODELS[name], args)]
+    passes = {(row["model"], row["way"]): row["passes"] for row in rows}
+    assert passes["mlp", "sampled"] == passes["cnn", "sampled"] == passes["gpt_small_lora", "sampled"] == 1.5
+    assert passes["resnet18_w16_bn", "sampled"] == 2  # batch norm mixes examples
+    assert {passes[name, "ascent"] for name in near_sgd.MODELS} == {1.5}
+    record.write(tmp_path / "a.json", "near_sgd", torch.device("cpu"), {"rounds": 1}, rows)
+    assert "| mlp | `ascent=m` |" in table.tables(tmp_path)
 
 
 KEEPING = """

@@ -12,6 +12,8 @@ from tests.cases import METHODS, World, assert_close, each_method, optimizer, sa
 GRAPHS = {  # beside the one: of forwards without gradients, and of another number of examples
     "RWSAM": 1,
     "RWSAM probe": 1,
+    "ReweightedSharpness": 1,
+    "ReweightedSharpness probe": 1,
     "ESAM": 2,
 }
 
@@ -85,6 +87,18 @@ def test_the_default_compiler() -> None:
         a.step(mine)
         b.step(theirs)
     assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plain_closure", [False, True])
+def test_parts_may_be_compiled_in_place(plain_closure: bool) -> None:
+    ours, plain = world(), world()
+    for part in ours.model.children():
+        part.compile(backend="aot_eager")
+    a, b = steppe.SAM(sgd(ours), rho=0.1), steppe.SAM(sgd(plain), rho=0.1)
+    for mine, theirs in zip(ours.batches(3), plain.batches(3), strict=True):
+        a.step((lambda batch: lambda: batch())(mine) if plain_closure else mine)
+        b.step(theirs)
+    assert_close(ours, plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -33,6 +33,10 @@ def whole(model: nn.Module) -> list[torch.Tensor]:
 
 def make(name: str, model: nn.Module, **options):
     base = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if name.startswith("Joint "):
+        name = name.removeprefix("Joint ")
+        matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == two] for two in (True, False))
+        base = steppe.Joint([sgd(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(rest, lr=0.05)])
     if name == "NSAM":
         x, y = data(1000)
         if distributed.is_initialized():
@@ -219,7 +223,7 @@ def steps(model, optimizer, which) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "VaSSO", "LookSAM"])
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM", "VaSSO", "LookSAM", "Joint FSAM"])
 def test_checkpoints_cross_between_one_process_and_two(two_ranks, tmp_path, name) -> None:
     model = net()
     optimizer = make(name, model)

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from steppe.engine import sampling
 
 B = 12
 
@@ -75,6 +76,19 @@ def test_a_mesh_of_two_dimensions_is_the_whole_batch_on_one(four_ranks, name, op
     """Its strided shards answer no to ``is_shard``, so their norms were taken for whole ones."""
     expected = trained(net(), [data(k) for k in range(3)], name, options)
     assert_close(four_ranks(in_two_dimensions, name, options), expected)
+
+
+@pytest.mark.parametrize("part", [{"m": 2, "sampled": 1}, {"ascent": 2}], ids=["sampled", "ascent"])
+def test_ranks_that_split_a_layer_draw_the_same_examples(four_ranks, monkeypatch, part) -> None:
+    indices = steppe.Batch(nn.Identity(), lambda *_: None, torch.arange(B // 2))
+    real = sampling.drawn
+
+    def both(batch: steppe.Batch, *draw) -> list[sampling.Draw]:
+        return [(batch, torch.cat([on, B // 2 + on])) for _, on in real(indices, *draw)]
+
+    monkeypatch.setattr(sampling, "drawn", both)
+    expected = trained(net(), [data(k) for k in range(3)], "SAM", part | {"parallel": False})
+    assert_close(four_ranks(in_two_dimensions, "SAM", part), expected)
 
 
 @pytest.mark.parametrize("name", ["SAM", "WSAM", "FisherSAM"])

@@ -143,7 +143,87 @@ def test_without_it_no_second_pass_runs_and_that_is_said() -> None:
         optimizer.step()
 
 
-def test_methods_that_look_inside_the_batch_say_what_they_need() -> None:
-    parts = prepared(lambda base: steppe.SAM(base, rho=0.1, m=4))
-    with pytest.raises(TypeError, match=r"steppe\.Batch"):
-        train(parts, batches(1))
+PARTS = {
+    "m": lambda base, rho=0.1: steppe.SAM(base, rho=rho, m=4),
+    "sampled": lambda base, rho=0.1: steppe.SAM(base, rho=rho, m=4, sampled=1),
+    "ascent": lambda base, rho=0.1: steppe.SAM(base, rho=rho, ascent=4),
+    "WSAM": lambda base, rho=0.1: steppe.WSAM(base, rho=rho, m=4, sampled=2),
+}
+
+
+def accumulated(model, group):
+    """The update as ``steppe.MeanBatch``es of equal weight."""
+    return [steppe.MeanBatch(model, lambda m, d: nn.functional.cross_entropy(m(d[0]), d[1]), b) for b in group]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_batch_are_those_of_a_mean_batch(name: str, k: int) -> None:
+    data = batches(3 * k)
+    parts = prepared(PARTS[name], k)
+    model, other = parts[0].unwrap_model(parts[1]), Net()
+    torch.manual_seed(0)
+    losses = train(parts, data)
+    torch.manual_seed(0)
+    optimizer = PARTS[name](sgd(other))
+    theirs = [float(optimizer.step(accumulated(other, group))) for group in grouped(data, k)]
+    assert losses == pytest.approx(theirs, rel=1e-5)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert parts[2].optimizer.telemetry.passes == pytest.approx(optimizer.telemetry.passes)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_radius_of_zero_is_the_plain_loop_bit_for_bit(name: str) -> None:
+    data = batches(6)
+    parts = prepared(lambda base: PARTS[name](base, 0.0), 2)
+    torch.manual_seed(0)
+    losses = train(parts, data, clip=0.5)
+    other = Net()
+    torch.manual_seed(0)
+    assert losses == plain_loop(other, steppe.SAM(sgd(other), 0.0), grouped(data, 2), clip=0.5)
+    assert same(parts[0].unwrap_model(parts[1]), other)
+
+
+@pytest.mark.parametrize("make", [lambda b: steppe.RWSAM(b, 0.1), lambda b: steppe.ESAM(b, 0.1)], ids=["RWSAM", "ESAM"])
+def test_methods_of_single_examples_take_their_losses(make) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, other = Net(), Net()
+    wrapped, optimizer = accelerator.prepare(model, make(sgd(model)))
+    each = nn.CrossEntropyLoss(reduction="none")
+    backward = Backward(accelerator, wrapped, optimizer, lambda model, b: each(model(b[0]), b[1]))
+    data = batches(4)
+    torch.manual_seed(0)
+    losses = train((accelerator, wrapped, optimizer, backward), data)
+    torch.manual_seed(0)
+    theirs = make(sgd(other))
+    assert losses == pytest.approx(
+        [
+            float(theirs.step([steppe.Batch.supervised(other, each, x, y) for x, y in group]))
+            for group in grouped(data, 2)
+        ]
+    )
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_methods_of_single_examples_say_what_they_need() -> None:
+    with pytest.raises(ValueError, match=r"one loss per example.*got shape \(\)"):
+        train(prepared(lambda base: steppe.RWSAM(base, rho=0.1)), batches(1))
+
+
+def test_parts_may_weigh_by_their_tokens() -> None:
+    x, y = batches(1)[0]
+    y = y.clone()
+    y[:6] = -100
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, other = Net(), Net()
+    wrapped, optimizer = accelerator.prepare(model, steppe.SAM(sgd(model), 0.1, m=4))
+    tokens = lambda b: (b[1] != -100).sum()  # noqa: E731
+    mean = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    torch.manual_seed(0)
+    train((accelerator, wrapped, optimizer, Backward(accelerator, wrapped, optimizer, mean, weight=tokens)), [(x, y)])
+    torch.manual_seed(0)
+    steppe.SAM(sgd(other), 0.1, m=4).step(steppe.MeanBatch(other, mean, (x, y), weight=tokens))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 
@@ -35,3 +36,12 @@ def test_a_loss_without_classes_has_no_error():
     assert row.top == pytest.approx(float(torch.linalg.eigvalsh(with_one.T @ with_one / 23)[-1]), rel=1e-5)
     own = minimum(model, lambda model, d: model(d).square().sum(1), x)
     assert own.error is None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bfloat16_model_is_measured_as_its_float32_copy(compiled):
+    low, (x, y) = net(torch.bfloat16), data(dtype=torch.bfloat16)
+    model = torch.compile(low, backend="aot_eager") if compiled else low
+    row = minimum(model, CRITERION, (x, y))
+    expected = minimum(copy.deepcopy(low).float(), CRITERION, (x.float(), y))
+    assert dataclasses.astuple(row)[:-3] == pytest.approx(dataclasses.astuple(expected)[:-3], rel=1e-4)

@@ -40,6 +40,11 @@ def test_bad_options_are_named(options, message):
         Problem(net(), CRITERION, data(), **options)
 
 
+def test_parameters_outside_a_low_precision_model_are_refused():
+    with pytest.raises(ValueError, match="params must be parameters of the model"):
+        Problem(net(torch.bfloat16), CRITERION, data(), params=[torch.ones(2, dtype=torch.bfloat16).requires_grad_()])
+
+
 def test_a_loss_that_is_no_function_of_the_weights_is_refused():
     noise = torch.Generator().manual_seed(0)
 

@@ -102,7 +102,13 @@ def check_call(name: str, args: Sequence[Any], options: dict[str, Any]) -> None:
             f"{name}(torch.optim.SGD(params, lr=0.1, momentum=0.9), rho=0.05)"
         )
     if "adaptive" in options:
-        raise TypeError("adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten SAM's")
+        raise TypeError(
+            "adaptive=True is a method of its own: write ASAM(base, rho), whose radius is about ten times as large"
+        )
+    if isinstance(options.get("rho"), list | tuple):
+        raise TypeError(
+            "rho is one number or a schedule; the radius of a group stands in the group: {'params': ..., 'rho': 0.1}"
+        )
     if "lr" in options:
         raise TypeError(f"lr is the base optimizer's: write {name}(torch.optim.SGD(params, lr={options['lr']!r}))")
 

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from steppe.engine.checks import FSDP1
+from steppe.engine.replay import is_compiled
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, is_sharded, wide
 
@@ -199,7 +200,7 @@ def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
                 "pass model= to the optimizer"
             )
 
-    compiled = any("_orig_mod" in module._modules for module in known)  # torch warns of hooks on compiled modules
+    compiled = any(map(is_compiled, known))  # torch warns of hooks on compiled modules
     hook = None if compiled else register_module_forward_pre_hook(refuse)
     try:
         yield

@@ -145,6 +145,11 @@ class Facade(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def radius(self) -> float:
+        """Return the largest radius of the next step."""
+        largest: float = self._stepper.radius.update(self.param_groups).largest()
+        return largest
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
             super().__setstate__(state)

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from steppe.batch import chunks_of
 from steppe.engine.checks import warn
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.passes import PARTS
+from steppe.engine.replay import is_compiled
 from steppe.mean_batch import MeanBatch
 from steppe.pieces.protocol import declared
 from steppe.pieces.sample import pieces_of
@@ -40,9 +42,10 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
         batch.require_losses(repr(rule))
     if not batch.weight:
         raise ValueError("weight must be above 0 for the data of the whole batch, got 0: has it no labelled token?")
-    if not known and isinstance(batch, MeanBatch) and any(isinstance(piece, Micro) for piece in pieces_of(rule)):
+    first = chunks_of(batch)[0]
+    if not known and isinstance(first, MeanBatch) and any(isinstance(piece, Micro) for piece in pieces_of(rule)):
         with f.passes.trial(), f.passes.ranks.apart():
-            _compare(batch)
+            _compare(first)
         return True
     return known
 
@@ -50,7 +53,7 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
 def _compare(batch: MeanBatch) -> None:
     """Warn where the mean over the batch is not the mean over its halves, by their weights; three forwards."""
     modules = batch.modules()
-    if len(batch) < 2 or any("_orig_mod" in m._modules for m in modules):  # it would be compiled again
+    if len(batch) < 2 or not batch.weight or any(map(is_compiled, modules)):  # it would be compiled again
         return
     halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
     try:

@@ -66,7 +66,7 @@ class Snapshot:
 
     def take(self, module: nn.Module) -> None:
         """Copy the buffers of a module in training mode."""
-        if "_orig_mod" in module._modules:  # compiled: the modules inside run without hooks
+        if is_compiled(module):  # the modules inside run without hooks
             for inner in list(module.modules())[1:]:
                 self.take(inner)
         if not module.training or not module._buffers:
@@ -92,6 +92,11 @@ class Snapshot:
             module._buffers[name] = buffer  # a module may have bound a new tensor
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile(module)`` made the module, or ``module.compile()`` compiled it in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 @contextmanager
 def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Module]]:
     """Undo every change that a pass makes to the buffers of modules in training mode, also when it raises.
@@ -109,7 +114,7 @@ def frozen_statistics(modules: Iterable[nn.Module] = ()) -> Iterator[list[nn.Mod
     snapshot = Snapshot()
     compiled = False
     for module in modules:
-        compiled |= "_orig_mod" in module._modules
+        compiled |= is_compiled(module)
         if module._buffers:
             snapshot.take(module)
     hook = None if compiled else register_module_forward_pre_hook(snapshot.run)

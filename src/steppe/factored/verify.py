@@ -14,8 +14,8 @@ from steppe.batch import Batch, Batches
 from steppe.engine.grads import drop
 from steppe.engine.oracle import Oracle
 from steppe.engine.passes import Passes
-from steppe.engine.replay import RandomState
-from steppe.engine.vector import wide
+from steppe.engine.replay import RandomState, is_compiled
+from steppe.engine.vector import is_sharded, wide
 from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import TWO_PASSES, collected, relative_cost, weighted_sum
 from steppe.factored.gradients import TensorPool
@@ -239,9 +239,9 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
             raise CannotFactor("SyncBatchNorm averages statistics over the processes")
         if module._backward_hooks or module._backward_pre_hooks:
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        if is_compiled(module):
             raise CannotFactor("the model is compiled")
-    if any(hasattr(p, "full_tensor") for p in batch.model.parameters()):
+    if any(map(is_sharded, batch.model.parameters())):
         raise CannotFactor("parameters are sharded")
     if len({p.device for p in parameters}) > 1:
         raise CannotFactor("parameters are on several devices")

@@ -11,6 +11,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from steppe.batch import Batch, Batches
+from steppe.engine.nested import Examples
+from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_examples, takes_parts
 from steppe.optimizer import SharpnessAware
 
 RUNS_ON = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -28,7 +31,10 @@ class Backward:
         accelerator: the accelerator; gradients are all-reduced in the last micro-batch of every pass.
         model: the prepared model.
         optimizer: a prepared steppe optimizer.
-        loss: ``(model, batch) -> loss``, the mean over the micro-batch, 0-dim.
+        loss: ``(model, batch) -> loss``, the mean over the micro-batch, 0-dim; or the losses of its examples, shape
+            ``(n,)``, for methods that look at single examples (RW-SAM, ESAM).
+        weight: ``(batch) -> number``, what a part of a micro-batch weighs under ``m=``, as for
+            :class:`~steppe.MeanBatch`: the number of tokens, where the loss is a mean over tokens.
 
     Raises:
         TypeError: ``optimizer`` is not prepared, or no steppe optimizer.
@@ -50,8 +56,10 @@ class Backward:
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         loss: Callable[[nn.Module, Any], Tensor],
+        *,
+        weight: Callable[[Any], float] | None = None,
     ) -> None:
-        self.accelerator, self.model, self.loss = accelerator, model, loss
+        self.accelerator, self.model, self.loss, self.weight = accelerator, model, loss, weight
         self.optimizer = sharpness_aware(accelerator, optimizer)
         self._kept: list[Any] = []
 
@@ -64,12 +72,40 @@ class Backward:
         if not self.accelerator.sync_gradients:
             return None
         batches, self._kept = self._kept, []
-        return backward(self.accelerator, self.model, self.optimizer, [partial(self._pass, b) for b in batches])
+        whole = accumulated(self.accelerator, self.model, [partial(self._pass, b) for b in batches])
+        closure = self._as_batches(batches, whole) if self.optimizer.radius() else whole
+        loss: Tensor = self.optimizer.backward(closure, scaler=self.accelerator.scaler, rescale=True)
+        return loss
+
+    def _as_batches(self, batches: Sequence[Any], whole: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return what the rule needs: single examples, parts of the batch, or the whole alone."""
+        k = self.accelerator.gradient_accumulation_steps
+        if looks_at_examples(self.optimizer):
+            sizes = [Examples.of(b).n for b in batches]
+            weights = [sum(sizes) / (k * n) for n in sizes]
+            return Batches([self._examples(*pair) for pair in zip(batches, weights, strict=True)])
+        if not takes_parts(self.optimizer):
+            return whole
+        value = partial(self._mean, self.model)
+        parts = [MicroBatch(self.model, b, self._part, 1 / k, items=self.weight, value=value) for b in batches]
+        return FrameworkUpdate(parts, whole)
+
+    def _examples(self, batch: Any, weight: float) -> Batch:
+        return Batch(self.model, lambda model, data: self.loss(model, data) * weight, batch)
+
+    def _mean(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = self.loss(model, batch)
+        return loss.mean() if loss.dim() else loss
 
     def _pass(self, batch: Any) -> Tensor:
-        loss = self.loss(self.model, batch)
+        loss = self._mean(self.model, batch)
         self.accelerator.backward(loss)
         return torch.div(loss.detach(), self.accelerator.gradient_accumulation_steps)
+
+    def _part(self, batch: Any, scale: float, first: bool) -> Tensor:
+        loss = self._mean(self.model, batch) * scale
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # which it divides by
+        return loss.detach()
 
 
 def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
@@ -89,10 +125,10 @@ def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
     return inner
 
 
-def backward(
-    accelerator: Accelerator, model: nn.Module, optimizer: SharpnessAware, passes: Sequence[Callable[[], Tensor]]
-) -> Tensor:
-    """Run ``optimizer.backward``; each of ``passes`` runs one micro-batch and returns its share of the loss."""
+def accumulated(
+    accelerator: Accelerator, model: nn.Module, passes: Sequence[Callable[[], Tensor]]
+) -> Callable[[], Tensor]:
+    """Return the closure over an update; each of ``passes`` runs one micro-batch and returns its share of the loss."""
 
     def closure() -> Tensor:
         losses = []
@@ -101,5 +137,4 @@ def backward(
                 losses.append(one())
         return torch.stack(losses).sum()
 
-    loss: Tensor = optimizer.backward(closure, scaler=accelerator.scaler, rescale=True)
-    return loss
+    return closure

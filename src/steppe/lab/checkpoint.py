@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from steppe.engine.vector import is_sharded, shard_like
 from steppe.lab import files
 from steppe.lab.errors import LabError
 
@@ -36,16 +37,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def whole(data: Any) -> Any:
     """Return nested data with every sharded tensor gathered. Every process must call it."""
-    return tree_map(lambda one: one.full_tensor() if hasattr(one, "full_tensor") else one, data)
+    return tree_map(lambda one: one.full_tensor() if is_sharded(one) else one, data)
 
 
 def sharded(tensor: Any, like: Any) -> Any:
     """Return a gathered tensor sharded as ``like`` is; return anything else unchanged."""
-    if hasattr(like, "full_tensor") and isinstance(tensor, Tensor) and tensor.shape == like.shape:
-        from torch.distributed.tensor import distribute_tensor  # takes longer to import than a short run
-
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor
+    fits = isinstance(tensor, Tensor) and is_sharded(like) and tensor.shape == like.shape
+    return shard_like(tensor.to(like.device), like) if fits else tensor
 
 
 def random_state() -> dict[str, Any]:

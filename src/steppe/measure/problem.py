@@ -77,8 +77,10 @@ class Problem:
         self._original = model
         if any(p.dtype in LOW for p in self.parameters):
             self.model = deepcopy(model).float()
-            names, copies = {id(p): name for name, p in model.named_parameters()}, dict(self.model.named_parameters())
-            self.parameters = [copies[names[id(p)]] for p in self.parameters]
+            copies: dict[Tensor, Tensor] = dict(zip(model.parameters(), self.model.parameters(), strict=True))
+            if not all(p in copies for p in self.parameters):
+                raise ValueError("params must be parameters of the model where some are in low precision")
+            self.parameters = [copies[p] for p in self.parameters]
         self._point = Parameters(self.parameters, Radii([1.0] * len(self.parameters)))
         self._start = self.random_state()
         self.n = self._checked()
