@@ -132,9 +132,8 @@ def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[st
 
 def let_go() -> None:
     """Free the memory that held gradients keep for the next step, so that the next step is seen to allocate it."""
-    for entries in plans._entries.values():
-        for entry in entries.values():
-            entry.plan.pool.free.clear()
+    for known in plans._known.values():
+        known.pool.free.clear()
 
 
 def timed(bench: Bench, way: str, m: int | None, row: dict[str, Any], args: argparse.Namespace) -> Timer:

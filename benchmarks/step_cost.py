@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +38,7 @@ LR = 1e-6
 SAMPLE = 0.02  # seconds that a sample lasts at least
 EXAMPLES = 16
 PERIOD = {"LookSAM": 10}  # steps until every kind of step has come
+READING = (steppe.MomentumSAM, steppe.PreconditionedSAM)  # the base's moments
 
 
 class Fake(steppe.Batch):
@@ -107,7 +109,17 @@ class Method:
 def ours(method: type[steppe.SharpnessAware], parameters: list[Tensor], fake: Fake) -> Callable[[Fake], object]:
     """Return the step of one of steppe's methods."""
     options = {"full": fake} if method is steppe.NSAM else {}
-    return method(torch.optim.SGD(parameters, lr=LR), **options).step
+    base = torch.optim.SGD(parameters, lr=LR)
+    if method in READING:
+        base.register_step_post_hook(partial(keep_moments, parameters))
+    return method(base, **options).step
+
+
+def keep_moments(parameters: list[Tensor], base: torch.optim.Optimizer, *_: Any) -> None:
+    """Put constant moments into the state of a base that keeps none."""
+    for p in parameters:
+        if not base.state[p]:
+            base.state[p] |= {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
 
 
 def methods(parameters: list[Tensor], fake: Fake, names: list[str]) -> list[Method]:
@@ -115,7 +127,7 @@ def methods(parameters: list[Tensor], fake: Fake, names: list[str]) -> list[Meth
     device, made = parameters[0].device, []
     for method in steppe.METHODS:
         name = method.__name__
-        if names and name not in names:
+        if (names and name not in names) or method is steppe.FunctionalSAM:  # whose passes need a model
             continue
         made.append(Method(name, "steppe", ours(method, parameters, fake), fake, device))
         if NAME and name in RIVALS:

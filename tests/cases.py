@@ -101,6 +101,7 @@ class Case:
     looks_inside: bool = False
     low: bool = True
     selects: bool = False  # its second gradient is on a part of the batch
+    waits: int = 0  # for the device, beside those of every step
 
 
 def named(method: type[SharpnessAware], **hyper: object) -> Make:
@@ -111,6 +112,36 @@ def named(method: type[SharpnessAware], **hyper: object) -> Make:
 
 def composed(rule: Callable[..., object]) -> Make:
     return lambda base, world, rho: SharpnessAware(base, rule, rho=rho, full=world.full, parallel=False)
+
+
+class Keeps:
+    """Keeps the moments of the gradients in a base's state, which it does not use."""
+
+    def step(self, closure: None = None) -> None:
+        super().step()  # first: it looks for its own state
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, g = self.state[p], p.grad.detach()
+            for name, t in (("exp_avg", g), ("exp_avg_sq", g * g)):
+                state[name] = state[name].lerp(t, 0.1) if name in state else 0.1 * t
+
+
+class KeepingSGD(Keeps, torch.optim.SGD):
+    pass
+
+
+class KeepingRMSprop(Keeps, torch.optim.RMSprop):
+    pass
+
+
+def reading(method: type[SharpnessAware], **hyper: object) -> Make:
+    """Make a method that reads the base's moments, which SGD and RMSprop do not keep."""
+    keeping = {torch.optim.SGD: KeepingSGD, torch.optim.RMSprop: KeepingRMSprop}
+
+    def make(base: torch.optim.Optimizer, world: World, rho: float) -> SharpnessAware:
+        base.__class__ = keeping.get(type(base), type(base))
+        return method(base, rho=rho, **hyper)
+
+    return make
 
 
 METHODS = [
@@ -138,6 +169,19 @@ METHODS = [
     Case("LookSAM", named(steppe.LookSAM, k=2)),
     Case("FSAM", named(steppe.FSAM, sigma=0.7)),
     Case("VaSSO", named(steppe.VaSSO, theta=0.4)),
+    Case("WSAM clip", named(steppe.WSAM, clip_each=50.0)),
+    Case("MomentumSAM", reading(steppe.MomentumSAM), passes=(1, 1)),
+    Case("LESAM", named(steppe.LESAM, sigma=0.05)),
+    Case("XSAM", named(steppe.XSAM, every=2), passes=(23, 2), looks_inside=True),
+    Case("XSAM fixed", named(steppe.XSAM, alpha=1.5)),
+    Case("SSAM", named(steppe.SSAM)),
+    Case("ZSharp", named(steppe.ZSharp, q=0.6)),
+    Case("GCSAM", named(steppe.GCSAM)),
+    Case("AESAM", named(steppe.AESAM, start=0.5, end=-1.0, steps=4), waits=1),
+    Case("FunctionalSAM", named(steppe.FunctionalSAM), looks_inside=True),
+    Case("PreconditionedSAM", reading(steppe.PreconditionedSAM)),
+    Case("EigenSAM", named(steppe.EigenSAM, every=2, power=2), passes=(6, 6), low=False),
+    Case("LookbehindSAM", named(steppe.LookbehindSAM), passes=(3, 3)),
 ]
 
 MICRO = [
@@ -158,6 +202,10 @@ MICRO = [
         ("LookSAM", {"k": 2}, {}),
         ("FSAM", {}, {}),
         ("VaSSO", {}, {}),
+        ("GCSAM", {}, {}),
+        ("AESAM", {}, {"passes": (3, 3), "waits": 1}),
+        ("FunctionalSAM", {}, {}),
+        ("LookbehindSAM", {}, {"passes": (3, 3)}),
     ]
 ]
 

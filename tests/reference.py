@@ -37,9 +37,17 @@ class Problem:
     rows: slice
     losses_of: Callable[[Tensor, slice], Tensor]  # w, rows -> (n,)
     grads_of: Callable[[Tensor, slice], Tensor]  # w, rows -> (n, d)
-    sizes: list[int]  # how the flat vector splits into tensors
-    weight_like: list[bool]  # whether the tensor has two dimensions or more
+    shapes: list[torch.Size]  # of the tensors that the flat vector holds
     full: Problem | None = None  # the larger batch of n-SAM
+
+    @property
+    def sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def weight_like(self) -> list[bool]:
+        """Whether a tensor has two dimensions or more."""
+        return [len(shape) >= 2 for shape in self.shapes]
 
     @property
     def n(self) -> int:
@@ -61,6 +69,11 @@ class Problem:
             replace(self, rows=slice(start, min(start + m, self.rows.stop)))
             for start in range(self.rows.start, self.rows.stop, m)
         ]
+
+    def each(self, v: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``f`` of every tensor of a flat vector, flat again."""
+        pieces = zip(v.split(self.sizes), self.shapes, strict=True)
+        return torch.cat([f(piece.view(shape)).reshape(-1) for piece, shape in pieces])
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """Return one value per tensor, repeated over that tensor's coordinates."""
@@ -104,8 +117,7 @@ class Problem:
             rows=slice(0, len(x)),
             losses_of=losses,
             grads_of=grads,
-            sizes=sizes,
-            weight_like=[p.dim() >= 2 for p in named.values()],
+            shapes=[p.shape for p in named.values()],
             full=None if full is None else cls.from_module(model, loss, full),
         )
 
@@ -124,6 +136,8 @@ class Moment:
     rho: Tensor
     memory: Memory
     remembered: Memory = field(default_factory=dict)
+    base: Memory = field(default_factory=dict)  # the base optimizer's state after its last step
+    t: int = 0
 
     @cached_property
     def g(self) -> Tensor:
@@ -226,6 +240,42 @@ def smoothed(theta: float, of: Sample = mean) -> Sample:
     return sample
 
 
+def against_the_momentum(f: Moment) -> Tensor:
+    """Momentum-SAM: where the base would go on its own."""
+    return -f.base.get("buffer", f.base.get("first", torch.zeros_like(f.w)))
+
+
+def centralised(f: Moment) -> Tensor:
+    """GCSAM: each row of a matrix less its mean."""
+    return f.p.each(f.g, lambda d: d - d.flatten(1).mean(1).view(-1, *[1] * (d.dim() - 1)) if d.dim() > 1 else d)
+
+
+def outstanding(q: float) -> Sample:
+    """ZSharp: of every matrix the entries whose z-score is larger in size than its quantile."""
+
+    def kept(d: Tensor) -> Tensor:
+        if d.dim() < 2:
+            return d
+        z = ((d - d.mean()) / d.std()).abs()
+        return torch.where(z > torch.quantile(z, q), d, 0.0)
+
+    return lambda f: f.p.each(f.g, kept)
+
+
+def within_a_budget(sigma: float) -> Geometry:
+    """LE-SAM: the radius is sigma / norm(g), and at most rho."""
+    return lambda f, d: min(sigma / float(d.norm()) / float(f.rho.max()), 1.0) * euclidean(f, d)
+
+
+def preconditioned(damping: float) -> Geometry:
+    """Preconditioned SAM: along M^-1 g, M the root of the base's second moment, once there is one."""
+
+    def geometry(f: Moment, d: Tensor) -> Tensor:
+        return euclidean(f, d / (f.base["second"].sqrt() + damping) if f.t else d)
+
+    return geometry
+
+
 def euclidean(f: Moment, d: Tensor) -> Tensor:
     return d / (d.norm() + TINY)
 
@@ -297,6 +347,62 @@ def surrogate_gap(alpha: float) -> Combine:
     return lambda f, g_adv: perturbed(f, g_adv - alpha * (f.g - project(f.g, g_adv)))
 
 
+def weighted_and_clipped(gamma: float, clip: float) -> Combine:
+    """WSAM as its authors clip: g and g_adv each."""
+    short = lambda v: v * min(1.0, clip / (float(v.norm()) + 1e-6))  # noqa: E731
+    return lambda f, g_adv: (short(f.g), gamma / (1 - gamma) * (short(g_adv) - short(f.g)))
+
+
+def as_long_as_g(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
+    """SSAM."""
+    return perturbed(f, g_adv * f.g.norm() / g_adv.norm())
+
+
+def on_the_great_circle(alpha: float) -> Combine:
+    """XSAM: g_adv turned away from g by alpha of the angle between them, by an orthonormal basis of their plane."""
+
+    def combine(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
+        e = f.g / f.g.norm()
+        across = g_adv - g_adv.dot(e) * e
+        angle = torch.atan2(across.norm(), g_adv.dot(e)) * alpha
+        return perturbed(f, g_adv.norm() * (angle.cos() * e + angle.sin() * across / across.norm()))
+
+    return combine
+
+
+def lookbehind(k: int, alpha: float | None) -> Rule:
+    """Lookbehind beside SGD: alpha of the way that k descents lead, each at the end of one more ascent."""
+
+    def rule(f: Moment) -> tuple[Tensor, Tensor]:
+        at, h = f.w, []
+        for _ in range(k):
+            at = at + f.rho * euclidean(f, f.movable * f.p.grad(at))
+            h.append(f.p.grad(at))
+        fast = torch.stack(h).sum(0)
+        if alpha is not None:
+            return perturbed(f, alpha * fast)
+        pairs = zip(h[0].split(f.p.sizes), fast.split(f.p.sizes), strict=True)
+        return perturbed(f, f.p.spread([(1 + torch.cosine_similarity(a, b, dim=0)) / 2 for a, b in pairs]) * fast)
+
+    return rule
+
+
+def where_steep(start: float, end: float, steps: int, decay: float) -> Rule:
+    """AE-SAM: SAM on steep ground, else the plain gradient."""
+
+    def rule(f: Moment) -> tuple[Tensor, Tensor]:
+        square = f.g.square().sum()
+        mu = decay * f.memory.get("mu", square) + (1 - decay) * square
+        variance = decay * f.memory.get("variance", torch.zeros(())) + (1 - decay) * (square - mu) ** 2
+        f.remembered.update(mu=mu, variance=variance)
+        c = start + (end - start) * min(1.0, f.t / steps)
+        if square < mu + c * variance.sqrt():
+            return perturbed(f, f.g)
+        return perturbed(f, f.p.grad(f.w + f.rho * euclidean(f, f.movable * f.g)))
+
+    return rule
+
+
 def orthogonal_part_kept(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
     """LookSAM: SAM, remembering the part of g_adv across g."""
     f.remembered["g_v"] = g_adv - project(g_adv, f.g)
@@ -353,6 +459,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ReweightedSharpness": lambda size=64, lam=None: Method(
         rule=both_weighted(effective_size(size) if lam is None else lambda norms: torch.softmax(lam * norms, 0))
     ),
+    "WSAMClip": lambda gamma, clip_each: Method(combine=weighted_and_clipped(gamma, clip_each)),
+    "MomentumSAM": lambda: Method(sample=against_the_momentum),
+    "LESAM": lambda sigma: Method(geometry=within_a_budget(sigma)),
+    "XSAM": lambda alpha: Method(combine=on_the_great_circle(alpha)),
+    "SSAM": lambda: Method(combine=as_long_as_g),
+    "ZSharp": lambda q: Method(sample=outstanding(q)),
+    "GCSAM": lambda: Method(sample=centralised),
+    "AESAM": lambda start, end, steps, decay: Method(rule=where_steep(start, end, steps, decay)),
+    "PreconditionedSAM": lambda damping=1e-8: Method(geometry=preconditioned(damping)),
+    "LookbehindSAM": lambda k, alpha: Method(rule=lookbehind(k, alpha)),
     "ESAM": lambda beta, gamma, kept=None: Method(masked(kept), longer(1 / beta), sharpest(gamma)),
     "LookSAM": lambda k, alpha: Method(combine=orthogonal_part_kept, every=k, between=orthogonal_part_again(alpha)),
     "FSAM": lambda sigma, decay: Method(sample=friendly(sigma, decay)),
@@ -383,6 +499,7 @@ def direction(
     t: int,
     rho: float | Sequence[float],
     m: int | None = None,
+    base: Memory | None = None,
 ) -> Step:
     """Return step ``t`` of a method; over micro-batches of ``m`` if given, the size-weighted mean of their answers.
 
@@ -394,7 +511,7 @@ def direction(
         return Step(method.between(f), torch.zeros_like(w), f.remembered)
     u, beside, remembered = torch.zeros_like(w), torch.zeros_like(w), {}
     for part in problem.parts(m or problem.n):
-        f, share = Moment(part, w, each, memory), part.n / problem.n
+        f, share = Moment(part, w, each, memory, {}, base or {}, t), part.n / problem.n
         of_part = method.rule(f) if method.rule else template(method, f)
         u, beside = u + share * of_part[0], beside + share * of_part[1]
         remembered = {k: remembered.get(k, 0) + share * v for k, v in f.remembered.items()}
@@ -479,7 +596,7 @@ def trajectory(
     w, base, memory, path = w0.detach().double().clone(), base.fresh(), {}, []
     for t, problem in enumerate(problems):
         now = {k: v[t] if isinstance(v, PerStep) else v for k, v in hyper.items()}
-        u, beside, memory = direction(METHODS[name](**now), problem, w, memory, t, rho, m)
+        u, beside, memory = direction(METHODS[name](**now), problem, w, memory, t, rho, m, base.state)
         w = base.step(w, u) - base.lr * beside
         path.append(w)
     return path

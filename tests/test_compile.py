@@ -14,6 +14,7 @@ GRAPHS = {  # beside the one: of forwards without gradients, and of another numb
     "RWSAM probe": 1,
     "ReweightedSharpness": 1,
     "ReweightedSharpness probe": 1,
+    "XSAM": 1,
     "ESAM": 2,
 }
 

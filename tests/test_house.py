@@ -20,7 +20,7 @@ LONGEST_MODULE, LONGEST_FUNCTION = 300, 40
 EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib", "optuna", "sqlalchemy")
 EXTRAS += ("accelerate", "transformers", "lightning")
 
-KNOWN: dict[str, set[str]] = {"long_modules": {"factored.engine", "factored.passes"}}
+KNOWN: dict[str, set[str]] = {}
 
 Import = tuple[str, str]  # a module below ``steppe``, and the absolute name that it imports
 

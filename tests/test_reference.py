@@ -36,7 +36,14 @@ METHODS = {
     "LookSAM": {"k": 2, "alpha": 0.7},
     "FSAM": {"sigma": 0.8, "decay": 0.6},
     "VaSSO": {"theta": 0.4},
+    "LESAM": {"sigma": 0.1},
+    "XSAM": {"alpha": 1.6},
+    "SSAM": {},
+    "ZSharp": {"q": 0.6},
+    "GCSAM": {},
+    "LookbehindSAM": {"k": 3, "alpha": 0.3},
 }
+READING = {"MomentumSAM": ("momentum", "adam", "adamw"), "PreconditionedSAM": ("adam", "adamw", "rmsprop")}
 
 
 def problems(w: World) -> list[Problem]:
@@ -62,6 +69,38 @@ def test_against_the_reference(name: str, m: int | None, base: str) -> None:
     expected = expected_path(name, w, base, m=m, **hyper)
     more = {"full": w.full} if name == "NSAM" else {}
     assert_same_path(getattr(steppe, name)(BASES[base](w.parameters()), rho=RHO, m=m, **hyper, **more), w, expected)
+
+
+@pytest.mark.parametrize(("name", "base"), [(name, base) for name, bases in READING.items() for base in bases])
+@pytest.mark.parametrize("m", [None, 3])
+def test_methods_that_read_the_bases_state(name: str, base: str, m: int | None) -> None:
+    w = world()
+    expected = expected_path(name, w, base, m=m)
+    assert_same_path(getattr(steppe, name)(BASES[base](w.parameters()), rho=RHO, m=m), w, expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_wsam_with_its_authors_clipping(base: str) -> None:
+    w, hyper = world(), {"gamma": 0.8, "clip_each": 0.5}
+    expected = expected_path("WSAMClip", w, base, **hyper)
+    assert_same_path(steppe.WSAM(BASES[base](w.parameters()), RHO, **hyper), w, expected)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_lookbehind_with_a_share_for_every_tensor(base: str) -> None:
+    w = world()
+    expected = expected_path("LookbehindSAM", w, base, k=2, alpha=None)
+    assert_same_path(steppe.LookbehindSAM(BASES[base](w.parameters()), RHO, k=2, alpha=None), w, expected)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.0), (0.7, -1.0), (9.0, 9.0)])
+@pytest.mark.parametrize("base", BASES)
+def test_ae_sam(base: str, start: float, end: float) -> None:
+    w, hyper = world(), {"start": start, "end": end, "steps": 3, "decay": 0.7}
+    expected = expected_path("AESAM", w, base, **hyper)
+    opt = steppe.AESAM(BASES[base](w.parameters()), RHO, **hyper)
+    assert_same_path(opt, w, expected)
+    assert opt.param_groups[0]["sharpness.mu"] > 0
 
 
 @pytest.mark.parametrize(("m", "base"), [(None, "momentum"), (3, "momentum"), (None, "adamw"), (3, "adamw")])

@@ -195,7 +195,8 @@ class Program:
     def rehearse(self, x: Tensor, y: Tensor) -> None:
         """Shared passes are rehearsed now, so that what follows meets the passes themselves."""
         self.world.x, self.world.y = x, y
-        SharedPasses().entry(self.opt._stepper.oracle(self.world.batch), self.world.batch)
+        for m in {getattr(self.opt._stepper.rule, "m", None), None}:
+            SharedPasses().entry(self.opt._stepper.oracle(self.world.batch), self.world.batch, m)
 
     def copy(self) -> None:
         """A copy goes on in place of the original."""
@@ -367,7 +368,7 @@ class Flat:
 
 @pytest.mark.parametrize("base", FLAT_BASES)
 @pytest.mark.parametrize("case", METHODS + MICRO + PARALLEL, ids=lambda c: c.name)
-@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.filterwarnings("ignore:a gradient is not finite", "ignore:micro-batches of m=. run in a loop")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_many_steps_against_the_reference(case: Case, base: str) -> None:
     draw = random.Random(f"{case.name} {base}")
@@ -421,7 +422,7 @@ def chance(over_batch: bool) -> World:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
-@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.filterwarnings("ignore:a gradient is not finite", "ignore:micro-batches of m=. run in a loop")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:
     """Bit for bit: weights, buffers, states and random numbers. The twin is an optimizer of ordinary steps."""
@@ -487,7 +488,7 @@ def few_objects():
 
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
-@pytest.mark.filterwarnings("ignore:a gradient is not finite")
+@pytest.mark.filterwarnings("ignore:a gradient is not finite", "ignore:micro-batches of m=. run in a loop")
 @pytest.mark.usefixtures("rehearsed_once", "few_objects")
 def test_nothing_grows(case: Case) -> None:
     """As many tensors after many steps of every kind as after few."""

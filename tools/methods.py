@@ -48,12 +48,13 @@ def public(module: str) -> list[str]:
     """Return the public classes that a module of the package defines, in the order of the linter."""
     found = vars(import_module(f"steppe.{module}"))
     names = [n for n, v in found.items() if inspect.isclass(v) and v.__module__ == f"steppe.{module}" and n[0] != "_"]
-    return ordered([*names, *(["METHODS"] if module == "methods" else [])])
+    return ordered([*names, *(["METHODS"] if module == "methods" else [])], imports=True)
 
 
-def ordered(names: list[str]) -> list[str]:
-    """Return names in the linter's order: constants, classes, the rest."""
-    return sorted(set(names), key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
+def ordered(names: list[str], imports: bool = False) -> list[str]:
+    """Return names in the linter's order: constants, classes, the rest; of imports without regard to case."""
+    kind = lambda name: 0 if name.isupper() else 1 if name[0].isupper() else 2  # noqa: E731
+    return sorted(set(names), key=lambda name: (kind(name), name.lower() if imports else name))
 
 
 def with_names(text: str) -> str:

@@ -8,50 +8,88 @@ from steppe.engine.vector import Vector
 from steppe.joint import Joint
 from steppe.mean_batch import MeanBatch
 from steppe.methods import (
+    AESAM,
     ASAM,
     ESAM,
     FSAM,
+    GCSAM,
     GSAM,
+    LESAM,
     METHODS,
     NSAM,
     RWSAM,
     SAM,
+    SSAM,
     USAM,
     WSAM,
+    XSAM,
     CoupledWSAM,
+    EigenSAM,
     FisherSAM,
+    FunctionalSAM,
+    LookbehindSAM,
     LookSAM,
+    MomentumSAM,
+    PreconditionedSAM,
     ReweightedSharpness,
     UnifiedSAM,
     VaSSO,
+    ZSharp,
 )
 from steppe.optimizer import SharpnessAware
-from steppe.pieces.combine import Coupled, Perturbed, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
+from steppe.pieces.combine import (
+    Coupled,
+    Perturbed,
+    RememberOrthogonal,
+    Rescaled,
+    ReuseOrthogonal,
+    SearchedSlerp,
+    Slerp,
+    SurrogateGap,
+    Weighted,
+)
 from steppe.pieces.geometry import (
     Adaptive,
+    Eigen,
     Euclidean,
     Everything,
     Fisher,
+    LossBudget,
     Matrices,
     Named,
+    Preconditioned,
     Scaled,
     Unified,
     Unnormalised,
 )
 from steppe.pieces.protocol import Declaration
-from steppe.pieces.rules import BothWeighted
-from steppe.pieces.sample import Friendly, Masked, Mean, OnFull, Reweighted, Smoothed, Subset
+from steppe.pieces.rules import BothWeighted, Functional, Lookbehind
+from steppe.pieces.sample import (
+    Centralised,
+    Filtered,
+    Friendly,
+    Masked,
+    Mean,
+    Momentum,
+    OnFull,
+    Reweighted,
+    Smoothed,
+    Subset,
+)
 from steppe.pieces.select import All, Sharpest
 from steppe.pieces.weights import EffectiveSize, Exact, FiniteDifference, Softmax
-from steppe.rule import Every, Micro, Plain, Rule
+from steppe.rule import Every, Micro, Plain, Rule, WhereSteep
 from steppe.telemetry import Telemetry
 
 __all__ = [
-    "ASAM", "ESAM", "FSAM", "GSAM", "METHODS", "NSAM", "RWSAM", "SAM", "USAM", "WSAM", "Adaptive", "All", "Batch",
-    "Batches", "BothWeighted", "Coupled", "CoupledWSAM", "Declaration", "EffectiveSize", "Euclidean", "Every",
-    "Everything", "Exact", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Joint", "LookSAM", "Masked",
-    "Matrices", "Mean", "MeanBatch", "Micro", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "RememberOrthogonal",
-    "ReuseOrthogonal", "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "Sharpest", "SharpnessAware", "Smoothed",
-    "Softmax", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO",
-    "Vector", "Weighted", "schedule",
+    "AESAM", "ASAM", "ESAM", "FSAM", "GCSAM", "GSAM", "LESAM", "METHODS", "NSAM", "RWSAM", "SAM", "SSAM", "USAM",
+    "WSAM", "XSAM", "Adaptive", "All", "Batch", "Batches", "BothWeighted", "Centralised", "Coupled", "CoupledWSAM",
+    "Declaration", "EffectiveSize", "Eigen", "EigenSAM", "Euclidean", "Every", "Everything", "Exact", "Filtered",
+    "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Functional", "FunctionalSAM", "Joint", "LookSAM",
+    "Lookbehind", "LookbehindSAM", "LossBudget", "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Momentum",
+    "MomentumSAM", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "Preconditioned", "PreconditionedSAM",
+    "RememberOrthogonal", "Rescaled", "ReuseOrthogonal", "Reweighted", "ReweightedSharpness", "Rule", "Scaled",
+    "SearchedSlerp", "Sharpest", "SharpnessAware", "Slerp", "Smoothed", "Softmax", "Subset", "SurrogateGap",
+    "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector", "Weighted", "WhereSteep",
+    "ZSharp", "schedule",
 ]  # fmt: skip

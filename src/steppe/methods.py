@@ -14,13 +14,42 @@ from steppe.engine.docstrings import add_shared_arguments
 from steppe.engine.passes import Closure
 from steppe.optimizer import SharpnessAware
 from steppe.options import Base, Options
-from steppe.pieces.combine import Coupled, RememberOrthogonal, ReuseOrthogonal, SurrogateGap, Weighted
-from steppe.pieces.geometry import Adaptive, Fisher, Matrices, Scaled, Unified, Unnormalised, Which
-from steppe.pieces.rules import BothWeighted
-from steppe.pieces.sample import Friendly, Masked, OnFull, Reweighted, Smoothed
+from steppe.pieces.combine import (
+    Coupled,
+    RememberOrthogonal,
+    Rescaled,
+    ReuseOrthogonal,
+    SearchedSlerp,
+    Slerp,
+    SurrogateGap,
+    Weighted,
+)
+from steppe.pieces.geometry import (
+    Adaptive,
+    Eigen,
+    Fisher,
+    LossBudget,
+    Matrices,
+    Preconditioned,
+    Scaled,
+    Unified,
+    Unnormalised,
+    Which,
+)
+from steppe.pieces.rules import BothWeighted, Functional, Lookbehind
+from steppe.pieces.sample import (
+    Centralised,
+    Filtered,
+    Friendly,
+    Masked,
+    Momentum,
+    OnFull,
+    Reweighted,
+    Smoothed,
+)
 from steppe.pieces.select import Sharpest
 from steppe.pieces.weights import EffectiveSize, Softmax
-from steppe.rule import Every, Rule
+from steppe.rule import Every, Rule, WhereSteep
 from steppe.schedule import Schedule
 
 Radius = float | Schedule
@@ -153,10 +182,19 @@ class WSAM(SharpnessAware):
 
     Args:
         gamma: the weight of sharpness, in [0, 1): ``L + gamma / (1 - gamma) (L_SAM - L)`` is minimised.
+        clip_each: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted: ``max_norm`` of
+            the authors' code. ``max_norm`` here clips the whole step once.
     """
 
-    def __init__(self, base: Base, rho: Radius = 0.05, gamma: float = 0.9, **options: Unpack[Options]) -> None:
-        super().__init__(base, Rule(combine=Weighted(gamma)), rho, **options)
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        gamma: float = 0.9,
+        clip_each: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, Rule(combine=Weighted(gamma, clip_each)), rho, **options)
 
 
 class CoupledWSAM(SharpnessAware):
@@ -289,6 +327,203 @@ class VaSSO(SharpnessAware):
 
     def __init__(self, base: Base, rho: Radius = 0.05, theta: float = 0.9, **options: Unpack[Options]) -> None:
         super().__init__(base, Rule(sample=Smoothed(theta)), rho, **options)
+
+
+class MomentumSAM(SharpnessAware):
+    """``eps = -rho v / norm(v)``, ``v`` the base's momentum, ``u = g_adv``.
+
+    Costs one pass. The base must keep a momentum: SGD with momentum, Muon, Adam and its relatives. There is no pass at
+    ``w``: ``step`` returns the loss at ``w + eps``, and running statistics are those of ``w + eps``. Before the base's
+    first step nothing is perturbed. The authors' code stores the perturbed weights between steps, and applies weight
+    decay to these; here the parameters are ``w``, which is what is evaluated, saved and decayed.
+
+    Source: Becker et al. 2024, arXiv 2401.12033; the authors' code.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.3, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(sample=Momentum()), rho, **options)
+
+
+class LESAM(SharpnessAware):
+    """``eps = min(sigma / norm(g), rho) g / norm(g)``, ``u = g_adv``: a fixed rise of the loss, not a fixed radius.
+
+    Costs two passes. The paper lets ``sigma`` fall to 0 over its last epochs, along a cosine: ``schedule.Cosine``. Its
+    largest radius is not known to us, so ``rho``'s default is our choice.
+
+    Source: Wang et al. 2026, arXiv 2605.10183.
+
+    Args:
+        sigma: the rise of the loss to first order, at least 0; a number or a schedule.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.5, sigma: Radius = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=LossBudget(sigma)), rho, **options)
+
+
+class XSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = norm(g_adv)`` times a unit vector ``alpha`` of the angle from ``g`` to ``g_adv``.
+
+    Costs two passes and 21 forwards more at every search. ``alpha`` is the one of 0, 0.1, ..., 2 along which the loss
+    at ``w + 2 rho`` is the highest: the authors' values. The search needs a :class:`~steppe.Batch`; with a fixed
+    ``alpha`` there is none. It is not X-SAM, arXiv 2601.10251.
+
+    Source: arXiv 2603.10048; the authors' code.
+
+    Args:
+        alpha: fixed, at least 0; 1 is SAM. ``None`` searches.
+        every: how many steps apart the searches are; the authors search once an epoch.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.15,
+        alpha: float | None = None,
+        every: int = 400,
+        **options: Unpack[Options],
+    ) -> None:
+        combine = SearchedSlerp(every) if alpha is None else Slerp(alpha)
+        super().__init__(base, Rule(combine=combine), rho, **options)
+
+
+class SSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = norm(g) / norm(g_adv) g_adv``: Stable SAM.
+
+    Costs two passes. Sparse SAM, of the same letters, is another method.
+
+    Source: Tan et al. 2024, arXiv 2401.07250.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(combine=Rescaled()), rho, **options)
+
+
+class ZSharp(SharpnessAware):
+    """``eps = rho d / norm(d)``, ``d`` the entries of ``g`` whose z-score in their tensor exceeds its quantile ``q``.
+
+    Costs two passes. As in the paper the norm is over all parameters together. In the authors' code each filtered
+    tensor gets the length ``rho`` by itself, so that ``norm(eps)`` grows with their number.
+
+    Source: Yun 2025, arXiv 2505.02369; the authors' code.
+
+    Args:
+        q: the share of each tensor's entries that is left out, in [0, 1).
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, q: float = 0.95, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(sample=Filtered(q)), rho, **options)
+
+
+class GCSAM(SharpnessAware):
+    """``eps = rho d / norm(d)``, ``d`` the centralised ``g``, ``u = g_adv``.
+
+    Costs two passes. ``norm(d)`` is the paper's; the authors' code divides by ``norm(g)``. The paper centralises
+    ``g_adv`` too, their code does not, and this is the code's.
+
+    Source: Hassan et al. 2025, arXiv 2501.11584; the authors' code.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(sample=Centralised()), rho, **options)
+
+
+class AESAM(SharpnessAware):
+    """SAM where ``norm(g)^2 >= mu + c sigma``, its running mean and deviation; elsewhere the base's own step.
+
+    Costs one pass or two where it is SAM. ``c`` goes from ``start`` to ``end`` over ``steps`` steps; the paper's values
+    are not known to us. See :class:`~steppe.WhereSteep`.
+
+    Source: Jiang et al. 2023, arXiv 2304.14647.
+
+    Args:
+        start: ``c`` at the first step; lower is more SAM.
+        end: ``c`` after ``steps`` steps.
+        steps: how many.
+        decay: how slowly mean and deviation follow, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        start: float = 0.0,
+        end: float = 0.0,
+        steps: int = 1,
+        decay: float = 0.9,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, WhereSteep(Rule(), start, end, steps, decay), rho, **options)
+
+
+class FunctionalSAM(SharpnessAware):
+    """SAM's ``eps``, ``u = J(w + eps)^T grad_F l(F(w))``, ``F`` the model's output and ``J`` its Jacobian.
+
+    Costs two passes. Needs a batch of :meth:`steppe.Batch.supervised`, whose loss is split into model and criterion.
+    With the preconditioned perturbation it is ``SharpnessAware(base, Functional(Preconditioned()), rho)``.
+
+    Source: Singh et al. 2025, arXiv 2502.02407.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Functional(), rho, **options)
+
+
+class PreconditionedSAM(SharpnessAware):
+    """``eps = rho M^-1 g / norm(M^-1 g)``, ``M`` the root of the base's second moment, ``u = g_adv``.
+
+    Costs two passes. The base must keep a second moment: Adam and its relatives, RMSprop. We know the paper's method by
+    ``eps ~ M^-1 g`` alone; that ``eps`` has the Euclidean length ``rho`` is our choice.
+
+    Source: Singh et al. 2025, arXiv 2502.02407.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=Preconditioned()), rho, **options)
+
+
+class EigenSAM(SharpnessAware):
+    """``eps = rho (g / norm(g) + alpha sign(<g, v>) v')``, ``v`` the Hessian's top eigenvector, ``v'`` across ``g``.
+
+    Costs two passes and ten more at every hundredth step: 2.1 on average. See :class:`~steppe.Eigen`.
+
+    Source: Luo et al., arXiv 2501.12666; the authors' code.
+
+    Args:
+        alpha: the length of the second term, at least 0.
+        every: how many steps apart ``v`` is renewed.
+        power: how many steps of power iteration, two passes each.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rho: Radius = 0.05,
+        alpha: float = 0.2,
+        every: int = 100,
+        power: int = 5,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(base, Rule(geometry=Eigen(alpha, every, power)), rho, **options)
+
+
+class LookbehindSAM(SharpnessAware):
+    """``k`` ascents in a row, each by the gradient where the last one ended, ``u = alpha`` times the sum of the ``k``
+    gradients there.
+
+    Costs ``k + 1`` passes. Exact beside SGD without momentum; the authors' fast weights take ``k`` steps of the base:
+    :class:`~steppe.Lookbehind`. Without a perturbation ``u`` is ``alpha k g``.
+
+    Source: Mordido et al. 2024, arXiv 2307.16704; the authors' code.
+
+    Args:
+        k: how many ascents, at least 1.
+        alpha: the share of the way that the weights take, in (0, 1]; ``None`` adapts it for each tensor.
+    """
+
+    def __init__(
+        self, base: Base, rho: Radius = 0.05, k: int = 2, alpha: float | None = 0.5, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(base, Lookbehind(k, alpha), rho, **options)
 
 
 METHODS: tuple[type[SharpnessAware], ...] = tuple(SharpnessAware.__subclasses__())

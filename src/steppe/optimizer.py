@@ -188,8 +188,8 @@ class SharpnessAware(Facade):
         Args:
             closure: as for :meth:`step`.
             scaler: as for :meth:`step`; the gradients are left unscaled.
-            rescale: leave them scaled again, as after ``scaler.scale(loss).backward()``, for frameworks that call
-                ``scaler.unscale_``, ``scaler.step`` and ``scaler.update`` by themselves.
+            rescale: a framework takes the gradients from here, and may call ``scaler.unscale_``, ``scaler.step`` and
+                ``scaler.update`` by itself: leave them scaled, as after ``scaler.scale(loss).backward()``.
 
         Returns:
             The loss at ``w``.
@@ -210,6 +210,7 @@ class SharpnessAware(Facade):
         f, pending = self._stepper.passes(closed, scaler)
         self._report(f, pending)
         pending.leave_gradients(f, (scaler or getattr(closed, "scaler", None)) if rescale else None)
+        pending.rescaled = rescale
         self._pending = pending
         return f.passes.log.loss
 

@@ -161,6 +161,46 @@ class Every:
         return self.between if step % self.k else self.rule
 
 
+@dataclass(frozen=True)
+class WhereSteep:
+    """``rule`` where ``norm(g)^2 >= mu + c sigma``, elsewhere the base optimizer's own step: AE-SAM.
+
+    ``mu <- decay mu + (1 - decay) norm(g)^2`` and ``sigma^2 <- decay sigma^2 + (1 - decay) (norm(g)^2 - mu)^2`` follow
+    the squared norm (Jiang et al. 2023, arXiv 2304.14647). ``c`` goes from ``start`` to ``end`` in a straight line over
+    ``steps`` steps. The first ``mu`` is the first squared norm, and the first ``sigma`` 0: our choice. Every step waits
+    for the device once. Under data parallelism all ranks take the mean of their squared norms, and one way.
+
+    Raises:
+        ValueError: ``steps`` is no positive integer, ``decay`` is not in [0, 1].
+    """
+
+    rule: AnyRule = Rule()
+    start: float = 0.0
+    end: float = 0.0
+    steps: int = 1
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("steps", self.steps)
+        checks.share("decay", self.decay)
+
+    def __call__(self, f: Oracle) -> Update:
+        """Return this step's update."""
+        square = f.g.norm() ** 2
+        now = float(f.passes.ranks.mean_number(square) if f.is_whole else square)
+        mu = self.decay * f.recall_number("mu", default=now) + (1 - self.decay) * now
+        variance = self.decay * f.recall_number("variance", default=0.0) + (1 - self.decay) * (now - mu) ** 2
+        f.remember_number("mu", mu)
+        f.remember_number("variance", variance)
+        c = self.start + (self.end - self.start) * min(1.0, f.step / self.steps)
+        return f.average(self.rule if now >= mu + c * variance**0.5 else Plain())
+
+    @property
+    def declares(self) -> Declaration:
+        """The squared norm's mean and variance, beside what the rule declares."""
+        return Declaration(numbers=frozenset({"mu", "variance"}))
+
+
 class Parts(TypedDict, total=False):
     """The options of every method that choose the examples of a perturbation: see :class:`~steppe.SharpnessAware`."""
 
@@ -180,7 +220,7 @@ def on_micro_batches(
     """Return ``rule`` on micro-batches of ``m``, of which ``sampled`` are drawn; ``m=None`` is the whole batch.
 
     With ``ascent`` the perturbation comes from that many random examples; ``clip`` limits the correction of a sample.
-    Of :class:`Every` the rule of its k-th steps is changed.
+    Of :class:`Every` and :class:`WhereSteep` the rule inside is changed.
 
     Raises:
         ValueError: ``sampled`` without ``m``, ``clip`` without ``sampled``, ``ascent`` with ``m``, or ``ascent`` of a
@@ -192,7 +232,7 @@ def on_micro_batches(
         raise ValueError(f"clip needs m= and sampled=, whose correction it limits, got clip={clip!r}")
     if m is not None and ascent is not None:
         raise ValueError(f"ascent must be None beside m=, which gives every micro-batch its own, got ascent={ascent!r}")
-    if isinstance(rule, Every):
+    if isinstance(rule, Every | WhereSteep):
         return replace(rule, rule=on_micro_batches(rule.rule, m, sampled, ascent, clip))
     if ascent is not None:
         return _from_subset(rule, ascent)

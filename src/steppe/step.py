@@ -70,7 +70,6 @@ class Pending:
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Scale the gradients again, for a framework whose scaler will unscale them."""
-        self.rescaled = scaler is not None
         if scaler is not None:
             for p in self.parameters:
                 p.grad = None if p.grad is None else scaler.scale(p.grad)
@@ -119,7 +118,6 @@ class Skipped:
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Set the gradients to NaN, so that whoever checks them skips the step too."""
-        self.rescaled = scaler is not None
         for p in f.passes.parameters.tensors:
             p.grad = torch.full_like(p, torch.nan) if p.requires_grad else None
 

@@ -94,8 +94,11 @@ class StepLog:
     rates: dict[str, float] = field(default_factory=dict)  # at which what is remembered moves towards it
     any_gradient: bool = False
 
-    def add(self, share: float, other: StepLog) -> None:
-        """Merge what a part of the batch saw."""
+    def add(self, share: float, other: StepLog, first: bool = False) -> None:
+        """Merge what a part of the batch saw; the means of the parts replace what a pass over the whole saw before."""
+        for name in other.numbers if first else ():
+            if name not in ("forwards", "backwards"):
+                self.numbers.pop(name, None)
         for name, value in other.numbers.items():
             self.numbers[name] = self.numbers.get(name, 0.0) + share * value
         for name, vector in other.memory.items():

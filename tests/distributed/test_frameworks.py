@@ -27,6 +27,8 @@ def net() -> nn.Module:
 
 
 def sam(model: nn.Module, sync: str, **more) -> steppe.SharpnessAware:
+    if sync == "parts":  # of one example, all drawn
+        return steppe.USAM(sgd(model), rho=0.1, m=1, sampled=16 * K)
     return steppe.WSAM(sgd(model), rho=0.1, gamma=0.7, sync=sync, **more)
 
 
@@ -163,6 +165,22 @@ def alone(sync: str) -> list[Tensor]:
         x, y = (torch.cat(part) for part in zip(*(ours[0::2] + ours[1::2]), strict=True))  # rank by rank
         optimizer.step(steppe.Batch.supervised(model, criterion, x, y))
     return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("framework", ["with_accelerate", "with_the_trainer", "with_lightning"])
+def test_parts_of_two_ranks_are_averaged(framework: str, two_ranks) -> None:
+    """Every rank draws its own; parts of 1 are m-SAM for any draw."""
+    (first, forwards), (second, also) = two_ranks(run, framework, "parts")
+    assert forwards == also
+    for p, q in zip(first, second, strict=True):
+        assert torch.equal(p, q)
+    model = net()
+    optimizer = steppe.USAM(sgd(model), rho=0.1, m=1)
+    for i in range(0, ROUNDS, 2 * K):
+        x, y = (torch.cat(part) for part in zip(*batches(ROUNDS)[i : i + 2 * K], strict=True))
+        optimizer.step(steppe.MeanBatch(model, cross_entropy, (x, y)))
+    for p, expected in zip(first, model.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sync", ["local", "global"])

@@ -288,13 +288,6 @@ def test_without_the_mixin_float16_is_refused_with_what_to_write(tmp_path) -> No
 
 
 def test_what_cannot_be_done_is_refused_with_what_to_write(tmp_path, monkeypatch) -> None:
-    class Forgets(Module):
-        def configure_callbacks(self):
-            return []
-
-    with pytest.raises(RuntimeError, match=r"super\(\)\.configure_callbacks\(\)"):
-        trainer(tmp_path).fit(Forgets(), loader(batches(1)))
-
     class Iterates(Module):
         def training_step(self, dataloader_iter):
             return self.loss(next(dataloader_iter)[0])
@@ -313,3 +306,180 @@ def test_what_cannot_be_done_is_refused_with_what_to_write(tmp_path, monkeypatch
     monkeypatch.setattr("steppe.integrations.lightning.SingleDeviceStrategy", int)
     with pytest.raises(NotImplementedError, match='choose strategy="auto" or "ddp"'):
         trainer(tmp_path).fit(module, loader(batches(1)))
+
+
+PARTS = {
+    "sampled": lambda base, rho=0.1: steppe.SAM(base, rho=rho, m=4, sampled=2),
+    "USAM": lambda base, rho=0.1: steppe.USAM(base, rho=rho, m=8, sampled=1),
+    "ascent": lambda base, rho=0.1: steppe.SAM(base, rho=rho, ascent=4),
+}
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_batch_are_those_of_a_mean_batch(name: str, k: int, tmp_path) -> None:
+    data, module, other = batches(3 * k), Module(PARTS[name]), Net()
+    fit = trainer(tmp_path, accumulate_grad_batches=k)
+    if name == "ascent" and k > 1:
+        with pytest.raises(NotImplementedError, match="earlier micro-batches of accumulate_grad_batches at w"):
+            fit.fit(module, loader(data))
+        return
+    fit.fit(module, loader(data))
+    optimizer = PARTS[name](sgd(other))
+    torch.set_rng_state(module.random[0])
+    loss = lambda m, d: nn.functional.cross_entropy(m(d[0]), d[1])  # noqa: E731
+    for group in grouped(data, k):
+        optimizer.step([steppe.MeanBatch(other, loss, b) for b in group])
+    for p, q in zip(module.net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert module.optimizers().telemetry.passes == pytest.approx(optimizer.telemetry.passes)
+    assert fit.callback_metrics["sharpness_passes"] == pytest.approx(optimizer.telemetry.passes)
+    assert int(sum(module.accuracy.tp + module.accuracy.fn)) in (0, 48 * k)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_radius_of_zero_is_lightning_bit_for_bit(name: str, tmp_path) -> None:
+    data, ours, theirs = batches(6), Module(lambda base: PARTS[name](base, 0.0)), Module(lambda base: base)
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        trainer(tmp_path, accumulate_grad_batches=2, gradient_clip_val=0.5).fit(module, loader(data))
+    assert same(ours.net, theirs.net)
+
+
+def test_the_telemetry_is_logged(tmp_path) -> None:
+    module, fit = Module(), trainer(tmp_path)
+    fit.fit(module, loader(batches(2)))
+    seen = module.optimizers().telemetry
+    for name in ("gap", "g_norm", "eps_norm", "passes"):
+        assert float(fit.callback_metrics[f"sharpness_{name}"]) == pytest.approx(float(getattr(seen, name)))
+    quiet, fit = Module(), trainer(tmp_path)
+    quiet.log_sharpness = False
+    fit.fit(quiet, loader(batches(2)))
+    assert not any("sharpness" in name for name in fit.callback_metrics)
+
+
+class Tuned(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.batch_size = 0.1, 4
+
+    def train_dataloader(self):
+        x, y = (torch.cat(part) for part in zip(*batches(4), strict=True))
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), self.batch_size)
+
+    def configure_optimizers(self):
+        return self.make(torch.optim.SGD(self.parameters(), lr=self.lr))
+
+
+def test_the_tuner_runs_both_passes(tmp_path) -> None:
+    module, fit = Tuned(), trainer(tmp_path)
+    found = L.pytorch.tuner.Tuner(fit).lr_find(module, num_training=5, update_attr=False)
+    assert len(found.results["loss"]) == 5
+    assert module.net.forwards == 2 * 5
+    L.pytorch.tuner.Tuner(trainer(tmp_path)).scale_batch_size(module, max_trials=2, steps_per_trial=1, init_val=4)
+    assert module.batch_size == 8
+    fit = trainer(tmp_path)
+    fit.fit(module)
+    assert module.optimizers().telemetry.passes == 2
+    assert fit.global_step == 8
+
+
+def test_hooks_of_the_user_need_not_call_super(tmp_path) -> None:
+    calls = []
+
+    class Own(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            calls.append("start")
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            calls.append("end")
+
+    class Calls(Own):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+
+    for cls in (Own, Calls):
+        data, module = batches(4), cls()
+        trainer(tmp_path, accumulate_grad_batches=2).fit(module, loader(data))
+        other, _ = plain(module, METHODS["SAM"], grouped(data, 2))
+        assert same(module.net, other)
+    assert calls == ["start", "end"] * 8
+
+
+def test_two_optimizers(tmp_path) -> None:
+    """Manual optimisation of two parts of a model, as of a generator and a discriminator."""
+
+    class Two(Manual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = Net()
+
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+        def configure_optimizers(self):
+            return [METHODS["SAM"](sgd(self.net)), METHODS["USAM"](sgd(self.other))]
+
+        def training_step(self, batch, batch_idx):
+            for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+
+                def closure(net=net, optimizer=optimizer):
+                    self.random = self.random or [torch.get_rng_state()]
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+                    self.manual_backward(loss)
+                    return loss
+
+                self.sharpness_step(closure, optimizer)
+
+    module, fit, data = Two(), trainer(tmp_path), batches(3)
+    fit.fit(module, loader(data))
+    first, second = Net(), Net()
+    optimizers = METHODS["SAM"](sgd(first)), METHODS["USAM"](sgd(second))
+    torch.set_rng_state(module.random[0])
+    for batch in data:
+        for net, optimizer in zip((first, second), optimizers, strict=True):
+            plain_loop(net, optimizer, [[batch]])
+    assert same(module.net, first)
+    assert same(module.other, second)
+    assert {"sharpness_gap_0", "sharpness_gap_1"} <= fit.callback_metrics.keys()
+
+
+def test_methods_without_a_pass_at_w_say_what_to_write(tmp_path) -> None:
+    for make, message in (
+        (lambda base: steppe.SAM(base, m=4), r"sharpness_step\(closure\).*; or sampled="),
+        (steppe.RWSAM, r"the closure may be a steppe\.Batch"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            trainer(tmp_path).fit(Module(make), loader(batches(1)))
+
+    class Nothing(Module):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.raises(TypeError, match="training_step must return a loss"),
+    ):
+        trainer(tmp_path).fit(Nothing(), loader(batches(1)))
+
+
+def test_a_step_without_any_gradient(tmp_path) -> None:
+    class Sometimes(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(64, 10)
+
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy((self.net if batch_idx else self.other)(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return self.make(sgd(self.net))
+
+    module = Sometimes()
+    with pytest.warns(UserWarning, match="no parameter received a gradient"):
+        trainer(tmp_path).fit(module, loader(batches(3)))
+    assert module.optimizers().telemetry.steps == 3

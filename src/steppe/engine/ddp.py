@@ -122,7 +122,7 @@ class Ranks:
         if self.alone:
             return x
         device = next(self.replicas[0].parameters()).device
-        total = torch.as_tensor(x, dtype=torch.float32, device=device).clone()
+        total = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
         distributed.all_reduce(total, group=self.replicas[0].process_group)
         return total / distributed.get_world_size(self.replicas[0].process_group)
 

@@ -8,16 +8,7 @@ from steppe.engine.weights import moved
 
 
 def hessian_vector_product(passes: Passes, v: Vector, guard: bool) -> Vector:
-    """Return ``(grad f(w + h v) - grad f(w - h v)) / 2 h``, ``norm(h v)`` the third root of the type's precision.
-
-    Args:
-        passes: the step's passes, at ``w``.
-        v: the vector.
-        guard: take no pass at weights that are not finite.
-
-    Raises:
-        TypeError: parameters are in low precision.
-    """
+    """Return the Hessian times ``v``, as :meth:`steppe.Oracle.hvp` says; ``guard`` as for :func:`moved`."""
     w = passes.parameters.tensors
     if any(wide(p) is not p for p in w):
         raise TypeError("hvp needs parameters in float32 or float64: low precision cannot hold its small step")

@@ -141,7 +141,10 @@ class Oracle(Remembering):
         if self._looking and weights is not None and on is None and wrt is None and not away and self._shortcuts:
             d = self._shortcuts.weighted_gradient(self, weights)
             if d is not None:
-                return self.passes.made(d)
+                d = self.passes.made(d)
+                if self._g is not None:  # from the same pass
+                    self.passes.log.numbers["g_norm"] = self._g.norm()
+                return d
         says = self._declares
         alone = (says.linear and not says.g) if away else not says.g_adv
         final = alone and self.is_whole and not self._looking  # the update is made of this gradient alone
@@ -196,10 +199,7 @@ class Oracle(Remembering):
     def pull_back(self, v: Sequence[Tensor]) -> Vector:
         """Return the mean over the examples of ``J^T v_i``, ``J`` the Jacobian of the model's output here.
 
-        With ``v`` from :meth:`output_gradient` it is ``g`` at ``w``.
-
-        Args:
-            v: one vector an example, in the form of :meth:`output_gradient`.
+        ``v`` is in the form of :meth:`output_gradient`; with that itself the answer at ``w`` is ``g``.
         """
         with self.passes.over(holding(self.batch(), v)):
             return self.grad()
@@ -261,12 +261,13 @@ class Oracle(Remembering):
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
         """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
-        whole = self.batch().weight
+        whole, first = self.batch().weight, True
         for batch in batches:
             f, share = self.part(batch), batch.weight / whole
             if share:
                 yield share, f
-                self.passes.log.add(share, f.passes.log)
+                self.passes.log.add(share, f.passes.log, first)
+                first = False
 
     def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
         """Return the oracle of a part of the batch."""

@@ -164,9 +164,7 @@ class Passes:
         """Return the gradient here, by one forward and backward, as the ranks share it.
 
         Args:
-            on: indices of examples, shape ``(k,)``.
-            weights: one weight an example, shape ``(n,)``.
-            wrt: which parameters to differentiate by; the others' entries are ``None`` and their backward is saved.
+            on, weights, wrt: as for :meth:`steppe.Oracle.grad`.
             under: a context for the forward pass of a :class:`~steppe.Batch`.
             final: the update is made of this gradient alone, so DDP may average it in its backward pass.
         """

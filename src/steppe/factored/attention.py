@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from steppe.factored.passes import CannotFactor, Interception
+from steppe.factored.passes import Interception
+from steppe.factored.tracked import CannotFactor
 
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 

@@ -13,7 +13,8 @@ from torch.func import grad, vmap
 
 from steppe.engine.functional import functional
 from steppe.factored.batch_norm import update_running_statistics
-from steppe.factored.passes import CannotFactor, FirstPass, Interception, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, Interception, Matrices, SecondPass, Site, Small
+from steppe.factored.tracked import CannotFactor
 
 _registered: set[type[nn.Module]] = set()
 
@@ -63,7 +64,10 @@ def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
 
 
 def _run(box: BlackBox, passing: Interception, x: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():  # the functions that the module calls are not intercepted
+    with (
+        passing.understood(),
+        torch._C.DisableTorchFunction(),
+    ):  # the functions that the module calls are not intercepted
         y: Tensor = getattr(box, passing.method)(passing, x)
         return y
 

@@ -13,8 +13,9 @@ from steppe.factored.batch_norm import BatchNorm
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
-from steppe.factored.passes import CannotFactor, FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, Matrices, SecondPass, Site, Small
 from steppe.factored.patches import ConvSpec
+from steppe.factored.tracked import CannotFactor
 
 
 @dataclass

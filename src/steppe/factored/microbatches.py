@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import prod
 
 import torch
@@ -35,14 +36,36 @@ class Layout:
         return torch.arange(rows, device=device) // self.inner % self.n
 
 
-def layouts(n: int, leading: Sequence[int]) -> list[Layout]:
-    """Return how ``n`` examples may lie in leading dimensions: along one, or folded into one with others."""
-    inners = []
+@dataclass(frozen=True)
+class Place:
+    """Where examples lie in the leading dimensions of a tensor, whatever their sizes.
+
+    Attributes:
+        dimension: the dimension along which they lie.
+        folded: whether it may hold several rows of an example: ``""`` for one, ``"outer"`` where those are neighbours,
+            ``"inner"`` where they are ``n`` apart.
+    """
+
+    dimension: int
+    folded: str = ""
+
+    def layout(self, n: int, leading: Sequence[int]) -> Layout | None:
+        """Return the layout of ``n`` examples; ``None`` where they cannot lie here."""
+        size, after = leading[self.dimension], prod(leading[self.dimension + 1 :])
+        if size % n or (not self.folded and size != n):
+            return None
+        return Layout(n, (size // n if self.folded == "outer" else 1) * after)
+
+
+def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
+    """Return where ``n`` examples may lie, by layout: along one dimension, or folded into one with others."""
+    found: dict[Layout, Place] = {}
     for j, size in enumerate(leading):
-        if size % n == 0:
-            after = prod(leading[j + 1 :])
-            inners += [size // n * after, after]
-    return [Layout(n, inner) for inner in dict.fromkeys(inners)]
+        for place in [Place(j)] if size == n else [Place(j, "outer"), Place(j, "inner")]:
+            layout = place.layout(n, leading)
+            if layout is not None:
+                found.setdefault(layout, place)
+    return dict(islice(found.items(), 1)) if n == 1 else found  # one example: all are alike
 
 
 @dataclass(frozen=True)

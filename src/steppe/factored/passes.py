@@ -6,38 +6,23 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from steppe.batch import Batch
-from steppe.engine.oracle import Oracle
 from steppe.factored.gradients import Gradient, TensorPool
 from steppe.factored.microbatches import Layout, MicroBatches
+from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
-
-
-class CannotFactor(Exception):  # noqa: N818
-    """The micro-batch gradients of a model cannot be factored; the message says why."""
-
-    final = True
-
-
-class Mixes(CannotFactor):
-    """Examples influence one another, and gradients of single examples are asked for; micro-batches may do."""
-
-
-class Unsure(CannotFactor):
-    """This batch cannot tell whether a model factors; the message says why."""
-
-    final = False
 
 
 @dataclass
@@ -92,55 +77,6 @@ class Site:
         return t.reshape(*leading, *t.shape[1:])
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """The perturbed parameters of a model.
-
-    Attributes:
-        parameters: id of the parameter -> index.
-        names: index -> name.
-        n: how many examples the batch has.
-        unbatched: the uses, by order, whose rows belong to no example, such as position embeddings.
-    """
-
-    parameters: Mapping[int, int]
-    names: Mapping[int, str]
-    n: int
-    unbatched: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, f: Oracle, batch: Batch) -> Tracked:
-        """Return the parameters of the batch's model that have a radius above 0 and require a gradient."""
-        names = {id(p): name for name, p in batch.model.named_parameters()}
-        radii = zip(f.passes.parameters.tensors, f.rho.values, strict=True)
-        index = {id(p): i for i, (p, rho) in enumerate(radii) if rho and p.requires_grad}
-        return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch))
-
-    def index(self, t: object) -> int | None:
-        """Return the index of a tracked parameter, ``None`` for anything else."""
-        return self.parameters.get(id(t)) if isinstance(t, Tensor) else None
-
-    def first_in(self, args: Iterable[Any]) -> int | None:
-        """Return the index of the first tracked parameter among arguments, also inside lists."""
-        for a in args:
-            index = self.first_in(a) if isinstance(a, list | tuple) else self.index(a)
-            if index is not None:
-                return index
-        return None
-
-
-HARMLESS = {
-    *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "layout", "grad", "is_sparse"),
-    *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
-    *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
-}  # functions that do not use a parameter's value
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
 class Interception(TorchFunctionMode):
     """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
 
@@ -162,20 +98,38 @@ class Interception(TorchFunctionMode):
         self.count = 0  # of the sites so far
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
+        self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        layer = self.layers.get(func)
+        transformed = peek_interpreter_stack() is not None
+        layer = None if transformed else self.layers.get(func)
         if layer is not None:
-            made = getattr(layer, self.method)(self, func, *args, **kwargs)
+            self.inside += 1
+            try:
+                made = getattr(layer, self.method)(self, func, *args, **kwargs)
+            finally:
+                self.inside -= 1
             if made is not NotImplemented:
                 return made
-        index = self.tracked.first_in((*args, *kwargs.values()))
-        if index is not None and _name(func) not in HARMLESS:
-            raise CannotFactor(f"{self.tracked.names[index]} is used by {_name(func)}, which has no factored form")
+        arguments = (*args, *kwargs.values())
+        index = self.tracked.first_in(map(unwrapped, arguments) if transformed else arguments)
+        if index is not None and name_of(func) not in HARMLESS:
+            where = " inside torch.func" if transformed else ""
+            name = self.tracked.names[index]
+            raise CannotFactor(f"{name} is used by {name_of(func)}{where}, which has no factored form")
         return func(*args, **kwargs)
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Surround the work of a layer, which knows what it does with parameters."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
 
     def next_is_unbatched(self) -> bool:
         """Return whether the rows of the next site belong to no example."""
@@ -242,9 +196,19 @@ class FirstPass(Interception):
             self.check_kept(site)
             self.on_delta(site)
 
-    def uses(self) -> tuple[Any, ...]:
-        """Return layer, parameters and leading dimensions of every site, in order."""
-        return tuple((site.layer, site.weight, site.bias, site.leading) for site in self.sites)
+    def structure(self) -> tuple[Any, ...]:
+        """Return what the forward pass did with the parameters, whatever the sizes of its data.
+
+        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
+        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
+        """
+        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
+        return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
+
+    @property
+    def independent(self) -> int:
+        """How many examples, or micro-batches, do not influence one another."""
+        return self.parts.k if self.parts is not None and self.mixes else self.tracked.n
 
     def check(self) -> None:
         """Raise where a site has no gradient, or several, or its input was changed in place."""

@@ -2,107 +2,194 @@
 
 import logging
 import re
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.batch import Batch
-from steppe.engine.nested import leaves
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
 from steppe.engine.replay import capturing
-from steppe.factored.microbatches import MicroBatches
-from steppe.factored.verify import SharingPlan, has_hooks, verified
+from steppe.factored.gradients import TensorPool
+from steppe.factored.shared import SharingPlan
+from steppe.factored.tracked import Tracked
+from steppe.factored.verify import has_hooks, rehearsed
 
 log = logging.getLogger("steppe")
 
 TRIES = 3  # steps that may fail for a reason other than the model
+ENTRIES, STRUCTURES = 32, 8  # kept of a model, and of an entry; the least recently used go first
 
 
 @dataclass
 class Entry:
-    """What is known of one model, data shape and mode.
+    """What is known of one model in one mode, with micro-batches of one size.
 
-    A model that does not factor always runs in a loop. Memory, data or a device may fail one step and not the next:
-    after ``TRIES`` failed steps without a successful one between them, all later steps run in a loop too. A step that
-    the loop cannot take either is the same step when it is tried again, so it counts once.
+    A model that does not factor always runs in a loop. Where a batch could not tell, its step runs in a loop, and a
+    later batch is asked. Memory or a device may fail one step and not the next: after ``TRIES`` failed steps without a
+    successful one between them, all later steps run in a loop too. A step that the loop cannot take either is the same
+    step when it is tried again, so it counts once.
 
     Attributes:
-        plan: the layouts of the model's sites, or why there are none.
+        plan: where examples lie in the last pass, or why passes are not shared.
+        proven: the plans of other passes that the model has made, the last used last.
         uses: how many steps have asked.
+        rehearsals: how many have rehearsed.
         failed: the steps that failed since the shared passes last succeeded.
-        logged: the kinds of message that have been logged.
+        said: the kinds of message that have been logged, or shown as a warning.
     """
 
     plan: SharingPlan
+    proven: list[SharingPlan] = field(default_factory=list)
     uses: int = 0
+    rehearsals: int = 0
     failed: set[int] = field(default_factory=set)
-    logged: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
 
     def due(self) -> bool:
-        """Return whether to verify again, because data may change what a model does."""
-        if self.plan.reason:
-            return not self.plan.final and len(self.failed) < TRIES
-        return self.uses in (1, 10, 100) or self.uses % 1000 == 0
+        """Return whether to rehearse again, because data may change what a model does, or may tell at last."""
+        if self.plan.reason and self.plan.final:
+            return False
+        return self.uses & (self.uses - 1) == 0 or self.uses % 1024 == 0  # 1, 2, 4, 8, ...
 
-    def learn(self, plan: SharingPlan, step: int) -> None:
-        """Take over a new verdict, unless this batch could not tell."""
-        if plan.final or self.plan.reason:
+    def learn(self, plan: SharingPlan) -> None:
+        """Take over a new verdict, unless a proven model has met a batch that cannot tell."""
+        self.rehearsals += 1
+        if not plan.reason:
             self.plan = plan
-            if plan.reason:
-                self.fail(plan.reason, None if plan.final else step)
+            others = [p for p in self.proven if p.structure != plan.structure]
+            self.proven = [*others[1 - STRUCTURES :], plan]
+        elif plan.final or not self.proven:
+            self.plan = plan
+            self.log(plan.reason, always=plan.final)
+
+    def recall(self, structure: tuple[Any, ...]) -> bool:
+        """Return to a plan that was proven for another pass, if there is one for this structure."""
+        return self._return_to([p for p in self.proven if p.structure == structure and p is not self.plan])
+
+    def begin(self, n: int) -> None:
+        """Return to the last plan for single examples where ``n`` is 1, and for several where it is not."""
+        if not self.plan.reason and self.plan.single is not (n == 1):
+            self._return_to([p for p in self.proven if p.single is (n == 1)])
+
+    def _return_to(self, known: list[SharingPlan]) -> bool:
+        for plan in known[-1:]:
+            self.plan = plan
+            self.proven = [*(p for p in self.proven if p is not plan), plan]
+        return bool(known)
 
     def fail(self, reason: str, step: int | None = None) -> None:
-        """Log that this step, or with ``None`` every later step, runs in a loop; each kind of reason is logged once."""
+        """Note that this step, or with ``None`` every later step, runs in a loop."""
         if step is not None:
             self.failed.add(step)
         always = step is None or len(self.failed) >= TRIES
         if always and not self.plan.reason:
             self.plan = SharingPlan(self.plan.tracked, reason=reason)
-        kind = re.sub(r"\d+", "", reason) + str(always)  # numbers of bytes differ from step to step
-        if kind not in self.logged:
-            self.logged.add(kind)
+        self.log(reason, always)
+
+    def log(self, reason: str, always: bool) -> None:
+        """Log a reason, each kind once."""
+        if self._news(reason, f"log {always}"):
             log.info("micro-batches run in a loop%s: %s", "" if always else " in this step", reason)
+
+    def warn(self, m: int, parts: int) -> None:
+        """Warn once that micro-batches run in a loop for good, or may do so for long."""
+        lasting = self.plan.final or self.rehearsals >= TRIES
+        if self.plan.reason and lasting and self._news(self.plan.reason, "warning"):
+            warnings.warn(
+                f"micro-batches of m={m} run in a loop, because they cannot share passes here: {self.plan.reason}. "
+                f"A step of this batch takes {2 * parts} passes over micro-batches instead of 2 over the batch. "
+                "sampled=1 takes one of the micro-batches at a time; parallel=False takes the loop without this "
+                "warning (docs/m-sam.md)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _news(self, reason: str, how: str) -> bool:
+        kind = re.sub(r"[\d.]+(e[+-]\d+)?", "", reason) + how  # numbers differ from step to step
+        news = kind not in self.said
+        self.said.add(kind)
+        return news
 
     def succeed(self) -> None:
         """Forget the failed steps."""
         self.failed.clear()
 
 
-_entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
+@dataclass
+class Known:
+    """All that is known of one model.
+
+    Attributes:
+        entries: by what may change how it runs, the last used last.
+        pool: the memory of gradients that are held whole, from step to step.
+        steps: how many steps have asked.
+        surprises: how many rehearsals were made because something was new.
+    """
+
+    entries: OrderedDict[Any, Entry] = field(default_factory=OrderedDict)
+    pool: TensorPool = field(default_factory=TensorPool)
+    steps: int = 0
+    surprises: int = 0
+
+    def may_rehearse(self) -> bool:
+        """Return whether one more surprise keeps rehearsals rare: 16, and one in 16 steps."""
+        self.surprises += 1
+        return self.surprises <= 16 + self.steps // 16
 
 
-def entry_for(f: Oracle, batch: Batch, parts: MicroBatches | None = None) -> Entry:
-    """Return the entry of this model, data shape and choice of perturbed parameters, verified where that is due.
+_known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
-    Where examples influence one another, as in batch normalisation, every size of micro-batches has its own entry.
 
-    Args:
-        f: the oracle.
-        batch: the batch, of this step.
-        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
+def known(model: nn.Module) -> Known:
+    """Return what is known of a model."""
+    return _known.setdefault(model, Known())
+
+
+def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
+    """Return the entry of this model for micro-batches of ``m``, or single examples, rehearsed where that is due.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, and the model has not been verified before.
+        RuntimeError: a CUDA graph is being captured, and the model has not been rehearsed before.
     """
-    entries = _entries.setdefault(batch.model, {})
-    key = _key(f.passes.parameters, batch)
-    of_m = (*key, None if parts is None else parts.m)
-    entry = entries.get(key) or entries.get(of_m)
+    of_model = known(batch.model)
+    of_model.steps += 1
+    key = (m, *_key(f.passes.parameters, batch))
+    entry = of_model.entries.get(key)
     captured = capturing(f.passes.parameters.devices)
-    if entry is None and captured:
-        raise RuntimeError(
-            "take this step once before it is captured in a CUDA graph: its model has to be verified first"
-        )
-    if entry is None or (entry.due() and not captured):
-        plan = verified(f, batch, parts)
-        entry = entry or entries.setdefault(of_m if plan.mixes else key, Entry(plan))
-        entry.learn(plan, f.step)
+    if entry is None:
+        if captured:
+            raise RuntimeError(
+                "take this step once before it is captured in a CUDA graph: its model has to be verified first"
+            )
+        entry = Entry(SharingPlan(Tracked.of(f, batch), reason="it changes too often to be rehearsed", final=False))
+        if of_model.may_rehearse():
+            entry.learn(rehearsed(f, batch, m))
+        of_model.entries[key] = entry
+        if len(of_model.entries) > ENTRIES:
+            of_model.entries.popitem(last=False)
+    elif entry.due() and not captured:
+        entry.learn(rehearsed(f, batch, m))
+    of_model.entries.move_to_end(key)
     entry.uses += 1
     return entry
+
+
+def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: tuple[Any, ...]) -> bool:
+    """Return whether a pass with another structure than the last is proven, if need be by a rehearsal."""
+    if entry.recall(structure):
+        return True
+    if not capturing(f.passes.parameters.devices) and known(batch.model).may_rehearse():
+        entry.learn(rehearsed(f, batch, m))
+        return not entry.plan.reason
+    return False
 
 
 def refusal(reason: str) -> ValueError:
@@ -111,15 +198,51 @@ def refusal(reason: str) -> ValueError:
 
 
 def _key(parameters: Parameters, batch: Batch) -> Any:
+    """Return what may change how a model runs, but for its data."""
     modules = batch.modules()
-    loss = getattr(batch.loss, "criterion", batch.loss)
     return (
-        tuple((t.shape, t.dtype, t.device) for t in leaves(batch.data)),
         tuple(map(id, parameters.tensors)),
         tuple(parameters.movable),
-        tuple([m.training for m in modules]),
+        tuple([(m.training, type(m)) for m in modules]),
         tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")),
+        tuple([_hooks(m) for m in modules if m._forward_hooks or m._forward_pre_hooks]),
         any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules]),  # noqa: C419
         any(map(has_hooks, parameters.tensors)),
-        getattr(loss, "__code__", type(loss)),
+        fingerprint(getattr(batch.loss, "criterion", batch.loss)),
     )
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    return (*module._forward_hooks, *module._forward_pre_hooks)  # their numbers
+
+
+def fingerprint(loss: Any, depth: int = 2) -> Any:
+    """Return what tells one loss from another, equal for a function that is made anew at every step.
+
+    Of a function that is its code and the variables that it holds, of an object its attributes, of a module the modes
+    of all modules inside. Of numbers and tensors, which may change from step to step, it is the type.
+    """
+    if loss is None or isinstance(loss, bool | str):
+        return loss
+    if isinstance(loss, int | float | Tensor) or depth == 0:
+        return type(loss)
+    if isinstance(loss, MethodType):
+        return fingerprint(loss.__func__, depth), fingerprint(loss.__self__, depth)
+    held: list[Any]
+    if isinstance(loss, FunctionType):
+        held = [*map(_content, loss.__closure__ or ()), *(loss.__defaults__ or ())]
+        return (loss.__code__, *[fingerprint(v, depth - 1) for v in held])
+    if isinstance(loss, partial):
+        held = [loss.func, *loss.args, *loss.keywords.values()]
+    elif isinstance(loss, nn.Module):
+        held = [m.training for m in loss.modules()] + [v for k, v in vars(loss).items() if k[0] != "_"]
+    else:
+        held = list(getattr(loss, "__dict__", {}).values())
+    return (type(loss), *[fingerprint(v, depth - 1) for v in held])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None

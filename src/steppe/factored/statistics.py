@@ -76,8 +76,7 @@ def _norms(f: Oracle, engine: SharedPasses, chunks: Sequence[Batch], m: int) -> 
     """Return norm and size of every micro-batch, and the norm of the mean gradient."""
     norms, sizes, mean = [], [], None
     for share, part in f.parts(chunks):
-        recorded = engine.first_pass(part)
-        assert recorded is not None
+        recorded = engine.recorded(part)
         parts = MicroBatches(recorded.n, m)
         norms.append(recorded.norms(parts))
         sizes.append(parts.sizes(norms[-1]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -17,8 +18,12 @@ from torchmetrics import Metric
 
 from steppe.batch import Batch
 from steppe.engine.replay import RandomState
+from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_examples, takes_parts
 from steppe.optimizer import SharpnessAware
+from steppe.pieces.sample import Subset, pieces_of
+from steppe.rule import Micro
 
+LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
 COUNTS = ("_update_count", "_computed", "_forward_cache")  # what a metric changes beside its state
 
 if TYPE_CHECKING:
@@ -35,10 +40,14 @@ class SharpnessAwareMixin(_Module):
     nothing and do not change torchmetrics. ``on_before_optimizer_step`` and gradient clipping get the gradient for the
     base optimizer, once a step; hooks around ``backward`` run in every pass.
 
+    ``sampled=`` and ``ascent=`` run ``training_step`` on parts of the batch, which is cut along its first dimension.
+    The telemetry of every step is logged as ``sharpness_gap``, ``sharpness_passes`` and so on.
+
     Raises:
-        TypeError: the mixin comes after ``LightningModule``.
+        TypeError: the mixin comes after ``LightningModule``; or ``training_step`` returns no loss.
         NotImplementedError: the strategy is neither a single device nor DDP; ``training_step`` takes an iterator; or,
-            in automatic optimisation, the method has no pass over the batch at ``w`` (n-SAM).
+            in automatic optimisation, the method has no pass over the batch at ``w`` (n-SAM, ``m=`` without
+            ``sampled=``), or looks at single examples.
 
     Example:
         >>> class Net(SharpnessAwareMixin, LightningModule):
@@ -48,18 +57,40 @@ class SharpnessAwareMixin(_Module):
     """
 
     further_pass = False  #: True while ``training_step`` runs in a later pass
-    _kept: _Kept | None = None
+    log_sharpness = True  #: whether the telemetry is logged
+    part_weight: Callable[[Any], float] | None = None  #: ``(batch) -> number`` that a part weighs, or its examples
+    _runs: list[_Run] | None = None  #: the micro-batches since the last step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.optimizer_step is LightningModule.optimizer_step:
             raise TypeError(f"class {cls.__name__}: SharpnessAwareMixin must come before LightningModule")
+        for name, keep in (("on_train_batch_start", SharpnessAwareMixin._begin), ("on_train_batch_end", _end)):
+            if name in vars(cls):  # also where it does not call super()
+                setattr(cls, name, _after(keep, vars(cls)[name]))
 
-    def configure_callbacks(self) -> Any:
-        """Return the module's callbacks and the one that keeps the micro-batches."""
-        self._kept = _Kept()
-        own = super().configure_callbacks()
-        return [*(own if isinstance(own, Sequence) else [own]), self._kept]
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Keep the micro-batch."""
+        self._begin(batch, batch_idx)
+        return super().on_train_batch_start(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the loss of the micro-batch."""
+        _end(self, outputs, batch, batch_idx)
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    def _begin(self, batch: Any, batch_idx: int) -> None:
+        if is_param_in_hook_signature(self.training_step, "dataloader_iter", explicit=True):
+            raise NotImplementedError("training_step(dataloader_iter) cannot run again: take (batch, batch_idx)")
+        if not self.automatic_optimization:
+            return
+        if batch_idx == 0 or self._runs is None:  # Lightning zeroes at the first batch of an epoch
+            self._runs = []
+        takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)
+        devices = {p.device for p in self.parameters() if p.device.type != "cpu"}
+        if not self._runs or self._runs[-1].index != batch_idx:  # a hook that calls super() comes here twice
+            arguments = (batch, batch_idx) if takes_index else (batch,)
+            self._runs.append(_Run(arguments, batch_idx, RandomState.now(devices)))
 
     def optimizer_step(
         self,
@@ -73,9 +104,7 @@ class SharpnessAwareMixin(_Module):
         if not isinstance(inner, SharpnessAware) or optimizer_closure is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        if self._kept is None or not self._kept.runs:
-            raise RuntimeError("configure_callbacks must return what super().configure_callbacks() does, and more")
-        runs, self._kept.runs = self._kept.runs, []
+        runs, self._runs = self._runs or [], []
         parameters = [p for group in inner.param_groups for p in group["params"]]
         earlier = [p.grad if len(runs) > 1 else None for p in parameters]  # of the micro-batches before the last
 
@@ -85,9 +114,11 @@ class SharpnessAwareMixin(_Module):
                 p.grad = g
             earlier.clear()
             loss = optimizer_closure()
-            return None if loss is None else sum((run.loss for run in runs[:-1]), loss)
+            if loss is None:
+                raise TypeError("training_step must return a loss: a sharpness-aware step cannot be left out")
+            return sum((run.loss for run in runs[:-1]), loss)
 
-        self._step(optimizer, inner, first, lambda: self._again(runs, inner))
+        self._step(optimizer, inner, first, lambda: self._again(runs, inner), runs)
 
     def sharpness_step(self, closure: Callable[[], Any], optimizer: LightningOptimizer | None = None) -> Any:
         """Take a step of one of ``self.optimizers()`` and return the loss at ``w`` (manual optimisation).
@@ -106,7 +137,14 @@ class SharpnessAwareMixin(_Module):
             raise TypeError(f"optimizer must be one of self.optimizers() that is steppe's, got {chosen!r}")
         return self._step(chosen, inner, closure, closure)
 
-    def _step(self, optimizer: Any, inner: SharpnessAware, first: Callable[[], Any], again: Callable[[], Any]) -> Any:
+    def _step(
+        self,
+        optimizer: Any,
+        inner: SharpnessAware,
+        first: Callable[[], Any],
+        again: Callable[[], Any],
+        runs: list[_Run] | None = None,
+    ) -> Any:
         """Take a step with ``first`` as its first pass and ``again`` as every later one; return the loss at ``w``."""
         strategy, pending = _known(self.trainer.strategy), [first]
 
@@ -120,20 +158,54 @@ class SharpnessAwareMixin(_Module):
         if isinstance(first, Batch) and isinstance(strategy, DDPStrategy):
             raise TypeError("closure must be a function under DDP: a steppe.Batch's backward pass is not Lightning's")
         scaler = getattr(strategy.precision_plugin, "scaler", None)
-        loss = inner.backward(first if isinstance(first, Batch) else closure, scaler=scaler, rescale=True)
-        if inner._pending is not None:
-            inner._pending.rescaled = True  # lets Lightning clip: it refuses optimizers that unscale
-        if first is not again and (loss is None or inner.full is not None):
-            raise NotImplementedError(
-                "in automatic optimisation the first pass over the batch must be at w, but this method has none there: "
-                "use manual optimisation, self.sharpness_step(closure)"
-            )
+        passes: Any = first if isinstance(first, Batch) else closure
+        if runs is not None and inner.radius():
+            passes = self._update(runs, inner, closure)
+        loss = inner.backward(passes, scaler=scaler, rescale=True)
         hook = inner.register_step_pre_hook(_run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)
         finally:
             hook.remove()
+        self._log_telemetry(inner)
         return loss
+
+    def _log_telemetry(self, optimizer: SharpnessAware) -> None:
+        """Log the telemetry of the step; of one of several optimizers, with its number."""
+        every = [getattr(o, "optimizer", o) for o in self.trainer.strategy.optimizers]
+        which = f"_{every.index(optimizer)}" if len(every) > 1 else ""
+        seen = {name: getattr(optimizer.telemetry, name) for name in LOGGED if self.log_sharpness}
+        for name, value in seen.items():
+            if value is not None:
+                super().log(f"sharpness_{name}{which}", value, on_step=True, on_epoch=False)
+
+    def _update(self, runs: list[_Run], optimizer: SharpnessAware, whole: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure, or where the rule takes parts of the batch, the batch that can be cut.
+
+        Lightning's own pass logs and is at ``w``. With ``ascent=`` it is the pass at ``w + eps``.
+        """
+        serial = any(isinstance(piece, Micro) and piece.sampled is None for piece in pieces_of(optimizer.rule))
+        if serial or looks_at_examples(optimizer) or optimizer.full is not None:
+            raise NotImplementedError(
+                "in automatic optimisation Lightning's own pass over the batch must be at w, and this method has none "
+                "there, or looks at single examples: use manual optimisation, self.sharpness_step(closure), where the "
+                "closure may be a steppe.Batch" + ("; or sampled=" if serial else "")
+            )
+        if not takes_parts(optimizer):
+            return whole
+        if self.trainer.accumulate_grad_batches > 1 and any(isinstance(p, Subset) for p in pieces_of(optimizer.rule)):
+            raise NotImplementedError(
+                "ascent= takes its only pass over the batch at w + eps, and Lightning runs the earlier micro-batches "
+                "of accumulate_grad_batches at w: use sampled=, or manual optimisation, self.sharpness_step(batches)"
+            )
+        model, share = _known(self.trainer.strategy).model or self, 1 / self.trainer.accumulate_grad_batches
+        return FrameworkUpdate(
+            [
+                MicroBatch(model, run.arguments[0], self._part_of(run, optimizer), share, items=self.part_weight)
+                for run in runs
+            ],
+            whole,
+        )
 
     def _again(self, runs: list[_Run], optimizer: SharpnessAware) -> Tensor:
         """Run forward and backward of every micro-batch; gradients are all-reduced in the last."""
@@ -142,14 +214,22 @@ class SharpnessAwareMixin(_Module):
             ddp = strategy if isinstance(strategy, DDPStrategy) and run is not runs[-1] else None
             run.random.restore()
             with ddp.block_backward_sync() if ddp else nullcontext():
-                output: Any = strategy.training_step(*run.arguments)
-                loss = output["loss"] if isinstance(output, Mapping) else output
-                if not isinstance(loss, Tensor):
-                    raise TypeError(f"training_step must return a loss, got {output!r}")
-                loss = loss / self.trainer.accumulate_grad_batches
+                loss = _loss(strategy.training_step(*run.arguments)) / self.trainer.accumulate_grad_batches
                 strategy.backward(loss, optimizer)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _part_of(self, run: _Run, optimizer: SharpnessAware) -> Callable[[Any, float, bool], Tensor]:
+        """Return what runs forward and backward of a part of a micro-batch, without traces."""
+
+        def part(data: Any, scale: float, first: bool) -> Tensor:
+            strategy = _known(self.trainer.strategy)
+            with self._without_traces():
+                loss = _loss(strategy.training_step(data, *run.arguments[1:])) * scale
+                strategy.backward(loss, optimizer)
+            return loss.detach()
+
+        return part
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log in the first pass only."""
@@ -172,32 +252,31 @@ class SharpnessAwareMixin(_Module):
 @dataclass
 class _Run:
     arguments: tuple[Any, ...]
+    index: int
     random: RandomState  # before it
     loss: Tensor | float = 0.0  # at w, as Lightning weighs it
 
 
-class _Kept(Callback):
-    """The micro-batches since the last step."""
+def _end(module: SharpnessAwareMixin, outputs: Any, batch: Any, batch_idx: int) -> None:
+    """Keep the loss of the micro-batch, as Lightning weighs it."""
+    if module._runs and isinstance(outputs, Mapping) and "loss" in outputs:
+        module._runs[-1].loss = outputs["loss"]
 
-    def __init__(self) -> None:
-        self.runs: list[_Run] = []
 
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.runs = []  # Lightning zeroes at the first batch of an epoch
+def _after(keep: Callable[..., None], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def both(self: Any, *args: Any) -> Any:
+        keep(self, *args)
+        return hook(self, *args)
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise NotImplementedError("training_step(dataloader_iter) cannot run again: take (batch, batch_idx)")
-        if module.automatic_optimization:
-            takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-            devices = {p.device for p in module.parameters() if p.device.type != "cpu"}
-            self.runs.append(_Run((batch, batch_idx) if takes_index else (batch,), RandomState.now(devices)))
+    return both
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.runs and isinstance(outputs, Mapping) and "loss" in outputs:
-            self.runs[-1].loss = outputs["loss"]
+
+def _loss(output: Any) -> Tensor:
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"training_step must return a loss, got {output!r}")
+    return loss
 
 
 def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:

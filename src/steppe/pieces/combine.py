@@ -1,5 +1,6 @@
 """What becomes of ``g`` and ``g_adv``."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
-from steppe.engine.vector import TINY, Vector
+from steppe.engine.vector import TINY, Scalar, Vector
 from steppe.pieces.protocol import Declaration
 
 
@@ -30,19 +31,34 @@ class Weighted:
     ``w <- w - lr (B^-1 m + gamma / (1 - gamma) (g_adv - g))`` with ``m`` and ``B`` from the history of ``g`` alone;
     ``steppe.step.Pending.move`` does the part beside the base.
 
+    Args:
+        gamma: the weight of sharpness.
+        clip_each: clip ``g`` and ``g_adv`` to this norm, each by itself, before they are subtracted, as the authors'
+            code does with ``max_norm=``; the paper does not mention it. ``eps`` comes from ``g`` before it is clipped.
+            The authors clip means over all ranks; here each rank, and each micro-batch, clips its own.
+
     Raises:
-        ValueError: ``gamma`` is not in [0, 1).
+        ValueError: ``gamma`` is not in [0, 1), ``clip_each`` is not above 0.
     """
 
     gamma: float = 0.9
+    clip_each: float | None = None
 
-    declares: ClassVar[Declaration] = Declaration(linear=True)
+    @property
+    def declares(self) -> Declaration:
+        """Linear, unless it clips."""
+        return Declaration(linear=self.clip_each is None)
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
+        if self.clip_each is not None:
+            checks.number("clip_each", self.clip_each, "a number > 0 or None", low=math.ulp(0.0))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        return Update(f.g, beside=_odds(self.gamma) * (g_adv - f.g))
+        g = f.g
+        if self.clip_each is not None:
+            g, g_adv = Update(g).clipped(self.clip_each).grad, Update(g_adv).clipped(self.clip_each).grad
+        return Update(g, beside=_odds(self.gamma) * (g_adv - g))
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,79 @@ class SurrogateGap:
 
 
 @dataclass(frozen=True)
+class Rescaled:
+    """``norm(g) / norm(g_adv) g_adv``: Stable SAM (arXiv 2401.07250)."""
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        return Update(f.g.norm() / (g_adv.norm() + TINY) * g_adv)
+
+
+@dataclass(frozen=True)
+class Slerp:
+    """``norm(g_adv)`` times the point ``alpha`` of the great circle from ``g / norm(g)`` to ``g_adv / norm(g_adv)``.
+
+    XSAM (arXiv 2603.10048) with a fixed ``alpha``: 0 has the direction of ``g``, 1 is SAM, more goes beyond it.
+
+    Raises:
+        ValueError: ``alpha`` is negative.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.non_negative("alpha", self.alpha)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        return Update(g_adv.norm() * slerp(f.g, g_adv, self.alpha))
+
+
+@dataclass(frozen=True)
+class SearchedSlerp:
+    """:class:`Slerp` with the ``alpha`` of 0, ``spacing``, ..., ``largest`` whose loss at a distance is the highest.
+
+    XSAM (arXiv 2603.10048, and the authors' code). At steps 0, ``every``, 2 ``every``, ... the batch's loss is
+    evaluated at ``w + reach rho`` times each direction, one forward each; ``alpha`` is kept until the next search. (The
+    authors search once an epoch.)
+
+    Args:
+        every: how many steps apart the searches are.
+        reach: the distance, in radii.
+        largest: the largest ``alpha``.
+        spacing: between the ``alpha`` that are tried.
+
+    Raises:
+        ValueError: ``every`` is no positive integer, another is not above 0.
+    """
+
+    every: int = 400
+    reach: float = 2.0
+    largest: float = 2.0
+    spacing: float = 0.1
+
+    declares: ClassVar[Declaration] = Declaration(examples=True, numbers=frozenset({"alpha"}))
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("every", self.every)
+        for name in ("reach", "largest", "spacing"):
+            checks.number(name, getattr(self, name), "a number > 0", low=math.ulp(0.0))
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        alpha: Scalar = f.recall_number("alpha", default=1.0)
+        if f.step % self.every == 0:
+            alpha = self.search(f, g_adv)
+            f.remember_number("alpha", alpha)
+        return Update(g_adv.norm() * slerp(f.g, g_adv, alpha))
+
+    def search(self, f: Oracle, g_adv: Vector) -> Tensor:
+        """Return the ``alpha`` with the highest loss; of equal ones the first."""
+        losses = []
+        for i in range(int(self.largest / self.spacing + 0.5) + 1):
+            with f.at(f.rho * (self.reach * f.movable(slerp(f.g, g_adv, self.spacing * i)))):
+                losses.append(f.losses().mean())
+        return self.spacing * torch.stack(losses).nan_to_num(-math.inf, math.inf, -math.inf).argmax().to(losses[0])
+
+
+@dataclass(frozen=True)
 class RememberOrthogonal:
     """``g_adv``, and its part orthogonal to ``g`` is remembered: the k-th steps of LookSAM (arXiv 2203.02714)."""
 
@@ -115,6 +204,16 @@ class ReuseOrthogonal:
         g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
+
+
+def slerp(a: Vector, b: Vector, alpha: Scalar) -> Vector:
+    """Return the unit vector ``alpha`` of the angle from ``a`` towards ``b``; over 1 it lies beyond ``b``."""
+    a, b = a / (a.norm() + TINY), b / (b.norm() + TINY)
+    angle = 2 * ((b - a).norm() / 2).clamp(max=1.0).arcsin()  # more exact for small angles than the arccos of <a, b>
+    alpha, sine = alpha.to(angle) if isinstance(alpha, Tensor) else alpha, angle.sin()
+    small = sine < 1e-8  # sin(x angle) / sin(angle) is x
+    share_a, share_b = (torch.where(small, x, (x * angle).sin() / sine) for x in (1 - alpha, alpha))
+    return share_a * a + share_b * b
 
 
 def along(a: Vector, b: Vector) -> Tensor:

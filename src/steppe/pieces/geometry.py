@@ -1,5 +1,6 @@
 """The unit step of steepest ascent along ``d``, in the norm that each method chose; rho multiplies it afterwards."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +12,7 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
+from steppe.schedule import Schedule, scheduled
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
@@ -178,3 +180,102 @@ class Fisher:
 
     def _precondition(self, d: Tensor) -> Tensor:
         return d / (1 + self.eta * d * d)
+
+
+@dataclass(frozen=True)
+class LossBudget:
+    """``min(sigma / (rho norm(d)), 1) d / norm(d)``: LE-SAM (arXiv 2605.10183), whose ``rho`` is the largest radius.
+
+    ``eps`` then has the length ``min(sigma / norm(d), rho)``, with which the loss rises by ``sigma`` to first order. Of
+    groups with several radii the largest counts, and the others keep their proportion.
+
+    Args:
+        sigma: the rise of the loss; a number, or a schedule of :mod:`steppe.schedule`.
+
+    Raises:
+        ValueError: ``sigma`` is negative.
+    """
+
+    sigma: float | Schedule = 0.35
+
+    def __post_init__(self) -> None:
+        if not callable(self.sigma):
+            checks.non_negative("sigma", self.sigma)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        norm = d.norm() + TINY
+        budget = scheduled(self.sigma, f.step, {}) / (f.rho.largest() + TINY)
+        return (budget / norm).clamp(max=1.0) / norm * d
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """``M^-1 d / norm(M^-1 d)``, ``M = sqrt(v) + damping``, ``v`` the base optimizer's second moment.
+
+    Preconditioned SAM (arXiv 2502.02407). ``v`` is ``exp_avg_sq`` (Adam and its relatives) or ``square_avg`` (RMSprop),
+    as the base's last step left it, without a correction of its bias, which is one factor and cancels. Before the
+    base's first step ``M`` is 1. Later, a parameter that has no moment yet takes no part.
+
+    Args:
+        damping: added to ``sqrt(v)``, above 0.
+
+    Raises:
+        ValueError: ``damping`` is not above 0.
+        TypeError: in ``step``, where the base has stepped and keeps no second moment.
+    """
+
+    damping: float = 1e-8
+
+    declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"exp_avg_sq", "square_avg"}))
+
+    def __post_init__(self) -> None:
+        checks.number("damping", self.damping, "a number > 0", low=math.ulp(0.0))
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        v = f.base_state("exp_avg_sq") + f.base_state("square_avg")
+        if f.step and not v.present():
+            raise TypeError("Preconditioned needs a base optimizer that keeps exp_avg_sq or square_avg: Adam, RMSprop")
+        if f.step:
+            d = d.map(lambda t, v: t / (v.sqrt() + self.damping), v)
+        return d / (d.norm() + TINY)
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """``d / norm(d) + alpha sign(<d, v>) v'``: Eigen-SAM (arXiv 2501.12666).
+
+    ``v`` is the eigenvector of the batch's Hessian whose eigenvalue is largest in size, by ``power`` steps of power
+    iteration at steps 0, ``every``, 2 ``every``, ..., each two passes, which begin at the ``v`` before, and first at
+    ``d``. ``v'`` is its part orthogonal to ``d``. As in the authors' code the sum is not normalised again. (There the
+    first ``v`` is random and comes at step ``every``, and the Hessian is that of evaluation mode.)
+
+    Args:
+        alpha: the length of the second term, at least 0.
+        every: how many steps apart ``v`` is renewed.
+        power: how many steps of power iteration.
+
+    Raises:
+        ValueError: ``alpha`` is negative, ``every`` or ``power`` is no positive integer.
+    """
+
+    alpha: float = 0.2
+    every: int = 100
+    power: int = 5
+
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"eigenvector"}))
+
+    def __post_init__(self) -> None:
+        checks.non_negative("alpha", self.alpha)
+        checks.positive_integer("every", self.every)
+        checks.positive_integer("power", self.power)
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        unit = d / (d.norm() + TINY)
+        v = f.recall("eigenvector", default=unit).where(t is not None for t in d.tensors)
+        if f.step % self.every == 0:
+            for _ in range(self.power):
+                Hv = f.movable(f.hvp(v))
+                v = Hv / (Hv.norm() + TINY)
+            f.remember("eigenvector", v)
+        along = unit.dot(v)
+        return unit + self.alpha * along.sign() * (v - along * unit)

@@ -1,14 +1,16 @@
 """Rules outside the template: functions from the oracle to the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
-from steppe.engine.vector import Vector
+from steppe.engine.vector import TINY, Vector
 from steppe.pieces.geometry import Euclidean
 from steppe.pieces.protocol import Declaration, declared
 from steppe.pieces.weights import EffectiveSize
@@ -46,3 +48,86 @@ class BothWeighted:
         with f.at(eps):
             g_adv = f.grad(weights=p)
         return Update(f.g + (g_adv - d))
+
+
+@dataclass(frozen=True)
+class Functional:
+    """``u = J(w + eps)^T grad_F l(F(w))``: Functional SAM (arXiv 2502.02407).
+
+    ``F`` is the model's output and ``J`` its Jacobian. The Jacobian is taken at ``w + eps``, the gradient of the loss
+    by the output at ``w``: what the perturbation does to the outputs does not enter. Two passes: the first gives ``g``
+    and the gradient at the outputs. The batch must be one of :meth:`steppe.Batch.supervised`.
+
+    Args:
+        geometry: as in :class:`~steppe.Rule`. With :class:`~steppe.Preconditioned` it is the paper's preconditioned
+            Functional SAM.
+    """
+
+    geometry: Callable[[Oracle, Vector], Vector] = Euclidean()
+
+    declares: ClassVar[Declaration] = Declaration(g=False, linear=True, examples=True)
+
+    def __call__(self, f: Oracle) -> Update:
+        """Return one step's update."""
+        v = f.output_gradient()
+        with f.looking(declared(self)):
+            eps = f.rho * self.geometry(f, f.movable(f.g))
+        with f.at(eps):
+            return Update(f.pull_back(v))
+
+
+@dataclass(frozen=True)
+class Lookbehind:
+    """``u = alpha sum_i h_i``, ``h_i`` the gradient at ``w + eps_1 + ... + eps_i``: Lookbehind (arXiv 2307.16704).
+
+    Each ``eps_i = rho h_{i-1} / norm(h_{i-1})`` starts where the one before has led, ``h_0 = g``. In the paper fast
+    weights take a step of the base optimizer along each ``h_i``, and the weights go the share ``alpha`` of their way.
+    Beside SGD without momentum that is this update exactly; beside other bases, here the base sees the sum once,
+    while there its momentum goes through all ``k`` steps. ``k + 1`` passes; the authors' code takes ``2 k``, as it does
+    not use ``h_i`` for the ascent that follows.
+
+    Args:
+        k: how many steps, at least 1.
+        alpha: the share, in (0, 1], or ``None`` for the paper's adaptive one: ``(1 + cos) / 2`` for each tensor, of the
+            angle between ``h_1`` and the sum.
+        geometry: as in :class:`~steppe.Rule`.
+
+    Raises:
+        ValueError: ``k`` is no positive integer, ``alpha`` is not in (0, 1].
+    """
+
+    k: int = 2
+    alpha: float | None = 0.5
+    geometry: Callable[[Oracle, Vector], Vector] = Euclidean()
+
+    declares: ClassVar[Declaration] = Declaration(g=False)
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("k", self.k)
+        if self.alpha is not None:
+            checks.positive_share("alpha", self.alpha)
+
+    def __call__(self, f: Oracle) -> Update:
+        """Return one step's update."""
+        h = self.climb(f)
+        first = total = next(h)
+        for h_i in h:
+            total = total + h_i
+        return Update(total.map(_adapted, first) if self.alpha is None else self.alpha * total)
+
+    def climb(self, f: Oracle) -> Iterator[Vector]:
+        """Yield ``h_1``, ..., ``h_k``."""
+        d, eps = f.g, None
+        for _ in range(self.k):
+            with f.looking(declared(self)):
+                further = f.rho * self.geometry(f, f.movable(d))
+            eps = further if eps is None else eps + further
+            with f.at(eps):
+                d = f.grad()
+            yield d
+
+
+def _adapted(total: Tensor, first: Tensor) -> Tensor:
+    """Return ``(1 + cos) / 2`` of the sum."""
+    norms: Tensor = torch.linalg.vector_norm(total) * torch.linalg.vector_norm(first)
+    return (1 + (total * first).sum() / (norms + TINY)) / 2 * total

@@ -11,7 +11,7 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.replay import generator
 from steppe.engine.sampling import gradient_of_subset
-from steppe.engine.vector import Vector
+from steppe.engine.vector import Vector, is_sharded, shard_like
 from steppe.pieces.protocol import Declaration, declared
 from steppe.pieces.weights import Exact, Softmax
 
@@ -132,6 +132,75 @@ class Smoothed:
         d = f.recall("smoothed", default=g).lerp(g, self.theta).where(t is not None for t in g.tensors)
         f.remember("smoothed", d)
         return d
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """``-v``, the base optimizer's momentum: Momentum-SAM (arXiv 2401.12033). No pass.
+
+    ``v`` is ``momentum_buffer`` (SGD, Muon) or ``exp_avg`` (Adam and its relatives), as the base's last step left it.
+    Before the base's first step there is none, and nothing is perturbed.
+
+    Raises:
+        TypeError: in ``step``, where the base has stepped and keeps no momentum.
+    """
+
+    declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"momentum_buffer", "exp_avg"}))
+
+    def __call__(self, f: Oracle) -> Vector:
+        v = f.base_state("momentum_buffer") + f.base_state("exp_avg")
+        if f.step and not v.present():
+            raise TypeError(
+                "Momentum needs a base optimizer that keeps a momentum_buffer or exp_avg: SGD with momentum, Muon, Adam"
+            )
+        return -1.0 * v
+
+
+@dataclass(frozen=True)
+class Centralised:
+    """``d`` less its mean over each row of a weight's outputs: GCSAM (arXiv 2501.11584).
+
+    The mean is over all dimensions but the first, of parameters that have two or more.
+    """
+
+    of: Callable[[Oracle], Vector] = Mean()
+
+    def __call__(self, f: Oracle) -> Vector:
+        return self.of(f).map(lambda t: t - t.mean(tuple(range(1, t.dim())), keepdim=True) if t.dim() > 1 else t)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The entries of ``d`` that differ most from the mean of their tensor: ZSharp (arXiv 2505.02369).
+
+    An entry is kept where its z-score ``(d - mean) / deviation`` is larger in size than the quantile ``q`` of its
+    tensor's; the others are 0. Tensors of fewer than two dimensions are kept whole, as in the authors' code, and so are
+    tensors of which no entry stands out.
+
+    Args:
+        q: the share of the entries that are left out, in [0, 1).
+        of: the gradient that is filtered.
+
+    Raises:
+        ValueError: ``q`` is not in [0, 1).
+    """
+
+    q: float = 0.95
+    of: Callable[[Oracle], Vector] = Mean()
+
+    def __post_init__(self) -> None:
+        checks.number("q", self.q, "a number in [0, 1)", below=1.0)
+
+    def __call__(self, f: Oracle) -> Vector:
+        return self.of(f).map(self._filtered)
+
+    def _filtered(self, d: Tensor) -> Tensor:
+        if d.dim() < 2:
+            return d
+        whole = d.full_tensor() if is_sharded(d) else d  # type: ignore[attr-defined]
+        z = (whole - whole.mean()).abs()  # the deviation does not change their order
+        kept = z > z.flatten().kthvalue(int(self.q * (z.numel() - 1)) + 1).values
+        return shard_like(torch.where(kept | ~kept.any(), whole, 0.0), d)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,278 @@
+"""The passes of a rehearsal: where examples lie, then the update of m-SAM made both ways, shared and serial."""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from steppe.batch import Batch, Loss
+from steppe.engine.grads import drop
+from steppe.engine.nested import Data
+from steppe.engine.oracle import Oracle
+from steppe.engine.parameters import Parameters, Radii
+from steppe.engine.passes import Passes
+from steppe.engine.replay import frozen_statistics, generator
+from steppe.engine.vector import Vector, wide
+from steppe.factored.black_box import black_boxes
+from steppe.factored.collect import relative_cost, weighted_sum
+from steppe.factored.gradients import TensorPool
+from steppe.factored.layers import LAYERS
+from steppe.factored.maps import Lookup
+from steppe.factored.microbatches import MicroBatches, Place, places
+from steppe.factored.passes import FirstPass, Site
+from steppe.factored.shared import SharingPlan, by_part, record, second_pass
+from steppe.factored.tracked import CannotFactor, Tracked, Unsure
+from steppe.factored.unseen import Kernels
+from steppe.pieces.geometry import Euclidean
+from steppe.pieces.protocol import Declaration
+from steppe.rule import Rule
+
+TRIED = 4  # micro-batches of each order that are made both ways
+VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far two ways may differ by rounding alone, from the unit roundoff ``u`` of the least precise numbers in them.
+
+    ``u`` is 1e-16 in float64, 6e-8 in float32, 2e-3 in bfloat16, 5e-4 in float16, and on an accelerator, whose
+    products may be rounded to TF32, at least 5e-4.
+
+    Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
+    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size.
+
+    Gradients are not continuous where a ReLU or a maximum changes sides. Rounding flips a share of about ``c u`` of
+    the units. A flipped unit contributes its part of the gradient or does not, and parts add up like random numbers,
+    so the relative difference is about ``sqrt(c u)``: ``20 sqrt(u)`` are allowed, which is 5e-3 in float32, and a half
+    at most: in low precision the losses carry the proof. In float64
+    less than one unit in 1e12 flips, and 1e-9 is allowed for both.
+
+    Of every parameter a hundredth of the whole gradient's norm is added to its own, because a gradient may be zero but
+    for rounding, such as that of a bias before a normalisation.
+    """
+
+    u: float
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Rounding":
+        """Return the rounding of the least precise of some tensors."""
+        u = max(torch.finfo(t.dtype).eps / 2 for t in tensors)
+        return cls(max(u, 5e-4) if u > 1e-9 and any(t.device.type != "cpu" for t in tensors) else u)
+
+    @property
+    def losses(self) -> float:
+        """The bound for losses."""
+        return max(64 * self.u, 1e-9)
+
+    @property
+    def gradients(self) -> float:
+        """The bound for gradients."""
+        return min(20 * self.u**0.5, 0.5) if self.u > 1e-12 else 1e-9
+
+
+@dataclass
+class _Heard:
+    """A loss times a number, which keeps what it returns."""
+
+    loss: Loss
+    scale: float
+    losses: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module, data: Data) -> Tensor:
+        made = self.loss(model, data) * self.scale
+        self.losses.append(made.detach())
+        return made
+
+
+class Rehearsal:
+    """The passes of a rehearsal; none of them counts as one of the step's.
+
+    The losses are scaled here as under the batch's scaler, which is not told.
+    """
+
+    def __init__(self, f: Oracle, batch: Batch, m: int | None) -> None:
+        self.n, self.m, self.seed = len(batch), m or 1, f.step
+        self.parts = None if m is None else MicroBatches(self.n, m)
+        self.tensors, self.model = f.passes.parameters.tensors, batch.model
+        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())))
+        self.batch = copy(batch)
+        self.batch.loss, self.batch.scaler = self.heard, None
+        self.ranks = replace(f.passes.ranks, begun=True)
+        self.ranks.stay_within()
+        size = float(Vector([p.detach() for p in self.tensors]).norm())
+        larger = max(1.0, VISIBLE * size / f.rho.largest())
+        self.parameters = Parameters(self.tensors, Radii([larger * rho for rho in f.rho.values]))
+
+    def plan(self, tracked: Tracked) -> SharingPlan:
+        """Find where examples lie, then make the update both ways."""
+        first, g, plan = self.recorded(tracked)
+        rounding = Rounding.of([*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]])
+        plan.apply(first)
+        cost = relative_cost(first)
+        whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
+        self.check_close(weighted_sum(first, whole, self.tensors), g, first.tracked, rounding.gradients)
+        del first
+        random = generator(self.seed, self.n)
+        for order in (None, torch.randperm(self.n, generator=random)):
+            batch = self.batch if order is None else self.batch.subset(order)
+            self.check_both_ways(batch, plan, self.chosen(random), rounding)
+        return replace(plan, cost=cost)
+
+    # ---- where examples lie
+
+    def recorded(self, tracked: Tracked) -> tuple[FirstPass, list[Tensor | None], SharingPlan]:
+        """Return a first pass, the gradient of its mean, and the plan that follows from it, if that is right."""
+        for _ in range(3):
+            first = FirstPass(tracked, LAYERS, self.parts)
+            g, weights = self.two_backwards(first)
+            if not first.sites:
+                raise CannotFactor("no perturbed parameter takes part in the loss")
+            found = [_place(site, weights, first) for site in first.sites]
+            misfits = {i for i, place in enumerate(found) if place is None and _may_be_unbatched(first.sites[i])}
+            if not misfits - tracked.unbatched:
+                break
+            tracked = replace(tracked, unbatched=tracked.unbatched | misfits)  # repeat positions for every example
+        known = []
+        for site, place in zip(first.sites, found, strict=True):
+            del site.deltas[1:]
+            if place is None:
+                raise CannotFactor(f"examples influence one another at {first.label(site)}")
+            known.append(place)
+        first.check()
+        return first, g, SharingPlan(tracked, first.structure(), tuple(known), mixes=first.mixes)
+
+    def two_backwards(self, first: FirstPass) -> tuple[list[Tensor | None], Tensor]:
+        """Run one forward, and the backward of the mean and of a sum whose random weights tell examples apart.
+
+        Returns:
+            The gradient of the mean, at a loss scale that keeps it well within float16, and the weights.
+        """
+        parameters = [(first.tracked.names[i], p) for i, p in first.tracked.tensors.items()]
+        passes = Passes(self.batch, self.parameters)
+        with passes.one(away=True):
+            kernels = Kernels(first, parameters)
+            with kernels, black_boxes(self.model, first):
+                losses = self.batch.losses()
+            kernels.check()
+            if not losses.isfinite().all():
+                raise Unsure("the losses of this batch are not finite")
+            order = torch.randperm(first.independent, generator=generator(self.seed, 0))
+            weights = 2.0 ** (order % 5 - 4)  # powers of two commute with rounding, TF32's too
+            weights = (self.parts.spread(weights) if self.parts is not None and first.mixes else weights).to(losses)
+            g, smaller = self.first_backward(losses, first)
+            (losses @ weights * (smaller / self.n)).backward()
+        self.heard.scale *= smaller
+        return g, weights
+
+    def first_backward(self, losses: Tensor, first: FirstPass) -> tuple[list[Tensor | None], float]:
+        """Return the gradient of the mean, and what the losses have to be multiplied by for it to fit in float16."""
+        smaller = 1.0
+        while True:
+            (losses.mean() * smaller).backward(retain_graph=True)
+            g = [None if p.grad is None else p.grad.detach().clone() for p in self.tensors]
+            fits = all(float(t.abs().max()) < 1e3 for t in g if t is not None and t.numel())
+            if fits or self.heard.scale * smaller <= 1:
+                return g, smaller
+            smaller = max(1 / self.heard.scale, smaller / 64)
+            drop(self.tensors)
+            for site in first.sites:
+                site.deltas.clear()
+
+    # ---- both ways
+
+    def chosen(self, random: torch.Generator) -> list[int]:
+        """Return the micro-batches to make both ways: the first, the last, and random ones."""
+        k = MicroBatches(self.n, self.m).k
+        others = (torch.randperm(k, generator=random) + k - 1) % k  # any order
+        return list(dict.fromkeys([0, k - 1, *others.tolist()]))[:TRIED]
+
+    def check_both_ways(self, batch: Batch, plan: SharingPlan, chosen: Sequence[int], rounding: Rounding) -> None:
+        """Raise unless shared passes and the serial loop give the same losses and the same update."""
+        self.heard.losses.clear()
+        trial = Oracle(batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
+        rows = torch.cat([torch.arange(k * self.m, min(self.n, (k + 1) * self.m)) for k in chosen])
+        with frozen_statistics(batch.modules()):
+            ours = self.shared(trial, plan, rows)
+        together = self.heard.losses.copy()
+        self.heard.losses.clear()
+        trial.passes.counted, parts = False, batch.split(self.m)
+        with frozen_statistics(batch.modules()):  # which micro-batches change one after another
+            theirs = reduce(add, [self.serial(trial, parts[k]) for k in chosen])
+        alone = [torch.cat(self.heard.losses[i::2]) for i in range(len(together))]
+        for whole, single in zip(together, alone, strict=True):
+            self.check_losses(whole[rows.to(whole.device)], single, rounding.losses)
+        self.check_close(ours.materialised(), theirs.materialised(), plan.tracked, rounding.gradients)
+
+    def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
+        """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
+        parts = MicroBatches(self.n, self.m)
+        recorded = record(trial, plan, TensorPool(), self.parts, by_part(parts, trial))
+        second = second_pass(trial, recorded, parts, Euclidean().radial)
+        weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
+        with trial.passes.away_from_w():
+            return trial.passes.gradient(weights=weights, under=black_boxes(self.model, second))
+
+    def serial(self, trial: Oracle, part: Batch) -> Vector:
+        """Return the same of one micro-batch by itself."""
+        return len(part) / self.n * Rule()(trial.part(part)).grad
+
+    def check_losses(self, ours: Tensor, theirs: Tensor, bound: float) -> None:
+        """Raise unless losses are the same."""
+        if not (ours.isfinite().all() and theirs.isfinite().all()):
+            raise Unsure("the losses of this batch are not finite")
+        error = float((ours - theirs).abs().max()) / (float(theirs.abs().mean()) + self.heard.scale)
+        reason = "the loss of an example depends on the other examples of its batch, or on chance"
+        _judge(f"{reason}: it differs by {error:.0e}", error, bound)
+
+    def check_close(
+        self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], tracked: Tracked, bound: float
+    ) -> None:
+        """Raise unless gradients are the same."""
+        total = sum(float(wide(t).norm()) ** 2 for t in theirs if t is not None) ** 0.5
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            name = tracked.names.get(i)
+            if name is not None and (a is None) != (b is None):
+                raise CannotFactor(f"{name} takes part in a way that was not recorded")
+            if a is None or b is None:
+                continue
+            error = float((wide(a) - wide(b)).norm()) / (float(wide(b).norm()) + 1e-2 * total + 1e-300)
+            if not error < float("inf"):
+                raise Unsure("a gradient of this batch is not finite")
+            name = name or f"parameter {i}"
+            _judge(f"shared passes and the serial loop differ by {error:.0e} in the gradient of {name}", error, bound)
+
+
+def _judge(reason: str, error: float, bound: float) -> None:
+    if error > bound:
+        raise (CannotFactor if error > 30 * bound else Unsure)(reason)
+
+
+def _may_be_unbatched(site: Site) -> bool:
+    return isinstance(site.map, Lookup) and (len(site.leading) == 1 or site.leading[0] == 1)
+
+
+def _place(site: Site, weights: Tensor, first: FirstPass) -> Place | None:
+    """Return where examples lie, if the second backward is the first times their weights.
+
+    Raises:
+        Unsure: there is no gradient to tell, or it fits two places.
+    """
+    if len(site.deltas) != 2:
+        raise CannotFactor(f"{first.label(site)} has no gradient in this pass, or several")
+    a, b = (wide(d.reshape(-1, *d.shape[len(site.leading) :])).flatten(1) for d in site.deltas)
+    if not a.norm() > 0 or not a.isfinite().all():
+        raise Unsure(f"the gradient at {first.label(site)} is zero or not finite for this batch")
+    low = any(wide(d) is not d for d in site.deltas)
+    weights = weights if site.parts is None else weights[site.parts.starts]
+    found = []
+    for layout, place in places(len(weights), site.leading).items():
+        w = wide(weights)[layout.example_of_row(len(a), a.device), None]
+        if (b - w * a).norm() < (0.3 if low else 1e-2) * b.norm():
+            found.append(place)
+    if len(found) > 1 and first.independent > 1:
+        raise Unsure(f"examples may lie in two ways at {first.label(site)}, and this batch fits both")
+    return found[0] if found else None

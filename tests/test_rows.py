@@ -1,0 +1,344 @@
+"""The methods of 2023 to 2026 in numbers: their authors' code, and closed forms on quadratics.
+
+The numbers of the authors' code were made by running it on ``(3 x^2 + 4 y^2) / 2`` from (1, 1) with lr 0.1 and rho 0.5,
+in float64: XSAM (Cccjl219/XSAM 15f9c6f), Momentum-SAM (MarlonBecker/MSAM 780fa4f, the weights without their
+perturbation), Lookbehind (chandar-lab/Lookbehind-SAM) and Eigen-SAM (RitianLuo/EigenSAM, with the eigenvector that five
+steps of power iteration from g give).
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steppe
+from steppe import Oracle, SharpnessAware, Update
+from steppe.engine.parameters import Parameters, Radii
+from steppe.pieces.protocol import Declaration
+from tests.cases import KeepingSGD, N, sgd, sgdm, world
+from tests.exact import A4, B4, ExactNorms, Quadratic
+
+A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
+AUTHORS = {
+    "MSAM": (sgdm, lambda b: steppe.MomentumSAM(b, 0.5), [(0.7, 0.6), (0.31, 0.16), (-0.0345038728, -0.1503306121)]),
+    "XSAM 0.5": (sgd, lambda b: steppe.XSAM(b, 0.5, alpha=0.5), [(0.6002115193, 0.4469455987), (0.3045119765, 0.1357349127), (0.0780316984, -0.0116517968)]),
+    "XSAM 1.5": (sgd, lambda b: steppe.XSAM(b, 0.5, alpha=1.5), [(0.6199091199, 0.4332276269), (0.3333412498, 0.1151081640), (0.1018069671, -0.0228293666)]),
+    "XSAM": (sgd, lambda b: steppe.XSAM(b, 0.5, every=1), [(0.6299358139, 0.4266305744), (0.3478488781, 0.1049955477)]),
+    "Lookbehind": (sgd, lambda b: steppe.LookbehindSAM(b, 0.5), [(0.5671379684, 0.3579393584), (0.2279735003, 0.0169436976)]),
+    "Eigen-SAM": (sgd, lambda b: steppe.EigenSAM(b, 0.5), [(0.6208128911, 0.4291871088), (0.3365812565, 0.1041616780), (0.1065966065, -0.0449693894)]),
+}  # fmt: skip
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def on_quadratic(make, base=sgd, steps: int = 1, lr: float = 0.1) -> list[Tensor]:
+    model = Quadratic((1.0, 1.0))
+    opt, batch, path = make(base(model, lr=lr)), model.batch(A[None], torch.zeros(1, 2)), []
+    for _ in range(steps):
+        opt.step(batch)
+        path.append(model.weight.detach().clone())
+    return path
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_authors_numbers(name: str) -> None:
+    base, make, path = AUTHORS[name]
+    for found, expected in zip(on_quadratic(make, base, len(path)), path, strict=True):
+        torch.testing.assert_close(found, vector(*expected), rtol=0, atol=1e-9)
+
+
+def test_lookbehind_with_a_share_for_every_tensor_as_its_authors() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(vector(1.0, 1.0))
+            self.b = nn.Parameter(vector(2.0))
+
+    model = Two()
+    loss = lambda m, d: 0.5 * (m.weight @ A @ m.weight + 1.5 * m.b.square().sum()) + 0 * d  # noqa: E731
+    opt = steppe.LookbehindSAM(sgd(model), 0.5, alpha=None)
+    for w, b in (((0.1690905394, -0.2198067597), 1.2884428868961155), ((-0.0420182920, 0.2219978784), 0.7084701415)):  # fmt: skip
+        opt.step(steppe.Batch(model, loss, torch.zeros(1, dtype=torch.float64)))
+        torch.testing.assert_close(model.weight.detach(), vector(*w), rtol=0, atol=1e-9)
+        torch.testing.assert_close(model.b.detach(), vector(b), rtol=0, atol=1e-9)
+
+
+def test_closed_forms_of_one_step() -> None:
+    """g = (3, 4), norm 5; SAM's eps is (0.3, 0.4) and g_adv is (3.9, 5.6)."""
+    g, g_adv = vector(3, 4), vector(3.9, 5.6)
+    close = lambda make, u, **more: torch.testing.assert_close(1 - on_quadratic(make, lr=1.0, **more)[0], u)  # noqa: E731
+    close(lambda b: steppe.SSAM(b, 0.5), 5 * g_adv / g_adv.norm())
+    close(lambda b: steppe.LESAM(b, 0.5, sigma=10.0), g_adv)  # the budget is not the limit
+    close(lambda b: steppe.LESAM(b, 0.5, sigma=1.0), g + A @ (0.2 * g / 5))  # rho_t = sigma / norm(g) = 0.2
+    close(lambda b: steppe.GCSAM(b, 0.5), g_adv)  # a vector is not centralised
+    close(lambda b: steppe.PreconditionedSAM(b, 0.5), g_adv)  # before the base's first step
+    close(lambda b: steppe.MomentumSAM(b, 0.5), g)  # as here
+    clipped = g / 5 + 3 * (g_adv / g_adv.norm() - g / 5)  # gamma / (1 - gamma) = 3; the code adds 1e-6 to the norms
+    found = on_quadratic(lambda b: steppe.WSAM(b, 0.5, 0.75, clip_each=1.0), lr=1.0)[0]
+    torch.testing.assert_close(1 - found, clipped, rtol=0, atol=2e-6)
+
+
+def test_le_sams_budget_falls_with_a_schedule() -> None:
+    budget = steppe.schedule.Linear(1.0, 0.0, 2)
+    model = Quadratic((1.0, 1.0))
+    opt, lengths = steppe.LESAM(sgd(model, lr=0.0), 0.5, sigma=budget), []
+    for _ in range(3):
+        opt.step(model.batch(A[None], torch.zeros(1, 2)))
+        lengths.append(float(opt.telemetry.eps_norm))
+    assert lengths == pytest.approx([0.2, 0.1, 0.0])
+
+
+def test_centralised_and_filtered_gradients_of_a_matrix() -> None:
+    d = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, -9.0]])
+    v = steppe.Vector([d, torch.tensor([5.0])])
+    rows = steppe.Centralised(of=lambda f: v)(None).materialised()
+    torch.testing.assert_close(rows[0], torch.tensor([[-2.0, -1.0, 3.0], [3.0, 3.0, -6.0]]))
+    assert rows[1] == 5.0
+    z = ((d - d.mean()) / d.std()).abs()
+    for q in (0.0, 0.5, 0.7, 0.95):
+        filtered = steppe.Filtered(q, of=lambda f: v)(None).materialised()
+        assert torch.equal(filtered[0], torch.where(z > z.quantile(q), d, 0.0))
+        assert filtered[1] == 5.0
+    even = steppe.Filtered(0.5, of=lambda f: steppe.Vector([torch.ones(2, 2)]))(None).materialised()
+    assert torch.equal(even[0], torch.ones(2, 2))  # none stands out: all stay
+
+
+# ------------------------------------------------------------------------------------------------- RW-SAM's sharpness
+
+
+def test_reweighted_sharpness_on_four_examples() -> None:
+    """u = g + (sum p_i A_i) eps with the weights of ``test_golden`` at lam 0.5."""
+    p = vector(0.149643316, 0.467925697, 0.181424026, 0.201006962)
+    g_i = torch.tensor([(3.0, 4), (2, 7), (2, 5), (5.5, 1)], dtype=torch.float64)
+    d = p @ g_i
+    expected = g_i.mean(0) + torch.einsum("n,nij->ij", p, torch.tensor(A4, dtype=torch.float64)) @ (0.5 * d / d.norm())
+    model = Quadratic((1.0, 1.0))
+    SharpnessAware(sgd(model, lr=1.0), steppe.BothWeighted(steppe.Softmax(0.5, ExactNorms())), 0.5).step(
+        model.batch(A4, B4)
+    )
+    torch.testing.assert_close(1 - model.weight.detach(), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.5, 8, 63.5])
+def test_the_temperature_gives_the_effective_number_of_examples(size: float, dtype: torch.dtype) -> None:
+    norms = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), dtype=dtype).exp()
+    p = steppe.EffectiveSize(size).weights(norms)
+    torch.testing.assert_close(1 / p.square().sum(-1), torch.full((5,), size, dtype=dtype), rtol=1e-4, atol=0)
+    torch.testing.assert_close(p, steppe.EffectiveSize(size).weights(1000 * norms), rtol=1e-3, atol=1e-6)
+    assert (p.argsort(-1) == norms.argsort(-1)).all()
+
+
+def test_weights_of_small_batches_and_of_equal_norms() -> None:
+    for norms in (torch.rand(6), torch.full((80,), 3.0), torch.zeros(80)):
+        p = steppe.EffectiveSize(64 if len(norms) == 6 else 8).weights(norms)
+        torch.testing.assert_close(p, torch.full_like(p, 1 / len(p)))
+    two = steppe.EffectiveSize(1.0).weights(torch.tensor([1.0, 4.0, 4.0]))
+    torch.testing.assert_close(two, torch.tensor([0.0, 0.5, 0.5]))
+    with pytest.raises(ValueError, match="size must be a number >= 1"):
+        steppe.EffectiveSize(0.5)
+
+
+def test_uniform_weights_on_both_gradients_are_sam() -> None:
+    ours, theirs = world(), world()
+    a, b = steppe.ReweightedSharpness(sgdm(ours), 0.3, size=N), steppe.SAM(sgdm(theirs), 0.3)
+    for x, y in zip(ours.batches(3), theirs.batches(3), strict=True):
+        a.step(x)
+        b.step(y)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked
+
+
+def oracle(model: nn.Module, batch: steppe.Batch, **options) -> Oracle:
+    parameters = list(model.parameters())
+    return Oracle(batch, Parameters(parameters, Radii([0.1] * len(parameters))), **options)
+
+
+def test_functional_sam_is_the_jacobian_at_one_point_and_the_loss_at_another() -> None:
+    w = world()
+    opt = steppe.FunctionalSAM(sgd(w, lr=1.0), 0.3)
+    before, names = w.weights(), [name for name, _ in w.model.named_parameters()]
+    y = w.model(w.x)
+    (v,) = torch.autograd.grad(w.criterion(y, w.y).mean(), y)
+    g = torch.autograd.grad(w.criterion(w.model(w.x), w.y).mean(), w.parameters())
+    norm = torch.cat([t.flatten() for t in g]).norm()
+    away = {n: p + 0.3 * t / norm for n, p, t in zip(names, before, g, strict=True)}
+    outputs = lambda tensors: torch.func.functional_call(w.model, tensors, (w.x,))  # noqa: E731
+    expected = torch.func.vjp(outputs, away)[1](v)[0]
+    loss_adv = w.criterion(outputs(away), w.y).mean()
+    opt.step(w.batch)
+    for n, p, q in zip(names, before, w.parameters(), strict=True):
+        torch.testing.assert_close(p - q, expected[n], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(opt.telemetry.loss_adv, loss_adv.detach())
+    assert (opt.telemetry.forwards, opt.telemetry.backwards) == (2, 2)
+
+
+def test_pulled_back_at_w_the_gradient_at_the_outputs_is_g() -> None:
+    w = world()
+    for batch in (w.batch, steppe.Batches([w.batch.subset(torch.arange(4)), w.batch.subset(torch.arange(4, 10))])):
+        f = oracle(w.model, batch)
+        v = f.output_gradient()
+        assert sum(map(len, v)) == N
+        for a, b in zip(f.g.materialised(), f.pull_back(v).materialised(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_functional_sam_needs_a_loss_in_two_parts_and_one_output() -> None:
+    w = world()
+    loss = lambda model, d: w.criterion(model(d[0]), d[1])  # noqa: E731
+    before = w.weights()
+    with pytest.raises(TypeError, match=r"Batch\.supervised\(model, criterion"):
+        steppe.FunctionalSAM(sgd(w)).step(steppe.Batch(w.model, loss, (w.x, w.y)))
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = w.model
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.of(x), x
+
+    pair = steppe.Batch.supervised(Pair(), lambda y, t: w.criterion(y[0], t), w.x, w.y)
+    with pytest.raises(TypeError, match="output is one tensor, got tuple"):
+        steppe.FunctionalSAM(sgd(w)).step(pair)
+    assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
+
+
+def test_hessian_vector_products_are_exact_on_quadratics() -> None:
+    H = torch.tensor(A4, dtype=torch.float64).mean(0)
+    for w0, v in (((1.0, 1.0), (1.0, -2.0)), ((30.0, -7.0), (0.0, 1e-3))):
+        model = Quadratic(w0)
+        f = oracle(model, model.batch(A4, B4))
+        found = f.hvp(steppe.Vector([vector(*v)])).materialised()[0]
+        torch.testing.assert_close(found, H @ vector(*v), rtol=1e-7, atol=0)
+        assert torch.equal(model.weight.detach(), vector(*w0))
+
+
+def test_hessian_vector_products_of_a_net_see_the_same_masks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    w = world()
+    batch = steppe.Batch.supervised(model, w.criterion, w.x, w.y)
+    f = oracle(model, batch)
+    random = torch.get_rng_state()
+    f.g  # noqa: B018
+    statistics = [b.clone() for b in model.buffers()]
+    v = [torch.randn_like(p) for p in model.parameters()]
+    found = f.hvp(steppe.Vector(v)).materialised()
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
+    torch.set_rng_state(random)
+    g = torch.autograd.grad(batch.losses().mean(), list(model.parameters()), create_graph=True)
+    expected = torch.autograd.grad(g, list(model.parameters()), v)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    low = oracle(model.bfloat16(), batch)
+    with pytest.raises(TypeError, match="hvp needs parameters in float32"):
+        low.hvp(low.w)
+
+
+def test_the_bases_state_by_parameter() -> None:
+    w, seen = world(), []
+
+    def rule(f: Oracle) -> Update:
+        seen.append(f.base_state("exp_avg").tensors)
+        return Update(f.g)
+
+    rule.declares = Declaration(g_adv=False, base_state=frozenset({"exp_avg", "step"}))
+    unused = nn.Parameter(torch.ones(2))
+    opt = SharpnessAware(torch.optim.Adam([*w.parameters(), unused]), rule, 0.1)
+    opt.step(w.batch)
+    assert seen[-1] == [None] * (len(w.parameters()) + 1)
+    opt.step(w.batch)
+    assert all(t is not None for t in seen[-1][:-1])
+    assert seen[-1][-1] is None
+    kept = [opt.state[p]["exp_avg"] for p in w.parameters()]
+    opt.step(w.batch)
+    assert all(a is b for a, b in zip(seen[-1], kept, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("exp_avg_sq", ValueError, "declares as base_state"),
+        ("step", TypeError, r"of the parameter's shape \(6, 5\), got"),
+    ],
+)
+def test_state_that_is_not_declared_or_no_vector_is_refused(name: str, error: type, message: str) -> None:
+    def rule(f: Oracle) -> Update:
+        return Update(f.g + (f.base_state(name) if f.step else 0.0 * f.g))
+
+    rule.declares = Declaration(g_adv=False, base_state=frozenset({"step"}))
+    w = world()
+    opt = SharpnessAware(torch.optim.Adam(w.parameters()), rule, 0.1)
+    opt.step(w.batch)
+    before = w.weights()
+    with pytest.raises(error, match=message):
+        opt.step(w.batch)
+    assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [steppe.MomentumSAM, steppe.PreconditionedSAM])
+def test_a_base_without_the_state_that_is_read_is_refused(method: type[SharpnessAware]) -> None:
+    w = world()
+    opt = method(sgd(w))
+    opt.step(w.batch)
+    with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
+        opt.step(w.batch)
+
+
+def test_momentum_sam_perturbs_by_the_joint_momentum_of_several_bases() -> None:
+    w = world()
+    a, b = torch.optim.Adam(w.parameters()[:2]), sgdm(w.parameters()[2:])
+    opt = steppe.MomentumSAM([a, b], 0.3)
+    opt.step(w.batch)
+    assert opt.telemetry.eps_norm == 0
+    opt.step(w.batch)
+    torch.testing.assert_close(opt.telemetry.eps_norm, torch.tensor(0.3, dtype=torch.float64))
+    assert (opt.telemetry.forwards, opt.telemetry.backwards) == (1, 1)
+
+
+def test_running_statistics_see_the_one_pass_of_momentum_sam() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    w = world(torch.float32)
+    opt = steppe.MomentumSAM(sgdm(model), 0.3, cosine=True)
+    for k in range(1, 4):
+        opt.step(steppe.Batch.supervised(model, w.criterion, w.x, w.y))
+        assert model[1].num_batches_tracked == k
+
+
+def test_numbers_are_remembered_in_every_group_and_only_where_declared() -> None:
+    w = world()
+    groups = [{"params": w.parameters()[:2]}, {"params": w.parameters()[2:], "rho": 0.0}]
+    opt = steppe.AESAM(sgd(groups), 0.1)
+    opt.step(w.batch)
+    square = float(opt.telemetry.g_norm) ** 2
+    assert [g["sharpness.mu"] for g in opt.param_groups] == pytest.approx([square] * 2)
+    with pytest.raises(ValueError, match="declares as numbers"):
+        SharpnessAware(sgd(w), lambda f: Update(f.recall_number("mu", 0.0) * f.g)).step(w.batch)
+
+
+def test_ae_sam_takes_one_pass_where_the_gradient_is_small() -> None:
+    model = Quadratic((1.0, 1.0))
+    opt, batch = steppe.AESAM(sgd(model, lr=0.1), 0.05), model.batch(A[None], torch.zeros(1, 2))
+    passes = []
+    for k in range(4):
+        if k == 3:
+            with torch.no_grad():
+                model.weight.copy_(vector(9.0, 9.0))
+        opt.step(batch)
+        passes.append(opt.telemetry.forwards)
+    assert passes == [2, 1, 1, 2]  # the first is its own mean; then the gradient falls
+
+
+def test_keeping_bases_step_as_they_do() -> None:
+    a, b = world(), world()
+    ours, plain = KeepingSGD(a.parameters(), lr=0.1), sgd(b, lr=0.1)
+    for opt, w in ((ours, a), (plain, b)):
+        w.batch()
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
