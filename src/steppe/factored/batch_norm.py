@@ -89,8 +89,7 @@ class BatchNorm:
         index = passing.tracked.index(p)
         if p is None or index is None:
             return (without if p is None else p).expand(passing.parts.k, -1)
-        made: Tensor = passing.copies_by_part(self, p, index, passing.parts)  # type: ignore[attr-defined]
-        return made
+        return passing.copies_by_part(self, p, index, passing.parts)
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """Add nothing: the gradients of the copies are those of the micro-batches."""

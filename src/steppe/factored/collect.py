@@ -78,7 +78,8 @@ class Collector:
     def take(self, site: Site) -> None:
         """Add the contribution of one use."""
         if site.parts is not None and site.weight is not None:
-            self.by_part.setdefault(site.weight, []).append(site.deltas[0])
+            found = self.by_example if site.parts.m == 1 else self.by_part
+            found.setdefault(site.weight, []).append(site.deltas[0])
             return
         site.layer.collect(site, self.uses, self.by_example)
         if site.weight is not None and len(self.uses.get(site.weight, ())) == self.counts[site.weight]:
@@ -142,9 +143,9 @@ def _by_part(by_example: Small, parts: MicroBatches) -> dict[int, Tensor]:
         return {i: parts.sums(t) for i, t in total.items()}
     if not total:
         return {}
-    sums = parts.sums(torch.cat([t.flatten(1) for t in total.values()], 1))
+    sums = parts.sums(torch.cat([t.reshape(len(t), -1) for t in total.values()], 1))
     split = sums.split([t[0].numel() for t in total.values()], 1)
-    return {i: s.unflatten(1, t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
+    return {i: s.reshape(len(s), *t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Recorded:
                 if isinstance(gradient, Factors) and gradient.bias is not None:
                     made[gradient.bias] = gradient.weighted_bias(c)
             for i, t in small.items():
-                made[i] = (c.to(t.dtype) @ t.flatten(1)).reshape(self.parameters[i].shape)
+                made[i] = (c.to(t.dtype) @ t.reshape(len(t), -1)).reshape(self.parameters[i].shape)
         return Vector(made) / self.loss_scale
 
     def mean(self) -> Vector:
@@ -213,14 +214,14 @@ def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> l
         for site in first.sites:
             if site.parts is not None and site.weight is not None:
                 c_k, delta = c[site.parts.starts], site.deltas[0]
-                found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.flatten(1))
+                found.setdefault(site.weight, []).append(c_k.to(delta.dtype) @ delta.reshape(len(delta), -1))
         for i, uses in matrices.items():
-            found[i] = [use.weighted(c) for use in uses]
+            found.setdefault(i, []).extend(use.weighted(c) for use in uses)
             for use in uses:
                 if use.bias is not None:
                     small.setdefault(use.bias, []).append(use.delta.sum(1))
         for i, of_uses in small.items():
-            found.setdefault(i, []).extend(c.to(t.dtype) @ t.flatten(1) for t in of_uses)
+            found.setdefault(i, []).extend(c.to(t.dtype) @ t.reshape(len(t), -1) for t in of_uses)
         total = {i: reduce(torch.add, (t.reshape(parameters[i].shape) for t in ts)) for i, ts in found.items()}
     return [total.get(i) for i in range(len(parameters))]
 

@@ -1,5 +1,8 @@
 """The layers with a weight matrix, and the table of all layers by torch function."""
 
+from __future__ import annotations
+
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,27 +11,47 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from steppe.factored.any_function import AnyFunction
 from steppe.factored.attention import Attention
 from steppe.factored.batch_norm import BatchNorm
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
-from steppe.factored.passes import FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import ANY, FirstPass, Matrices, SecondPass, Site, Small
 from steppe.factored.patches import ConvSpec
+from steppe.factored.recurrent import Recurrent
 from steppe.factored.tracked import CannotFactor
 
 
 @dataclass
 class Call:
-    """The arguments of one call of ``y = map(x, W) + b``; examples lie in the ``leading`` dimensions of ``x``."""
+    """The arguments of one call of ``y = map(x, W) + b``; examples lie in the ``leading`` dimensions of ``x``.
+
+    The indices of a lookup may belong to no example (``unbatched``): positions, or a table of their distances.
+    """
 
     map: Map
     x: Tensor
     leading: torch.Size
     W: Tensor
     b: Tensor | None = None
+    lookup: int = 0  # which lookup of the pass it is
+    unbatched: bool = False
+
+    def is_a_table(self) -> bool:
+        """Return whether indices of several dimensions belong to no example: then ``W[x]`` is a function of ``W``."""
+        return self.unbatched and self.x.dim() > 1 and self.x.shape[0] != 1
+
+    def batched(self, n: int) -> Call:
+        """Return the call with positions repeated for each example, along a first dimension."""
+        if not self.unbatched:
+            return self
+        index = self.x if self.x.dim() > 1 else self.x[None]
+        index = index.expand(n, *index.shape[1:])
+        return replace(self, x=index, leading=index.shape)
 
 
+BAG = inspect.signature(F.embedding_bag)
 DENSE, TURNED = Dense(), Dense(turned=True)
 
 
@@ -106,21 +129,28 @@ class MatrixLayer:
         if call is None or passing.tracked.index(call.x) is not None:
             return None, None, None
         weight, bias = passing.tracked.index(call.W), passing.tracked.index(call.b)
-        return None if weight is None and bias is None else call, weight, bias
+        if weight is None and bias is None:
+            return None, None, None
+        if isinstance(call.map, Lookup):
+            call.lookup, call.unbatched = passing.lookups, passing.lookups in passing.tracked.unbatched
+            passing.lookups += 1
+        return call, weight, bias
 
     def record(self, first: FirstPass, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Apply the layer, and keep its input."""
         call, weight, bias = self.call(first, args, kwargs)
         if call is None:
             return NotImplemented
-        given, call = call.x, batched(first, call)
+        if call.is_a_table():
+            return first.layers[ANY].derive(first, func, args, kwargs)
+        given, call = call.x, call.batched(first.tracked.n)
         x = call.x.flatten(0, -2) if isinstance(call.map, Dense) and call.x.dim() > 2 else call.x
         y = func(*(x if a is given else a for a in args), **{k: x if a is given else a for k, a in kwargs.items()})
         shape = torch.Size((*call.leading, *y.shape[1 if isinstance(call.map, Conv) else -1 :]))
         kept = None if weight is None else call.x.detach()
         if kept is not None and kept.is_floating_point():
             kept = kept.to(y.dtype)
-        y = first.watch(y, Site(self, weight, bias, kept, tuple(call.leading), call.map), shape)
+        y = first.watch(y, Site(self, weight, bias, kept, tuple(call.leading), call.map, lookup=call.lookup), shape)
         return y if y.shape == shape else y.reshape(shape)
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
@@ -138,7 +168,9 @@ class MatrixLayer:
         call, weight, bias = self.call(second, args, kwargs)
         if call is None:
             return NotImplemented
-        call = batched(second, call)
+        if call.is_a_table():
+            return second.layers[ANY].derive(second, func, args, kwargs)
+        call = call.batched(second.tracked.n)
         site = second.next(self, weight, bias)
         x = call.x.to(low(call.x)) if call.x.is_floating_point() else call.x
         if weight is not None:
@@ -152,13 +184,31 @@ class MatrixLayer:
         return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
 
 
-def batched(passing: FirstPass | SecondPass, call: Call) -> Call:
-    """Return the call with indices that belong to no example repeated for each of them, along a first dimension."""
-    if not isinstance(call.map, Lookup) or not passing.next_is_unbatched():
-        return call
-    index = call.x if call.x.dim() > 1 and call.x.shape[0] == 1 else call.x[None]
-    index = index.expand(passing.tracked.n, *index.shape[-1:])
-    return replace(call, x=index, leading=index.shape)
+class Bag:
+    """``F.embedding_bag`` over rows of equal length, as a lookup and a sum or mean."""
+
+    def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the sums; the lookup is intercepted."""
+        call = BAG.bind(*args, **kwargs)
+        call.apply_defaults()
+        a = call.arguments
+        index, padding, weights = a["input"], a["padding_idx"], a["per_sample_weights"]
+        if passing.tracked.index(a["weight"]) is None:
+            return NotImplemented
+        odd = a["max_norm"] is not None or a["scale_grad_by_freq"] or a["sparse"]
+        if index.dim() != 2 or a["mode"] == "max" or odd or passing.tracked.index(weights) is not None:
+            raise CannotFactor("an embedding bag with offsets, a maximum or other options has no factored form")
+        with passing:
+            rows = F.embedding(index, a["weight"], padding)
+        if weights is not None:
+            return (rows * weights[..., None]).sum(1)
+        if padding is None:
+            return rows.sum(1) if a["mode"] == "sum" else rows.mean(1)
+        counted = (index != padding % len(a["weight"]))[..., None].to(rows.dtype)
+        total = (rows * counted).sum(1)
+        return total if a["mode"] == "sum" else total / counted.sum(1).clamp_min(1)
+
+    record = evaluate = run
 
 
 def low(t: Tensor) -> torch.dtype:
@@ -177,6 +227,7 @@ LAYERS: dict[Any, Any] = {
     torch.conv2d: MatrixLayer(conv(2)),
     torch.conv3d: MatrixLayer(conv(3)),
     F.embedding: MatrixLayer(embedding),
+    F.embedding_bag: Bag(),
     F.layer_norm: NormLayer((2, 3), channels_first=False),
     F.rms_norm: NormLayer((2, None), channels_first=False),
     F.group_norm: GroupNormLayer(),
@@ -189,4 +240,6 @@ LAYERS: dict[Any, Any] = {
     **dict.fromkeys((Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__), _elementwise),
     **dict.fromkeys((Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.true_divide_), _in_place),
     Tensor.expand: _elementwise,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), Recurrent()),
+    ANY: AnyFunction(),
 }

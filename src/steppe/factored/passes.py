@@ -23,6 +23,7 @@ from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, un
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+ANY = object()  # the key of the layer for functions that have none of their own
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Site:
         version: the version counter of ``kept`` when it was recorded.
         parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
         freed: whether what was recorded has been used and freed.
+        lookup: which lookup of the pass it is.
     """
 
     layer: Any
@@ -54,6 +56,7 @@ class Site:
     version: int = 0
     parts: MicroBatches | None = None
     freed: bool = False
+    lookup: int = 0
 
     def free(self) -> None:
         """Free the recorded tensors."""
@@ -95,7 +98,8 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
-        self.count = 0  # of the sites so far
+        self.count, self.lookups = 0, 0  # of the sites, and of the lookups, so far
+        self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
@@ -104,23 +108,40 @@ class Interception(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        arguments = (*args, *kwargs.values())
         transformed = peek_interpreter_stack() is not None
-        layer = None if transformed else self.layers.get(func)
+        layer = None if transformed or (self.derived and self.derives(arguments) is not None) else self.layers.get(func)
         if layer is not None:
-            self.inside += 1
-            try:
+            with self.understood():
                 made = getattr(layer, self.method)(self, func, *args, **kwargs)
-            finally:
-                self.inside -= 1
             if made is not NotImplemented:
                 return made
-        arguments = (*args, *kwargs.values())
-        index = self.tracked.first_in(map(unwrapped, arguments) if transformed else arguments)
-        if index is not None and name_of(func) not in HARMLESS:
-            where = " inside torch.func" if transformed else ""
-            name = self.tracked.names[index]
-            raise CannotFactor(f"{name} is used by {name_of(func)}{where}, which has no factored form")
-        return func(*args, **kwargs)
+        index = self.first_in(map(unwrapped, arguments) if transformed else arguments)
+        if index is None or name_of(func) in HARMLESS:
+            return func(*args, **kwargs)
+        if transformed:
+            raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
+        with self.understood():
+            return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
+
+    def first_in(self, arguments: Iterable[Any]) -> int | None:
+        """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
+        arguments = list(arguments)
+        index = self.tracked.first_in(arguments)
+        return index if index is not None or not self.derived else self.derives(arguments)
+
+    def derives(self, arguments: Iterable[Any]) -> int | None:
+        """Return the index of a parameter from which, with no examples, an argument is made; also inside lists."""
+        for a in arguments:
+            known = self.derived.get(id(a))
+            index = known.parameters[0] if known else self.derives(a) if isinstance(a, list | tuple) else None
+            if index is not None:
+                return index
+        return None
+
+    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
+        """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
+        raise NotImplementedError
 
     @contextmanager
     def understood(self) -> Iterator[None]:
@@ -130,10 +151,6 @@ class Interception(TorchFunctionMode):
             yield
         finally:
             self.inside -= 1
-
-    def next_is_unbatched(self) -> bool:
-        """Return whether the rows of the next site belong to no example."""
-        return self.count in self.tracked.unbatched
 
 
 class FirstPass(Interception):
@@ -166,6 +183,7 @@ class FirstPass(Interception):
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
+        self.mixes |= self.parts is not None  # the gradients are those of whole micro-batches
         return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:

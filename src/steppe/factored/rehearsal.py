@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import prod
 from operator import add
 
 import torch
@@ -19,11 +20,13 @@ from steppe.engine.replay import frozen_statistics, generator
 from steppe.engine.vector import Vector, wide
 from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import relative_cost, weighted_sum
+from steppe.factored.draws import Draws
 from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
 from steppe.factored.passes import FirstPass, Site
+from steppe.factored.rounding import Rounding
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
 from steppe.factored.tracked import CannotFactor, Tracked, Unsure
 from steppe.factored.unseen import Kernels
@@ -35,54 +38,18 @@ TRIED = 4  # micro-batches of each order that are made both ways
 VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How far two ways may differ by rounding alone, from the unit roundoff ``u`` of the least precise numbers in them.
-
-    ``u`` is 1e-16 in float64, 6e-8 in float32, 2e-3 in bfloat16, 5e-4 in float16, and on an accelerator, whose
-    products may be rounded to TF32, at least 5e-4.
-
-    Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
-    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size.
-
-    Gradients are not continuous where a ReLU or a maximum changes sides. Rounding flips a share of about ``c u`` of
-    the units. A flipped unit contributes its part of the gradient or does not, and parts add up like random numbers,
-    so the relative difference is about ``sqrt(c u)``: ``20 sqrt(u)`` are allowed, which is 5e-3 in float32, and a half
-    at most: in low precision the losses carry the proof. In float64
-    less than one unit in 1e12 flips, and 1e-9 is allowed for both.
-
-    Of every parameter a hundredth of the whole gradient's norm is added to its own, because a gradient may be zero but
-    for rounding, such as that of a bias before a normalisation.
-    """
-
-    u: float
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Rounding":
-        """Return the rounding of the least precise of some tensors."""
-        u = max(torch.finfo(t.dtype).eps / 2 for t in tensors)
-        return cls(max(u, 5e-4) if u > 1e-9 and any(t.device.type != "cpu" for t in tensors) else u)
-
-    @property
-    def losses(self) -> float:
-        """The bound for losses."""
-        return max(64 * self.u, 1e-9)
-
-    @property
-    def gradients(self) -> float:
-        """The bound for gradients."""
-        return min(20 * self.u**0.5, 0.5) if self.u > 1e-12 else 1e-9
-
-
 @dataclass
 class _Heard:
-    """A loss times a number, which keeps what it returns."""
+    """A loss times a number, which keeps what it returns, and draws for a part what is drawn for it in the batch."""
 
     loss: Loss
     scale: float
+    draws: Draws
+    part: slice | None = None  # the examples of the part
     losses: list[Tensor] = field(default_factory=list)
 
     def __call__(self, model: nn.Module, data: Data) -> Tensor:
+        self.draws.begin(self.part)
         made = self.loss(model, data) * self.scale
         self.losses.append(made.detach())
         return made
@@ -94,11 +61,11 @@ class Rehearsal:
     The losses are scaled here as under the batch's scaler, which is not told.
     """
 
-    def __init__(self, f: Oracle, batch: Batch, m: int | None) -> None:
+    def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws) -> None:
         self.n, self.m, self.seed = len(batch), m or 1, f.step
         self.parts = None if m is None else MicroBatches(self.n, m)
         self.tensors, self.model = f.passes.parameters.tensors, batch.model
-        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())))
+        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws)
         self.batch = copy(batch)
         self.batch.loss, self.batch.scaler = self.heard, None
         self.ranks = replace(f.passes.ranks, begun=True)
@@ -111,6 +78,7 @@ class Rehearsal:
         """Find where examples lie, then make the update both ways."""
         first, g, plan = self.recorded(tracked)
         rounding = Rounding.of([*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]])
+        rounding = rounding.of_model(self.first_part, self.tensors, self.heard.scale)
         plan.apply(first)
         cost = relative_cost(first)
         whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
@@ -122,6 +90,15 @@ class Rehearsal:
             self.check_both_ways(batch, plan, self.chosen(random), rounding)
         return replace(plan, cost=cost)
 
+    def first_part(self) -> Tensor:
+        """Return the losses of the first micro-batch by itself."""
+        self.heard.part, part = slice(0, min(self.m, self.n)), self.batch.split(self.m)[0]
+        try:
+            with Passes(part, self.parameters).one(away=True), torch.no_grad():
+                return part.losses()
+        finally:
+            self.heard.part = None
+
     # ---- where examples lie
 
     def recorded(self, tracked: Tracked) -> tuple[FirstPass, list[Tensor | None], SharingPlan]:
@@ -132,7 +109,8 @@ class Rehearsal:
             if not first.sites:
                 raise CannotFactor("no perturbed parameter takes part in the loss")
             found = [_place(site, weights, first) for site in first.sites]
-            misfits = {i for i, place in enumerate(found) if place is None and _may_be_unbatched(first.sites[i])}
+            sites = [site for site, place in zip(first.sites, found, strict=True) if place is None]
+            misfits = {site.lookup for site in sites if isinstance(site.map, Lookup)}
             if not misfits - tracked.unbatched:
                 break
             tracked = replace(tracked, unbatched=tracked.unbatched | misfits)  # repeat positions for every example
@@ -195,17 +173,35 @@ class Rehearsal:
         self.heard.losses.clear()
         trial = Oracle(batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
         rows = torch.cat([torch.arange(k * self.m, min(self.n, (k + 1) * self.m)) for k in chosen])
+        before = self.buffers()
         with frozen_statistics(batch.modules()):
             ours = self.shared(trial, plan, rows)
+            after = self.buffers()
         together = self.heard.losses.copy()
         self.heard.losses.clear()
         trial.passes.counted, parts = False, batch.split(self.m)
         with frozen_statistics(batch.modules()):  # which micro-batches change one after another
-            theirs = reduce(add, [self.serial(trial, parts[k]) for k in chosen])
+            theirs = reduce(add, [self.serial(trial, parts[k], k) for k in chosen])
         alone = [torch.cat(self.heard.losses[i::2]) for i in range(len(together))]
         for whole, single in zip(together, alone, strict=True):
             self.check_losses(whole[rows.to(whole.device)], single, rounding.losses)
+        if not all(map(torch.equal, before, after)):
+            self.check_buffers(parts, after, rounding.losses)
         self.check_close(ours.materialised(), theirs.materialised(), plan.tracked, rounding.gradients)
+
+    def buffers(self) -> list[Tensor]:
+        """Return copies of the model's buffers."""
+        return [b.clone() for m in self.batch.modules() for b in m._buffers.values() if b is not None]
+
+    def check_buffers(self, parts: Sequence[Batch], ours: Sequence[Tensor], bound: float) -> None:
+        """Raise unless the forwards of all micro-batches leave the same buffers, such as running statistics."""
+        with frozen_statistics(self.batch.modules()), torch.no_grad():
+            for part in parts:
+                part.losses()
+            theirs = self.buffers()
+        for a, b in zip(ours, theirs, strict=True):
+            error = 1.0 if a.shape != b.shape else float((a.double() - b.double()).abs().max() / (b.abs().max() + 1))
+            _judge(f"a buffer differs by {error:.0e} from what the serial loop leaves", error, bound)
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
@@ -216,9 +212,13 @@ class Rehearsal:
         with trial.passes.away_from_w():
             return trial.passes.gradient(weights=weights, under=black_boxes(self.model, second))
 
-    def serial(self, trial: Oracle, part: Batch) -> Vector:
-        """Return the same of one micro-batch by itself."""
-        return len(part) / self.n * Rule()(trial.part(part)).grad
+    def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:
+        """Return the same of micro-batch ``k`` by itself."""
+        self.heard.part = slice(k * self.m, k * self.m + len(part))
+        try:
+            return len(part) / self.n * Rule()(trial.part(part)).grad
+        finally:
+            self.heard.part = None
 
     def check_losses(self, ours: Tensor, theirs: Tensor, bound: float) -> None:
         """Raise unless losses are the same."""
@@ -251,10 +251,6 @@ def _judge(reason: str, error: float, bound: float) -> None:
         raise (CannotFactor if error > 30 * bound else Unsure)(reason)
 
 
-def _may_be_unbatched(site: Site) -> bool:
-    return isinstance(site.map, Lookup) and (len(site.leading) == 1 or site.leading[0] == 1)
-
-
 def _place(site: Site, weights: Tensor, first: FirstPass) -> Place | None:
     """Return where examples lie, if the second backward is the first times their weights.
 
@@ -263,7 +259,9 @@ def _place(site: Site, weights: Tensor, first: FirstPass) -> Place | None:
     """
     if len(site.deltas) != 2:
         raise CannotFactor(f"{first.label(site)} has no gradient in this pass, or several")
-    a, b = (wide(d.reshape(-1, *d.shape[len(site.leading) :])).flatten(1) for d in site.deltas)
+    a, b = (wide(d.reshape(prod(site.leading), -1)) for d in site.deltas)
+    if site.parts is not None and not a.any() and not b.any():
+        return Place(0)  # of copies it is known
     if not a.norm() > 0 or not a.isfinite().all():
         raise Unsure(f"the gradient at {first.label(site)} is zero or not finite for this batch")
     low = any(wide(d) is not d for d in site.deltas)

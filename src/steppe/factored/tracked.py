@@ -46,7 +46,7 @@ class Tracked:
         names: index -> name.
         n: how many examples the batch has.
         tensors: index -> parameter.
-        unbatched: the uses, by order, whose rows belong to no example, such as position embeddings.
+        unbatched: the lookups, by order, whose indices belong to no example, such as position embeddings.
     """
 
     parameters: Mapping[int, int]

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
 from steppe.engine.replay import RandomState, is_compiled
 from steppe.engine.vector import is_sharded
+from steppe.factored.draws import Draws
 from steppe.factored.rehearsal import Rehearsal
 from steppe.factored.shared import SharingPlan
 from steppe.factored.tracked import CannotFactor, NotProven, Tracked
@@ -26,23 +24,23 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
 
     The update of SAM on micro-batches is made by shared passes and by the serial loop, on the batch as it is and on a
     random permutation of its examples. The two have to agree to
-    :class:`~steppe.factored.rehearsal.Rounding` in the losses at ``w`` and at
+    :class:`~steppe.factored.rounding.Rounding` in the losses at ``w`` and at
     ``w + eps_k`` and in the update, summed over at most ``TRIED`` micro-batches of each order: the first, the last,
     which may be smaller, and random ones. A difference beyond 30 times the bound is the model's; a smaller one may be
     bad luck, and a later batch tells.
 
     The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
-    Dropout is off. A little noise is added to every parameter, because a weight of zero hides what comes before it.
-    Weights, gradients, buffers and random streams are restored bit for bit. State of the model that is not in a buffer
-    sees the additional passes.
+    Dropout is off, and a micro-batch draws the other random numbers that it has in the batch. A little noise is added
+    to every parameter, because a weight of zero hides what comes before it. Weights, gradients, buffers and random
+    streams are restored bit for bit. State of the model that is not in a buffer sees the additional passes.
     """
     tracked = Tracked.of(f, batch)
     before = RandomState.now(f.passes.parameters.devices)
     try:
         _check_supported(batch, f)
         watch_scripts()
-        with f.passes.ranks.apart(), _noise_added(batch.model), _NoDropout():
-            return Rehearsal(f, batch, m).plan(tracked)
+        with f.passes.ranks.apart(), _noise_added(batch.model), Draws(len(batch)) as draws:
+            return Rehearsal(f, batch, m, draws).plan(tracked)
     except NotProven:
         return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
     except CannotFactor as error:
@@ -83,24 +81,6 @@ def described(error: Exception) -> str:
 def has_hooks(p: Tensor) -> bool:
     """Return whether a hook may change or use the gradient of a parameter."""
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
-
-
-class _NoDropout(TorchFunctionMode):
-    """Turns dropout off, so that a part of the batch can be compared with the whole."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
-        return func(*args, **kwargs)
 
 
 @contextmanager

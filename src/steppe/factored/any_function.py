@@ -1,0 +1,203 @@
+"""Torch functions without a factored form: every micro-batch runs them with its own copy of the parameters.
+
+A function of parameters alone, such as ``weight.float()``, ``gamma.reshape(1, -1, 1, 1)``, ``exp(a)`` or a weight
+norm, is noted and returned as it is. Where its result meets examples, each micro-batch ``k`` gets ``h(p_k)`` for its
+copy ``p_k`` of the parameters. The gradient of ``p_k`` is that of the micro-batch, and in the second pass ``p_k`` is
+``p + eps_k``. Copies take the memory of ``n / m`` such parameters, as gradients that are held whole do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.func import vmap
+
+from steppe.factored.microbatches import MicroBatches
+from steppe.factored.passes import Interception, Matrices, Site, Small
+from steppe.factored.substitutes import SAME
+from steppe.factored.tracked import CannotFactor, name_of
+
+Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A function of parameters alone.
+
+    Attributes:
+        result: its value at ``w``.
+        parameters: their indices.
+        make: returns its value for other values of the parameters.
+        transposed: whether it is the transpose of one matrix.
+    """
+
+    result: Tensor
+    parameters: tuple[int, ...]
+    make: Callable[[Values], Tensor]
+    transposed: bool = False
+
+
+NO_TENSOR = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__format__"}
+REPEATS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.broadcast_to, torch.tile}
+TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+
+class AnyFunction:
+    """Any torch function of perturbed parameters that no other layer has taken."""
+
+    def run(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a function of parameters alone, or run it for each micro-batch.
+
+        Raises:
+            CannotFactor: its arguments or results are not tensors of parameters, constants and examples.
+        """
+        index, name = passing.first_in((*args, *kwargs.values())), name_of(func)
+        assert index is not None
+        label = passing.tracked.names[index]
+        if (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
+            raise CannotFactor(f"{label} is used by {name}, which works in place")
+        if name in NO_TENSOR:
+            raise CannotFactor(f"{label} is used by {name}, not as a tensor")
+        product = self.transposed_product(passing, func, args, kwargs)
+        if product is not NotImplemented:
+            return product
+        tensors = list(_tensors((args, kwargs)))
+        others = [t for t in tensors if passing.tracked.index(t) is None and id(t) not in passing.derived]
+        n, func = passing.tracked.n, SAME.get(func, func)
+        repeated = func in REPEATS and func(*args, **kwargs).shape[0] == n != tensors[0].shape[:1].numel()
+        if any(_has_examples(t, n) for t in others) or repeated:
+            return self.by_part(passing, func, args, kwargs)
+        if any(t.requires_grad and not t.is_leaf for t in others):
+            raise CannotFactor(f"{label} is used by {name} with activations whose examples do not come first")
+        return self.derive(passing, func, args, kwargs)
+
+    record = evaluate = run
+
+    def transposed_product(self, passing: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return ``x W^T`` or ``x (W^T)^T`` of a matrix that the other layers know."""
+        derived = passing.derived.get(id(args[1])) if len(args) == 2 and not kwargs else None
+        if derived is None or not derived.transposed or passing.first_in(args[:1]) is not None:
+            return NotImplemented
+        other = F.linear if func in PRODUCTS else torch.matmul if func is F.linear else None
+        layer, W = passing.layers.get(other), passing.tracked.tensors[derived.parameters[0]]
+        return NotImplemented if layer is None else getattr(layer, passing.method)(passing, other, args[0], W)
+
+    def derive(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the function's value, and note how to make it for other parameters."""
+        result, tracked, known = func(*args, **kwargs), passing.tracked, dict(passing.derived)
+        found: list[int] = []
+        for t in _tensors((args, kwargs)):
+            index = tracked.index(t)
+            found += known[id(t)].parameters if id(t) in known else [] if index is None else [index]
+        several = isinstance(result, tuple | list)
+
+        def value(t: Tensor, values: Values) -> Tensor:
+            index = tracked.index(t)
+            if index is not None:
+                return values[index]
+            if id(t) in known and id(t) not in values:
+                values[id(t)] = known[id(t)].make(values)
+            return values.get(id(t), t)
+
+        def make(values: Values) -> Any:
+            return func(*_mapped(lambda t: value(t, values), args), **_mapped(lambda t: value(t, values), kwargs))
+
+        for i, t in enumerate(result if several else [result]):
+            if not isinstance(t, Tensor):
+                raise CannotFactor(f"{tracked.names[found[0]]} is used by {name_of(func)}, not as a tensor")
+            if tracked.index(t) is None:  # weight.float() may be the weight
+                one = (lambda values, i=i: make(values)[i]) if several else make
+                matrix = func in TRANSPOSES and tracked.index(args[0]) is not None and t.dim() == 2
+                passing.derived[id(t)] = Derived(t, tuple(dict.fromkeys(found)), one, matrix)
+        return result
+
+    def by_part(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the function's value with the parameters of each micro-batch."""
+        parts = passing.parts or MicroBatches(passing.tracked.n, 1)
+        values: dict[int, Tensor] = {}  # by index of a parameter: its copies
+        own: dict[int, Tensor] = {}  # by id of an argument: its value for each micro-batch
+        for t in _tensors((args, kwargs)):
+            index = passing.tracked.index(t)
+            if index is not None:  # also where it has as many rows as there are examples
+                own[id(t)] = self.copies(passing, values, index, parts)
+            elif id(t) in passing.derived:
+                derived = passing.derived[id(t)]
+                copies = {i: self.copies(passing, values, i, parts) for i in derived.parameters}
+                own[id(t)] = vmap(derived.make)(copies)
+        tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
+        examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
+        made = []
+        for j, (start, stop, m) in enumerate(parts.spans):
+            chunks = {id(t): _chunk(t, parts.n, slice(start, stop), m) for t in examples}
+            chunks |= {key: parts.split(t)[j] for key, t in own.items()}
+
+            def call(mine: Mapping[int, Tensor], m: int = m) -> Any:
+                own_of = lambda x: mine.get(id(x), x)  # noqa: E731
+                found = func(*_mapped(own_of, args), **_mapped(own_of, kwargs))
+                return found if examples else found[:m]  # else it is repeated for n examples
+
+            made.append(self.mapped(call, chunks))
+        if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
+            raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
+        return parts.cat([t.flatten(0, 1) for t in made])
+
+    def mapped(self, call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
+        """Return the results for all micro-batches.
+
+        Raises:
+            CannotFactor: ``vmap`` cannot run the function.
+        """
+        try:
+            return vmap(call, randomness="different")(chunks)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "atching rule" not in str(error):
+                raise
+            raise CannotFactor(f"a function of parameters and examples: {error}") from error
+
+    def copies(self, passing: Interception, values: dict[int, Tensor], index: int, parts: MicroBatches) -> Tensor:
+        """Return the copies of a parameter for each micro-batch; those of one call are the same."""
+        if index not in values:
+            values[index] = passing.copies_by_part(self, passing.tracked.tensors[index], index, parts)
+        return values[index]
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """Add nothing: the gradients of the copies are those of the micro-batches."""
+
+
+def _tensors(args: Any) -> Iterable[Tensor]:
+    """Yield the tensors among arguments, also inside tuples, lists and dicts."""
+    if isinstance(args, Tensor):
+        yield args
+    elif isinstance(args, tuple | list):
+        for a in args:
+            yield from _tensors(a)
+    elif isinstance(args, dict):
+        yield from _tensors(list(args.values()))
+
+
+def _mapped(f: Callable[[Tensor], Tensor], args: Any) -> Any:
+    if isinstance(args, Tensor):
+        return f(args)
+    if isinstance(args, dict):
+        return {key: _mapped(f, a) for key, a in args.items()}
+    return type(args)([_mapped(f, a) for a in args]) if type(args) in (tuple, list) else args
+
+
+def _has_examples(t: Tensor, n: int) -> bool:
+    """Return whether the first dimension of a tensor is that of the examples, or of examples with their rows."""
+    if t.dim() == 0 or t.shape[0] % n:
+        return False
+    return t.shape[0] == n or (t.requires_grad and not t.is_leaf)
+
+
+def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
+    """Return some examples of ``(n q, ...)`` as ``(k, m q, ...)``."""
+    q = len(t) // n
+    rows = t[examples.start * q : examples.stop * q]
+    return rows.reshape(-1, m * q, *t.shape[1:])
