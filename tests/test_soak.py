@@ -32,6 +32,7 @@ from tests.cases import (
     COMBINATIONS,
     METHODS,
     MICRO,
+    MORE_THAN_TWO,
     PARALLEL,
     Case,
     N,
@@ -45,7 +46,7 @@ from tests.reference import Base, Problem
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))
 EXACT = {"RWSAM", "parallel m-RWSAM"}  # exact norms, where the model factors
-TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside and c.name != "ESAM-all"}
+TWO_GRADIENTS = {c.name for c in METHODS if not c.looks_inside} - MORE_THAN_TWO
 
 
 class BrokenError(Exception):
