@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import steppe
 from steppe.factored import plans
-from steppe.factored.rehearsal import Rounding
+from steppe.factored.rounding import Rounding
 from tests.cases import flat, sgd
 from tests.random_programs import trial
 
