@@ -1,8 +1,8 @@
 """Print which models of timm and transformers share passes in m-SAM, and why others run in a loop.
 
-``python -m benchmarks.coverage --m 8`` needs ``timm`` (with torchvision) and ``transformers``; a library that is missing
-is left out. All models are small ones from configurations, with random weights and data, and with their own dropout,
-drop path and layer drop.
+``python -m benchmarks.coverage --m 8`` needs ``timm`` (with torchvision) and ``transformers``; a library that is missing is
+left out. All models are small ones from configurations, with random weights and data, and with their own dropout, drop
+path and layer drop.
 """
 
 from __future__ import annotations
