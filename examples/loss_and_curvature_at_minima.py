@@ -2,7 +2,7 @@
 
 First train and measure:
 
-    steppe compare --seeds 10 --out runs/minima --method SGD --method 'SAM(rho=0.2)' --method 'SAM(rho=0.5)' \\
+    steppe compare --fixed --seeds 10 --out runs/minima --method SGD --method 'SAM(rho=0.2)' --method 'SAM(rho=0.5)' \\
         --method 'WSAM(rho=0.5, gamma=0.9)' --method 'SAM(rho=0.2, m=8)'
     steppe measure runs/minima
 

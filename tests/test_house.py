@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "steppe"
 OUTSIDE = ("lab", "measure", "sde", "toy", "integrations", "cli", "__main__")  # all the rest is the core
 LONGEST_MODULE, LONGEST_FUNCTION = 300, 40
-EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib", "optuna", "sqlalchemy")
+EXTRAS = ("numpy", "scipy", "sklearn", "typer", "rich", "jinja2", "matplotlib", "optuna", "sqlalchemy")
 EXTRAS += ("accelerate", "transformers", "lightning")
 
 KNOWN: dict[str, set[str]] = {}

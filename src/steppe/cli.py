@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from steppe import __version__
 from steppe.lab.commands import COMMANDS
 
-_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "plotly", "jinja2", "matplotlib", "optuna", "sqlalchemy")
+_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "jinja2", "matplotlib", "optuna", "sqlalchemy")
 
 
 def main() -> None:

@@ -87,6 +87,8 @@ def make(name: str, model: nn.Module, **options):
         options["gamma"] = 1.0  # its selection is each rank's own
     if name == "ReweightedSharpness":
         options["size"] = 2
+    if name == "XSAM":
+        options["every"] = 1
     if name == "PreconditionedSAM":
         base = torch.optim.Adam(model.parameters(), lr=1e-2)
     return method(base, rho=0.3, **options)

@@ -17,6 +17,11 @@ TWO_STAGES = Search(
 )
 
 
+def result(error):
+    """Return what the search reads of a record."""
+    return SimpleNamespace(shown=100 * error, seconds=1.0, passes=2.0)
+
+
 def logged(log, seconds):
     """Stand in for training: the error is the learning rate's distance from 0.05, or rho."""
 
@@ -24,12 +29,12 @@ def logged(log, seconds):
         with open(log, "a") as file:  # one short append is one write
             file.write(f"{word} {os.getpid()} {run.method} lr={run.settings.lr}\n")
 
-    def train(run):
+    def train(run, site):
         write("start", run)
         time.sleep(seconds)
         write("end", run)
         rho = dict(run.method.options).get("rho")
-        return SimpleNamespace(test_error=abs(run.settings.lr - 0.05) if rho is None else rho)
+        return result(abs(run.settings.lr - 0.05) if rho is None else rho)
 
     return train
 
@@ -37,4 +42,5 @@ def logged(log, seconds):
 if __name__ == "__main__":
     url, log, seconds = sys.argv[1:]
     work.train = logged(Path(log), float(seconds))
-    print(work.search(TWO_STAGES, url, "test", heartbeat=1)[0])
+    site = work.Worksite(url, "test", Path(log).parent, heartbeat=1)
+    print(work.search(TWO_STAGES, site)[0])

@@ -6,11 +6,12 @@ import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import pytest
-from plotly.graph_objects import Figure
 
 from steppe.lab import files, report, runs, spec, summary, tables
+from steppe.lab.report import svg
 from steppe.lab.report.figures import COLOURS, learning, look
 from steppe.lab.report.sensitivity import searches, sensitivities
 from steppe.lab.statistics import mean, paired, spread
@@ -96,7 +97,7 @@ def test_figures_are_valid_and_complete(found):
     drawn = {figure.id: figure for figure in learning(found) + sensitivities(found)}
     assert list(drawn) == ["test-error", "train-loss", "over-SAM"]
     for figure in drawn.values():
-        Figure(figure.data, figure.layout)  # raises on a property that plotly does not know
+        assert len(ElementTree.fromstring(svg.draw(figure, alone=True))) > len(figure.data)
     assert drawn["test-error"].data[3]["x"] == list(range(1, 7))
     errors = [100 * r.curves["test_error"][-1] for r in found.of(spec.parse("SAM(rho=0.1)"))]
     band, line = drawn["test-error"].data[4:6]
@@ -223,7 +224,10 @@ def test_the_report_stands_alone_and_says_everything(folder):
     text = " ".join(reader.text)
     for words in (*METHODS, "Holm-corrected", "Micro(m=16", "weight_decay", "torch", "short last batch is dropped"):
         assert words in text
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 1
+    assert len(page) < 2e6
+    drawn = ElementTree.parse(folder / "figures" / "test-error.svg").getroot()
+    assert "SAM(rho=0.1, m=16)" in "".join(drawn.itertext())
 
 
 def test_the_report_comes_from_the_records_alone(folder, tmp_path):
@@ -256,3 +260,31 @@ def test_an_empty_directory_has_a_report(tmp_path):
     runs.open_for(tmp_path, runs.Plan(TINY, (spec.parse("SGD"),), 2))
     report.write(tmp_path)
     assert "No run is finished yet" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_best_epoch_is_that_of_the_mean_curve(found):
+    (sgd, *_) = report.best_epochs(found)
+    curves = [record.curves["test_error"] for record in found.of(spec.parse("SGD"))]
+    means = [100 * mean(column) for column in zip(*curves, strict=True)]
+    assert sgd == ["SGD", f"{means[-1]:.2f}", str(1 + means.index(min(means))), "3", f"{min(means):.2f}"]
+    assert "known in hindsight" in report.render(found)
+
+
+def test_curves_end_in_their_names_and_marks_say_what_they_are(found):
+    fallen = changed(found, "SAM(rho=0.1)", 2, collapsed=True)
+    (figure,) = sensitivities(fallen)
+    drawn = svg.draw(figure)
+    assert 'stroke-width="2.5"' in drawn  # the cross of a collapsed run
+    assert "64: " in drawn  # what a mark says when it is pointed at
+    lines = svg.draw(learning(found)[0])
+    assert 'stroke-dasharray="9 5"' in lines
+    assert lines.count('class="name"') == len(METHODS)
+
+
+def test_a_log_scale_is_offered_where_every_value_is_positive(found):
+    error, loss = learning(found)
+    assert report.logarithmic(loss)
+    error.data[1]["y"] = [0.0] * len(error.data[1]["y"])
+    assert report.logarithmic(error) == ""
+    lost = svg.draw(replace(loss, data=[{**trace, "y": [None] * len(trace["y"])} for trace in loss.data]))
+    assert ElementTree.fromstring(lost) is not None

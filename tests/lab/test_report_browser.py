@@ -55,13 +55,25 @@ def browser(page, tmp_path_factory):
 
 
 def test_every_figure_is_drawn_and_nothing_complains(browser):
-    drawn = browser.run(
-        "Object.fromEntries([...document.querySelectorAll('.figure')].map(box => "
-        "[box.id, [box.querySelectorAll('.main-svg').length, box.querySelectorAll('path, image').length]]))"
+    marks = browser.run(
+        "Object.fromEntries([...document.querySelectorAll('section:has(svg)')].map(box => "
+        "[box.id, box.querySelectorAll('.linear path').length]))"
     )
-    assert set(drawn) == {"test-error", "train-loss", "over-SAM", "over-WSAM", "search-base"}
-    assert all(layers >= 1 and marks >= 3 for layers, marks in drawn.values()), drawn
+    assert set(marks) == {"test-error", "train-loss", "over-SAM", "over-WSAM", "search-base"}
+    assert all(count >= 3 for count in marks.values()), marks
     assert browser.errors == []
+
+
+def test_a_figure_has_a_log_scale(browser):
+    def shown():
+        return browser.run(
+            "[...document.querySelectorAll('#test-error .figure')].map(box => getComputedStyle(box).display)"
+        )
+
+    assert shown() == ["block", "none"]
+    browser.run("document.querySelector('#log-test-error').click()")
+    assert shown() == ["none", "block"]
+    browser.run("document.querySelector('#log-test-error').click()")
 
 
 @pytest.mark.parametrize("width", [390, 1200])
@@ -100,7 +112,7 @@ def test_light_and_dark(browser):
         browser.run("new Promise(done => setTimeout(done, 300))")
         colours[theme] = browser.run(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, "
-            "document.querySelector('#test-error .xtick text').style.fill]"
+            "getComputedStyle(document.querySelector('#test-error svg text')).fill]"
         )
     paper, ink, ticks = zip(colours["light"], colours["dark"], strict=True)
     assert (paper, ink) == (("rgb(246, 247, 249)", "rgb(18, 22, 28)"), ("rgb(28, 36, 48)", "rgb(228, 232, 238)"))

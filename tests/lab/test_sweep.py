@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ from steppe.lab.settings import Settings
 from steppe.lab.sweep import space, work
 from steppe.lab.sweep.space import Search, Stage
 from steppe.lab.sweep.study import POINT, Grid, open_storage, shown
+from steppe.lab.sweep.work import Worksite
 
 from .helpers import TINY, write_images
-from .sweep_worker import LRS, TWO_STAGES
+from .sweep_worker import LRS, TWO_STAGES, result
 
 VALID = replace(TINY, validation=0.25, test_seed=0)
 BASE = Stage("base", "SGD", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 1e-3)})
@@ -31,6 +31,16 @@ BASE = Stage("base", "SGD", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 1e-3)})
 @pytest.fixture
 def storage(tmp_path):
     return open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def place(folder, name="study"):
+    return Worksite(f"sqlite:///{folder / name}.db", "s", folder / "search")
+
+
+def untimed(found):
+    """What a search found, without the seconds that it took."""
+    values, stages = found
+    return values, [stage | {"points": [point | {"seconds": None} for point in stage["points"]]} for stage in stages]
 
 
 # ---- what is tried
@@ -109,14 +119,14 @@ def test_validation_examples_are_training_examples_and_never_test_examples():
 
 def test_a_search_does_not_change_with_the_test_set(tmp_path, monkeypatch):
     asked = Search(VALID, (Stage("base", "SGD", {"lr": (0.05, 0.2)}),))
-    honest = work.search(asked, f"sqlite:///{tmp_path / 'a.db'}", "a")
+    honest = work.search(asked, place(tmp_path, "a"))
     pool = data.read(VALID)
     reserved = torch.randperm(len(pool.labels), generator=tasks.stream(VALID.test_seed, "split"))[VALID.train_size :]
     inputs, labels = pool.inputs.clone(), pool.labels.clone()
     inputs[reserved], labels[reserved] = torch.nan, labels[reserved].flip(0)
     spoiled = replace(pool, inputs=inputs, labels=labels)
     monkeypatch.setattr(data, "read", lambda settings: spoiled)
-    assert work.search(asked, f"sqlite:///{tmp_path / 'b.db'}", "b") == honest
+    assert untimed(work.search(asked, place(tmp_path, "b"))) == untimed(honest)
 
 
 def test_images_are_held_out_of_the_training_file_alone(tmp_path):
@@ -156,36 +166,36 @@ def test_a_worker_declared_dead_that_lives_changes_nothing(storage):
     assert {index: trial.value for index, trial in grid.ended().items()} == dict.fromkeys(range(4), 1.0)
 
 
-def test_an_interrupted_point_is_queued_again_at_once(tmp_path, storage, monkeypatch):
-    def interrupted(run):
+def test_an_interrupted_point_is_queued_again_at_once(tmp_path, monkeypatch):
+    def interrupted(run, place):
         raise KeyboardInterrupt
 
     asked = Search(VALID, (BASE,))
     monkeypatch.setattr(work, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        work.search(asked, str(storage.engine.url), "s")
-    monkeypatch.setattr(work, "train", lambda run: SimpleNamespace(test_error=run.settings.lr))
-    values, (ended,) = work.search(asked, str(storage.engine.url), "s")
+        work.search(asked, place(tmp_path))
+    monkeypatch.setattr(work, "train", lambda run, place: result(run.settings.lr))
+    values, (ended,) = work.search(asked, place(tmp_path))
     assert values == {"lr": 0.05, "weight_decay": 1e-4}  # the first among equals
     assert [point["error"] for point in ended["points"]] == [5.0, 5.0, 10.0, 10.0]
 
 
-def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(storage, monkeypatch):
+def test_a_point_that_raises_is_told_and_tried_again_by_the_next_call(tmp_path, monkeypatch):
     trained = []
 
-    def train(run):
+    def train(run, place):
         trained.append(run.settings.lr)
         if run.settings.lr == 0.1 and broken:
             raise ValueError("no memory")
-        return SimpleNamespace(test_error=0.5)
+        return result(0.5)
 
     monkeypatch.setattr(work, "train", train)
     asked, broken = Search(VALID, (Stage("base", "SGD", {"lr": (0.05, 0.1)}),), seeds=2), True
     with pytest.raises(LabError, match=r"1 of 2 points of stage base failed.*'lr': 0\.1.*ValueError: no memory"):
-        work.search(asked, str(storage.engine.url), "s")
+        work.search(asked, place(tmp_path))
     assert trained == [0.05, 0.05, 0.1]
     broken = False
-    work.search(asked, str(storage.engine.url), "s")
+    work.search(asked, place(tmp_path))
     assert trained == [0.05, 0.05, 0.1, 0.1, 0.1]
 
 
@@ -195,17 +205,17 @@ def test_another_search_in_the_same_storage_is_another_study():
     assert first.digest(BASE, {"rho": 0.1}) != first.digest(BASE, {"rho": 0.2})
 
 
-def test_a_point_in_the_worst_quarter_gets_no_further_seed(storage, monkeypatch):
+def test_a_point_in_the_worst_quarter_gets_no_further_seed(tmp_path, monkeypatch):
     seen = Counter()
 
-    def train(run):
+    def train(run, place):
         seen[run.settings.lr] += 1
-        return SimpleNamespace(test_error=run.settings.lr)
+        return result(run.settings.lr)
 
     monkeypatch.setattr(work, "train", train)
     lrs = (0.1, 0.2, 0.3, 0.4, 0.9, 0.05)
     asked = Search(VALID, (Stage("base", "SGD", {"lr": lrs}),), seeds=3)
-    values, (ended,) = work.search(asked, str(storage.engine.url), "s")
+    values, (ended,) = work.search(asked, place(tmp_path))
     assert values == {"lr": 0.05}
     assert [point["dropped"] for point in ended["points"]] == [False] * 4 + [True, False]
     assert seen == {0.1: 3, 0.2: 3, 0.3: 3, 0.4: 3, 0.9: 1, 0.05: 3}
@@ -278,11 +288,11 @@ def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_tw
     assert Counter(point for _, _, point in lines(log, "start")) == Counter([*points, lost])
     assert len({who for _, who, _ in lines(log, "end")}) == 3
 
-    monkeypatch.setattr(work, "train", lambda run: pytest.fail("trained again"))
-    assert work.search(TWO_STAGES, url, "test")[0] == {"lr": 0.05, "rho": 0.1}
+    monkeypatch.setattr(work, "train", lambda run, place: pytest.fail("trained again"))
+    assert work.search(TWO_STAGES, Worksite(url, "test", tmp_path))[0] == {"lr": 0.05, "rho": 0.1}
 
 
 def test_processes_here_find_what_one_alone_finds(tmp_path):
     asked = Search(VALID, (Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.5)}),), seeds=2)
-    alone = work.search(asked, f"sqlite:///{tmp_path / 'a.db'}", "s")
-    assert work.search(asked, f"sqlite:///{tmp_path / 'b.db'}", "s", workers=2) == alone
+    alone = work.search(asked, place(tmp_path, "a"))
+    assert untimed(work.search(asked, place(tmp_path, "b"), workers=2)) == untimed(alone)

@@ -126,6 +126,15 @@ class Ranks:
         distributed.all_reduce(total, group=self.replicas[0].process_group)
         return total / distributed.get_world_size(self.replicas[0].process_group)
 
+    def shared_mean(self, x: Tensor, sharded: bool) -> Tensor:
+        """Return the mean over the ranks that share gradients, or parameters, so that all choose alike."""
+        group = self.replicas[0].process_group if self.shared else self.group
+        if group is None and not sharded:
+            return x
+        total = x.clone()
+        distributed.all_reduce(total, group=group)
+        return total / distributed.get_world_size(group)
+
     def agreed(self, value: T | None, device: torch.device) -> T | None:
         """Return ``value``, or ``None`` where any rank that shares gradients has none, so that all go the same way."""
         if not self.shared and self.group is None:

@@ -8,7 +8,6 @@ _EXTRAS = {  # what the commands use, and the extra that brings it
     "scipy": "lab",
     "scikit-learn": "lab",
     "matplotlib": "lab",
-    "plotly": "lab",
     "optuna": "lab",
     "lightning-fabric": "distributed",
 }

@@ -8,6 +8,20 @@ from typing import Any
 
 from steppe.lab.errors import LabError
 
+HERE: dict[str, Callable[..., Any]] = {}  # functions of this process that no other can import
+
+
+def name_of(task: str | Callable[..., Any]) -> str:
+    """Return the name by which :func:`imported` finds a function, in this process and, if it can be, in others."""
+    if isinstance(task, str):
+        return task
+    module = task.__module__ or "__main__"
+    name = f"{module}:{task.__qualname__}"
+    if module == "__main__" or "<" in name:
+        name = name.replace("<", "").replace(">", "")
+        HERE[name] = task
+    return name
+
 
 def imported(name: str) -> Callable[..., Any]:
     """Return the function called ``module:function``; modules are also looked for in the current folder.
@@ -15,6 +29,8 @@ def imported(name: str) -> Callable[..., Any]:
     Raises:
         LabError: the name has another form, or the module cannot be imported, or it has no such function.
     """
+    if name in HERE:
+        return HERE[name]
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise LabError(f"the function must be named as module:function, got {name!r}")

@@ -1,28 +1,37 @@
 """The laboratory in Python: ``steppe run`` and ``steppe compare`` as functions, and their results as tables.
 
     from steppe.lab import notebook
-    folder = notebook.compare(["SGD", "SAM(rho=0.5)"], data="digits", seeds=3, epochs=50)
-    pandas.DataFrame(notebook.records(folder)).groupby("method").test_error.agg(["mean", "std"])
+    def task():
+        return {"train": (x, y), "test": (x_test, y_test), "model": make_model, "loss": loss_of_each_example}
+    folder = notebook.compare(["SAM", "SAM(m={m}, sampled=1)"], task)
+    pandas.DataFrame(notebook.outcomes(folder))
 
-``given`` takes any field of :class:`~steppe.lab.settings.Settings`; what is ``None`` has the default of the data. A
-script that calls :func:`compare` needs the usual ``if __name__ == "__main__":``, because runs are processes.
+``given`` takes any field of :class:`~steppe.lab.settings.Settings`; what is ``None`` has the default of the task. One
+worker, the default, is this process. More are processes that import the task: a script that asks for them needs
+``if __name__ == "__main__":`` around the call, and the task a module of its own.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import files, single
+from steppe.lab import data, fair, files, importing, single
 from steppe.lab.compare import compare as train_all
 from steppe.lab.errors import LabError
 from steppe.lab.hardware import CPU, Hardware
-from steppe.lab.presets import planned
+from steppe.lab.presets import asked, planned
 from steppe.lab.record import Record
+from steppe.lab.sweep.space import parse
+
+Task = str | Callable[[], Any]
+_GUARD = 'several workers need `if __name__ == "__main__":` around the call in a script; or leave workers out'
 
 
 def run(
     method: str,
-    data: str = "digits",
+    task: Task = "digits",
     seed: int = 0,
     folder: str | Path | None = None,
     hardware: Hardware = CPU,
@@ -30,35 +39,83 @@ def run(
 ) -> Record:
     """Train one run, or continue it; return its record. Arguments are the options of ``steppe run``.
 
+    Args:
+        task: the name of data, ``module:function``, or a function that returns a task
+            (:class:`~steppe.lab.own.OwnTask`).
+
     Raises:
         LabError: an argument names something unknown or missing.
 
     Example:
         >>> notebook.run("SAM(rho=0.5)", epochs=20).test_error
     """
-    asked = planned(data, given, [method], seeds=1, first=seed).runs()[0]
-    return single.run(asked, single.folder_of(asked) if folder is None else Path(folder), hardware)
+    one = planned(_name(task), given, [method], seeds=1, first=seed).runs()[0]
+    return single.run(one, single.folder_of(one) if folder is None else Path(folder), hardware)
 
 
 def compare(
     methods: list[str] | None = None,
-    data: str = "digits",
+    task: Task = "digits",
     seeds: int | None = None,
     folder: str | Path | None = None,
-    workers: int | None = None,
+    workers: int = 1,
     hardware: Hardware = CPU,
+    fixed: bool = False,
+    trials: int | None = None,
+    equal: str = "passes",
+    spaces: Mapping[str, str] | None = None,
     **given: Any,
 ) -> Path:
-    """Train methods over seeds in a directory that ``steppe report`` reads; return it. The same call continues it.
+    """Compare methods as ``steppe compare`` does, in a directory that ``steppe report`` reads; return it.
+
+    The same call continues it.
+
+    Args:
+        fixed: compare at the given parameters, without a search.
+        spaces: what is searched of some parameters, ``{"rho": "0.01..1", "m": "8,16"}``.
 
     Raises:
         LabError: an argument names something unknown or missing, or a run failed.
     """
-    plan = planned(data, given, methods, seeds=seeds)
-    where = Path("runs") / f"compare-{data}" if folder is None else Path(folder)
-    if failures := train_all(where, plan, workers, hardware):
+    name = _name(task)
+    _check_workers(workers, name)
+    where = Path("runs") / f"compare-{name.replace(':', '.')}" if folder is None else Path(folder)
+    try:
+        if fixed:
+            failures = train_all(where, planned(name, given, methods, seeds=seeds), workers, hardware)
+        else:
+            chosen = dict(parse(f"{key}={text}") for key, text in (spaces or {}).items())
+            question = asked(name, given, methods, seeds, trials=trials, equal=equal, spaces=chosen)
+            failures = fair.run(where, question, workers, hardware)
+    except BrokenExecutor:
+        raise LabError(f"a worker process was lost; {_GUARD}") from None
+    if failures:
         raise LabError(f"{len(failures)} runs failed; the first: {failures[0].reason}")
     return where
+
+
+def _name(task: Task) -> str:
+    data.forget()
+    return importing.name_of(task)
+
+
+def _check_workers(workers: int, name: str) -> None:
+    if workers == 1:
+        return
+    if multiprocessing.parent_process() is not None:  # a worker imports the script that started it
+        raise SystemExit(_GUARD)
+    if name in importing.HERE:
+        raise LabError(f"other processes cannot import {name}: put it into a module, or leave workers out")
+
+
+def outcomes(folder: str | Path) -> list[dict[str, Any]]:
+    """Return one flat row for each method of a fair comparison, for ``pandas.DataFrame``: results, choices, cost."""
+    from steppe.lab.report import fair as report
+
+    found = report.read(Path(folder))
+    if found is None:
+        raise LabError(f"{folder} holds no fair comparison that has been searched")
+    return report.plain(found)
 
 
 def records(folder: str | Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from steppe.lab import data, models, spec, tasks
 from steppe.lab.errors import LabError
+from steppe.lab.fair import Asked
 from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
 
@@ -19,6 +20,8 @@ class Preset:
     methods: tuple[str, ...]
     seeds: int
     whole: bool = False  # train on all examples that the data have
+    trials: int = 16  # of each method's search
+    search_seeds: int = 2
 
 
 _BASE = ("SGD", "SGD(epochs=2x)")
@@ -44,8 +47,22 @@ QUICK: dict[str, Preset] = {
 }
 
 
-def preset(name: str, quick: bool = False) -> Preset:
-    """Return the defaults for a data source, the tiny ones if ``quick``.
+# of fair comparisons: what is not in a method's parentheses is searched
+_SEARCHED = ("SAM", "WSAM", "SAM(m={m})", "SAM(m={m}, sampled=1)")
+_LARGE = {"methods": ("SAM", "SAM(m={m}, sampled=1)"), "trials": 12, "search_seeds": 1}
+FAIR: dict[str, Preset] = {
+    "digits": Preset(Settings(model="mlp-128-128", epochs=60), _SEARCHED, 10, trials=20),
+    **{name: replace(one, **_LARGE) for name, one in PRESETS.items() if name != "digits"},  # type: ignore[arg-type]
+}
+FAIR_QUICK: dict[str, Preset] = {
+    "digits": Preset(Settings(model="mlp-64", train_size=600, epochs=12), ("SAM",), 3, trials=4, search_seeds=1),
+    "fashion-mnist": replace(QUICK["fashion-mnist"], methods=("SAM",), trials=3, search_seeds=1),
+}
+_OWN_FAIR = replace(_OWN, methods=_SEARCHED, seeds=5)
+
+
+def preset(name: str, quick: bool = False, fair: bool = False) -> Preset:
+    """Return the defaults for a data source, the tiny ones if ``quick``, of a fair comparison if ``fair``.
 
     Raises:
         LabError: the source is unknown, or has no tiny version.
@@ -56,8 +73,9 @@ def preset(name: str, quick: bool = False) -> Preset:
     if quick and name not in QUICK:
         raise LabError(f"--quick is for {' and '.join(QUICK)}, not {name}")
     if name not in PRESETS:
-        return replace(_OWN, settings=replace(_OWN.settings, data=name))
-    return (QUICK if quick else PRESETS)[name]
+        own = _OWN_FAIR if fair else _OWN
+        return replace(own, settings=replace(own.settings, data=name))
+    return ((FAIR_QUICK if quick else FAIR) if fair else (QUICK if quick else PRESETS))[name]
 
 
 def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
@@ -100,3 +118,30 @@ def planned(
     tasks.check(settings)
     reference = None if baseline is None else spec.parse(baseline)
     return Plan(settings, chosen, seeds or default.seeds, reference, first)
+
+
+def asked(
+    source: str,
+    given: Mapping[str, Any],
+    methods: list[str] | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
+    **options: Any,
+) -> Asked:
+    """Return a fair comparison: a source's defaults, replaced by everything that is not ``None``.
+
+    ``options`` are fields of :class:`~steppe.lab.fair.Asked`. The digits have one test set for all seeds, because one
+    seed's validation examples would be another's test examples.
+
+    Raises:
+        LabError: any of it cannot be trained; nothing has been written.
+    """
+    default = preset(source, quick, fair=True)
+    settings = settings_for(default, given)
+    if settings.data == "digits":
+        settings = replace(settings, test_seed=0)
+    models.check(settings.model)
+    tasks.check(settings)
+    usual: dict[str, Any] = {"trials": default.trials, "search_seeds": default.search_seeds}
+    chosen = usual | {key: value for key, value in options.items() if value is not None}
+    return Asked(settings, tuple(methods or default.methods), seeds or default.seeds, **chosen)

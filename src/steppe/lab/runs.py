@@ -23,8 +23,8 @@ from steppe.lab.record import Record
 from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
 
-RECIPE, SEARCH = "recipe.json", "search.json"
-_BEFORE = (RECIPE, SEARCH, "study.db")  # what a search leaves before its comparison begins
+RECIPE, SEARCH, COMPARISON = "recipe.json", "search.json", "comparison.json"
+_BEFORE = (RECIPE, SEARCH, COMPARISON, "search", "study.db")  # what a search leaves before its comparison begins
 _SUFFIXES = {"runs": ".json", "weights": ".pt", "minima": ".json", "checkpoints": ".pt", "metrics": ".jsonl"}
 
 

@@ -66,6 +66,7 @@ class Settings:
     augment: str = _setting("auto", _one_of(AUGMENTATIONS), f"{', '.join(AUGMENTATIONS)}; auto: usual for the data.")
     image_size: int | None = _setting(None, _SIDE, "Side of images in pixels; else as in the data.")
     validation: float = _setting(0.0, _BELOW_ONE)  # share of the training examples held out and tested on
+    clean_validation: bool = False  # whether the labels held out stay clean under label noise
     test_seed: int | None = None  # draws the digits' test set, the same for all seeds; None: each seed draws one
     start: str | None = None  # initial weights: a method trained first, SGD(epochs=50), or a file x.pt
     start_lr: float = _setting(0.05, _POSITIVE)  # of the method in start

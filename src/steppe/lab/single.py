@@ -1,5 +1,6 @@
 """One run in its directory, with checkpoints: it can be stopped at any time and continued bit for bit."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import checkpoint, files, metrics
+from steppe.lab.errors import PausedError
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.runs import Plan, Run, finish, finished, merged, open_for, path_of
 from steppe.lab.train import Session
 
 _LOG_EVERY = 20  # steps between two lines of metrics; reading a loss waits for the device
+_MINUTE = 60.0  # between two checkpoints of the runs of a comparison
 _LEAST = 100  # steps between two checkpoints of runs with short epochs
 
 Watch = Callable[[Session, dict[str, Any]], None]
@@ -52,7 +55,7 @@ def run(
         _fit(session, folder, save_every or max(asked.settings.steps_per_epoch, _LEAST), watch)
         found, weights = session.record(), checkpoint.whole(dict(session.model.state_dict()))
         process.on_first(lambda: finish(folder, asked, found, weights))
-        process.on_first(lambda: saved.unlink(missing_ok=True))
+        process.on_first(lambda: forget(folder, asked))
     return found
 
 
@@ -69,6 +72,37 @@ def _fit(session: Session, folder: Path, every: int, watch: Watch) -> None:
             if session.step % every == 0:
                 state = session.state()
                 process.on_first(partial(checkpoint.write, path_of(folder, run, "checkpoints"), state))
+
+
+def carry_on(
+    session: Session,
+    folder: Path,
+    pause: Callable[[], bool] = lambda: False,
+    tell: Callable[[Session], None] = lambda session: None,
+) -> None:
+    """Train a session to its end, from its checkpoint in ``folder`` if there is one; write one every minute.
+
+    ``tell`` is called after every step.
+
+    Raises:
+        PausedError: ``pause()`` was true; there is a checkpoint.
+    """
+    saved, written = path_of(folder, session.run, "checkpoints"), time.monotonic()
+    if saved.exists():
+        session.restore(checkpoint.read(saved))
+    for _ in session.fit():
+        tell(session)
+        stop = pause() and session.step < session.steps
+        if stop or time.monotonic() - written > _MINUTE:
+            checkpoint.write(saved, session.state())
+            written = time.monotonic()
+        if stop:
+            raise PausedError
+
+
+def forget(folder: Path, run: Run) -> None:
+    """Remove the checkpoint of a run whose result is recorded."""
+    path_of(folder, run, "checkpoints").unlink(missing_ok=True)
 
 
 def _lines(session: Session, evaluated: bool) -> Iterator[dict[str, Any]]:

@@ -120,7 +120,7 @@ def _recipe(found: Summary) -> list[str]:
 
 def csv_text(found: Summary) -> str:
     """Return one line a method, numbers unrounded, nothing for those that are missing."""
-    rows = [_plain(row) for row in found.rows]
+    rows = [plain_row(row) for row in found.rows]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else ["method"], lineterminator="\n")
     writer.writeheader()
@@ -131,7 +131,7 @@ def csv_text(found: Summary) -> str:
 def plain(found: Summary) -> dict[str, Any]:
     """Return everything that the tables say, as data for JSON."""
     methods = [
-        _plain(row)
+        plain_row(row)
         | {"rule": row.rule, "errors": {str(seed): error for seed, error in found.errors(row.method).items()}}
         for row in found.rows
     ]
@@ -145,7 +145,8 @@ def plain(found: Summary) -> dict[str, Any]:
     return about | {"methods": methods, "pairs": couples} | rest | context
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def plain_row(row: Row) -> dict[str, Any]:
+    """Return the numbers of a row as data for JSON."""
     data = {"method": str(row.method), "n": row.n, "error": row.mean, "sd": finite(row.sd), "paper": row.paper}
     data |= {"baseline": row.baseline, **_test(row.paired, row.p)}
     return data | {"passes": row.passes, "seconds": row.seconds, "collapsed": row.collapsed, "rho": row.rho}

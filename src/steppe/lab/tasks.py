@@ -56,16 +56,17 @@ def load(settings: Settings, seed: int) -> Task:
     else:
         test_inputs, test_labels = pool.test_inputs, pool.test_labels
     prepared = _prepared(pool, inputs, test_inputs, settings)
-    labels = noisy(labels, settings.noise, pool.classes, seed)
-    task = Task(prepared[0], labels, prepared[1], test_labels, pool.classes, pool.own)
+    redrawn = noisy(labels, settings.noise, pool.classes, seed)
+    if settings.clean_validation:
+        redrawn = torch.cat([redrawn[: settings.fitted], labels[settings.fitted :]])
+    task = Task(prepared[0], redrawn, prepared[1], test_labels, pool.classes, pool.own)
     return held_out(task, settings.fitted) if settings.validation else task
 
 
 def held_out(task: Task, fitted: int) -> Task:
     """Return a task that trains on the first ``fitted`` training examples and tests on the others.
 
-    Training examples are in the seed's random order. Those held out keep their noisy labels, because a search that must
-    not see the test set has no clean ones. The test set is left out.
+    Training examples are in the seed's random order. The test set is left out.
     """
     kept, held = slice(fitted), slice(fitted, None)
     parts = take(task.inputs, held), task.labels[held]

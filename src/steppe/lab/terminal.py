@@ -11,7 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from steppe.lab.summary import Summary
 
-_SHORT = {"difference": "diff.", "seconds": "s"}  # headers for a terminal of 80 columns
+SHORT = {"difference": "diff.", "seconds": "s"}  # headers for a terminal of 80 columns
 
 
 def line(console: Console, text: str) -> None:
@@ -25,7 +25,7 @@ def show(found: "Summary", console: Console) -> None:
 
     headers, rows = tables.table(found)
     title, caption = tables.title(found), tables.caption(found)
-    console.print(table([_SHORT.get(header, header) for header in headers], rows, title, caption))
+    console.print(table([SHORT.get(header, header) for header in headers], rows, title, caption))
     for note in tables.notes(found):
         console.print(f"- {note}", markup=False, highlight=False)
 

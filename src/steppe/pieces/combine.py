@@ -169,7 +169,8 @@ class SearchedSlerp:
         for i in range(int(self.largest / self.spacing + 0.5) + 1):
             with f.at(f.rho * (self.reach * f.movable(slerp(f.g, g_adv, self.spacing * i)))):
                 losses.append(f.losses().mean())
-        return self.spacing * torch.stack(losses).nan_to_num(-math.inf, math.inf, -math.inf).argmax().to(losses[0])
+        heights = f.passes.ranks.shared_mean(torch.stack(losses), f.passes.parameters.sharded)
+        return self.spacing * heights.nan_to_num(-math.inf, math.inf, -math.inf).argmax().to(heights)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from steppe.lab.commands.options import Storage, Workers
 from steppe.lab.terminal import line
 
 Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
@@ -16,15 +17,6 @@ AtScale = Annotated[str, typer.Option(help="paper or laptop.")]
 Only = Annotated[str | None, typer.Option(help="One study of the recipe.", show_default="all")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        help="Optuna storage for machines to share: postgresql://HOST/DB.",
-        envvar="STEPPE_STORAGE",  # keeps a password out of the list of processes
-        show_default="SQLite in OUT",
-    ),
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one a core")]
 Out = Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/RECIPE-SCALE")]
 
 
@@ -71,7 +63,7 @@ def reproduce(
 
         steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
     """
-    from steppe.lab.commands.train import compared, minima_measured
+    from steppe.lab.commands.compare import compared, minima_measured
     from steppe.lab.recipes.reproduce import choose, planned
 
     console, processes = Console(), workers or os.cpu_count() or 1

@@ -1,12 +1,9 @@
-"""``steppe run``, ``compare``, ``report``, ``measure`` and ``doctor``."""
+"""``steppe run`` and ``doctor``."""
 
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
-from dataclasses import asdict, fields
-from functools import wraps
-from inspect import Parameter, Signature, signature
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,41 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steppe.lab.settings import Settings
-from steppe.lab.terminal import Display, line, show, table
+from steppe.lab.commands.options import AsJSON, Data, Device, Precision, with_settings
+from steppe.lab.terminal import Display, line
 
 if TYPE_CHECKING:
-    from steppe.lab.hardware import Hardware
-    from steppe.lab.runs import Plan
     from steppe.lab.train import Session
 
-Data = Annotated[str, typer.Option(help="A source that `steppe doctor` lists, or module:function.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: an accelerator if there is one.")]
-Precision = Annotated[str, typer.Option(help="fp32 or bf16.")]
-Baseline = Annotated[str | None, typer.Option(help="The method that others are compared to.", show_default="the first")]
-Folder = Annotated[Path, typer.Argument(help="A run directory of any command.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with an option for each setting that has one; it gets their values as the dict ``given``."""
-    settings = {one.name: one for one in fields(Settings) if one.metadata.get("option")}
-
-    @wraps(command)
-    def wrapped(**options: Any) -> None:
-        command(given={name: options.pop(name) for name in settings}, **options)
-
-    kept = [one for one in signature(command).parameters.values() if one.name != "given"]
-    for name, one in settings.items():
-        kind: Any = one.type
-        option = Annotated[kind | None, typer.Option(help=one.metadata["option"])]
-        kept.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option))
-    wrapped.__signature__ = Signature(kept)  # type: ignore[attr-defined] # what Typer reads
-    wrapped.__annotations__ = {one.name: one.annotation for one in kept}
-    return wrapped
-
-
-@_with_settings
+@with_settings
 def run(
     method: Annotated[str, typer.Argument(help="A method such as 'SAM(rho=0.2, m=16)', SGD or AdamW.")],
     given: dict[str, Any],
@@ -113,72 +83,6 @@ def _watch(display: Display) -> "Callable[[Session, dict[str, Any]], None]":
     return watch
 
 
-@_with_settings
-def compare(
-    given: dict[str, Any],
-    data: Data = "digits",
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A method such as 'SAM(rho=0.2, m=16)' or 'SGD(epochs=2x)'; repeatable; without it, several."
-        ),
-    ] = None,
-    baseline: Baseline = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds 0 to N-1 for each method.", show_default="the data's")
-    ] = None,
-    device: Device = "cpu",
-    precision: Precision = "fp32",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny version, some 20 seconds.")] = False,
-) -> None:
-    """Train one model with several methods over several seeds; record every run, print and write the comparison.
-
-    The same command continues a directory; methods and seeds may be added to it.
-
-    Examples:
-
-        steppe compare --quick
-
-        steppe compare --method 'SGD(epochs=2x)' --method 'SAM(rho=0.5)' --method 'WSAM(rho=0.5, gamma=0.9)' --seeds 10
-    """
-    from steppe.lab import presets
-    from steppe.lab.hardware import Hardware
-
-    hardware = Hardware(device=device, precision=precision)
-    hardware.open()
-    plan = presets.planned(data, given, method, baseline, seeds, quick)
-    folder = out or Path("runs") / f"compare-{data}{'-quick' if quick else ''}"
-    raise typer.Exit(compared(folder, plan, workers, Console(), hardware))
-
-
-def report(folder: Folder, baseline: Baseline = None, as_json: AsJSON = False) -> None:
-    """Rebuild a directory's report.html, summary.md and summary.csv from its records alone.
-
-    Examples:
-
-        steppe report runs/compare-digits
-
-        steppe report runs/label_noise-laptop/noise-0.4 --baseline 'SAM(rho=0.5)' --json
-    """
-    from steppe.lab import report as page
-    from steppe.lab import tables
-
-    if as_json:
-        typer.echo(json.dumps(tables.plain(page.write(folder, baseline)), indent=1))
-    else:
-        _publish(folder, baseline, Console())
-
-
-def measure(folder: Folder) -> None:
-    """Measure the minimum of every finished run: loss, top Hessian eigenvalue, trace, tr V, m-sharpness.
-
-    The same command continues an interrupted measurement. The table goes into the directory's report.
-    """
-    raise typer.Exit(minima_measured(folder, Console()))
-
-
 def doctor(as_json: AsJSON = False) -> None:
     """Show the environment, devices, optional packages and data, and how to get those that are missing.
 
@@ -195,63 +99,3 @@ def doctor(as_json: AsJSON = False) -> None:
     for check in checks():
         shown.add_row(check.kind, check.name, "yes" if check.found else "no", check.detail, check.hint)
     Console().print(shown)
-
-
-def compared(
-    folder: Path, plan: "Plan", workers: int | None, console: Console, hardware: "Hardware | None" = None
-) -> int:
-    """Train the runs that a directory lacks, and report; return the exit code."""
-    from steppe.lab.compare import compare
-    from steppe.lab.hardware import CPU
-
-    try:
-        failures = compare(folder, plan, workers, hardware or CPU, console)
-    except BrokenExecutor:
-        line(console, "A worker process was lost, killed for memory perhaps; the same command continues.")
-        return 1
-    _publish(folder, None, console)
-    for failure in failures:
-        line(console, f"\n{failure.run} failed: {failure.reason}\n{failure.details}")
-    return 1 if failures else 0
-
-
-def _publish(folder: Path, baseline: str | None, console: Console) -> None:
-    """Write the report of a directory; print its table, and that of the minima as far as there is room."""
-    from steppe.lab import report as page
-    from steppe.lab.report import curvature
-
-    found = page.write(folder, baseline)
-    show(found, console)
-    if (measured := curvature.section(folder, found)) is not None:
-        rows = [[name, *cells][:5] for name, _, cells in measured.rows]  # up to the trace: a terminal has 80 columns
-        console.print(table(measured.headers[:5], rows, caption=measured.caption))
-        for note in measured.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
-    line(console, f"\nReport: {folder / 'report.html'}")
-
-
-def minima_measured(folder: Path, console: Console) -> int:
-    """Measure the minima that are missing, and report; return the exit code."""
-    from steppe.lab import minima, runs
-    from steppe.lab.errors import LabError
-
-    records, problems = runs.finished(folder, runs.read_plan(folder))
-    for problem in problems:
-        line(console, problem)
-    if not records:
-        raise LabError(f"{folder} holds no finished run")
-    left = sum(not runs.path_of(folder, run, "minima").exists() for run in records)
-    line(console, f"{left} runs to measure, {len(records) - left} already measured")
-    failures = []
-    with Display(console, "minima", len(records)) as display:
-        for i, (run, result) in enumerate(minima.measure_all(folder, records), 1):
-            display.update(i, note=f"{i}/{len(records)}")
-            if isinstance(result, Exception):
-                failures.append(f"{run}: {result}")
-            else:
-                rough = "" if result.minimum.converged else ", not converged"
-                display.line(f"{run}: loss {result.minimum.loss:.3f}, top eigenvalue {result.minimum.top:.2f}{rough}")
-    _publish(folder, None, console)
-    for failure in failures:
-        line(console, failure)
-    return 1 if failures else 0

@@ -56,6 +56,11 @@ def read(settings: Settings) -> RawData:
     return _read(name, str(find(name, folder).resolve()) if name in SOURCES else folder)
 
 
+def forget() -> None:
+    """Read again what is asked for next: a notebook's function may have changed."""
+    _read.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _read(name: str, folder: str | None) -> RawData:
     if name in SOURCES and folder is not None:

@@ -17,7 +17,7 @@ GRAMMAR = {
     "resnet18": r"resnet(18|50)(-w\d+)?(-gn)?",
     "wrn28-10-gn": r"wrn\d+-\d+(-gn)?",
     "vit-s4": r"vit-((ti|s|b)\d+|\d+x\d+-p\d+)",
-    "module:function": r"[\w.]+:\w+",
+    "module:function": r"[\w.]+:[\w.]+",
 }
 
 

@@ -2,21 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from statistics import median
 
 from steppe.lab import files, models, tasks
 from steppe.lab.errors import LabError
+from steppe.lab.price import prices
 from steppe.lab.recipes import Recipe, Study, named
-from steppe.lab.runs import RECIPE, SEARCH, Plan, Run
+from steppe.lab.runs import RECIPE, SEARCH, Plan
 from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
 from steppe.lab.sweep.space import Value, applied, filled
-from steppe.lab.sweep.work import search
-from steppe.lab.train import Session
-
-ROUNDS, STEPS = 7, 8  # of timing
+from steppe.lab.sweep.work import Worksite, search
 
 
 def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tuple[Recipe, list[Study]]:
@@ -41,7 +37,7 @@ def searched(
 ) -> dict[str, Value]:
     """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    values, stages = search(study.search(), url, name, workers, tell=tell)
+    values, stages = search(study.search(), Worksite(url, name, out / "search"), workers, lambda text, done: tell(text))
     files.write_json(out / SEARCH, {"stages": stages, "seeds": study.search_seeds})
     return values
 
@@ -79,18 +75,8 @@ def planned(
 def multiples(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:
     """Return by method the epochs that take as long as twice the common number of SGD, as a multiple of that number.
 
-    The first method is SGD itself. Steps are timed interleaved, so that a busy moment slows all methods alike: each
-    takes 8 a round; the first round only warms up, and the median of the others counts.
+    The first method is SGD itself.
     """
-    sessions = {hole: Session(Run(method, 0, settings)) for hole, method in methods.items()}
-    batches = {hole: list(islice(session.batches(), STEPS)) for hole, session in sessions.items()}
-    seconds: dict[str, list[float]] = {hole: [] for hole in methods}
-    for _ in range(ROUNDS):
-        for hole, session in sessions.items():
-            before = session.meter.seconds
-            for rows, examples in batches[hole]:
-                session.advance(rows, examples)
-            seconds[hole].append(session.meter.seconds - before)
-    medians = {hole: median(each[1:]) for hole, each in seconds.items()}
-    budget = 2 * next(iter(medians.values()))
-    return {hole: f"{max(budget / each, 0.01):.2f}x" for hole, each in medians.items()}
+    seconds = {hole: each.seconds for hole, each in prices(settings, methods).items()}
+    budget = 2 * next(iter(seconds.values()))
+    return {hole: f"{max(budget / each, 0.01):.2f}x" for hole, each in seconds.items()}

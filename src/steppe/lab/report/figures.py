@@ -1,6 +1,6 @@
-"""The report's figures as plain data for plotly.js: a trace is a dict, a figure a title, a caption, traces and axes.
+"""The report's figures as plain data: a trace is a dict, a figure a title, a caption, traces and axes.
 
-The page sets the colours of text, grid and background, because it knows whether it is light or dark.
+``svg`` draws them. The page sets the colours of text and grid, because it knows whether it is light or dark.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def curve(x: Sequence[Any], y: Sequence[float | None], name: str, index: int, **
     """Return the ``index``-th line of a figure; ``more`` holds further properties of the trace."""
     colour, dash, _ = look(index)
     line = {"color": colour, "dash": dash, "width": 2}
-    return {"x": x, "y": y, "name": name, "mode": "lines", "line": line, "hovertemplate": "%{y:.3g}"} | more
+    return {"x": x, "y": y, "name": name, "mode": "lines", "line": line} | more
 
 
 def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
@@ -57,10 +57,11 @@ def learning(found: Summary) -> list[Figure]:
     """Draw test error and training loss by epoch, none where no run is finished."""
     if not found.rows:
         return []
-    caption = "Mean over seeds and a band of one standard deviation; a click in the legend hides a method."
-    error, loss = _bands(found, "test_error", 100.0), _bands(found, "train_loss", 1.0)
+    caption = "Mean over seeds and a band of one standard deviation."
+    metric = next(iter(found.records.values())).metric
+    error, loss = _bands(found, "test_error", 100.0 if metric.endswith("%") else 1.0), _bands(found, "train_loss", 1.0)
     return [
-        Figure("test-error", "Test error by epoch", caption, error, axes("epoch", "test error, %")),
+        Figure("test-error", "Test error by epoch", caption, error, axes("epoch", f"test {metric}")),
         Figure("train-loss", "Training loss by epoch", caption, loss, axes("epoch", "training loss")),
     ]
 
@@ -79,8 +80,8 @@ def _bands(found: Summary, quantity: str, scale: float) -> list[Trace]:
         centre, width = ([of(points[epoch]) for epoch in epochs] for of in (mean, deviation))
         high = [middle + half for middle, half in zip(centre, width, strict=True)]
         low = [middle - half for middle, half in zip(centre, width, strict=True)]
-        silent = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
-        filled = {"fill": "toself", "fillcolor": f"{look(index)[0]}2a"}
+        silent = {"line": {"width": 0}, "showlegend": False}
+        filled = {"fill": "toself", "fillcolor": look(index)[0]}
         data.append(curve(epochs + epochs[::-1], high + low[::-1], name, index, **silent, **filled))
-        data.append(curve(epochs, centre, name, index, legendgroup=name))
+        data.append(curve(epochs, centre, name, index))
     return data

@@ -93,7 +93,6 @@ def _figure(id: str, title: str, caption: str, points: list[Point]) -> Figure | 
         symbols = [_SYMBOLS.get(point.note, symbol) for point in line]
         deviations = [deviation(point.errors) for point in line]
         more = {"mode": "lines+markers", "showlegend": len(curves) > 1, "text": [point.note for point in line]}
-        more |= {"hovertemplate": f"{key} %{{x}}: %{{y:.2f}} % %{{text}}"}
         more |= {"marker": {"color": colour, "size": 10, "symbol": symbols}}
         more |= {"error_y": {"array": deviations, "color": colour, "thickness": 1.5}}
         x, y = [str(point.at[key]) for point in line], [mean(point.errors) for point in line]

@@ -26,13 +26,15 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from steppe.lab.errors import LabError
+from steppe.lab.files import finite
 from steppe.lab.sweep.space import Stage, Value
 
 HEARTBEAT = 10  # seconds; three missed ones mean that the worker is dead
 RETRIES = 3  # of a point whose worker died; a point that kills its workers is given up
 DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
 POINT, ERRORS, REASON = "point", "errors", "reason"
-TWIN = "queued twice"
+TWIN, INTERRUPTED = "queued twice", "interrupted"  # reasons that are nobody's fault
+SECONDS, PASSES = "seconds", "passes"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -68,11 +70,14 @@ class Grid:
         Two workers may queue the same point at the same moment; :meth:`claim` drops the second trial.
         """
         trials = self.trials()
-        kinds: Any = {key: CategoricalDistribution(choices) for key, choices in self.stage.grid.items()}
-        for index, point in enumerate(self.stage.points()):
+        points = self.stage.points()
+        kinds: Any = {
+            key: CategoricalDistribution(tuple(dict.fromkeys(point[key] for point in points))) for key in points[0]
+        }
+        for index, point in enumerate(points):
             mine = [trial for trial in trials if trial.user_attrs[POINT] == index]
             reasons = [trial.user_attrs.get(REASON) for trial in mine if trial.state is TrialState.FAIL]
-            gone = reasons.count(None) > RETRIES or any(reason not in (None, TWIN) for reason in reasons)
+            gone = reasons.count(None) > RETRIES or any(reason not in (None, TWIN, INTERRUPTED) for reason in reasons)
             if len(mine) == len(reasons) and (again or not gone):
                 facts: Any = {"params": point, "distributions": kinds, "user_attrs": {POINT: index}}
                 self.study.add_trial(create_trial(state=TrialState.WAITING, **facts))
@@ -132,7 +137,9 @@ class Grid:
             {
                 "values": self.stage.points()[index],
                 "errors": trial.user_attrs.get(ERRORS, []),
-                "error": trial.value,
+                "error": finite(trial.value),
+                "seconds": trial.user_attrs.get(SECONDS, 0.0),
+                "passes": trial.user_attrs.get(PASSES, 0.0),
                 "dropped": trial.state is TrialState.PRUNED,
             }
             for index, trial in self.ended().items()
@@ -149,7 +156,7 @@ class Grid:
             reasons = {trial.user_attrs.get(REASON, "its workers died") for trial in self.trials(TrialState.FAIL)}
             raise LabError(
                 f"{len(lost)} of {len(points)} points of stage {self.stage.name} failed, the first {lost[0]} "
-                f"({'; '.join(sorted(reasons - {TWIN}))}); the same command tries again"
+                f"({'; '.join(sorted(reasons - {TWIN, INTERRUPTED}))}); the same command tries again"
             )
         return points[min((trial.value, i) for i, trial in ended.items() if trial.state is TrialState.COMPLETE)[1]]
 

@@ -1,5 +1,6 @@
 """Work through a search: claim a point, train its seeds, tell the value; wait while others have the last points."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -7,48 +8,71 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from optuna.trial import Trial, TrialState
 
-from steppe.lab.compare import leave_with_parent
-from steppe.lab.errors import LabError
+from steppe.lab import single
+from steppe.lab.compare import FOREVER, leave_with_parent
+from steppe.lab.errors import LabError, NotFiniteError, PausedError
+from steppe.lab.hardware import CPU, Hardware
+from steppe.lab.record import Record
 from steppe.lab.runs import Run
-from steppe.lab.sweep.space import Search, Value, applied, filled
-from steppe.lab.sweep.study import ERRORS, HEARTBEAT, POINT, Grid, open_storage
-from steppe.lab.train import train
+from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
+from steppe.lab.sweep.study import ERRORS, HEARTBEAT, INTERRUPTED, PASSES, POINT, SECONDS, Grid, open_storage
+from steppe.lab.train import Session
 
 _POLL = 0.5  # seconds between looks at points that other workers train
+Tell = Callable[[str, int], None]  # a line, and how many points are done
+
+
+@dataclass(frozen=True)
+class Worksite:
+    """Where a search is kept and trained: its storage, its name there, a folder of its own, hardware, an end."""
+
+    url: str
+    name: str
+    folder: Path
+    hardware: Hardware = CPU
+    until: float = FOREVER
+    heartbeat: int = HEARTBEAT
+
+    def grid(self, asked: Search, stage: Stage, values: Mapping[str, Value]) -> Grid:
+        """Create or join the study of a stage."""
+        study = f"{self.name}/{stage.name}/{asked.digest(stage, values)}"
+        return Grid.open(open_storage(self.url, self.heartbeat), study, stage)
 
 
 def search(
-    asked: Search,
-    url: str,
-    name: str,
-    workers: int = 1,
-    heartbeat: int = HEARTBEAT,
-    tell: Callable[[str], None] = lambda line: None,
+    asked: Search, site: Worksite, workers: int = 1, tell: Tell = lambda line, done: None
 ) -> tuple[dict[str, Value], list[dict[str, Any]]]:
     """Run every stage with ``workers`` processes here, beside those of other machines.
 
-    ``name`` distinguishes searches in one storage. Any process may be killed: the others train its point again, and the
-    same call continues an interrupted search. Return the values chosen, and every stage with its points as plain data.
+    Any process may be killed: the others train its point again, and the same call continues an interrupted search.
+    Return the values chosen, and every stage with its points as plain data.
+
+    Raises:
+        LabError: a point failed.
+        PausedError: it is later than the site's ``until``.
     """
     values, stages = dict(asked.values), []
+    groups = [[stage] for stage in asked.stages] if asked.chained else [list(asked.stages)]
     with ExitStack() as helpers:
-        for stage in asked.stages:
-            study = f"{name}/{stage.name}/{asked.digest(stage, values)}"
-            grid = Grid.open(open_storage(url, heartbeat), study, stage)
-            if workers > 1 and len(grid.trials(TrialState.WAITING)) > 1:
-                helpers.enter_context(_helpers(workers - 1, (asked, url, name, heartbeat)))
+        for group in groups:
+            grids = [site.grid(asked, stage, values) for stage in group]
+            if workers > 1 and sum(len(grid.trials(TrialState.WAITING)) for grid in grids) > 1:
+                helpers.enter_context(_helpers(workers - 1, (asked, site)))
                 workers = 1  # the helpers go through the remaining stages too
-            _work(grid, asked, values, tell)
-            chosen = grid.best()
-            values |= chosen
-            tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()))
-            stages.append({"name": stage.name, "method": stage.method, "chosen": chosen, "points": grid.points()})
+            _work(grids, asked, site, values, tell)
+            for stage, grid in zip(group, grids, strict=True):
+                chosen = grid.best()
+                values |= chosen if asked.chained else {}
+                tell(f"{stage.name}: " + ", ".join(f"{key} = {value}" for key, value in chosen.items()), -1)
+                stages.append({"name": stage.name, "method": stage.method, "chosen": chosen, "points": grid.points()})
     return values, stages
 
 
@@ -61,6 +85,8 @@ def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
         process.start()
     try:
         yield
+    except PausedError:  # they look at the clock themselves
+        raise
     except BaseException:
         for process in processes:
             os.kill(process.pid or 0, signal.SIGINT)  # they give their points back
@@ -70,42 +96,66 @@ def _helpers(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
             process.join()
 
 
-def _help(asked: Search, url: str, name: str, heartbeat: int) -> None:
+def _help(asked: Search, site: Worksite) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down an ignored one
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    with suppress(KeyboardInterrupt, LabError):  # the parent reports mistakes
-        search(asked, url, name, workers=1, heartbeat=heartbeat)
+    with suppress(KeyboardInterrupt, LabError, PausedError):  # the parent reports mistakes
+        search(asked, site)
 
 
-def _work(grid: Grid, asked: Search, values: Mapping[str, Value], tell: Callable[[str], None]) -> None:
+def _work(grids: list[Grid], asked: Search, site: Worksite, values: Mapping[str, Value], tell: Tell) -> None:
     """Train points until all are done, here or elsewhere."""
-    stage, points = grid.stage, grid.stage.points()
-    while True:
-        if trial := grid.claim():
-            with grid.beating(trial):
-                _train(grid, trial, asked, {**values, **points[trial.user_attrs[POINT]]})
-            tell(f"{stage.name}: {len(grid.ended())} of {len(points)} points")
-        elif grid.trials(TrialState.WAITING, TrialState.RUNNING):
-            time.sleep(_POLL)
+    left = list(grids)
+    while left:
+        if time.time() > site.until:
+            raise PausedError
+        for grid in left:
+            if trial := grid.claim():
+                point = grid.stage.points()[trial.user_attrs[POINT]]
+                with grid.beating(trial):
+                    _train(grid, trial, asked, site, {**values, **point})
+                done = sum(len(one.ended()) for one in grids)
+                tell(f"{grid.stage.name}: {len(grid.ended())} of {len(grid.stage.points())} points", done)
+                break
         else:
-            return
+            left = [grid for grid in left if grid.trials(TrialState.WAITING, TrialState.RUNNING)]
+            time.sleep(_POLL if left else 0)
 
 
-def _train(grid: Grid, trial: Trial, asked: Search, values: Mapping[str, Value]) -> None:
-    """Train a point seed by seed and tell its mean validation error in per cent, or that it gets no further seed."""
+def _train(grid: Grid, trial: Trial, asked: Search, site: Worksite, values: Mapping[str, Value]) -> None:
+    """Train a point seed by seed and tell its mean validation error, or that it gets no further seed."""
     method, settings = filled(grid.stage.method, values), applied(asked.settings, values)
     errors: list[float] = []
+    seconds = passes = 0.0
     try:
-        for seed in range(asked.seeds):
-            errors.append(100 * train(Run(method, seed, settings)).test_error)
-            trial.set_user_attr(ERRORS, errors)
+        for seed in range(asked.first, asked.first + asked.seeds):
+            found = train(Run(method, seed, method.under(settings)), site)
+            errors.append(math.inf if found is None else found.shown)
+            if found is not None:
+                seconds, passes = seconds + found.seconds, passes + found.passes
+            trial.set_user_attr(ERRORS, [error for error in errors if math.isfinite(error)])
             trial.report(fmean(errors), step=seed)
-            if len(errors) < asked.seeds and trial.should_prune():
+            if asked.chained and len(errors) < asked.seeds and trial.should_prune():
                 return grid.tell(trial, None, TrialState.PRUNED)
+        trial.set_user_attr(SECONDS, seconds)
+        trial.set_user_attr(PASSES, passes)
         grid.tell(trial, fmean(errors), TrialState.COMPLETE)
     except Exception as error:
+        if isinstance(error, PausedError):
+            grid.tell(trial, None, TrialState.FAIL, INTERRUPTED)
+            raise
         grid.tell(trial, None, TrialState.FAIL, f"{type(error).__name__}: {error}")
     except BaseException:  # interrupted: the point is queued again
-        grid.tell(trial, None, TrialState.FAIL)
+        grid.tell(trial, None, TrialState.FAIL, INTERRUPTED)
         raise
+
+
+def train(run: Run, site: Worksite) -> Record | None:
+    """Train a run of the search; return ``None`` if its metric ends as no finite number."""
+    session = Session(run, site.hardware.open())
+    single.carry_on(session, site.folder, lambda: time.time() > site.until)
+    single.forget(site.folder, run)
+    with suppress(NotFiniteError):
+        return session.record()
+    return None

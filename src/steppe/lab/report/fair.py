@@ -1,0 +1,212 @@
+"""The tables of a fair comparison: what each method reached and chose, and what fixed parameters would have said."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from steppe.lab import files, runs, summary, tables
+from steppe.lab.fair import FIXED, Comparison, opened_again
+from steppe.lab.presets import preset
+from steppe.lab.report.figures import Figure, axes, curve, look
+from steppe.lab.runs import SEARCH
+from steppe.lab.spaces import edge
+from steppe.lab.spec import Method
+from steppe.lab.statistics import Paired
+from steppe.lab.summary import Row, Summary
+from steppe.lab.sweep.space import Range, filled, shown
+from steppe.lab.tables import NONE, interval, number
+
+HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
+CHOSEN = ("method", "chosen", "at an edge", "trials", "search passes", "search s", "fixed {metric}", "fixed difference")
+FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
+_EQUAL = {
+    "passes": "The longest run of every method may cost the same number of gradient passes",
+    "seconds": "The longest run of every method may take the same time, measured here before the search",
+    "epochs": "The longest run of every method has the same number of epochs",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method: its final runs, what its search chose and cost, and the same method at fixed parameters."""
+
+    name: str
+    row: Row | None  # None before its first final run
+    chosen: Mapping[str, Any]
+    edges: list[str]  # such as ``lr high``
+    trials: int
+    passes: float  # of the whole search
+    seconds: float
+    fixed: Row | None
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """A fair comparison with its numbers."""
+
+    asks: Comparison
+    found: Summary
+    each: list[Outcome]
+
+
+def read(folder: Path, baseline: str | None = None) -> Outcomes | None:
+    """Return the outcomes of a directory, ``None`` if it holds no fair comparison whose search has ended."""
+    asks = opened_again(folder)
+    if asks is None or not (folder / SEARCH).exists() or not (folder / "config.json").exists():
+        return None
+    stages = {stage["name"]: stage for stage in files.read_json(folder / SEARCH)["stages"]}
+    methods = {one.name: filled(one.method, stages[one.name]["chosen"]) for one in asks.contestants}
+    fixed = {one.name: filled(one.method, one.fixed) for one in asks.contestants}
+    reference = next((name for name, method in methods.items() if baseline in (name, str(method))), None)
+    reference = reference or next(iter(methods))
+    found = _summary(folder, methods[reference])
+    plain = _summary(folder / FIXED, fixed[reference]) if (folder / FIXED / "config.json").exists() else None
+    each = []
+    for one in asks.contestants:
+        stage = stages[one.name]
+        edges = [f"{key} {end}" for key, value in stage["chosen"].items() if (end := edge(value, one.space[key]))]
+        passes, seconds = (sum(point[key] for point in stage["points"]) for key in ("passes", "seconds"))
+        row, unsearched = _row(found, methods[one.name]), _row(plain, fixed[one.name])
+        each.append(Outcome(one.name, row, stage["chosen"], edges, len(stage["points"]), passes, seconds, unsearched))
+    return Outcomes(asks, found, each)
+
+
+def _summary(folder: Path, baseline: Method) -> Summary:
+    plan = runs.read_plan(folder)
+    plan = replace(plan, baseline=baseline if baseline in plan.methods else None)
+    return summary.summarise(plan, *runs.finished(folder, plan), runs.context(folder))
+
+
+def _row(found: Summary | None, method: Method) -> Row | None:
+    return next((row for row in found.rows if row.method == method), None) if found else None
+
+
+def _difference(row: Row | None) -> str:
+    if row is None or (row.paired is None and not row.baseline):
+        return NONE
+    return "baseline" if row.paired is None else f"{value(row.paired.difference, '+')} [{_interval(row.paired)}]"
+
+
+def value(one: float, sign: str = "") -> str:
+    """Return a number with two decimals, or with three digits where that says nothing."""
+    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= 0.1 else f"{sign}.3g")
+
+
+def _interval(test: Paired) -> str:
+    if math.isnan(test.low):
+        return NONE
+    return interval(test) if abs(test.high - test.low) >= 0.1 else f"{value(test.low, '+')} to {value(test.high, '+')}"
+
+
+def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of what each method reached."""
+    rows = []
+    for one in found.each:
+        if one.row is not None:
+            row = one.row
+            difference = [value(row.paired.difference, "+"), _interval(row.paired)] if row.paired else ["baseline", ""]
+            p = number(row.p, ".2g") if row.paired else ""
+            numbers = [str(row.n), value(row.mean), value(row.sd), *difference, p]
+            rows.append([one.name, *numbers, number(row.passes, ".0f"), number(row.seconds, ".1f")])
+    return _named(HEADERS, found), rows
+
+
+def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of what each search chose, and of the comparison at fixed parameters."""
+    rows = []
+    for one in found.each:
+        values = ", ".join(f"{key} {each:g}" for key, each in one.chosen.items())
+        spent = [str(one.trials), number(one.passes, ".0f"), number(one.seconds, ".1f")]
+        fixed = [value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
+        rows.append([one.name, values, ", ".join(one.edges), *spent, *fixed])
+    return _named(CHOSEN, found), rows
+
+
+def _named(headers: tuple[str, ...], found: Outcomes) -> list[str]:
+    metric = next((record.metric for record in found.found.records.values()), "error %")
+    return [header.format(metric=metric) for header in headers]
+
+
+def figures(found: Outcomes) -> list[Figure]:
+    """Draw the validation error of every trial over each parameter that several methods search; a star was chosen."""
+    stages = {stage["name"]: stage for stage in found.found.context.search["stages"]}
+    keys = dict.fromkeys(key for one in found.asks.contestants for key in one.space)
+    drawn = []
+    for key in keys:
+        data = []
+        for index, (name, stage) in enumerate(stages.items()):
+            points = [point for point in stage["points"] if key in point["values"] and point["error"] is not None]
+            marks = ["star" if point["values"] == stage["chosen"] else look(index)[2] for point in points]
+            x, y = [point["values"][key] for point in points], [point["error"] for point in points]
+            more = {"mode": "markers", "marker": {"symbol": marks}}
+            data += [curve(x, y, name, index, **more)] if points else []
+        if len(data) > 1:
+            ranges = [one.space[key] for one in found.asks.contestants if key in one.space]
+            kind = "log" if any(isinstance(each, Range) and each.log for each in ranges) else "linear"
+            layout = axes(key, "validation error", xaxis={"type": kind})
+            caption = "Every trial of every method. A star: what the method's final runs were trained with."
+            drawn.append(Figure(f"search-{key}", f"The searches over {key}", caption, data, layout))
+    return drawn
+
+
+def command(found: Outcomes) -> list[str]:
+    """Return the words of the command that makes this comparison again, after ``steppe``."""
+    asked = found.asks.asked
+    usual = preset(asked.settings.data, fair=True).settings.to_dict() | {"test_seed": asked.settings.test_seed}
+    given = {key: value for key, value in asked.settings.to_dict().items() if value not in (None, usual[key])}
+    if given.get("model") == asked.settings.data:  # a task brings its own
+        del given["model"]
+    words = ["compare", "--data", asked.settings.data]
+    words += [word for text in asked.methods for word in ("--method", text)]
+    words += [word for key, each in asked.spaces.items() for word in ("--space", f"{key}={shown(each)}")]
+    options = given | {"trials": asked.trials, "search_seeds": asked.search_seeds, "seeds": found.found.plan.seeds}
+    options |= {"equal": asked.equal, "validation": asked.validation}
+    words += [word for key, each in options.items() for word in (f"--{key.replace('_', '-')}", str(each))]
+    return words + (["--clean-validation"] if asked.clean else [])
+
+
+def notes(found: Outcomes) -> list[str]:
+    """Return what a reader of the tables must know."""
+    asked = found.asks.asked
+    held = f"{100 * asked.validation:g} % of the training examples"
+    lines = [
+        f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
+        f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
+        f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate.",
+        "The test set was used for the final runs alone; nothing was chosen by it.",
+    ]
+    if asked.settings.noise:
+        kind = "clean" if asked.clean else "as noisy as the training labels"
+        lines.append(f"The validation labels were {kind}.")
+    if edges := [f"{one.name} ({', '.join(one.edges)})" for one in found.each if one.edges]:
+        lines.append(
+            f"At an edge of what was searched, so that a wider search (--space) may find better: {'; '.join(edges)}."
+        )
+    lines.append(
+        "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
+        "as a comparison without a search has them."
+    )
+    return lines
+
+
+def plain(found: Outcomes) -> list[dict[str, Any]]:
+    """Return one flat row for each method, as data for JSON."""
+    rows = []
+    for one in found.each:
+        final = tables.plain_row(one.row) if one.row else {}
+        cost = {"trials": one.trials, "search_passes": one.passes, "search_seconds": one.seconds}
+        choice = {"name": one.name, "chosen": dict(one.chosen), "edges": one.edges} | cost
+        fixed = {f"fixed_{key}": each for key, each in tables.plain_row(one.fixed).items()} if one.fixed else {}
+        rows.append(choice | final | {key: each for key, each in fixed.items() if key in FIXED_KEYS})
+    return rows
+
+
+def markdown(found: Outcomes) -> str:
+    """Return both tables and the notes as Markdown."""
+    lines = [f"# {tables.title(found.found)}: a fair comparison", ""]
+    for headers, rows in (table(found), chosen(found)):
+        ruled = (headers, ["---"] + ["---:"] * (len(headers) - 1), *rows)
+        lines += [*("| " + " | ".join(row) + " |" for row in ruled), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes(found)), "", ""])
