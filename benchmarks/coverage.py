@@ -1,6 +1,6 @@
 """Print which models of timm and transformers share passes in m-SAM, and why others run in a loop.
 
-``python -m benchmarks.coverage --m 8`` needs ``timm`` (with torchvision) and ``transformers``; a library that is missing is
+``python -m benchmarks.coverage --m 8`` needs ``timm`` (with torchvision) and ``transformers``. A missing library is
 left out. All models are small ones from configurations, with random weights and data, and with their own dropout, drop
 path and layer drop.
 """
