@@ -234,6 +234,27 @@ def test_parameters_on_the_meta_device_are_refused() -> None:
         steppe.SAM(sgd(nn.Linear(2, 2, device="meta")))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_bases_that_average_weights_are_refused() -> None:
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    base = PostLocalSGDOptimizer(sgd(world()), averager=None)
+    with pytest.raises(TypeError, match="base must not be a PostLocalSGDOptimizer"):
+        steppe.SAM(base)
+
+
+@pytest.mark.parametrize("make", [Warmed, sgd], ids=["own format", "torch's"])
+def test_a_checkpoint_loads_after_a_group_was_added_to_the_base(make: Make) -> None:
+    w, extra = world(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = steppe.SAM(make(w.parameters()), rho=0.2)
+    opt.step(w.batch)
+    opt.base.add_param_group({"params": [extra]})
+    opt.load_state_dict(opt.state_dict())
+    opt.step(w.batch)
+    assert [g["rho"] for g in opt.param_groups] == [0.2, 0.2]
+    assert opt.telemetry.steps == 2
+
+
 # ---- what users write
 
 

@@ -50,6 +50,13 @@ def test_the_tables_of_results_are_those_of_the_records() -> None:
     assert {f"{name}_laptop" for name in shown} == {path.stem for path in results_table.RECORDS.glob("*_laptop.json")}
 
 
+def test_the_tables_of_radii_are_those_of_the_record() -> None:
+    import radius_by_m
+
+    text = radius_by_m.PAGE.read_text()
+    assert radius_by_m.with_tables(text) == text
+
+
 def test_ci_calls_the_readmes_commands() -> None:
     commands = re.findall(r"^python -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [c.split("/")[-1] for c in commands] == ["steppe compare", "pytest"]

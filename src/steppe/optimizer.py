@@ -139,10 +139,11 @@ class SharpnessAware(Facade):
         An exception in any pass comes through with the weights at ``w`` bit for bit, gradients dropped, no step taken.
 
         Args:
-            closure: zeroes the gradients, runs forward and backward and returns the loss; called as often as the method
-                needs. A :class:`~steppe.Batch` for methods that look inside the batch; a list of them accumulates
-                gradients (:class:`~steppe.Batches`). Without one, the step that :meth:`backward` has begun is finished;
-                where there is none, the base steps on the gradients in ``p.grad``, with one warning.
+            closure: zeroes the gradients, runs forward and backward and returns the loss (or an output with it: as
+                ``loss``, or first of several); called as often as the method needs. A :class:`~steppe.Batch` for
+                methods that look inside the batch; a list of them accumulates gradients (:class:`~steppe.Batches`).
+                Without one, the step that :meth:`backward` has begun is finished; where there is none, the base steps
+                on the gradients in ``p.grad``, with one warning.
             scaler: the scaler that the closure scales its loss by before ``backward()``; it returns the loss unscaled.
                 (A ``Batch`` scales its own.) Gradients are unscaled, an overflow in any pass skips the step, and
                 ``scaler.update()``, to be called after every step, backs off.

@@ -41,23 +41,40 @@ def as_launched(rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody connects: the ranks are connected already
 
 
-def with_accelerate(sync: str) -> tuple[list[Tensor], int]:
+def shard(accelerator) -> None:
+    """accelerate turns FSDP into DDP on a CPU, where torch has ``fully_shard``: what it sets on a GPU."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10)
+    kinds = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "torch_fsdp_plugin": plugin}
+    accelerator.state.__dict__.update(kinds)
+    assert accelerator.is_fsdp2
+
+
+def with_accelerate(sync: str, sharded: bool = False) -> tuple[list[Tensor], int]:
     from accelerate import Accelerator
 
     from steppe.integrations.accelerate import Backward
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=K)
+    if sharded:
+        shard(accelerator)
     model, forwards = net(), []
     model.register_forward_hook(lambda *_: forwards.append(None))
     wrapped, optimizer = accelerator.prepare(model, sam(model, sync))
-    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    assert sharded or isinstance(wrapped, nn.parallel.DistributedDataParallel)
     backward = Backward(accelerator, wrapped, optimizer, cross_entropy)
     for batch in batches(ROUNDS)[accelerator.process_index :: 2]:
         with accelerator.accumulate(wrapped):
             backward(batch)
             optimizer.step()
             optimizer.zero_grad()
-    return [p.detach() for p in model.parameters()], len(forwards)
+    return whole(model), len(forwards)
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -81,7 +98,7 @@ class WithLoss(nn.Module):
         return {"loss": cross_entropy(self.net, (x, labels))}
 
 
-def with_the_trainer(sync: str) -> tuple[list[Tensor], int]:
+def with_the_trainer(sync: str, sharded: bool = False) -> tuple[list[Tensor], int]:
     from transformers import TrainingArguments
 
     from steppe.integrations.huggingface import SharpnessAwareTrainer
@@ -107,9 +124,12 @@ def with_the_trainer(sync: str) -> tuple[list[Tensor], int]:
     optimizer = sam(model, sync)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     trainer = Sequential(model, args, train_dataset=Dataset(), optimizers=(optimizer, constant))
+    if sharded:
+        shard(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
     trainer.train()
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    return [p.detach() for p in model.parameters()], model.forwards
+    assert sharded or isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    return whole(model), model.forwards
 
 
 def with_lightning(sync: str) -> tuple[list[Tensor], int]:
@@ -149,9 +169,9 @@ def with_lightning(sync: str) -> tuple[list[Tensor], int]:
     return [p.detach() for p in module.parameters()], module.forwards
 
 
-def run(framework: str, sync: str) -> tuple[list[Tensor], int]:
+def run(framework: str, sync: str, *sharded: bool) -> tuple[list[Tensor], int]:
     as_launched(torch.distributed.get_rank())
-    return globals()[framework](sync)
+    return globals()[framework](sync, *sharded)
 
 
 def alone(sync: str) -> list[Tensor]:
@@ -189,5 +209,15 @@ def test_two_ranks_are_one_process(framework: str, sync: str, two_ranks) -> None
     (first, forwards), (second, also) = two_ranks(run, framework, sync)
     assert forwards == also == 2 * K * STEPS
     for p, q, expected in zip(first, second, alone(sync), strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("framework", ["with_accelerate", "with_the_trainer"])
+def test_parameters_sharded_by_the_framework(framework: str, two_ranks) -> None:
+    """``fully_shard``: all ranks share one perturbation."""
+    (first, forwards), (second, also) = two_ranks(run, framework, "auto", True)
+    assert forwards == also == 2 * K * STEPS
+    for p, q, expected in zip(first, second, alone("global"), strict=True):
         assert torch.equal(p, q)
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ pytest.importorskip("lightning")
 ROOT = Path(__file__).parents[2]
 STACKS = ("plain-loop", "accelerate", "huggingface", "lightning")
 EXAMPLES = [example for stack in STACKS for example in ROOT.glob(f"examples/{stack.replace('-', '_')}*.py")]
-PAGES = [ROOT / "docs" / "stacks" / f"{stack}.md" for stack in STACKS]
+PAGES = [ROOT / "docs" / "stacks" / f"{page}.md" for page in (*STACKS, "more")]
 
 pytestmark = pytest.mark.filterwarnings(  # Lightning's own
     "ignore:.*does not have many workers", "ignore:.*LeafSpec.*", "ignore:.*smaller than the logging interval"

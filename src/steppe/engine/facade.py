@@ -157,8 +157,9 @@ class Facade(torch.optim.Optimizer):
             forget_foreign(state)
             radius = self._stepper.radius.key
             for new, old in zip(state["param_groups"], self.param_groups, strict=True):
-                new.setdefault(radius, old[radius])  # a checkpoint of the base alone has none
-                new.setdefault(STEP, 0)
+                if radius in old:  # not in a group that was added to the base since
+                    new.setdefault(radius, old[radius])  # a checkpoint of the base alone has none
+                    new.setdefault(STEP, 0)
             self.base.__setstate__(state)
             self._memory.room = False
 

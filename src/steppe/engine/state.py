@@ -112,7 +112,7 @@ class RuleState:
         Raises:
             KeyError: the base misses something in the checkpoint.
         """
-        before = [{radius: group[radius], STEP: 0} for group in base.param_groups]
+        before = [{radius: group[radius], STEP: 0} if radius in group else {} for group in base.param_groups]
         plain, memory, groups = _split(saved)
         try:
             base.load_state_dict(plain)

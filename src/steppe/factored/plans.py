@@ -161,6 +161,7 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
     """
     of_model = known(batch.model)
     of_model.steps += 1
+    of_model.pool.begin()
     key = (m, *_key(f.passes.parameters, batch))
     entry = of_model.entries.get(key)
     captured = capturing(f.passes.parameters.devices)

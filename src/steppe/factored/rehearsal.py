@@ -1,6 +1,7 @@
 """The passes of a rehearsal: where examples lie, then the update of m-SAM made both ways, shared and serial."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -172,8 +173,10 @@ class Rehearsal:
         self.heard.losses.clear()
         trial = Oracle(batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
         rows = torch.cat([torch.arange(k * self.m, min(self.n, (k + 1) * self.m)) for k in chosen])
+        before = self.buffers()
         with frozen_statistics(batch.modules()):
             ours = self.shared(trial, plan, rows)
+            after = self.buffers()
         together = self.heard.losses.copy()
         self.heard.losses.clear()
         trial.passes.counted, parts = False, batch.split(self.m)
@@ -182,7 +185,24 @@ class Rehearsal:
         alone = [torch.cat(self.heard.losses[i::2]) for i in range(len(together))]
         for whole, single in zip(together, alone, strict=True):
             self.check_losses(whole[rows.to(whole.device)], single, alone[0], rounding)
+        if not all(map(torch.equal, before, after)):
+            self.check_buffers(parts, after, rounding.losses)
         self.check_close(ours.materialised(), theirs.materialised(), plan.tracked, rounding.gradients)
+
+    def buffers(self) -> list[Tensor]:
+        """Return copies of the model's buffers."""
+        return [b.clone() for m in self.batch.modules() for b in m._buffers.values() if b is not None]
+
+    def check_buffers(self, parts: Sequence[Batch], ours: Sequence[Tensor], bound: float) -> None:
+        """Raise unless the forwards of all micro-batches leave the same buffers, such as running statistics."""
+        with frozen_statistics(self.batch.modules()), torch.no_grad():
+            for k, part in enumerate(parts):
+                with self.drawing(part, k):
+                    part.losses()
+            theirs = self.buffers()
+        for a, b in zip(ours, theirs, strict=True):
+            error = 1.0 if a.shape != b.shape else float((a.double() - b.double()).abs().max() / (b.abs().max() + 1))
+            _judge(f"a buffer differs by {error:.0e} from what the serial loop leaves", error, bound)
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
@@ -195,9 +215,15 @@ class Rehearsal:
 
     def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:
         """Return the same of micro-batch ``k`` by itself."""
+        with self.drawing(part, k):
+            return len(part) / self.n * Rule()(trial.part(part)).grad
+
+    @contextmanager
+    def drawing(self, part: Batch, k: int) -> Iterator[None]:
+        """Let micro-batch ``k`` draw the random numbers that it has in the batch."""
         self.heard.part = slice(k * self.m, k * self.m + len(part))
         try:
-            return len(part) / self.n * Rule()(trial.part(part)).grad
+            yield
         finally:
             self.heard.part = None
 

@@ -17,6 +17,13 @@ from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_exam
 from steppe.optimizer import SharpnessAware
 
 RUNS_ON = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+PLAIN = "write the loop in plain torch and call optimizer.step(closure)"
+WHY = {  # steppe does not run there
+    DistributedType.FSDP: "in version 1 flattens parameters, so that no rank knows the norm: set fsdp_version=2",
+    DistributedType.DEEPSPEED: "keeps gradients, and from ZeRO-3 on weights, inside its engine, which has no second "
+    f"backward pass at moved weights: use FSDP2, or {PLAIN}",
+    DistributedType.MEGATRON_LM: f"runs forward and backward by itself: {PLAIN}",
+}
 
 
 class Backward:
@@ -38,7 +45,7 @@ class Backward:
 
     Raises:
         TypeError: ``optimizer`` is not prepared, or no steppe optimizer.
-        NotImplementedError: the accelerator runs DeepSpeed, FSDP, Megatron or XLA.
+        NotImplementedError: the accelerator runs DeepSpeed, FSDP 1, Megatron or XLA.
 
     Example:
         >>> model, optimizer, loader = accelerator.prepare(model, steppe.SAM(base, rho=0.05), loader)
@@ -110,11 +117,10 @@ class Backward:
 
 def sharpness_aware(accelerator: Accelerator, optimizer: Any) -> SharpnessAware:
     """Return the steppe optimizer inside the prepared one; raise as :class:`Backward` where there is none."""
-    if accelerator.distributed_type not in RUNS_ON:
+    kind = accelerator.distributed_type
+    if kind not in RUNS_ON and not getattr(accelerator, "is_fsdp2", False):
         raise NotImplementedError(
-            "with accelerate, steppe runs on one device or under DDP; "
-            f"{accelerator.distributed_type.value} runs the backward pass or shards the weights itself: "
-            "write the loop in plain torch and call optimizer.step(closure)"
+            f"with accelerate, steppe runs on one device, under DDP and under FSDP2; {kind.value} {WHY.get(kind, '')}"
         )
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
     if not isinstance(inner, SharpnessAware):

@@ -48,8 +48,8 @@ class SharpnessAwareTrainerMixin(_Trainer):
     Raises:
         TypeError: the mixin comes after ``Trainer``; or, in ``train``, there is no steppe optimizer, or the method
             looks at single examples and there are no ``losses``.
-        NotImplementedError: in ``train``, under DeepSpeed, FSDP, Megatron or XLA; or ``m=`` where the inputs cannot be
-            cut: padding-free rows, or inputs that the Trainer generates.
+        NotImplementedError: in ``train``, under DeepSpeed, FSDP 1, Megatron or XLA; or ``m=`` where the inputs cannot
+            be cut: padding-free rows, or inputs that the Trainer generates.
 
     Example:
         >>> sam = lambda base: steppe.SAM(base, rho=0.05, m=1, sampled=1)  # nearly the price of the base optimizer

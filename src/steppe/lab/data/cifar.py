@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,9 +61,7 @@ class _Bytes:
         _, shape, kind, by_columns, raw = state
         if not isinstance(kind, _Type) or not isinstance(raw, bytes) or shape[1:] != (3072,):
             raise pickle.UnpicklingError(f"found an array of shape {shape}")
-        if not raw or len(raw) != 3072 * shape[0]:  # torch.frombuffer would leave a damaged buffer behind
-            raise pickle.UnpicklingError(f"found {len(raw)} bytes for an array of shape {shape}")
-        flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        flat = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
         self.values = flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
 
 

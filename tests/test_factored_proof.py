@@ -1,0 +1,362 @@
+"""Constructions that shared passes could get wrong without a word: each is refused, or equal to the serial loop."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import steppe
+from steppe.factored import plans
+from steppe.factored.rehearsal import Rounding
+from tests.cases import flat, sgd
+from tests.random_programs import trial
+
+pytestmark = pytest.mark.filterwarnings("ignore:micro-batches of m=. run in a loop")
+
+
+def cross_entropy(model: nn.Module, data: Any) -> Tensor:
+    return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+
+def vectors(n: int = 12, d: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, d, dtype=torch.float64), torch.randint(3, (n,))
+
+
+class Two(nn.Module):
+    """Two layers with something between; ``other`` is a weight for whatever comes to mind."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor] = lambda s, h: h, n: int = 6) -> None:
+        super().__init__()
+        self.a, self.b, self.between, self.step = nn.Linear(n, 8), nn.Linear(8, 3), between, 0
+        self.mode, self.other = nn.Identity(), nn.Parameter(torch.randn(8, n) / 3)
+        self.alias = self.other.detach()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.between(self, self.mode(self.a(x)))))
+
+    def double(self) -> nn.Module:
+        super().double()
+        self.alias = self.other.detach()
+        return self
+
+
+def groups(size: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda s, h: torch.cat([part - part.mean(0).detach() for part in h.split(size)])
+
+
+class Experts(nn.Module):
+    """A choice by masks, of which each expert takes only so many examples, in the order of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.e = nn.Linear(6, 4), nn.ModuleList(nn.Linear(6, 8) for _ in range(4))
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        top = F.one_hot(p.argmax(-1), 4).to(x)
+        kept = (top.cumsum(0) <= 2.5 * len(x) / 4) * top
+        return self.b(torch.tanh(sum(e(x) * (p * kept)[:, i : i + 1] for i, e in enumerate(self.e))))
+
+
+def scaled(x: Tensor, W: Tensor) -> Tensor:
+    return x * W.detach().abs().mean()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecated
+    script = torch.jit.script(scaled)
+
+
+def by_script(s: nn.Module, h: Tensor) -> Tensor:
+    return script(h, s.other) + F.linear(h[:, :6], s.other)
+
+
+def by_script_later(s: nn.Module, h: Tensor) -> Tensor:
+    return script(h, s.a.weight) if s.step >= 3 else h
+
+
+def by_alias(s: nn.Module, h: Tensor) -> Tensor:
+    return h * s.alias.abs().mean() + F.linear(h[:, :6], s.other)
+
+
+def of_a_transform(s: nn.Module, h: Tensor) -> Tensor:
+    g = torch.func.grad(lambda W: F.linear(h.new_ones(1, 6), W).square().mean())(s.other)
+    return h * g.norm().detach()
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.E, self.b = nn.Parameter(torch.randn(7, 6)), nn.Linear(6, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.b(torch.tanh(F.embedding(index, self.E, padding_idx=-1).mean(1)))
+
+
+class LastToken(nn.Module):
+    """The sequence comes first, and is as long as the batch; the first batches choose the diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.E, self.a, self.b = nn.Embedding(7, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, data: tuple[Tensor, Tensor]) -> Tensor:
+        index, last = data
+        h = torch.tanh(self.a(self.E(index.T)))
+        return self.b(h[last, torch.arange(len(last))])
+
+
+class Loss:
+    def __init__(self, mixes: bool) -> None:
+        self.mixes = mixes
+
+    def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        z = model(data[0])
+        losses = F.cross_entropy(z, data[1], reduction="none")
+        return losses + 0.5 * (z - z.mean(0)).square().sum(1) if self.mixes else losses
+
+
+class Criterion(nn.Module):
+    """A loss with a mode of its own, which the batch's model does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, affine=False, track_running_stats=False).double().eval()
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(
+            F.batch_norm(z, None, None, training=True) if self.norm.training else z, y, reduction="none"
+        )
+
+
+def centred(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+    return out - out.mean(0, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Construction:
+    """What is trained, and whether it shares passes at its last step; ``None`` where either will do."""
+
+    name: str
+    shares: bool | None
+    make: Callable[[], nn.Module] = Two
+    loss: Callable[[int], Any] = lambda step: cross_entropy
+    data: Callable[[int], Any] = lambda step: vectors()
+    m: int = 2
+    change: Callable[[nn.Module, int], None] = lambda model, step: None  # before a step
+    steps: int = 6  # the last one is not rehearsed
+
+
+def between(f: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: Two(f)
+
+
+def from_step_3(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module, int], None]:
+    return lambda model, step: change(model) if step == 3 else None
+
+
+def coupled(c: float) -> Callable[[int], Any]:
+    def loss(model: nn.Module, data: Any) -> Tensor:
+        z = model(data[0])
+        return F.cross_entropy(z, data[1], reduction="none") + c * (z - z.mean(0)).square().sum(1)
+
+    return lambda step: loss
+
+
+def indices(step: int) -> Any:
+    return torch.randint(6 if step < 2 else 7, (12, 5)), torch.randint(3, (12,))
+
+
+def diagonal(step: int) -> Any:
+    last = torch.arange(12) if step < 2 else torch.randint(12, (12,))
+    return (torch.randint(7, (12, 12)), last), torch.randint(3, (12,))
+
+
+def nested(step: int) -> Any:
+    (index, last), y = diagonal(step)
+    return index, last, y
+
+
+def count(model: nn.Module, step: int) -> None:
+    model.step = step
+
+
+criterion = Criterion()
+TABLE = [
+    Construction("an ordinary model", True),
+    Construction("detached means of groups", False, between(groups(4)), data=lambda _: vectors(24), m=3),
+    Construction("detached means of pairs", False, between(groups(2)), m=3),
+    Construction("experts with room for some", False, Experts, data=lambda _: vectors(48), m=8),
+    *[Construction(f"a batch mean times {c:g} in the loss", False, loss=coupled(c)) for c in (1e-1, 1e-3, 1e-5)],
+    Construction("a detached batch mean times 1e-4", False, between(lambda s, h: h - 1e-4 * h.mean(0).detach())),
+    Construction("neighbours times 1e-3", False, between(lambda s, h: h + 1e-3 * h.flip(0).detach())),
+    Construction("batch norm without a scale later", None, m=4, change=from_step_3(
+        lambda model: setattr(model, "mode", nn.BatchNorm1d(8, affine=False).double()))),
+    Construction("functional batch norm later", None, between(
+        lambda s, h: F.batch_norm(h, None, None, training=True) if s.step >= 3 else h), m=4,
+        change=count),
+    Construction("batch norm in the criterion later", None, m=4,
+        loss=lambda step: lambda model, d: criterion.train(step >= 3)(model(d[0]), d[1])),
+    Construction("a hook that mixes later", False, change=from_step_3(lambda m: m.a.register_forward_hook(centred))),
+    Construction("two losses of one class", False, loss=lambda step: Loss(step % 2 == 0)),
+    Construction("another loss of the same class later", False, loss=lambda step: Loss(step >= 3)),
+    Construction("a script that reads a weight", False, between(by_script)),
+    Construction("a script that reads a weight later", False, between(by_script_later), change=count),
+    Construction("a weight inside torch.func", False, between(of_a_transform)),
+    Construction("an alias of a weight", False, between(by_alias)),
+    Construction("padding with a negative index", True, Padded, data=indices),
+    Construction("as many tokens as examples, sequence first", None, LastToken, data=nested,
+        loss=lambda step: lambda model, d: F.cross_entropy(model((d[0], d[1])), d[2], reduction="none")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_is_refused_or_equal(case: Construction) -> None:
+    torch.manual_seed(0)
+    first = case.make().double()
+    found = []
+    for parallel in ("auto", False):
+        torch.manual_seed(1)
+        model, calls = copy.deepcopy(first).double(), []
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        opt = steppe.SAM(sgd(model, lr=0.05), 0.3, m=case.m, parallel=parallel)
+        for step in range(case.steps):
+            case.change(model, step)
+            calls.clear()
+            opt.step(steppe.Batch(model, case.loss(step), case.data(step)))
+        found.append((flat(model), len(calls) == 2))
+    (ours, shared), (theirs, _) = found
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert case.shares is None or shared is case.shares
+
+
+def saturated(model: nn.Module, data: Any) -> Tensor:
+    return cross_entropy(model, (torch.tanh(data[0]), data[1]))
+
+
+def test_what_is_not_finite_says_nothing_of_the_model() -> None:
+    """An infinity that saturates has finite losses, and a gradient that is not: the next batch is asked again."""
+    model = Two()
+    opt = steppe.SAM(sgd(model), 0.1, m=2)
+    x, y = vectors()
+    x[0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(steppe.Batch(model, cross_entropy, (x, y)))
+    opt.step(steppe.Batch(model, cross_entropy, vectors()))
+    (entry,) = plans.known(model).entries.values()
+    assert entry.plan.reason == ""
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_programs(seed: int) -> None:
+    """More by ``python -m tests.random_programs FIRST LAST``."""
+    verdict, what = trial(seed)
+    assert verdict in ("shared", "loop"), what
+
+
+# ---- shapes and memory
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(9, 8), nn.Embedding(64, 8)
+        self.a, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 9)
+
+    def forward(self, index: Tensor) -> Tensor:
+        h = self.tokens(index) + self.places(torch.arange(index.shape[1]))
+        return self.head(self.norm(h + torch.tanh(self.a(h))))
+
+
+def of_tokens(model: nn.Module, index: Tensor) -> Tensor:
+    return F.cross_entropy(model(index).mT, index.roll(-1, 1), reduction="none").mean(1)
+
+
+def test_every_length_shares_the_plan_of_one() -> None:
+    """Rehearsals follow the number of steps, not of lengths; nothing is kept for a length."""
+    found = []
+    for parallel in ("auto", False):
+        torch.manual_seed(0)
+        model, calls = Tokens().double(), []
+        model.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(len(inputs[0])))
+        opt = steppe.SAM(sgd(model), 0.2, m=2, parallel=parallel)
+        sizes = []
+        for step in range(24):
+            calls.clear()
+            opt.step(steppe.Batch(model, of_tokens, torch.randint(9, (8 if step % 7 else 6, 3 + step))))
+            sizes.append(calls[:])
+        found.append(flat(model))
+        if parallel:
+            rehearsed = [step for step, seen in enumerate(sizes) if len(seen) > 2]
+            (entry,) = plans.known(model).entries.values()
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+    assert rehearsed == [0, 1, 2, 4, 8, 16]
+    assert len(entry.proven) == 1
+    assert plans.known(model).pool.free == {}
+
+
+def test_the_pool_holds_what_the_last_steps_used() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    opt = steppe.SAM(sgd(model), 0.2, m=2, parallel=True)
+    held = []
+    for n in (64, 64, *range(32, 8, -2)):
+        x = torch.randn(n, 40, 6, dtype=torch.float64)
+        loss = lambda m, d: F.cross_entropy(m(d[0]).mean(1), d[1], reduction="none")  # noqa: E731
+        opt.step(steppe.Batch(model, loss, (x, torch.randint(3, (n,)))))
+        held.append(sum(t.numel() for free in plans.known(model).pool.free.values() for t in free))
+    assert max(held) > 0
+    assert held[-1] <= max(held) / 2
+
+
+def test_a_loss_that_is_always_new_is_rarely_rehearsed() -> None:
+    torch.manual_seed(0)
+    model, calls = Two(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    opt = steppe.SAM(sgd(model), 0.2, m=4)
+    rehearsals = 0
+    for step in range(48):
+        exec(
+            f"def loss(model, d):\n return cross_entropy(model, d) + 0 * {step}",
+            {"cross_entropy": cross_entropy},
+            made := {},
+        )
+        calls.clear()
+        opt.step(steppe.Batch(model, made["loss"], vectors()))
+        rehearsals += len(calls) > 2 * 3
+    assert rehearsals <= 16 + 48 // 16
+
+
+# ---- words
+
+
+def test_a_loop_is_told_once_and_not_where_it_was_asked_for() -> None:
+    for options, told in (({}, 1), ({"parallel": False}, 0)):
+        torch.manual_seed(0)
+        model = Two(groups(2))
+        opt = steppe.SAM(sgd(model), 0.2, m=3, **options)
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                opt.step(steppe.Batch(model, cross_entropy, vectors()))
+        assert len(shown) == told
+    message = "m=3 run in a loop, because .* 8 passes over micro-batches instead of 2 .* sampled=1 .* parallel=False"
+    model = Two(groups(2))
+    with pytest.warns(UserWarning, match=message):
+        steppe.SAM(sgd(model), 0.2, m=3).step(steppe.Batch(model, cross_entropy, vectors()))
+
+
+def test_the_bounds_are_those_of_the_least_precise_numbers() -> None:
+    wide, narrow = torch.zeros(1, dtype=torch.float64), torch.zeros(1)
+    assert (Rounding.of([wide]).losses, Rounding.of([wide]).gradients) == (1e-9, 1e-9)
+    assert Rounding.of([wide, narrow]).losses == pytest.approx(64 * 2.0**-24)
+    assert Rounding.of([wide, narrow]).gradients == pytest.approx(20 * 2.0**-12)
+    assert Rounding.of([narrow.bfloat16()]).gradients == 0.5
