@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steppe
-from steppe.schedule import Constant, Cosine, Linear, Periodic, ProportionalToLR, Window
+from steppe.schedule import Constant, Cosine, Linear, Periodic, ProportionalToLR, Tail, Window
 from tests.cases import same_bits, sgd, world
 
 
@@ -16,6 +16,10 @@ from tests.cases import same_bits, sgd, world
         (Cosine(0.4, 0.0, 4), {0: 0.4, 1: 0.2 * (1 + math.cos(math.pi / 4)), 2: 0.2, 4: 0.0, 9: 0.0}),
         (Window(0.2, 3, 5), {0: 0, 2: 0, 3: 0.2, 4: 0.2, 5: 0}),
         (Window(Linear(0.0, 1.0, 10), 5), {4: 0, 5: 0.5, 50: 1.0}),
+        (Tail(0.2, 40), {0: 0, 35: 0, 36: 0.2, 39: 0.2, 50: 0.2}),
+        (Tail(Linear(0.0, 1.0, 10), 10, share=0.25), {7: 0, 8: 0.8, 9: 0.9}),
+        (Tail(0.2, 3, share=1), {0: 0.2}),
+        (Tail(0.2, 3, share=0.01), {1: 0, 2: 0.2}),
         (Periodic(0.2, 3), {0: 0.2, 1: 0, 2: 0, 3: 0.2}),
         (Periodic(Window(0.2, 2), 2), {0: 0, 1: 0, 2: 0.2, 3: 0, 4: 0.2}),
     ],
@@ -44,6 +48,10 @@ def test_proportional_to_lr_is_gsams_formula() -> None:
         (lambda: Window(0.1, -1), "start"),
         (lambda: Window(0.1, 5, 4), "stop"),
         (lambda: Window(-0.1, 5), "rho"),
+        (lambda: Tail(-0.1, 5), "rho"),
+        (lambda: Tail(0.1, 0), "steps"),
+        (lambda: Tail(0.1, 5, share=0), "share"),
+        (lambda: Tail(0.1, 5, share=1.5), "share"),
         (lambda: Periodic(0.1, 0), "every"),
         (lambda: ProportionalToLR(0.1, 0.0, 1e-3, 1e-2), "lr_min"),
         (lambda: ProportionalToLR(-0.1, 0.0, 1e-3), "rho_max"),
@@ -52,6 +60,19 @@ def test_proportional_to_lr_is_gsams_formula() -> None:
 def test_bad_values_name_the_argument(make, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         make()
+
+
+def test_before_the_tail_steps_are_those_of_the_base() -> None:
+    ours, theirs = world(), world()
+    a, b = steppe.SAM(sgd(ours), rho=Tail(0.1, steps=10, share=0.3)), sgd(theirs)
+    passes = []
+    for k, (mine, other) in enumerate(zip(ours.batches(10), theirs.batches(10), strict=True)):
+        a.step(mine)
+        passes.append(a.telemetry.passes)
+        other()
+        b.step()
+        assert same_bits(ours.weights(), theirs.weights()) == (k < 7)
+    assert passes == [1] * 7 + [2] * 3
 
 
 def test_outside_the_window_passes_are_really_skipped() -> None:

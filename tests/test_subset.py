@@ -16,7 +16,8 @@ from steppe.rule import on_micro_batches
 from tests.cases import METHODS, Case, N, assert_equal_states, flat, same_bits, sgd, world
 from tests.test_sampled import RHO, draw, noisy, update_of
 
-OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness")  # no sample, or one that is no gradient on the batch
+# no sample, or one that is no gradient on the batch
+OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness", "FunctionalSAM", "LookbehindSAM")
 FROM_THE_BATCH = [c for c in METHODS if c.name.split()[0] not in OTHERS]
 
 

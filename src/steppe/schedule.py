@@ -5,7 +5,8 @@ the optimizer's checkpoint resumes it. Where it answers 0 for every group, the s
 pass.
 
 Example:
-    >>> SAM(base, rho=Window(0.05, start=75_000))        # SAM in the last quarter of 100,000 steps only
+    >>> SAM(base, rho=Window(0.05, start=1_000))         # a plain start: large radii may collapse in the first steps
+    >>> SAM(base, rho=Tail(0.05, steps=100_000))         # SAM in the last tenth of 100,000 steps only
     >>> SAM(base, rho=Periodic(0.05, every=5))           # every fifth step
     >>> GSAM(base, rho=ProportionalToLR(rho_max=0.6, rho_min=0.0, lr_max=3e-3, lr_min=3e-5), alpha=0.4)
 """
@@ -106,6 +107,37 @@ class Window:
 
     def __call__(self, step: int, group: Group) -> float:
         inside = step >= self.start and (self.stop is None or step < self.stop)
+        return as_schedule(self.rho)(step, group) if inside else 0.0
+
+
+@dataclass(frozen=True)
+class Tail:
+    """``rho``, a number or a schedule, in the last ``share`` of ``steps`` and 0 before: ``1 + share`` passes a step.
+
+    SAM in the last few per cent of training finds nearly what SAM throughout finds, in the experiments of Zhou et al.
+    2025 (arXiv 2410.10373). With a learning rate that stays constant and decays at the end, give the tail the decay's
+    share. It goes on after ``steps``, should training be longer than planned.
+
+    Args:
+        rho: the radius in the tail.
+        steps: how many steps are planned.
+        share: of them, in (0, 1]: ``round(share * steps)`` steps, at least 1.
+
+    Example:
+        >>> optimizer = SAM(base, rho=Tail(0.05, steps=epochs * len(loader), share=0.1))
+    """
+
+    rho: float | Schedule
+    steps: int
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        as_schedule(self.rho)
+        checks.positive_integer("steps", self.steps)
+        checks.positive_share("share", self.share)
+
+    def __call__(self, step: int, group: Group) -> float:
+        inside = step >= self.steps - max(1, round(self.share * self.steps))
         return as_schedule(self.rho)(step, group) if inside else 0.0
 
 

@@ -188,6 +188,10 @@ def test_sweep_then_reproduce_then_report_as_json(tmp_path, monkeypatch):
     assert report.command(found) == ""  # of a search alone
     assert {"search-base", "search-radius"} <= set(re.findall(r'id="(search-\w+)"', report.render(found)))
 
+    narrow = steppe_cli("sweep", "example", "--space", "rho=0.3", "--workers", 1, "--out", tmp_path)
+    assert "holds another search; choose another --out" in narrow.output
+    (tmp_path / "s" / "search.json").unlink()
+
     whole = steppe_cli("reproduce", "example", "--workers", 1, "--out", tmp_path)
     assert whole.exit_code == 0, whole.output
     assert "base: 2 of 2 points" not in whole.output  # that stage was searched already

@@ -269,11 +269,10 @@ class Oracle(Remembering):
                 self.passes.log.add(share, f.passes.log, first)
                 first = False
 
-    def part(self, batch: Batch, keep_g: bool = False) -> Oracle:
+    def part(self, batch: Batch) -> Oracle:
         """Return the oracle of a part of the batch."""
         f = copy(self)
         f.passes, f._whole, f._g, f._freed = self.passes.of(batch), self, None, False
-        f._keep_g |= keep_g
         return f
 
     @property

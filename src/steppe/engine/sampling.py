@@ -65,7 +65,8 @@ def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
         for part in parts:
             batch = part.batch()
             share = batch.weight / whole.weight * n / total
-            corrections.append(share * (part.average(rule) + Update(part.g * -1.0)))
+            d = part.g  # held here: a rule that does not need it after its move lets go of it
+            corrections.append(share * (part.average(rule) + Update(d * -1.0)))
             log.add_sample(share, len(batch) / n, part.passes.log)
     finally:
         stream.restore()
@@ -78,10 +79,10 @@ def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[Oracle]:
     """Set ``f.g``, and return the oracles of the draws; with their gradients, where ``g`` is made of these."""
     if not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
         f.g = f.g  # takes its pass
-        return [f.part(batch, keep_g=True) for batch in map(batch_of, draws) if batch.weight]
+        return [f.part(batch) for batch in map(batch_of, draws) if batch.weight]
     log, whole, g, parts = f.passes.log, f.batch().weight, Vector([None] * len(f.w.tensors)), []
     for batch, chosen in _cut(f.batch(), draws):
-        part, share = f.part(batch, keep_g=True), batch.weight / whole
+        part, share = f.part(batch), batch.weight / whole
         g = g + share * part.g
         if chosen:
             parts.append(part)

@@ -2,8 +2,11 @@
 
 import os
 import platform
+import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,18 @@ class Record:
         return self.backwards / (self.steps / self.epochs)
 
 
+@cache
+def _commit() -> str:
+    """Return the commit of a checkout that steppe is imported from, empty for an installed one."""
+    root = Path(steppe.__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    asked = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    with suppress(OSError):
+        return f" at {subprocess.run(asked, capture_output=True, text=True).stdout.strip()}".removesuffix(" at ")
+    return ""
+
+
 def environment() -> dict[str, str]:
     """Return versions, machine and date."""
     info = Path("/proc/cpuinfo")
@@ -69,7 +84,7 @@ def environment() -> dict[str, str]:
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steppe": steppe.__version__,
+        "steppe": steppe.__version__ + _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

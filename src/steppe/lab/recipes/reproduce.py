@@ -36,9 +36,13 @@ def searched(
     study: Study, name: str, out: Path, storage: str | None, workers: int, tell: Callable[[str], None]
 ) -> dict[str, Value]:
     """Run a study's search, write its points to ``OUT/search.json`` and return all values of the study."""
+    asked, kept = study.search(), out / SEARCH
+    digests = [asked.digest(stage, {}) for stage in asked.stages]
+    if kept.exists() and files.read_json(kept).get("digests", digests) != digests:
+        raise LabError(f"{out} holds another search; choose another --out")
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    values, stages = search(study.search(), Worksite(url, name, out / "search"), workers, lambda text, done: tell(text))
-    files.write_json(out / SEARCH, {"stages": stages, "seeds": study.search_seeds})
+    values, stages = search(asked, Worksite(url, name, out / "search"), workers, lambda text, done: tell(text))
+    files.write_json(kept, {"stages": stages, "seeds": study.search_seeds, "digests": digests})
     return values
 
 

@@ -48,11 +48,21 @@ def _figures(found: Summary, fairly: Outcomes | None, table: curvature.Curvature
     learned, measured = figures.learning(found), [] if table is None else table.figures
     if fairly is None:
         return [*learned, *sensitivity.sensitivities(found), *sensitivity.searches(found), *measured]
-    names = {str(one.row.method): one.name for one in reversed(fairly.each) if one.row}
+    names = _names(fairly)
     for figure in (*learned, *measured):
         for trace in figure.data:
             trace["name"] = names.get(trace["name"], trace["name"])
     return [*learned, *fair.figures(fairly), *measured]
+
+
+def _names(fairly: Outcomes) -> dict[str, str]:
+    """Return the short names of a fair comparison's methods by their specs."""
+    return {str(one.row.method): one.name for one in reversed(fairly.each) if one.row}
+
+
+def _without_bases(notes: list[str]) -> list[str]:
+    """Return the notes without a line for every learning rate that was chosen."""
+    return [note for note in notes if not note.startswith(("Base optimizer", "An epoch is"))]
 
 
 def render(
@@ -63,6 +73,7 @@ def render(
 ) -> str:
     """Return the report as HTML."""
     headers, cells = tables.table(found)
+    names = {} if fairly is None else _names(fairly)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     every = _figures(found, fairly, table) if drawn is None else drawn
     return page.from_string(_text("template.html")).render(
@@ -70,10 +81,10 @@ def render(
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
         caption=tables.caption(found),
-        notes=[*([] if fairly is None else fair.notes(fairly)), *tables.notes(found)],
+        notes=tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found)),
         fair=None if fairly is None else [fair.table(fairly), fair.chosen(fairly)],
-        best=best_epochs(found),
-        pairs=[_pair(pair) for pair in summary.pairs(found)],
+        best=[[names.get(cells[0], cells[0]), *cells[1:]] for cells in best_epochs(found)],
+        pairs=[[names.get(cell, cell) for cell in _pair(pair)] for pair in summary.pairs(found)],
         minima=table,
         figures=[(one, svg.draw(one), logarithmic(one)) for one in every],
         recipe=found.context.recipe,

@@ -174,6 +174,10 @@ def _names(data: list[Trace], yaxis: _Axis) -> list[str]:
         whole, x = trace["name"], WIDTH - RIGHT + 6
         name = whole if len(whole) <= _LONGEST else whole[: _LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
         look = f'stroke="{trace["line"]["color"]}" stroke-dasharray="{_DASH[trace["line"]["dash"]]}" stroke-width="2.5"'
-        parts.append(f'<path d="M{x} {last:.1f}h20" {look}/><text class="name" x="{x + 24}" y="{last + 4:.1f}">')
+        mark = f'<path d="M{x} {last:.1f}h20" {look}/>'
+        if "lines" not in trace["mode"]:
+            symbol = next((one for one in trace["marker"]["symbol"] if one not in ("star", "x")), "star")
+            mark = f"{_mark(symbol, x + 12, last, trace['line']['color'])}</g>"
+        parts.append(f'{mark}<text class="name" x="{x + 24}" y="{last + 4:.1f}">')
         parts.append(f"{escape(name)}<title>{escape(whole)}</title></text>")
     return parts
