@@ -24,6 +24,7 @@ from steppe.factored.verify import has_hooks, rehearsed
 
 log = logging.getLogger("steppe")
 
+AGAIN = (1, 2, 8, 64, 512)  # uses before a rehearsal is repeated; then every 1024
 TRIES = 3  # steps that may fail for a reason other than the model
 ENTRIES, STRUCTURES = 32, 8  # kept of a model, and of an entry; the least recently used go first
 
@@ -57,7 +58,7 @@ class Entry:
         """Return whether to rehearse again, because data may change what a model does, or may tell at last."""
         if self.plan.reason and self.plan.final:
             return False
-        return self.uses & (self.uses - 1) == 0 or self.uses % 1024 == 0  # 1, 2, 4, 8, ...
+        return self.uses in AGAIN or self.uses % 1024 == 0
 
     def learn(self, plan: SharingPlan) -> None:
         """Take over a new verdict, unless a proven model has met a batch that cannot tell."""
