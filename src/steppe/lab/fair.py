@@ -190,9 +190,10 @@ def opened(folder: Path, asked: Asked, hardware: Hardware = CPU) -> Comparison:
         return Comparison(asked, before.contestants)
     methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
     spec.parse_all(list(map(str, methods.values())), asked.settings)
+    alike = dict.fromkeys(methods, Price(1.0, 1.0))
+    check(Comparison(asked, contestants(asked, alike)).search())  # mistakes are told before anything is measured
     costs = prices(asked.settings, methods, hardware)
     found = Comparison(asked, contestants(asked, costs))
-    check(found.search())
     kept = {"asked": asked.facts() | {"seeds": asked.seeds}}
     files.write_json(folder / COMPARISON, kept | {"prices": {name: asdict(each) for name, each in costs.items()}})
     return found
