@@ -11,7 +11,6 @@ from benchmarks import record
 
 RECORDS = Path(__file__).parent / "records"
 BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
-SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 WAYS = {"serial": "serial loop", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
 UNLIKE = """\
@@ -151,24 +150,10 @@ def tables(records: Path = RECORDS) -> str:
     return "\n".join(made)
 
 
-def summary(records: Path = RECORDS) -> str:
-    """Return the median ratios of m-SAM alone, in a serial loop and in two passes."""
-    data = record.read(records / "m_sam_cpu.json")
-    return f"{by_m(data['rows'], ['serial', 'parallel'], short)}\n{where(data)}.\n"
-
-
-def short(row: Row | None) -> str:
-    """Return the median alone, as ``0.92``."""
-    return ratio(row).split(" ")[0]
-
-
 def with_table(text: str, records: Path = RECORDS) -> str:
-    """Return the text with all tables, or the summary, between the marks that it has."""
-    for begin, end, made in ((BEGIN, END, tables), (SUMMARY_BEGIN, SUMMARY_END, summary)):
-        if begin in text:
-            before, rest = text.split(begin)
-            text = before + begin + made(records) + end + rest.split(end)[1]
-    return text
+    """Return the text with the tables between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + tables(records) + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":

@@ -275,6 +275,9 @@ BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
 }
 
+# methods whose step is more than a gradient at w and one at w + eps
+MORE_THAN_TWO = {"ESAM-all", "AESAM", "EigenSAM", "LookbehindSAM"}
+
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 each_base = pytest.mark.parametrize("base", BASES)

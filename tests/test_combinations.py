@@ -39,6 +39,8 @@ plain_samples = st.one_of(
     pieces(steppe.Mean, reference.mean),
     pieces(steppe.Reweighted, reference.reweighted, st.floats(0, 5), pieces(ExactNorms, reference.exact_norms)),
     pieces(steppe.OnFull, reference.on_full),
+    pieces(steppe.Centralised, reference.centralised),
+    pieces(steppe.Filtered, reference.outstanding, st.floats(0, 0.99)),
 )
 samples = st.one_of(
     plain_samples,
@@ -52,6 +54,7 @@ geometries = st.one_of(
     pieces(lambda eta: Adaptive(eta, Everything()), lambda eta: reference.adaptive(eta, True), st.floats(0, 0.5)),
     pieces(Adaptive, reference.adaptive, st.floats(0, 0.5)),
     pieces(steppe.Fisher, reference.fisher, st.floats(0, 3)),
+    pieces(steppe.LossBudget, reference.within_a_budget, st.floats(0, 1)),
 )
 selects = st.one_of(
     pieces(steppe.All, reference.everything),
@@ -62,6 +65,8 @@ combines = st.one_of(
     pieces(steppe.Weighted, reference.weighted, st.floats(0, 0.95)),
     pieces(steppe.Coupled, reference.coupled, st.floats(0, 0.95)),
     pieces(steppe.SurrogateGap, reference.surrogate_gap, st.floats(0, 1)),
+    pieces(steppe.Weighted, reference.weighted_and_clipped, st.floats(0, 0.95), st.floats(0.01, 3)),
+    pieces(steppe.Rescaled, reference.as_long_as_g),
 )
 rules = pieces(Rule, Method, samples, geometries, selects, combines)
 

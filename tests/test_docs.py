@@ -12,8 +12,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-OTHERS = {"laboratory"}
-PAGES = [p for p in sorted(DOCS.rglob("*.md")) if p.parent.name != "stacks" and p.stem not in OTHERS and blocks(p)]
+PAGES = [p for p in (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))) if p.parent.name != "stacks" and blocks(p)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

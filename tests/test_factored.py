@@ -146,6 +146,21 @@ def test_rw_sam_equals_exact_norms_by_hand(name: str, combine, m: int | None) ->
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("weights", [steppe.EffectiveSize, steppe.Softmax])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_weights_on_both_gradients_are_those_by_hand_in_two_passes(name: str, weights) -> None:
+    seen = []
+
+    def make(model, parallel):
+        rule = steppe.BothWeighted(weights(3.0) if parallel else weights(3.0, ByHand()))
+        seen.append(SharpnessAware(sgdm(model), rule, 0.3, parallel=parallel))
+        return seen[-1]
+
+    (ours, _), (theirs, _) = ends(EXAMPLES[name], make)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert (seen[0].telemetry.forwards, seen[0].telemetry.backwards) == (2, 2)
+
+
 class ByHand:
     per_example = True
 

@@ -358,5 +358,18 @@ def test_the_bounds_are_those_of_the_least_precise_numbers() -> None:
     wide, narrow = torch.zeros(1, dtype=torch.float64), torch.zeros(1)
     assert (Rounding.of([wide]).losses, Rounding.of([wide]).gradients) == (1e-9, 1e-9)
     assert Rounding.of([wide, narrow]).losses == pytest.approx(64 * 2.0**-24)
-    assert Rounding.of([wide, narrow]).gradients == pytest.approx(20 * 2.0**-12)
+    assert Rounding.of([wide, narrow]).gradients == pytest.approx(40 * 2.0**-12)
     assert Rounding.of([narrow.bfloat16()]).gradients == 0.5
+
+
+def test_a_model_that_amplifies_rounding_has_wider_bounds_and_chance_has_not() -> None:
+    w, chance = torch.ones(1), torch.Generator().manual_seed(0)
+
+    def run(amplified: float, noise: float = 0.0):
+        return amplified * (w - 1) + noise * torch.rand(1, generator=chance), [torch.ones(1)]
+
+    rounding = Rounding.of([w])
+    for amplified, expected in ((0.0, rounding.losses), (1e3, 64 * 1e3 * 2.0**-22), (1e9, 0.03)):
+        assert rounding.of_model(lambda a=amplified: run(a), [w], 1.0).losses == pytest.approx(expected)
+    assert rounding.of_model(lambda: run(1e3, 1.0), [w], 1.0) == rounding
+    assert w.item() == 1.0

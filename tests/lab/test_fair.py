@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from steppe.lab import fair, files, notebook, presets, report, runs, spaces, tasks
+from steppe.lab import fair, files, notebook, presets, price, report, runs, spaces, spec, tasks
 from steppe.lab.errors import LabError, PausedError
 from steppe.lab.fair import Asked, Contestant
 from steppe.lab.price import Price
@@ -71,6 +71,13 @@ def test_the_longest_runs_cost_alike(equal, most):
     asked = replace(ASKED, equal=equal, methods=("SAM", "SAM(m={m}, sampled=1)"))
     found = [one for one in fair.contestants(asked, PRICES) if "batch_size" not in one.name or equal != "epochs"]
     assert [one.space["epochs"].high for one in found] == most
+
+
+def test_prices_are_those_of_the_definitions():
+    methods = {text: spec.parse(text) for text in ("SGD", "SAM", "SAM(m=8, sampled=1)", "LookSAM(k=2)")}
+    found = price.prices(SMALL, methods)
+    assert [found[text].passes for text in methods] == [1, 2, 1 + 8 / 32, 1.5]
+    assert all(each.seconds > 0 for each in found.values())
 
 
 def test_every_method_gets_the_same_number_of_different_trials():

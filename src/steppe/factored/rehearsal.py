@@ -1,6 +1,7 @@
 """The passes of a rehearsal: where examples lie, then the update of m-SAM made both ways, shared and serial."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -26,7 +27,7 @@ from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
 from steppe.factored.passes import FirstPass, Site
-from steppe.factored.rounding import Rounding
+from steppe.factored.rounding import Found, Rounding, differences
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
 from steppe.factored.tracked import CannotFactor, Tracked, Unsure
 from steppe.factored.unseen import Kernels
@@ -90,14 +91,13 @@ class Rehearsal:
             self.check_both_ways(batch, plan, self.chosen(random), rounding)
         return replace(plan, cost=cost)
 
-    def first_part(self) -> Tensor:
-        """Return the losses of the first micro-batch by itself."""
-        self.heard.part, part = slice(0, min(self.m, self.n)), self.batch.split(self.m)[0]
-        try:
-            with Passes(part, self.parameters).one(away=True), torch.no_grad():
-                return part.losses()
-        finally:
-            self.heard.part = None
+    def first_part(self) -> Found:
+        """Return the losses of the first micro-batch by itself, at ``w`` and ``w + eps``, and its update."""
+        self.heard.losses.clear()
+        trial = Oracle(self.batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
+        with frozen_statistics(self.batch.modules()):
+            update = self.serial(trial, self.batch.split(self.m)[0], 0)
+        return torch.cat(self.heard.losses), update.materialised()
 
     # ---- where examples lie
 
@@ -184,7 +184,7 @@ class Rehearsal:
             theirs = reduce(add, [self.serial(trial, parts[k], k) for k in chosen])
         alone = [torch.cat(self.heard.losses[i::2]) for i in range(len(together))]
         for whole, single in zip(together, alone, strict=True):
-            self.check_losses(whole[rows.to(whole.device)], single, rounding.losses)
+            self.check_losses(whole[rows.to(whole.device)], single, alone[0], rounding)
         if not all(map(torch.equal, before, after)):
             self.check_buffers(parts, after, rounding.losses)
         self.check_close(ours.materialised(), theirs.materialised(), plan.tracked, rounding.gradients)
@@ -196,8 +196,9 @@ class Rehearsal:
     def check_buffers(self, parts: Sequence[Batch], ours: Sequence[Tensor], bound: float) -> None:
         """Raise unless the forwards of all micro-batches leave the same buffers, such as running statistics."""
         with frozen_statistics(self.batch.modules()), torch.no_grad():
-            for part in parts:
-                part.losses()
+            for k, part in enumerate(parts):
+                with self.drawing(part, k):
+                    part.losses()
             theirs = self.buffers()
         for a, b in zip(ours, theirs, strict=True):
             error = 1.0 if a.shape != b.shape else float((a.double() - b.double()).abs().max() / (b.abs().max() + 1))
@@ -214,17 +215,25 @@ class Rehearsal:
 
     def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:
         """Return the same of micro-batch ``k`` by itself."""
+        with self.drawing(part, k):
+            return len(part) / self.n * Rule()(trial.part(part)).grad
+
+    @contextmanager
+    def drawing(self, part: Batch, k: int) -> Iterator[None]:
+        """Let micro-batch ``k`` draw the random numbers that it has in the batch."""
         self.heard.part = slice(k * self.m, k * self.m + len(part))
         try:
-            return len(part) / self.n * Rule()(trial.part(part)).grad
+            yield
         finally:
             self.heard.part = None
 
-    def check_losses(self, ours: Tensor, theirs: Tensor, bound: float) -> None:
-        """Raise unless losses are the same."""
+    def check_losses(self, ours: Tensor, theirs: Tensor, at_w: Tensor, rounding: Rounding) -> None:
+        """Raise unless losses are the same; where they have risen by ``eps``, so far as that is."""
         if not (ours.isfinite().all() and theirs.isfinite().all()):
             raise Unsure("the losses of this batch are not finite")
-        error = float((ours - theirs).abs().max()) / (float(theirs.abs().mean()) + self.heard.scale)
+        size = float(theirs.abs().mean()) + self.heard.scale
+        error, rise = (float((t - theirs).abs().max()) / size for t in (ours, at_w))
+        bound = rounding.losses + rise * rounding.gradients
         reason = "the loss of an example depends on the other examples of its batch, or on chance"
         _judge(f"{reason}: it differs by {error:.0e}", error, bound)
 
@@ -232,14 +241,12 @@ class Rehearsal:
         self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], tracked: Tracked, bound: float
     ) -> None:
         """Raise unless gradients are the same."""
-        total = sum(float(wide(t).norm()) ** 2 for t in theirs if t is not None) ** 0.5
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for i, error in enumerate(differences(ours, theirs)):
             name = tracked.names.get(i)
-            if name is not None and (a is None) != (b is None):
+            if name is not None and (ours[i] is None) != (theirs[i] is None):
                 raise CannotFactor(f"{name} takes part in a way that was not recorded")
-            if a is None or b is None:
+            if error is None:
                 continue
-            error = float((wide(a) - wide(b)).norm()) / (float(wide(b).norm()) + 1e-2 * total + 1e-300)
             if not error < float("inf"):
                 raise Unsure("a gradient of this batch is not finite")
             name = name or f"parameter {i}"

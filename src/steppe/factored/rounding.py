@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from steppe.engine.vector import wide
+
+Found = tuple[Tensor, Sequence[Tensor | None]]  # losses, and gradients by parameter
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -17,21 +21,28 @@ class Rounding:
     products may be rounded to TF32, at least 5e-4.
 
     Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
-    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size. A deep model
-    with normalisation amplifies rounding: where weights rounded by a few ``u`` move its losses farther, 64 times that.
+    relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size.
 
     Gradients are not continuous where a ReLU or a maximum changes sides. Rounding flips a share of about ``c u`` of
     the units. A flipped unit contributes its part of the gradient or does not, and parts add up like random numbers,
-    so the relative difference is about ``sqrt(c u)``: ``20 sqrt(u)`` are allowed, which is 5e-3 in float32, and a half
+    so the relative difference is about ``sqrt(c u)``: ``40 sqrt(u)`` are allowed, which is 1e-2 in float32, and a half
     at most: in low precision the losses carry the proof. In float64
     less than one unit in 1e12 flips, and 1e-9 is allowed for both.
+
+    The losses at ``w + eps_k`` have risen by about ``eps_k`` times the gradient: of that, the bound for gradients is
+    allowed in addition.
+
+    A deep model amplifies rounding, most of all one that normalises few values. So where weights that are rounded by
+    ``4 u`` move the losses or the update of one micro-batch farther than this, 64 times that is allowed in the losses,
+    and 0.03 at most, and 8 times that in the update. A model that gives other losses for the same weights does not
+    round: it gets no more.
 
     Of every parameter a hundredth of the whole gradient's norm is added to its own, because a gradient may be zero but
     for rounding, such as that of a bias before a normalisation.
     """
 
     u: float
-    amplified: float = 0.0  # how far weights rounded by ``4 u`` move the losses
+    moved: tuple[float, float] = (0.0, 0.0)  # how far weights rounded by ``4 u`` move the losses and the update
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Rounding:
@@ -42,23 +53,46 @@ class Rounding:
     @property
     def losses(self) -> float:
         """The bound for losses."""
-        return max(64 * self.u, 64 * self.amplified, 1e-9)
+        return max(64 * self.u, min(64 * self.moved[0], 0.03), 1e-9)
 
     @property
     def gradients(self) -> float:
         """The bound for gradients."""
-        return min(20 * self.u**0.5, 0.5) if self.u > 1e-12 else 1e-9
+        least = 40 * self.u**0.5 if self.u > 1e-12 else 1e-9
+        return min(max(least, 8 * self.moved[1]), 0.5)
 
-    def of_model(self, losses: Callable[[], Tensor], tensors: Sequence[Tensor], scale: float) -> Rounding:
-        """Return the same for a model whose losses, times ``scale``, move with its weights; these are restored."""
-        before, saved = losses(), [p.detach().clone() for p in tensors]
+    def of_model(self, run: Callable[[], Found], tensors: Sequence[Tensor], scale: float) -> Rounding:
+        """Return the same for a model that amplifies rounding.
+
+        Args:
+            run: returns losses, times ``scale``, and gradients.
+            tensors: the weights, which are restored.
+            scale: the scale.
+        """
+        before, again, saved = run(), run(), [p.detach().clone() for p in tensors]
         try:
             with torch.no_grad():
                 for p in tensors:
                     about = torch.arange(p.numel(), device=p.device).cos().reshape(p.shape)  # irregular, of size 1
                     p.addcmul_(p, about.to(p.dtype), value=4 * self.u)
-            moved = float((losses() - before).abs().max()) / (float(before.abs().mean()) + scale)
+            moved, chance = _moved(run(), before, scale), _moved(again, before, scale)
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(list(tensors), saved)
-        return replace(self, amplified=moved)
+        return self if chance[0] > moved[0] / 4 else replace(self, moved=moved)
+
+
+def differences(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[float | None]:
+    """Return how far the gradients of each parameter are apart; ``None`` where one of them is missing."""
+    total = sum(float(wide(t).norm()) ** 2 for t in theirs if t is not None) ** 0.5
+    return [
+        None
+        if a is None or b is None
+        else float((wide(a) - wide(b)).norm()) / (float(wide(b).norm()) + 1e-2 * total + 1e-300)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+
+
+def _moved(found: Found, before: Found, scale: float) -> tuple[float, float]:
+    losses = float((found[0] - before[0]).abs().max()) / (float(before[0].abs().mean()) + scale)
+    return losses, max((d for d in differences(found[1], before[1]) if d is not None), default=0.0)

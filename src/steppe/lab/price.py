@@ -40,7 +40,7 @@ def prices(settings: Settings, methods: Mapping[str, Method], hardware: Hardware
             seconds[key].append((session.meter.seconds - before) / len(batches[key]))
     return {
         key: Price(
-            session.meter.backwards / session.step,
+            session.meter.backwards / (ROUNDS * len(batches[key])),
             median(seconds[key][1:]) * session.run.settings.steps_per_epoch,
         )
         for key, session in sessions.items()
