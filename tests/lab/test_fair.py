@@ -52,6 +52,8 @@ def test_what_a_spec_leaves_open_is_searched():
     assert found["SAM(m={m}, lr=0.1)"].space["m"] == (4, 8, 16)  # parts of the batch of 32
     assert set(found["LookSAM(epochs=3)"].space) == {"lr", "rho", "k", "alpha"}
     assert found["SGD"].space == {"lr": Range(0.05 / 8, 0.4), "epochs": Range(1, 4, whole=True)}
+    weighted = next(one for one in fair.contestants(replace(asked, methods=("XSAM",)), {}) if one.name == "XSAM")
+    assert set(weighted.space) == {"lr", "epochs", "rho"}  # its alpha is None: the method finds it itself
     assert found["SGD, twice the epochs"].fixed == {"lr": 0.05, "epochs": 8}
 
 

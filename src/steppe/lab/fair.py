@@ -120,7 +120,8 @@ def _contestant(asked: Asked, name: str, text: str, epochs: int) -> Contestant:
     for key in dict.fromkeys([*defaults, *wanted]):
         usual = _hole(key, asked) if key in wanted else None
         usual = usual or space(given.name, key, defaults.get(key), (asked.settings.epochs, epochs))
-        if usual is not None and key not in set_there:
+        chosen_itself = key in defaults and defaults[key] is None and key not in wanted
+        if usual is not None and key not in set_there and not chosen_itself:
             spaces[key] = asked.spaces.get(key, usual)
     fixed = {key: _middle(choices) if key in wanted else defaults[key] for key, choices in spaces.items()}
     added = ", ".join(f"{key}={{{key}}}" for key in spaces if key not in wanted)

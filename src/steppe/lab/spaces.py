@@ -15,6 +15,8 @@ SPACES: dict[str, Choices] = {
     "UnifiedSAM.lam": Range(0.0, 1.0, log=False),
     "alpha": Range(0.01, 0.5),
     "LookSAM.alpha": Range(0.1, 1.0),
+    "LookbehindSAM.alpha": Range(0.2, 1.0),
+    "ReweightedSharpness.size": (8, 16, 32, 64),
     "LookSAM.k": Range(2, 10, whole=True),
     "sigma": Range(0.1, 1.0),
     "theta": Range(0.1, 0.95, log=False),
