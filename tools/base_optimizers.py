@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -85,6 +86,7 @@ def train(net: nn.Module, optimizer: Optimizer, steps: range) -> None:
     """Train on batches, with random numbers, that depend on the step alone."""
     for step in steps:
         torch.manual_seed(step)
+        np.random.seed(step)
         x, y = torch.randn(16, 16), torch.randint(8, (16,))
 
         def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:

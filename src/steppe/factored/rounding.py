@@ -33,9 +33,8 @@ class Rounding:
     allowed in addition.
 
     A deep model amplifies rounding, most of all one that normalises few values. So where weights that are rounded by
-    ``4 u`` move the losses or the update of one micro-batch farther than this, 64 times that is allowed in the losses,
-    and 0.03 at most, and 8 times that in the update. A model that gives other losses for the same weights does not
-    round: it gets no more.
+    ``4 u`` move the losses or the update of one micro-batch farther than this, 64 times that is allowed, in the losses
+    0.03 at most. A model that gives other losses for the same weights does not round: it gets no more.
 
     Of every parameter a hundredth of the whole gradient's norm is added to its own, because a gradient may be zero but
     for rounding, such as that of a bias before a normalisation.
@@ -59,7 +58,7 @@ class Rounding:
     def gradients(self) -> float:
         """The bound for gradients."""
         least = 40 * self.u**0.5 if self.u > 1e-12 else 1e-9
-        return min(max(least, 8 * self.moved[1]), 0.5)
+        return min(max(least, 64 * self.moved[1]), 0.5)
 
     def of_model(self, run: Callable[[], Found], tensors: Sequence[Tensor], scale: float) -> Rounding:
         """Return the same for a model that amplifies rounding.
