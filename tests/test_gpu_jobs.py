@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from benchmarks.gpu import checks, speed
-from benchmarks.gpu.jobs import Job, Setting, run_all
+from benchmarks.gpu.jobs import Job, Setting, UnfinishedError, run_all
 
 CPU = Setting(torch.device("cpu"), tiny=True)
 
@@ -19,20 +20,35 @@ def test_jobs_go_on_where_the_last_call_stopped(tmp_path: Path) -> None:
     def job(name: str) -> Job:
         return Job(f"part/{name}", 60, lambda setting: ran.append(name) or {"right": True})  # type: ignore[func-returns-value]
 
-    late = Setting(torch.device("cpu"), until=time.monotonic() + 30)
-    assert run_all([job("a"), job("b")], late, tmp_path) == 2  # each would take a minute
+    late = Setting(torch.device("cpu"), out=tmp_path, until=time.monotonic() + 30)
+    free = replace(CPU, out=tmp_path)
+    assert run_all([job("a"), job("b")], late) == 2  # each would take a minute
     assert ran == []
-    assert run_all([job("a")], CPU, tmp_path) == 0
-    assert run_all([job("a"), job("b")], CPU, tmp_path) == 0
+    assert run_all([job("a")], free) == 0
+    assert run_all([job("a"), job("b")], free) == 0
     assert ran == ["a", "b"]
     assert json.loads((tmp_path / "part" / "b.json").read_text())["machine"]["torch"] == torch.__version__
+
+
+def test_a_job_may_keep_what_it_did_and_go_on(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def slow(setting: Setting) -> dict:
+        ran.append(1)
+        if len(ran) < 3:
+            raise UnfinishedError
+        return {}
+
+    here = replace(CPU, out=tmp_path)
+    assert [run_all([Job("slow", 1, slow)], here) for _ in range(4)] == [1, 1, 0, 0]
+    assert len(ran) == 3
 
 
 def test_an_error_is_written_down_and_the_others_run(tmp_path: Path) -> None:
     def fails(setting: Setting) -> dict:
         raise ValueError("too large")
 
-    assert run_all([Job("bad", 1, fails), Job("good", 1, lambda setting: {})], CPU, tmp_path) == 0
+    assert run_all([Job("bad", 1, fails), Job("good", 1, lambda setting: {})], replace(CPU, out=tmp_path)) == 0
     assert "too large" in json.loads((tmp_path / "bad.json").read_text())["error"]
     assert "error" not in json.loads((tmp_path / "good.json").read_text())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import checks, speed
+from benchmarks.gpu import checks, evidence, speed
 from benchmarks.gpu.jobs import Setting, run_all
 
 
@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models, few steps")
     parser.add_argument("--list", action="store_true", help="print the jobs and their seconds, run nothing")
     args = parser.parse_args()
-    jobs = [job for job in (*checks.JOBS, *speed.JOBS) if job.name.startswith(args.only)]
+    jobs = [job for job in (*checks.JOBS, *speed.JOBS, *evidence.JOBS) if job.name.startswith(args.only)]
     if args.list:
         print("\n".join(f"{job.seconds:5.0f} s  {job.name}" for job in jobs))
         return
     until = time.monotonic() + 60 * args.minutes
-    left = run_all(jobs, Setting(torch.device(args.device), args.tiny, args.data, until), args.out)
+    left = run_all(jobs, Setting(torch.device(args.device), args.tiny, args.data, args.out, until))
     if left:
         print(f"{left} jobs are left: run the same command again")
         sys.exit(3)

@@ -26,13 +26,19 @@ class Setting:
         device: the device.
         tiny: models and numbers of steps that a CPU can do in seconds, to try the jobs themselves.
         data: the folder of Fashion-MNIST's idx files.
+        out: the folder of the records.
         until: the ``time.monotonic()`` at which no job starts any more.
     """
 
     device: torch.device
     tiny: bool = False
     data: Path | None = None
+    out: Path = Path("gpu")
     until: float = float("inf")
+
+
+class UnfinishedError(Exception):
+    """A job that has kept what it did, and goes on in the next call."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,14 @@ class Job:
     run: Callable[[Setting], Result]
 
 
-def run_all(jobs: Iterable[Job], setting: Setting, out: Path) -> int:
+def run_all(jobs: Iterable[Job], setting: Setting) -> int:
     """Run the jobs that have no file yet; return how many are left.
 
     A job that raises is written down with its error and counts as done; delete its file to run it again.
     """
     left = 0
     for job in jobs:
-        path = out / f"{job.name}.json"
+        path = setting.out / f"{job.name}.json"
         if path.exists():
             continue
         if time.monotonic() + (0 if setting.tiny else job.seconds) > setting.until:
@@ -60,6 +66,9 @@ def run_all(jobs: Iterable[Job], setting: Setting, out: Path) -> int:
         start = time.monotonic()
         try:
             found = job.run(setting)
+        except UnfinishedError:
+            left += 1
+            continue
         except Exception as error:  # written down: the other jobs go on
             found = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-4000:]}
         seconds = round(time.monotonic() - start, 1)
