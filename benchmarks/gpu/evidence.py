@@ -11,38 +11,10 @@ from pathlib import Path
 from benchmarks.gpu.jobs import Job, Result, Setting, UnfinishedError
 
 METHODS = ("SAM", "SAM(m=16)", "SAM(m=16, sampled=1)", "SAM(ascent=16)")
-LARGE = [
-    "--model",
-    "resnet18",
-    "--train-size",
-    "60000",
-    "--epochs",
-    "30",
-    "--trials",
-    "8",
-    "--search-seeds",
-    "1",
-    "--seeds",
-    "5",
-    "--precision",
-    "bf16",
-]
-TINY = [
-    "--model",
-    "cnn-4",
-    "--train-size",
-    "120",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "40",
-    "--trials",
-    "1",
-    "--search-seeds",
-    "1",
-    "--seeds",
-    "2",
-]
+LARGE = {"model": "resnet18", "train-size": 60000, "epochs": 30, "precision": "bf16"}
+LARGE_STUDY = {"trials": 8, "search-seeds": 1, "seeds": 5}
+TINY = {"model": "cnn-4", "train-size": 120, "epochs": 1, "batch-size": 40}
+TINY_STUDY = {"trials": 1, "search-seeds": 1, "seeds": 2}
 UNFINISHED = 75  # the exit code of a comparison that ran out of time
 
 
@@ -57,8 +29,9 @@ def compare(setting: Setting) -> Result:
     where = ["--data", "fashion-mnist", "--data-dir", str(setting.data), "--noise", "0.2", "--out", str(out)]
     how = ["--device", setting.device.type, "--workers", "1", "--minutes", f"{left / 60 - 0.3:.2f}"]
     methods = [word for method in METHODS for word in ("--method", method)]
-    size = TINY if setting.tiny else LARGE
-    command = [sys.executable, "-m", "steppe", "compare", *where, *how, *size, *methods]
+    size = TINY | TINY_STUDY if setting.tiny else LARGE | LARGE_STUDY
+    options = [f"--{key}={value}" for key, value in size.items()]
+    command = [sys.executable, "-m", "steppe", "compare", *where, *how, *options, *methods]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     if ended.returncode == UNFINISHED:
         raise UnfinishedError
