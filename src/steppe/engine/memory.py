@@ -66,7 +66,7 @@ class Remembering:
 
     passes: Passes
     _memory: Memory
-    _declares: Declaration
+    declares: Declaration
 
     def recall(self, name: str, default: Vector) -> Vector:
         """Return what ``remember`` kept under this name; ``default`` for a parameter that has no memory yet.
@@ -104,7 +104,7 @@ class Remembering:
         return self._memory.of_base(name)
 
     def _check_declared(self, what: str, name: str) -> None:
-        known = getattr(self._declares, what)
+        known = getattr(self.declares, what)
         if name not in known:
             raise ValueError(
                 f"name must be one that the rule declares as {what}, {sorted(known)}, got "

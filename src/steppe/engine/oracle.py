@@ -62,7 +62,7 @@ class Oracle(Remembering):
     ) -> None:
         self.passes = Passes(closure, parameters, modules, ranks, scale)
         self.step = step
-        self._declares = declares or Declaration()
+        self.declares = declares or Declaration()
         self._memory = memory or Memory(parameters.tensors)
         self._full, self.guard, self._shortcuts, self._keep_g = full, guard, shortcuts, keep_g
         self._whole: Oracle | None = None  # the oracle of the batch that this one is a part of
@@ -98,9 +98,9 @@ class Oracle(Remembering):
             RuntimeError: the weights are away from ``w`` already.
         """
         if not self._looking:  # the move of the template, after which only what the rule declares is asked for
-            if self._declares.losses_at_w:
+            if self.declares.losses_at_w:
                 self.losses()
-            self.passes.first_is_away |= not self._declares.g  # where no pass at w comes before, none comes after
+            self.passes.first_is_away |= not self.declares.g  # where no pass at w comes before, none comes after
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
         with moved(self.passes, eps, self.guard):
@@ -124,6 +124,11 @@ class Oracle(Remembering):
     def g(self, g: Vector) -> None:
         self._g = g
 
+    @property
+    def knows_g(self) -> bool:
+        """Whether ``g`` is there without a pass."""
+        return self._g is not None
+
     def grad(
         self, on: Tensor | None = None, weights: Tensor | None = None, wrt: Sequence[bool] | None = None
     ) -> Vector:
@@ -145,7 +150,7 @@ class Oracle(Remembering):
                 if self._g is not None:  # from the same pass
                     self.passes.log.numbers["g_norm"] = self._g.norm()
                 return d
-        says = self._declares
+        says = self.declares
         alone = (says.linear and not says.g) if away else not says.g_adv
         final = alone and self.is_whole and not self._looking  # the update is made of this gradient alone
         g = self.passes.gradient(on, weights, wrt, final=final)
@@ -247,27 +252,23 @@ class Oracle(Remembering):
         """
         if m is not None:
             self.passes.ranks.stay_within()
-            if isinstance(self.passes.closure, Batches):
-                chunks = self.parts(chunks_of(self.passes.closure))
-                return reduce(add, (share * chunk.average(rule, m) for share, chunk in chunks))
+            if isinstance(self.passes.closure, Batches) and self.passes.closure.per_example:
+                return reduce(add, (share * f.average(rule, m) for share, f in self.parts(self.passes.closure.chunks)))
         update = None if self._shortcuts is None else self._shortcuts.update(self, rule, m)
         if update is not None:
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch(PARTS).split(m))
-        return reduce(add, (share * rule(part) for share, part in parts))
+        return reduce(add, (share * rule(part) for share, part in self.parts(self.batch(PARTS).split(m))))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
         """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
-        whole, first = self.batch().weight, True
-        for batch in batches:
-            f, share = self.part(batch), batch.weight / whole
-            if share:
-                yield share, f
-                self.passes.log.add(share, f.passes.log, first)
-                first = False
+        kept = [(share, batch) for batch, share in self.passes.weighed(batches) if share]
+        for k, (share, batch) in enumerate(kept):
+            f = self.part(batch)
+            yield share, f
+            self.passes.log.add(share, f.passes.log, first=k == 0)
 
     def part(self, batch: Batch) -> Oracle:
         """Return the oracle of a part of the batch."""
@@ -278,7 +279,7 @@ class Oracle(Remembering):
     @property
     def needs_g(self) -> bool:
         """Whether ``g`` is asked for after the weights have moved."""
-        return self._declares.g or self._keep_g
+        return self.declares.g or self._keep_g
 
     @property
     def is_whole(self) -> bool:
@@ -291,7 +292,7 @@ class Oracle(Remembering):
 
         A function may call a ``Rule``: what that rule declares is added to what this oracle knows.
         """
-        self._declares = self._declares.with_needs(says)
+        self.declares = self.declares.with_needs(says)
         before, self._looking = self._looking, True
         try:
             yield
