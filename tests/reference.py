@@ -257,6 +257,8 @@ def outstanding(q: float) -> Sample:
         if d.dim() < 2:
             return d
         z = ((d - d.mean()) / d.std()).abs()
+        if q == 0:
+            return d
         return torch.where(z > torch.quantile(z, q), d, 0.0)
 
     return lambda f: f.p.each(f.g, kept)
@@ -271,7 +273,10 @@ def preconditioned(damping: float) -> Geometry:
     """Preconditioned SAM: along M^-1 g, M the root of the base's second moment, once there is one."""
 
     def geometry(f: Moment, d: Tensor) -> Tensor:
-        return euclidean(f, d / (f.base["second"].sqrt() + damping) if f.t else d)
+        if not f.t:
+            return euclidean(f, d)
+        v = f.base["second"]
+        return euclidean(f, torch.where(v > 0, d / (v.sqrt() + damping), 0.0))
 
     return geometry
 

@@ -712,3 +712,22 @@ def test_a_checkpoint_of_0_1_loads_and_resumes() -> None:
         a.step(mine)
         b.step(other)
     assert same_bits(ours.weights(), theirs.parameters())
+
+
+def test_a_joint_optimizer_loads_nothing_of_a_checkpoint_that_does_not_fit() -> None:
+    w = world()
+    a, b = w.parameters()[:2], w.parameters()[2:]
+    joint = steppe.Joint([sgd(a, lr=0.1), sgd(b, lr=0.2)])
+    other = {"bases": [sgd(a, lr=9.0).state_dict(), sgd(w, lr=9.0).state_dict()]}
+    with pytest.raises(ValueError, match=r"others for bases\[1\], SGD"):
+        joint.load_state_dict(other)
+    assert [group["lr"] for group in joint.param_groups] == [0.1, 0.2]
+    other["bases"][1] = sgd(b, lr=9.0).state_dict()
+    joint.load_state_dict(other)
+    assert [group["lr"] for group in joint.param_groups] == [9.0, 9.0]
+
+
+def test_a_model_and_a_criterion_that_are_swapped_are_told() -> None:
+    w = world()
+    with pytest.raises(TypeError, match=r"model and criterion are swapped: write Batch\.supervised\(model, criterion"):
+        steppe.Batch.supervised(w.criterion, w.model, w.x, w.y)

@@ -89,6 +89,72 @@ def test_le_sams_budget_falls_with_a_schedule() -> None:
     assert lengths == pytest.approx([0.2, 0.1, 0.0])
 
 
+def test_le_sams_budget_may_follow_the_learning_rate_and_errors_name_it() -> None:
+    model = Quadratic((1.0, 1.0))
+    opt = steppe.LESAM(sgd(model, lr=0.1), 0.5, sigma=steppe.schedule.ProportionalToLR(1.0, 0.0, 0.2, 0.0))
+    opt.step(model.batch(A[None], torch.zeros(1, 2)))
+    assert float(opt.telemetry.eps_norm) == pytest.approx(0.1)  # sigma is 0.5, norm(g) is 5
+    with pytest.raises(ValueError, match="sigma must be"):
+        steppe.LESAM(sgd(model), sigma=lambda step, group: -1.0).step(model.batch(A[None], torch.zeros(1, 2)))
+
+
+def test_lookbehind_jumps_by_alpha_k_where_the_radius_is_0() -> None:
+    for rho, factor in ((0.0, 1.0), (1e-9, 2.0)):
+        (w,) = on_quadratic(lambda b, rho=rho: steppe.LookbehindSAM(b, rho, k=4, alpha=0.5), lr=1.0)
+        torch.testing.assert_close(1 - w, factor * vector(3, 4), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda b: steppe.ReweightedSharpness(b, size=4, lam=0.5), "size and lam exclude"),
+        (lambda b: steppe.XSAM(b, alpha=1.0, every=3), "alpha and every exclude"),
+    ],
+)
+def test_arguments_of_which_one_would_be_dropped_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(sgd(world()))
+    assert steppe.ReweightedSharpness(sgd(world())).rule.weights.size == 64
+    assert steppe.XSAM(sgd(world())).rule.combine.every == 400
+
+
+def test_xsams_telemetry_at_a_search_is_that_of_the_step() -> None:
+    ours, theirs = world(), world()
+    a, b = steppe.XSAM(sgd(ours), 0.1, every=1), steppe.SAM(sgd(theirs), 0.1)
+    a.step(ours.batch)
+    b.step(theirs.batch)
+    assert a.telemetry.forwards == 23
+    for name in ("eps_norm", "loss_adv", "gap", "g_adv_norm"):
+        torch.testing.assert_close(getattr(a.telemetry, name), getattr(b.telemetry, name))
+
+
+def test_micro_batches_of_eigen_sam_agree_on_the_sign_of_the_eigenvector() -> None:
+    w = world()
+    batch = steppe.Batch.supervised(w.model, w.criterion, w.x.repeat(4, 1), w.y.repeat(4))  # micro-batches are equal
+    signs, seen = [], []
+
+    class Spying(steppe.Eigen):
+        def search(self, f: Oracle, v: steppe.Vector) -> steppe.Vector:
+            turned = v * (-1.0 if len(signs) % 2 else 1.0)  # where the power iteration begins is arbitrary
+            signs.append(1)
+            return super().search(f, turned)
+
+        def __call__(self, f: Oracle, d: steppe.Vector) -> steppe.Vector:
+            seen.append(super().__call__(f, d))
+            return seen[-1]
+
+    opt = SharpnessAware(sgd(w, lr=0.01), steppe.Micro(N, steppe.Rule(geometry=Spying(every=100, power=40))), 0.1)
+    opt.step(batch)
+    kept = torch.cat([opt.state[p]["sharpness.eigenvector"].flatten() for p in w.parameters()])
+    assert len(signs) == 4
+    torch.testing.assert_close(kept.norm(), torch.ones_like(kept.norm()))
+    for p in w.parameters():  # a mean of vectors that differ is shorter: it is used at length 1
+        opt.state[p]["sharpness.eigenvector"] *= 0.3
+    first = opt.telemetry.eps_norm
+    opt.step(batch)
+    torch.testing.assert_close(opt.telemetry.eps_norm, first, rtol=1e-2, atol=0)
+
+
 def test_centralised_and_filtered_gradients_of_a_matrix() -> None:
     d = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, -9.0]])
     v = steppe.Vector([d, torch.tensor([5.0])])
@@ -96,7 +162,8 @@ def test_centralised_and_filtered_gradients_of_a_matrix() -> None:
     torch.testing.assert_close(rows[0], torch.tensor([[-2.0, -1.0, 3.0], [3.0, 3.0, -6.0]]))
     assert rows[1] == 5.0
     z = ((d - d.mean()) / d.std()).abs()
-    for q in (0.0, 0.5, 0.7, 0.95):
+    assert torch.equal(steppe.Filtered(0.0, of=lambda f: v)(None).materialised()[0], d)  # none is left out
+    for q in (0.5, 0.7, 0.95):
         filtered = steppe.Filtered(q, of=lambda f: v)(None).materialised()
         assert torch.equal(filtered[0], torch.where(z > z.quantile(q), d, 0.0))
         assert filtered[1] == 5.0
@@ -208,6 +275,40 @@ def test_functional_sam_needs_a_loss_in_two_parts_and_one_output() -> None:
     assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_functional_sam_refuses_a_criterion_that_is_trained(named: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, y: Tensor, t: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(y * self.scale, t, reduction="none")
+
+    w, criterion = world(), Scaled()
+    both = [*w.model.named_parameters(), ("scale", criterion.scale)]
+    opt = steppe.FunctionalSAM(sgd(both if named else [p for _, p in both]))
+    before, batch = w.weights(), steppe.Batch.supervised(w.model, criterion, w.x, w.y)
+    name = "'scale' " if named else ""
+    with pytest.raises(TypeError, match=rf"criterion must use no parameter .* got Scaled with the parameter {name}of"):
+        opt.step(batch)
+    assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
+    steppe.FunctionalSAM(sgd(w)).step(batch)  # its parameters are not trained
+
+
+def test_functional_sam_refuses_a_loss_that_only_has_a_criterion() -> None:
+    w = world()
+
+    class Penalised:
+        criterion = w.criterion
+
+        def __call__(self, model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+            return w.criterion(model(data[0]), data[1]) + sum(p.square().sum() for p in model.parameters())
+
+    with pytest.raises(TypeError, match=r"Batch\.supervised\(model, criterion"):
+        steppe.FunctionalSAM(sgd(w)).step(steppe.Batch(w.model, Penalised(), (w.x, w.y)))
+
+
 def test_hessian_vector_products_are_exact_on_quadratics() -> None:
     H = torch.tensor(A4, dtype=torch.float64).mean(0)
     for w0, v in (((1.0, 1.0), (1.0, -2.0)), ((30.0, -7.0), (0.0, 1e-3))):
@@ -288,6 +389,53 @@ def test_a_base_without_the_state_that_is_read_is_refused(method: type[Sharpness
     opt.step(w.batch)
     with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
         opt.step(w.batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "message"),
+    [
+        (steppe.MomentumSAM, lambda p: sgd(p), "reads exp_avg or momentum_buffer .* which SGD does not keep for 2 of"),
+        (
+            steppe.PreconditionedSAM,
+            lambda p: torch.optim.Muon([t for t in p if t.dim() == 2]),
+            "reads exp_avg_sq or square_avg .* which Muon does not keep for 1 of",
+        ),
+    ],
+)
+def test_state_that_one_of_several_bases_lacks_is_told_once(method, first, message: str) -> None:
+    w = world()
+    muon = first(w.parameters()[:2])
+    has = {id(p) for group in muon.param_groups for p in group["params"]}
+    opt = method([muon, torch.optim.AdamW([p for p in w.parameters() if id(p) not in has])], 0.1)
+    with pytest.warns(UserWarning, match=message):
+        opt.step(w.batch)
+    opt.step(w.batch)  # warnings are errors here
+    assert opt.telemetry.eps_norm > 0
+    still = world()
+    groups = [{"params": still.parameters()[:2], "rho": 0.0}, {"params": still.parameters()[2:]}]
+    opt = method([sgd(groups[:1]), torch.optim.AdamW(groups[1:])], 0.1)
+    opt.step(still.batch)  # it is meant
+    opt.step(still.batch)
+
+
+def test_entries_whose_second_moment_is_0_take_no_part() -> None:
+    model = Quadratic((1.0, 1.0))
+    base = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 0.5))
+    opt = steppe.PreconditionedSAM(base, 0.5)
+    first, both = torch.diag(vector(3, 0)), A
+    opt.step(model.batch(first[None], torch.zeros(1, 2)))
+    assert (base.state[model.weight]["exp_avg_sq"] > 0).tolist() == [True, False]
+    opt.step(model.batch(both[None], torch.zeros(1, 2)))
+    torch.testing.assert_close(model.weight.grad, vector(3 * 1.5, 4))  # eps is (0.5, 0)
+
+
+def test_preconditioned_sam_reads_the_moments_of_a_base_that_is_trained() -> None:
+    model = Quadratic((1.0, 1.0))
+    base = torch.optim.Adam(model.parameters(), lr=0.0)
+    model.batch(A[None], torch.zeros(1, 2))()
+    base.step()
+    steppe.PreconditionedSAM(base, 0.5).step(model.batch(A[None], torch.zeros(1, 2)))
+    torch.testing.assert_close(model.weight.grad, vector(3, 4) * (1 + 0.5 / 2**0.5))  # M^-1 g is (1, 1) times a number
 
 
 def test_momentum_sam_perturbs_by_the_joint_momentum_of_several_bases() -> None:

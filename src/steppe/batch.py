@@ -68,19 +68,16 @@ class Batch:
         Args:
             model: called with ``inputs``.
             criterion: a loss with ``reduction="none"``; what it returns beyond the first dimension is averaged.
-            inputs: what the model takes.
-            targets: what the criterion compares its output with.
+            inputs, targets: what the model takes, and what the criterion compares its output with.
             scaler: as for :class:`Batch`.
 
         Raises:
-            ValueError: ``criterion`` has another reduction.
+            TypeError, ValueError: ``model`` and ``criterion`` are swapped, or ``criterion`` has another reduction.
 
         Example:
             >>> batch = Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), images, labels)
         """
-        if getattr(criterion, "reduction", "none") != "none":
-            raise ValueError(f'criterion must have reduction="none", got {criterion.reduction!r}')  # type: ignore[attr-defined]
-        return cls(model, _Supervised(criterion), (inputs, targets), scaler=scaler)
+        return cls(model, Supervised(checks.criterion_beside(model, criterion)), (inputs, targets), scaler=scaler)
 
     def __len__(self) -> int:
         return self._examples.n
@@ -290,10 +287,13 @@ def chunks_of(batch: Batch) -> tuple[Batch, ...]:
 
 
 @dataclass(frozen=True)
-class _Supervised:
+class Supervised:
+    """``criterion(model(inputs), targets)``, one loss an example: the loss of :meth:`Batch.supervised`."""
+
     criterion: Callable[[Any, Any], Tensor]
 
     def __call__(self, model: nn.Module, data: Data) -> Tensor:
+        """Return the losses, shape ``(n,)``."""
         inputs, targets = data
         losses = self.criterion(model(inputs), targets)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses

@@ -123,11 +123,18 @@ class Joint(Optimizer):
         """Load the state of every optimizer.
 
         Raises:
-            ValueError: the checkpoint is of other optimizers or groups.
+            ValueError: the checkpoint is of other optimizers or groups; nothing has been loaded.
         """
         parts = state_dict["bases"] if "bases" in state_dict else self._split(state_dict)
         if len(parts) != len(self.bases):
             raise ValueError(f"the checkpoint must be of {len(self.bases)} optimizers, got {len(parts)}")
+        for i, (base, part) in enumerate(zip(self.bases, parts, strict=True)):
+            own = part.get("param_groups")
+            if own is not None and [len(g["params"]) for g in own] != [len(g["params"]) for g in base.param_groups]:
+                raise ValueError(
+                    f"the checkpoint must have the groups of this optimizer, got others for bases[{i}], "
+                    f"{type(base).__name__}"
+                )
         for base, part in zip(self.bases, parts, strict=True):
             base.load_state_dict(part)
 

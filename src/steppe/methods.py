@@ -260,7 +260,8 @@ class ReweightedSharpness(SharpnessAware):
     Source: the objective of Luo et al. 2025, arXiv 2509.18001; the weights on both gradients and the size are ours.
 
     Args:
-        size: the effective number of examples, at least 1, found each step (:class:`~steppe.EffectiveSize`).
+        size: the effective number of examples, at least 1, found each step (:class:`~steppe.EffectiveSize`); 64 where
+            neither it nor ``lam`` is given.
         lam: a fixed inverse temperature in place of ``size``, in units of ``1 / norm(g_i)``, at least 0.
     """
 
@@ -268,11 +269,13 @@ class ReweightedSharpness(SharpnessAware):
         self,
         base: Base,
         rho: Radius = 0.05,
-        size: float = 64,
+        size: float | None = None,
         lam: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        weights = EffectiveSize(size) if lam is None else Softmax(lam)
+        if size is not None and lam is not None:
+            raise ValueError(f"size and lam exclude each other: give one, got size={size!r} and lam={lam!r}")
+        weights = EffectiveSize(64 if size is None else size) if lam is None else Softmax(lam)
         super().__init__(base, BothWeighted(weights), rho, **options)
 
 
@@ -371,7 +374,8 @@ class XSAM(SharpnessAware):
 
     Args:
         alpha: fixed, at least 0; 1 is SAM. ``None`` searches.
-        every: how many steps apart the searches are; the authors search once an epoch.
+        every: how many steps apart the searches are, 400 where it is not given; not beside ``alpha``. The authors
+            search once an epoch.
     """
 
     def __init__(
@@ -379,10 +383,12 @@ class XSAM(SharpnessAware):
         base: Base,
         rho: Radius = 0.15,
         alpha: float | None = None,
-        every: int = 400,
+        every: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        combine = SearchedSlerp(every) if alpha is None else Slerp(alpha)
+        if alpha is not None and every is not None:
+            raise ValueError(f"alpha and every exclude each other: give one, got alpha={alpha!r} and every={every!r}")
+        combine = SearchedSlerp(400 if every is None else every) if alpha is None else Slerp(alpha)
         super().__init__(base, Rule(combine=combine), rho, **options)
 
 
@@ -512,7 +518,8 @@ class LookbehindSAM(SharpnessAware):
     gradients there.
 
     Costs ``k + 1`` passes. Exact beside SGD without momentum; the authors' fast weights take ``k`` steps of the base:
-    :class:`~steppe.Lookbehind`. Without a perturbation ``u`` is ``alpha k g``.
+    :class:`~steppe.Lookbehind`. At a small ``rho`` ``u`` is about ``alpha k g``, at 0 the step is the base's own, ``u =
+    g``: a schedule that goes through 0 changes the length of the step by the factor ``alpha k``, 1 by default.
 
     Source: Mordido et al. 2024, arXiv 2307.16704; the authors' code.
 

@@ -167,8 +167,8 @@ def _check_ramp(start: float, end: float, steps: int) -> None:
     checks.positive_integer("steps", steps)
 
 
-def scheduled(rho: float | Schedule, step: int, group: Group) -> float:
-    """Return the radius of a group at a step, checked."""
-    radius = as_schedule(rho)(step, group)
-    checks.non_negative("rho", radius)
-    return float(radius)
+def scheduled(value: float | Schedule, step: int, group: Group, name: str = "rho") -> float:
+    """Return the radius of a group at a step, or what else is called ``name``, checked."""
+    now = as_schedule(value)(step, group)
+    checks.non_negative(name, now)
+    return float(now)

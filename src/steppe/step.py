@@ -38,6 +38,8 @@ class Pending:
         beside: what moves past the base, ``w <- w - lr beside``.
         memory: by name, a vector, and the rate at which the rule's memory moves towards it (1 replaces it).
         numbers: by name, what the rule remembers in every group.
+        reads: the entries of the base's state that the rule reads.
+        perturbed: the parameters that the rule may perturb.
         rescaled: whether the gradients are left for a framework, whose scaler may unscale them.
         dropped: whether the gradients have been zeroed since.
     """
@@ -46,6 +48,8 @@ class Pending:
     beside: Vector | None = None
     memory: dict[str, tuple[Vector, float]] = field(default_factory=dict)
     numbers: dict[str, Tensor | float] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+    perturbed: Sequence[Tensor] = ()
     rescaled: bool = False
     dropped: bool = False
     _handed: list[Tensor] = field(init=False, repr=False)
@@ -66,7 +70,8 @@ class Pending:
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
-        return cls(parameters, update.beside, kept, numbers)
+        perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may]
+        return cls(parameters, update.beside, kept, numbers, f.reads, perturbed)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
         """Scale the gradients again, for a framework whose scaler will unscale them."""
@@ -87,6 +92,8 @@ class Pending:
         dropped = {id(p) for p in self._handed if p.grad is None}
         moving = [id(p) not in dropped for p in self.parameters]
         base.step()
+        if self.reads:
+            state.warn_of_missing(base, [p for p in self.perturbed if p.grad is not None], self.reads)
         if self.beside is not None:
             lr = {id(p): group["lr"] for group in base.param_groups for p in group["params"]}
             for p, s in zip(self.parameters, self.beside.where(moving).tensors, strict=True):

@@ -62,6 +62,19 @@ def grad_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
 
 
+def criterion_beside(model: object, criterion: Any) -> Any:
+    """Return a criterion; refuse one in the place of the model, and one that returns no loss per example."""
+    if hasattr(model, "reduction") and isinstance(criterion, torch.nn.Module) and not hasattr(criterion, "reduction"):
+        raise TypeError(
+            "model and criterion are swapped: write Batch.supervised(model, criterion, inputs, targets), got "
+            f"model={type(model).__name__}, criterion={type(criterion).__name__}"
+        )
+    reduction = getattr(criterion, "reduction", "none")
+    if reduction != "none":
+        raise ValueError(f'criterion must have reduction="none", got {reduction!r}')
+    return criterion
+
+
 def loss_among(returned: Any) -> Any:
     """Return the loss among what a closure returned: itself, its ``loss``, or the first entry of a tuple or list.
 

@@ -68,6 +68,16 @@ class Remembering:
     _memory: Memory
     declares: Declaration
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The names of the base's state that the rule declares."""
+        return self._declares.base_state
+
+    @property
+    def group(self) -> Mapping[str, Any]:
+        """The first parameter group, for schedules: its ``lr`` for one."""
+        return self._memory.group
+
     def recall(self, name: str, default: Vector) -> Vector:
         """Return what ``remember`` kept under this name; ``default`` for a parameter that has no memory yet.
 

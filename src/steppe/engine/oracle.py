@@ -192,14 +192,15 @@ class Oracle(Remembering):
         It comes from the pass of ``g``, so ask for it first.
 
         Raises:
-            TypeError: the batch is none of :meth:`steppe.Batch.supervised`, or the output is not one tensor.
+            TypeError: the batch is none of :meth:`steppe.Batch.supervised`, the output is not one tensor, or the
+                criterion uses parameters of the optimizer.
         """
         outputs: list[Tensor] = []
         batch = self.batch("the model's outputs")
         self.passes.detach_losses()
         with self.passes.over(recording(batch, outputs)):
             self._g = self.grad()
-        return at_outputs(batch, outputs)
+        return at_outputs(batch, outputs, self.passes.parameters)
 
     def pull_back(self, v: Sequence[Tensor]) -> Vector:
         """Return the mean over the examples of ``J^T v_i``, ``J`` the Jacobian of the model's output here.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Batches, Loss, chunks_of
+from steppe.batch import Batch, Batches, Loss, Supervised, chunks_of
 from steppe.engine.nested import Data
+from steppe.engine.parameters import Parameters
 from steppe.engine.vector import wide
 
 
@@ -19,7 +20,7 @@ def recording(batch: Batch, outputs: list[Tensor]) -> Batch:
     Raises:
         TypeError: its loss is not split into model and criterion.
     """
-    if not all(hasattr(part.loss, "criterion") for part in chunks_of(batch)):
+    if not all(isinstance(part.loss, Supervised) for part in chunks_of(batch)):
         raise TypeError(
             "this method needs the model's outputs: make the batch by steppe.Batch.supervised(model, criterion, "
             "inputs, targets), whose loss is split into model and criterion"
@@ -27,15 +28,36 @@ def recording(batch: Batch, outputs: list[Tensor]) -> Batch:
     return _with_losses(batch, [partial(_recorded, part.loss, outputs) for part in chunks_of(batch)])
 
 
-def at_outputs(batch: Batch, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradient of every example's loss by the model's output, batch after batch."""
+def at_outputs(batch: Batch, outputs: Sequence[Tensor], parameters: Parameters) -> list[Tensor]:
+    """Return the gradient of every example's loss by the model's output, batch after batch.
+
+    Raises:
+        TypeError: the criterion uses parameters of the optimizer, of which these gradients know nothing.
+    """
     found: list[Tensor] = []
+    trained = [i for i, p in enumerate(parameters.tensors) if p.requires_grad]
     for part, output in zip(chunks_of(batch), outputs, strict=True):
         with torch.enable_grad():
             y = output.detach().requires_grad_()
             losses = part.loss(lambda _, y=y: y, part.data)  # type: ignore[arg-type]
-            found += torch.autograd.grad(losses.sum(), y)
+            inputs = [y, *(parameters.tensors[i] for i in trained)]
+            v, *by_parameter = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+        for i, g in zip(trained, by_parameter, strict=True):
+            if g is not None:
+                raise TypeError(_trained_in(part.loss, i, parameters))
+        found.append(torch.zeros_like(y) if v is None else v)
     return found
+
+
+def _trained_in(loss: Loss, i: int, parameters: Parameters) -> str:
+    criterion = loss.criterion  # type: ignore[attr-defined]
+    kind = type(criterion).__name__ if isinstance(criterion, nn.Module) else repr(criterion)
+    name = "" if parameters.names is None else f"{parameters.names[i]!r} "
+    return (
+        f"criterion must use no parameter that the optimizer trains, as this method differentiates the loss by the "
+        f"model's outputs alone, got {kind} with the parameter {name}of shape {tuple(parameters.tensors[i].shape)}: "
+        "leave it out of the optimizer, or make it part of the model"
+    )
 
 
 def holding(batch: Batch, v: Sequence[Tensor]) -> Batch:

@@ -37,6 +37,7 @@ class RuleState:
     numbers: frozenset[str] = frozenset()
     room: bool = False
     apart: Memory = field(default_factory=lambda: defaultdict(dict))
+    warned: bool = False  # of entries that a base does not keep
 
     def of(self, base: Optimizer) -> Any:
         """Return the mapping from parameter to entries where the memory of this base's parameters lies."""
@@ -57,6 +58,21 @@ class RuleState:
                 old.copy_(t)
             else:
                 lerp_(local(old), local(t), rate)
+
+    def warn_of_missing(self, base: Optimizer, stepped: Sequence[Tensor], reads: frozenset[str]) -> None:
+        """Warn once where the base keeps what the rule reads of some parameters that it has stepped, not of all."""
+        entries = base.state
+        lack = {id(p) for p in stepped if not any(entries.get(p, {}).get(name) is not None for name in reads)}
+        if self.warned or not 0 < len(lack) < len(stepped):  # of none: the piece that reads it refuses the base
+            return
+        self.warned = True
+        parts = getattr(base, "bases", (base,))
+        kinds = sorted({type(part).__name__ for part in parts for p in _parameters(part) if id(p) in lack})
+        warn(
+            f"this method reads {' or '.join(sorted(reads))} of the base optimizer, which {' and '.join(kinds)} does "
+            f"not keep for {len(lack)} of {len(stepped)} parameters: these take no part in what is made of it. Give "
+            "them a base that keeps it, or their groups rho=0 if that is meant"
+        )
 
     def make_room(self, base: Optimizer) -> None:
         """Make entries of zeros for a distributed checkpoint, which is loaded into what a step with lr 0 leaves behind.

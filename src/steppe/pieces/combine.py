@@ -165,10 +165,12 @@ class SearchedSlerp:
 
     def search(self, f: Oracle, g_adv: Vector) -> Tensor:
         """Return the ``alpha`` with the highest loss; of equal ones the first."""
-        losses = []
+        losses, numbers = [], f.passes.log.numbers
+        of_the_step = {name: x for name, x in numbers.items() if name in ("eps_norm", "loss_adv")}
         for i in range(int(self.largest / self.spacing + 0.5) + 1):
             with f.at(f.rho * (self.reach * f.movable(slerp(f.g, g_adv, self.spacing * i)))):
                 losses.append(f.losses().mean())
+        numbers |= of_the_step  # not those of the last trial
         heights = f.passes.ranks.shared_mean(torch.stack(losses), f.passes.parameters.sharded)
         return self.spacing * heights.nan_to_num(-math.inf, math.inf, -math.inf).argmax().to(heights)
 

@@ -12,6 +12,7 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
+from steppe.pieces.weights import FiniteDifference
 from steppe.schedule import Schedule, scheduled
 
 Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
@@ -190,10 +191,11 @@ class LossBudget:
     groups with several radii the largest counts, and the others keep their proportion.
 
     Args:
-        sigma: the rise of the loss; a number, or a schedule of :mod:`steppe.schedule`.
+        sigma: the rise of the loss; a number, or a schedule of :mod:`steppe.schedule`, which is asked with the first
+            parameter group.
 
     Raises:
-        ValueError: ``sigma`` is negative.
+        ValueError: ``sigma`` is negative, or a schedule's answer is, in ``step``.
     """
 
     sigma: float | Schedule = 0.35
@@ -204,7 +206,7 @@ class LossBudget:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         norm = d.norm() + TINY
-        budget = scheduled(self.sigma, f.step, {}) / (f.rho.largest() + TINY)
+        budget = scheduled(self.sigma, f.step, f.group, "sigma") / (f.rho.largest() + TINY)
         return (budget / norm).clamp(max=1.0) / norm * d
 
 
@@ -214,7 +216,10 @@ class Preconditioned:
 
     Preconditioned SAM (arXiv 2502.02407). ``v`` is ``exp_avg_sq`` (Adam and its relatives) or ``square_avg`` (RMSprop),
     as the base's last step left it, without a correction of its bias, which is one factor and cancels. Before the
-    base's first step ``M`` is 1. Later, a parameter that has no moment yet takes no part.
+    base's first step ``M`` is 1. Later, a parameter that has no moment yet takes no part, and neither does an entry
+    whose moment is 0: its gradient has been 0 so far (the rows of an embedding that no batch has read), and
+    ``1 / damping`` would give it nearly all of ``eps``. Where only some of several base optimizers keep ``v``, the
+    optimizer warns once.
 
     Args:
         damping: added to ``sqrt(v)``, above 0.
@@ -235,9 +240,12 @@ class Preconditioned:
         v = f.base_state("exp_avg_sq") + f.base_state("square_avg")
         if f.step and not v.present():
             raise TypeError("Preconditioned needs a base optimizer that keeps exp_avg_sq or square_avg: Adam, RMSprop")
-        if f.step:
-            d = d.map(lambda t, v: t / (v.sqrt() + self.damping), v)
+        if v.present():
+            d = d.map(self._precondition, v)
         return d / (d.norm() + TINY)
+
+    def _precondition(self, d: Tensor, v: Tensor) -> Tensor:
+        return torch.where(v > 0, d / (v.sqrt() + self.damping), 0.0)
 
 
 @dataclass(frozen=True)
@@ -248,6 +256,9 @@ class Eigen:
     iteration at steps 0, ``every``, 2 ``every``, ..., each two passes, which begin at the ``v`` before, and first at
     ``d``. ``v'`` is its part orthogonal to ``d``. As in the authors' code the sum is not normalised again. (There the
     first ``v`` is random and comes at step ``every``, and the Hessian is that of evaluation mode.)
+
+    Micro-batches and ranks search each by itself and remember the mean of their ``v``, whose signs are made alike
+    before: by the ``v`` remembered, and first by a fixed random vector. The mean is used at length 1.
 
     Args:
         alpha: the length of the second term, at least 0.
@@ -272,10 +283,17 @@ class Eigen:
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         unit = d / (d.norm() + TINY)
         v = f.recall("eigenvector", default=unit).where(t is not None for t in d.tensors)
+        v = v / (v.norm() + TINY)  # of micro-batches and ranks the mean of several
         if f.step % self.every == 0:
-            for _ in range(self.power):
-                Hv = f.movable(f.hvp(v))
-                v = Hv / (Hv.norm() + TINY)
+            v = self.search(f, v)
             f.remember("eigenvector", v)
         along = unit.dot(v)
         return unit + self.alpha * along.sign() * (v - along * unit)
+
+    def search(self, f: Oracle, v: Vector) -> Vector:
+        """Return ``v`` after ``power`` steps; micro-batches and ranks give it the same sign."""
+        for _ in range(self.power):
+            Hv = f.movable(f.hvp(v))
+            v = Hv / (Hv.norm() + TINY)
+        side = v.dot(f.recall("eigenvector", default=FiniteDifference().direction(f.movable(f.w), 0)))
+        return torch.where(side < 0, -1.0, 1.0) * v

@@ -178,7 +178,7 @@ class Filtered:
     tensors of which no entry stands out.
 
     Args:
-        q: the share of the entries that are left out, in [0, 1).
+        q: the share of the entries that are left out, in [0, 1); 0 is ``d`` itself.
         of: the gradient that is filtered.
 
     Raises:
@@ -195,7 +195,7 @@ class Filtered:
         return self.of(f).map(self._filtered)
 
     def _filtered(self, d: Tensor) -> Tensor:
-        if d.dim() < 2:
+        if d.dim() < 2 or self.q == 0:
             return d
         whole = d.full_tensor() if is_sharded(d) else d  # type: ignore[attr-defined]
         z = (whole - whole.mean()).abs()  # the deviation does not change their order
