@@ -66,7 +66,7 @@ class Remembering:
 
     passes: Passes
     _memory: Memory
-    declares: Declaration
+    _declares: Declaration
 
     @property
     def reads(self) -> frozenset[str]:
@@ -114,7 +114,7 @@ class Remembering:
         return self._memory.of_base(name)
 
     def _check_declared(self, what: str, name: str) -> None:
-        known = getattr(self.declares, what)
+        known = getattr(self._declares, what)
         if name not in known:
             raise ValueError(
                 f"name must be one that the rule declares as {what}, {sorted(known)}, got "

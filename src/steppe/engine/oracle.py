@@ -62,7 +62,7 @@ class Oracle(Remembering):
     ) -> None:
         self.passes = Passes(closure, parameters, modules, ranks, scale)
         self.step = step
-        self.declares = declares or Declaration()
+        self._declares = declares or Declaration()
         self._memory = memory or Memory(parameters.tensors)
         self._full, self.guard, self._shortcuts, self._keep_g = full, guard, shortcuts, keep_g
         self._whole: Oracle | None = None  # the oracle of the batch that this one is a part of
@@ -98,9 +98,9 @@ class Oracle(Remembering):
             RuntimeError: the weights are away from ``w`` already.
         """
         if not self._looking:  # the move of the template, after which only what the rule declares is asked for
-            if self.declares.losses_at_w:
+            if self._declares.losses_at_w:
                 self.losses()
-            self.passes.first_is_away |= not self.declares.g  # where no pass at w comes before, none comes after
+            self.passes.first_is_away |= not self._declares.g  # where no pass at w comes before, none comes after
             if not self.needs_g:
                 self._g, self._freed = None, self._g is not None  # its memory serves the next pass
         with moved(self.passes, eps, self.guard):
@@ -150,7 +150,7 @@ class Oracle(Remembering):
                 if self._g is not None:  # from the same pass
                     self.passes.log.numbers["g_norm"] = self._g.norm()
                 return d
-        says = self.declares
+        says = self._declares
         alone = (says.linear and not says.g) if away else not says.g_adv
         final = alone and self.is_whole and not self._looking  # the update is made of this gradient alone
         g = self.passes.gradient(on, weights, wrt, final=final)
@@ -265,8 +265,7 @@ class Oracle(Remembering):
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
         """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
-        kept = [(share, batch) for batch, share in self.passes.weighed(batches) if share]
-        for k, (share, batch) in enumerate(kept):
+        for k, (batch, share) in enumerate(part for part in self.passes.weighed(batches) if part[1]):
             f = self.part(batch)
             yield share, f
             self.passes.log.add(share, f.passes.log, first=k == 0)
@@ -280,7 +279,7 @@ class Oracle(Remembering):
     @property
     def needs_g(self) -> bool:
         """Whether ``g`` is asked for after the weights have moved."""
-        return self.declares.g or self._keep_g
+        return self._declares.g or self._keep_g
 
     @property
     def is_whole(self) -> bool:
@@ -293,7 +292,7 @@ class Oracle(Remembering):
 
         A function may call a ``Rule``: what that rule declares is added to what this oracle knows.
         """
-        self.declares = self.declares.with_needs(says)
+        self._declares = self._declares.with_needs(says)
         before, self._looking = self._looking, True
         try:
             yield

@@ -149,7 +149,7 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
     there too, else at ``w + eps``.
     """
     batch = f.batch(PARTS)
-    if f.declares.g:
+    if f._declares.g:  # not for the cosine alone, which must change no step
         f.g = f.g  # now, so that running statistics see this pass
     draws = (draw for k in (1, len(batch)) for draw in drawn(batch, m, k, seed, f.step, rank_of(f)))
     chosen = next(part for part in map(batch_of, draws) if part.weight)  # a mean over tokens may have none of them
