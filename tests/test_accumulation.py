@@ -134,7 +134,7 @@ def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
 
         def forward(self, x):
             y = self.a(x[:, :5]) * self.slope
-            return nn.functional.prelu(y, self.slope) if x.shape[1] == 6 else y
+            return y - y.mean(0) if x.shape[1] == 6 else y  # examples mix
 
     found = []
     for parallel in ("auto", False):
@@ -150,7 +150,7 @@ def test_one_batch_without_factors_takes_the_probe_for_all() -> None:
     assert same_bits(*found)
     opt._stepper.parallel = True
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="prelu"):
+    with pytest.raises(ValueError, match="example"):
         opt.step(parts)
     assert same_bits(before, list(model.parameters()))
 

@@ -51,7 +51,7 @@ SLACK = 0.4  # a temporary of one tensor or two (1/8 each), and activations
         (lambda b: b, 1),  # the gradient
         (lambda b: steppe.SAM(b, parallel=False), 2),  # and the saved weights
         (lambda b: steppe.USAM(b, parallel=False), 2),
-        (lambda b: steppe.SAM(b), 1),  # by factors no weights are saved
+        (lambda b: steppe.SAM(b), 2),  # on a batch, too: plain SAM holds no factors
         (lambda b: steppe.SAM(b, cosine=True, parallel=False), 3),  # and g
         (lambda b: steppe.ASAM(b), 2),
         (lambda b: steppe.FisherSAM(b), 2),
@@ -67,7 +67,7 @@ SLACK = 0.4  # a temporary of one tensor or two (1/8 each), and activations
         "plain",
         "SAM",
         "USAM",
-        "SAM by factors",
+        "SAM on a batch",
         "SAM cosine",
         "ASAM",
         "Fisher",

@@ -430,7 +430,10 @@ def chance(over_batch: bool) -> World:
     return World(unlucky(branches()), x[:N], y[:N], x, y)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL], ids=lambda c: c.name)
+AWAY = "MomentumSAM"  # its one pass is at w + eps, also that of a step that is skipped
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in PARALLEL and c.name != AWAY], ids=lambda c: c.name)
 @pytest.mark.filterwarnings("ignore:a gradient is not finite", "ignore:micro-batches of m=. run in a loop")
 @pytest.mark.usefixtures("rehearsed_once")
 def test_a_twin_that_takes_the_good_steps_alone(case: Case) -> None:

@@ -196,8 +196,7 @@ class Stepper:
         if f.passes.ranks.unprepared:
             f.passes.prepare_static_graph()
         if self.gradient_noise:
-            with f.passes.ranks.apart():
-                noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
+            noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
             f.passes.log.numbers["trace_V"] = noise.trace
         try:
             update = f.average(self._rule_at(f.step, f.rho))

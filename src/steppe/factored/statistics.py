@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steppe.batch import Batch, chunks_of
 from steppe.engine import checks
+from steppe.engine.ddp import RankGroups
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.replay import RandomState
@@ -57,12 +58,13 @@ def gradient_statistics(batch: Batch, params: Iterable[Tensor] | None = None, m:
     checks.positive_integer("m", m)
     batch.require_losses("gradient statistics")
     parameters = list(batch.model.parameters() if params is None else params)
-    f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))))
+    ranks = RankGroups("auto").of_step(batch.modules, parameters)  # each rank's own examples
+    f = Oracle(batch, Parameters(parameters, Radii([1.0] * len(parameters))), ranks=ranks)
     engine = SharedPasses(parallel=True)
     before = RandomState.now(f.passes.parameters.devices)
     kept = [p.grad for p in parameters]
     try:
-        with f.passes.away_from_w():  # running statistics do not count this batch
+        with ranks.apart(), f.passes.away_from_w():  # running statistics do not count this batch
             norms, sizes, g_norm = _norms(f, engine, chunks_of(batch), m)
     finally:
         before.restore()

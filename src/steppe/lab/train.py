@@ -3,8 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import steppe
+from steppe.batch import Supervised
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.errors import LabError, NotFiniteError
 from steppe.lab.hardware import ALONE, CPU, Hardware, Process
 from steppe.lab.inputs import ahead, finish, raw
 from steppe.lab.metrics import Meter
-from steppe.lab.own import PerExample, losses, metrics
+from steppe.lab.own import losses, metrics
 from steppe.lab.record import Record, environment
 from steppe.lab.runs import Run
 from steppe.lab.settings import Settings
@@ -45,7 +46,7 @@ class Session:
         self.run, self.process = run, process
         self.task = tasks.load(run.settings, run.seed).to(process.device)
         self.model = process.setup(initial_model(run, self.task))
-        self.loss = per_example(losses(self.task.own, run.settings.label_smoothing), process)
+        self.loss = InPrecision(losses(self.task.own, run.settings.label_smoothing), process)
         self.optimizer = spec.build(run.method, self.model, run.settings, full=self.full)
         self.steps = run.epochs * run.settings.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
@@ -173,16 +174,20 @@ class Session:
         )
 
 
-def per_example(loss: PerExample, process: Process) -> Callable[[nn.Module, Any], Tensor]:
-    """Return the loss of every example as a function; the model runs in the precision of the hardware."""
+@dataclass(frozen=True)
+class InPrecision(Supervised):
+    """The loss of every example; the model runs in the precision of the hardware."""
 
-    def of(model: nn.Module, data: Any) -> Tensor:
-        inputs, labels = data
-        with process.autocast():
-            outputs = model(inputs)
-        return loss(outputs, labels)
+    process: Process
 
-    return of
+    def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        """Return the losses, shape ``(n,)``."""
+
+        def run(inputs: Any) -> Any:
+            with self.process.autocast():
+                return model(inputs)
+
+        return super().__call__(run, data)  # type: ignore[arg-type]
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
