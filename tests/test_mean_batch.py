@@ -138,11 +138,47 @@ def test_all_parts_of_one_are_m_sam_for_any_draw() -> None:
 def test_the_mean_over_draws_weighs_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     w = world()
     batch = MeanBatch(w.model, token_loss, masked(w), weight=tokens)
-    found = []
-    for i in range(0, N, 2):
-        monkeypatch.setattr(sampling, "drawn", lambda b, *_, i=i: [(b, torch.tensor([i, i + 1]))])
-        found.append(update_of(w, batch, steppe.Micro(2, sampled=1)))
-    torch.testing.assert_close(torch.stack(found).mean(0), by_hand(w, batch.data, 2), rtol=1e-9, atol=1e-11)
+    for m, weighs in ((1, N - 1), (2, N // 2)):  # the example without a token is not drawn
+        parts = torch.arange(N).split(m)
+        found = []
+        for i in range(len(parts)):
+            turned = (*parts[i:], *parts[:i])
+            monkeypatch.setattr(sampling, "drawn", lambda b, *_, turned=turned: [(b, on) for on in turned])
+            if tokens(tuple(t[parts[i]] for t in batch.data)):
+                found.append(update_of(w, batch, steppe.Micro(m, sampled=1)))
+        assert len(found) == weighs
+        torch.testing.assert_close(torch.stack(found).mean(0), by_hand(w, batch.data, m), rtol=1e-9, atol=1e-11)
+
+
+def test_numbers_of_draws_are_means_by_their_tokens() -> None:
+    """All parts have perturbations of length rho, so their mean length is rho; memory is of the draws alone."""
+    w = world()
+    for seed in range(4):
+        opt = steppe.SharpnessAware(sgd(w), steppe.Micro(3, steppe.Rule(), 2, seed), RHO)
+        opt.step(MeanBatch(w.model, token_loss, masked(w), weight=tokens))
+        assert float(opt.telemetry.eps_norm) == pytest.approx(RHO)
+
+
+def test_accumulated_batches_without_a_token_are_refused() -> None:
+    w = world()
+    x, y = masked(w)
+    nothing = MeanBatch(w.model, token_loss, (x, torch.full_like(y, IGNORED)), weight=tokens)
+    before = w.weights()
+    for rho in (RHO, 0.0):
+        with pytest.raises(ValueError, match="weight must be above 0 for the data of the whole batch, got 0"):
+            steppe.SAM(sgd(w), rho).step([nothing, nothing])
+    assert same_bits(before, w.parameters())
+
+
+def test_an_accumulated_batch_without_a_token_is_left_out_where_g_is_made_of_the_draws() -> None:
+    w = world()
+    x, y = masked(w)
+    whole = MeanBatch(w.model, token_loss, (x, y), weight=tokens)
+    nothing = MeanBatch(w.model, token_loss, (x, torch.full_like(y, IGNORED)), weight=tokens)
+    opt = steppe.SAM(sgd(w), RHO, m=N, sampled=1)
+    opt.step([whole, nothing])
+    assert opt.telemetry.skipped == 0
+    assert float(opt.telemetry.eps_norm) == pytest.approx(RHO)
 
 
 @pytest.mark.parametrize("rule", [steppe.Rule(), steppe.Micro(2), steppe.Plain()], ids=["SAM", "m", "plain"])

@@ -184,6 +184,38 @@ def test_running_mean_and_deviation_of_the_correction() -> None:
     assert float(opt.telemetry.correction_mean) == pytest.approx(mean)
 
 
+def test_a_base_step_between_keeps_the_running_mean_of_the_correction() -> None:
+    w = world()
+    opt = steppe.SAM(sgd(w), RHO, m=2, sampled=1)
+    opt.step(w.batch)
+    before = opt.telemetry
+    w.batch()
+    with pytest.warns(UserWarning, match="without a closure"):
+        opt.step()
+    assert opt.telemetry.correction is None
+    assert opt.telemetry.correction_mean == before.correction_mean
+    assert opt.telemetry.correction_deviation == before.correction_deviation
+
+
+@pytest.mark.parametrize("parallel", ["auto", False])
+def test_a_rule_that_has_taken_g_takes_it_once(parallel: bool | str) -> None:
+    w = world()
+    opt = steppe.AESAM(sgd(w), RHO, m=2, sampled=1, parallel=parallel)
+    opt.step(w.batch)  # SAM, as the first norm is the mean
+    assert opt.telemetry.passes == pytest.approx(1 + 2 * 2 / N)
+
+
+def test_micro_batches_do_not_choose_by_themselves_who_remembers() -> None:
+    rule = steppe.WhereSteep(Rule(sample=steppe.Friendly()))
+    with pytest.raises(ValueError, match=r"rule must not remember.*Write WhereSteep\(Micro\(\.\.\.\)\)"):
+        Micro(2, rule)
+    w = world()
+    opt = SharpnessAware(sgd(w), rule, RHO, m=2)  # one choice for the batch
+    opt.step(w.batch)
+    assert opt.rule == steppe.WhereSteep(Micro(2, Rule(sample=steppe.Friendly())))
+    assert all("sharpness.friendly" in opt.state[p] for p in w.parameters())
+
+
 def noisy() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
 

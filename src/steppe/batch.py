@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
@@ -202,9 +202,8 @@ class Batches(Batch):
     """
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            if not isinstance(batch, Batch):
-                raise TypeError(f"batches must hold steppe.Batch alone, got {type(batch).__name__}")
+        if wrong := [type(batch).__name__ for batch in batches if not isinstance(batch, Batch)]:
+            raise TypeError(f"batches must hold steppe.Batch alone, got {wrong[0]}")
         self.chunks: tuple[Batch, ...] = tuple(chunk for batch in batches for chunk in chunks_of(batch))
         if not self.chunks:
             raise ValueError("batches must hold at least one batch, got 0")
@@ -227,8 +226,10 @@ class Batches(Batch):
 
     @property
     def rounds(self) -> tuple[Batch, ...]:
-        """The batches that are accumulated, without those that weigh nothing."""
-        return tuple(chunk for chunk in self.chunks if chunk.weight)
+        """The batches that are accumulated; those that weigh nothing take part under ``fully_shard`` alone."""
+        weighs = tuple(chunk for chunk in self.chunks if chunk.weight)
+        alike = weighs == self.chunks or not any(hasattr(module, "reshard") for module in self.modules())
+        return weighs if alike else self.chunks
 
     def shares(self, weights: Tensor | None = None) -> Sequence[Tensor | float | None]:
         """Return the weights of the examples of every batch, shape ``(n_k,)``, or ``1 / n``."""
@@ -241,7 +242,7 @@ class Batches(Batch):
         if self.per_example:
             return super().mean_of(seen)
         weights = torch.tensor([chunk.weight for chunk in self.rounds], dtype=torch.float64).to(seen[0])
-        return torch.stack(list(seen)) @ weights / weights.sum()
+        return torch.stack(list(seen)).where(weights > 0, 0.0) @ weights / weights.sum()
 
     def losses(self) -> Tensor:
         """Return the loss of every example, batch after batch, shape ``(n,)``."""
@@ -253,9 +254,7 @@ class Batches(Batch):
 
     def subset(self, on: Tensor) -> Batches:
         """Return the batches of the examples ``on``, shape ``(k,)``, indexed through all batches."""
-        starts = [0]
-        for chunk in self.chunks:
-            starts.append(starts[-1] + len(chunk))
+        starts = [0, *accumulate(map(len, self.chunks))]
         counts = torch.stack([((on >= a) & (on < b)).sum() for a, b in pairwise(starts)]).tolist()  # waits once
         chosen = zip(self.chunks, starts, on.sort().values.split(counts), strict=False)
         return Batches([chunk.subset(part - start) for chunk, start, part in chosen if len(part)])

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from copy import copy
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ class MeanBatch(Batch):
     part is such a loss with the number of its tokens as ``weight``; with equal weights, tokens in short texts count
     more under ``m=`` than in the whole batch. Where the parts do not add up to the whole, the first step warns. That
     is so for contrastive losses, and others that compare examples with one another: there ``m=`` is another objective.
+
+    Parts of weight 0 are left out. With sharded parameters (``fully_shard``), where every gradient is a mean over the
+    ranks, a part is that of all ranks, in the mean by their weights. It is left out where no rank weighs it; where this
+    rank alone does not, its loss is run and counts 0. ``torch.nn.functional.cross_entropy`` has the gradient 0 there; a
+    loss of one's own that divides by 0 in its backward has NaN, so that all ranks skip the step.
 
     What looks at single examples (RW-SAM, ESAM, gradient noise) is refused: it needs a :class:`~steppe.Batch`.
 
@@ -65,6 +71,12 @@ class MeanBatch(Batch):
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight must return a finite number >= 0, got {weight!r}")
         return weight
+
+    def times(self, c: float) -> Self:
+        """Return this batch with its loss times ``c``, at least 0; for 0 a mean over nothing, NaN, is 0 too."""
+        other, loss = copy(self), self.loss
+        other.loss = lambda model, data: c * (loss(model, data) if c else loss(model, data).nan_to_num())
+        return other
 
     def value(self) -> Tensor:
         """Run one forward and return the mean loss.

@@ -436,8 +436,9 @@ class GCSAM(SharpnessAware):
 class AESAM(SharpnessAware):
     """SAM where ``norm(g)^2 >= mu + c sigma``, its running mean and deviation; elsewhere the base's own step.
 
-    Costs one pass or two where it is SAM. ``c`` goes from ``start`` to ``end`` over ``steps`` steps; the paper's values
-    are not known to us. See :class:`~steppe.WhereSteep`.
+    Costs one pass, or two where it is SAM. Micro-batches cannot share the pass of ``norm(g)``: SAM costs three with
+    ``m=``, and ``1 + 2 sampled m / n`` with ``sampled=``. ``c`` goes from ``start`` to ``end`` over ``steps`` steps;
+    the paper's values are not known to us. See :class:`~steppe.WhereSteep`.
 
     Source: Jiang et al. 2023, arXiv 2304.14647.
 

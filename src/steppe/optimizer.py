@@ -57,8 +57,8 @@ class SharpnessAware(Facade):
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
         clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
         check_finite: skip steps whose gradients are not finite, or of a norm whose square is not, 1.8e19 in float32.
-            The step then waits for its device once; else only for
-            all-reduces, verification of shared passes, and ESAM on accumulated batches.
+            The step then waits for its device once; else only for all-reduces, verification of shared passes, ESAM on
+            accumulated batches, and weights of a :class:`~steppe.MeanBatch`.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).
@@ -68,9 +68,8 @@ class SharpnessAware(Facade):
             m-SAM across ranks, as published; what ``"auto"`` means), ``"global"`` (all ranks share one,
             and every pass is averaged), or a number of neighbouring ranks that share one. The gradient that the base
             sees is averaged over all ranks in each case. With sharded parameters (``fully_shard``) all ranks share one.
-        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step,
-            and WSAM's term by the same factor
-            (:meth:`~steppe.Update.clipped`).
+        max_norm: clip the gradient that the base sees to this norm over all parameters, once a step, and WSAM's term
+            by the same factor (:meth:`~steppe.Update.clipped`).
         model: the module that plain closures run, where steppe cannot find it among the variables that the closure
             refers to. Its running statistics are protected in further passes, and DDP
             is told when to average.
@@ -165,7 +164,8 @@ class SharpnessAware(Facade):
         self._refuse_half_step()
         if closure is None:
             self._base_step()
-            self.telemetry = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
+            seen = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
+            self.telemetry = seen.following(self.telemetry)
             return None
         f, pending = self._stepper.passes(as_closure(closure), scaler)
         self._report(f, pending)

@@ -15,7 +15,7 @@ from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean
 from steppe.pieces.protocol import Declaration, declared
-from steppe.pieces.sample import Mean, Subset
+from steppe.pieces.sample import Mean, Subset, pieces_of
 from steppe.pieces.select import All
 
 
@@ -95,7 +95,8 @@ class Micro:
         clip: the largest norm of the correction, in units of ``norm(g)``; needs ``sampled``. ``None`` is any.
 
     Raises:
-        ValueError: ``m`` or ``sampled`` is no positive integer, or ``clip`` is not above 0 or without ``sampled``.
+        ValueError: ``m`` or ``sampled`` is no positive integer, ``clip`` is not above 0 or without ``sampled``, or
+            ``rule`` holds a :class:`WhereSteep` around a rule with a memory.
         TypeError: in ``step``, where the closure is no :class:`~steppe.Batch`.
     """
 
@@ -113,6 +114,12 @@ class Micro:
             checks.number("clip", self.clip, "a number > 0 or None", low=math.ulp(0.0))
             if self.sampled is None:
                 raise ValueError(f"clip needs sampled=, whose correction it limits, got clip={self.clip!r}")
+        for piece in pieces_of(self.rule):
+            if isinstance(piece, WhereSteep) and (declared(piece.rule).remembers or declared(piece.rule).numbers):
+                raise ValueError(
+                    "rule must not remember anything inside a WhereSteep inside Micro: some micro-batches would take "
+                    f"it, others not. Write WhereSteep(Micro(...)), one choice for the batch; got {self.rule!r}"
+                )
 
     def __call__(self, f: Oracle) -> Update:
         """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
@@ -168,7 +175,8 @@ class WhereSteep:
     ``mu <- decay mu + (1 - decay) norm(g)^2`` and ``sigma^2 <- decay sigma^2 + (1 - decay) (norm(g)^2 - mu)^2`` follow
     the squared norm (Jiang et al. 2023, arXiv 2304.14647). ``c`` goes from ``start`` to ``end`` in a straight line over
     ``steps`` steps. The first ``mu`` is the first squared norm, and the first ``sigma`` 0: our choice. Every step waits
-    for the device once. Under data parallelism all ranks take the mean of their squared norms, and one way.
+    for the device once. Under data parallelism all ranks take the mean of their squared norms, and one way. ``g`` is
+    held until the step ends, so SAM inside needs memory for one copy of the parameters more than SAM alone.
 
     Raises:
         ValueError: ``steps`` is no positive integer, ``decay`` is not in [0, 1].

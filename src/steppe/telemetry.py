@@ -32,7 +32,7 @@ class Telemetry:
         eps_norm: Euclidean norm of ``eps`` before it is rounded to the parameters' type.
         g_adv_norm: Euclidean norm of the gradient at ``w + eps``.
         update_norm: Euclidean norm of the gradient that the base sees, before it is clipped (``max_norm=``).
-        cosine: of ``g`` and ``g_adv``.
+        cosine: of ``g`` and ``g_adv``; ``None`` with ``ascent=``, unless the method takes the batch's ``g``.
         correction: of ``sampled=``: ``norm(u - g) / norm(g)``, the sampled correction and what moves beside the base
             together, after ``clip=``; under DDP on this rank.
         correction_mean: running mean of ``correction`` over about the last 50 steps that have one.

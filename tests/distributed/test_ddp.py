@@ -811,3 +811,47 @@ def step_inside_join() -> str:
 
 def test_join_is_refused_by_name(two_ranks) -> None:
     assert all(r"DDP's join()" in answer for answer in two_ranks(step_inside_join))
+
+
+def mean_of_labels(model: nn.Module, d: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(d[0]), d[1])
+
+
+def train_on_few_labels(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    model = DistributedDataParallel(net())
+    x, y = map(share, data(0))
+    if distributed.get_rank() == 1:
+        y = torch.full_like(y, -100).index_copy(0, torch.tensor([0]), y[:1])
+    optimizer = make(name, model, m=1, sampled=1)
+    batch = steppe.MeanBatch(model, mean_of_labels, (x, y), weight=lambda d: (d[1] != -100).sum())
+    for _ in range(6):  # a draw of one example would have no label on rank 1 in most
+        optimizer.step(batch)
+    memory = [t for p in model.parameters() for _, t in sorted(optimizer.state[p].items())]
+    return weights(model), memory
+
+
+@pytest.mark.parametrize("name", ["WSAM", "FSAM"])
+def test_draws_have_labels_on_every_rank(two_ranks, name) -> None:
+    """Each rank moves beside the base, and remembers, at every step."""
+    for mine, theirs in zip(*two_ranks(train_on_few_labels, name), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def train_where_steep_on_one_rank() -> tuple[list[torch.Tensor], list[float]]:
+    model = DistributedDataParallel(net())
+    rule = steppe.Micro(B, steppe.WhereSteep(steppe.Rule(combine=steppe.Weighted(0.9))))
+    optimizer = steppe.SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.01), rule, 0.1)
+    x, y = map(share, data(0))
+    passes = []
+    for step in range(3):
+        scale = (10.0 if distributed.get_rank() else 0.1) ** step
+        criterion = nn.CrossEntropyLoss(reduction="none", weight=torch.full((3,), scale, dtype=torch.float64))
+        optimizer.step(steppe.Batch.supervised(model, criterion, x, y))
+        passes.append(optimizer.telemetry.passes)
+    return weights(model), passes
+
+
+def test_one_rank_may_move_beside_the_base_alone(two_ranks) -> None:
+    (mine, one), (theirs, two) = two_ranks(train_where_steep_on_one_rank)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert (one, two) == ([2, 1, 1], [2, 2, 2])

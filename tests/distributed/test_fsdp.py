@@ -252,3 +252,71 @@ def test_checkpoints_cross_between_one_process_and_two(two_ranks, tmp_path, name
     assert_close(load_and_go_on(name, str(tmp_path / "two")), weights(model))
     for ours in two_ranks(load_and_go_on, name, str(tmp_path / "one")):
         assert_close(ours, weights(model))
+
+
+def labels_of_ranks() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, labels and the weight of a label, for examples of two ranks: shape (B, 2); rank 1 has few labels."""
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(B, 2, 5, generator=g, dtype=torch.float64), torch.randint(3, (B, 2), generator=g)
+    y[4:6, 0] = y[2:, 1] = -100
+    known = (y != -100).double()
+    return x, y, known / known.sum(0)
+
+
+def mean_of_labels(model: nn.Module, d: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(d[0]), d[1])
+
+
+def weighted_mean_of_labels(model: nn.Module, d: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    losses = nn.functional.cross_entropy(model(d[0]).flatten(0, 1), d[1].flatten(), reduction="none")
+    return losses @ d[2].flatten() / d[2].sum()
+
+
+def count_labels(d: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return (d[1] != -100).sum()
+
+
+def steps_on_labels(optimizer, batch: steppe.MeanBatch, split: bool) -> tuple[float, float]:
+    parts = [batch.subset(torch.arange(i, i + 4)) for i in range(0, B, 4)] if split else batch
+    for _ in range(3):
+        optimizer.step(parts)
+    return float(optimizer.telemetry.eps_norm), optimizer.telemetry.forwards
+
+
+def train_on_labels(name: str, options: dict, split: bool):
+    warnings.filterwarnings("error")
+    model, rank = sharded(), distributed.get_rank()
+    x, y, _ = labels_of_ranks()
+    batch = steppe.MeanBatch(model, mean_of_labels, (x[:, rank], y[:, rank]), weight=count_labels)
+    seen = steps_on_labels(make(name, model, **options), batch, split)
+    return whole(model), *seen
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one", "list"])
+@pytest.mark.parametrize("options", [{}, {"m": 2}, {"m": 4}, {"m": 2, "sampled": 1}, {"m": 4, "sampled": 1}], ids=str)
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM"])
+def test_parts_without_a_label_on_some_ranks(two_ranks, name: str, options: dict, split: bool) -> None:
+    """One process with the examples of both ranks, whose labels weigh 1 / (the labels of their rank)."""
+    model = net()
+    batch = steppe.MeanBatch(model, weighted_mean_of_labels, labels_of_ranks(), weight=lambda d: d[2].sum())
+    eps_norm, _ = steps_on_labels(make(name, model, **options), batch, split)
+    for ours, norm, _ in two_ranks(train_on_labels, name, options, split):
+        assert_close(ours, weights(model))
+        assert norm == pytest.approx(eps_norm, rel=1e-8)
+
+
+def refuse_no_label(options: dict, split: bool) -> str:
+    model, rank = sharded(), distributed.get_rank()
+    x, y, _ = labels_of_ranks()
+    labels = y[:, rank] if rank == 0 else torch.full((B,), -100)
+    batch = steppe.MeanBatch(model, mean_of_labels, (x[:, rank], labels), weight=count_labels)
+    with pytest.raises(ValueError, match="weight must be above 0") as error:
+        steps_on_labels(make("SAM", model, **options), batch, split)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("options", "split"), [({"m": 2}, False), ({}, True)], ids=["m", "list"])
+def test_a_rank_without_a_label_is_refused_on_all(two_ranks, options: dict, split: bool) -> None:
+    mine, theirs = two_ranks(refuse_no_label, options, split)
+    assert "got 0 on another rank" in mine
+    assert "got 0:" in theirs

@@ -54,6 +54,9 @@ def test_what_a_spec_leaves_open_is_searched():
     assert found["SGD"].space == {"lr": Range(0.05 / 8, 0.4), "epochs": Range(1, 4, whole=True)}
     weighted = next(one for one in fair.contestants(replace(asked, methods=("XSAM",)), {}) if one.name == "XSAM")
     assert set(weighted.space) == {"lr", "epochs", "rho"}  # its alpha is None: the method finds it itself
+    by_size = fair.contestants(replace(asked, methods=("ReweightedSharpness", "ReweightedSharpness(lam=0.5)")), {})[-2:]
+    assert [one.space.get("size") for one in by_size] == [(8, 16, 32, 64), None]  # one of the two may be given
+    assert by_size[0].fixed["size"] == 64
     assert found["SGD, twice the epochs"].fixed == {"lr": 0.05, "epochs": 8}
 
 

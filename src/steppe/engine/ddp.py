@@ -156,14 +156,15 @@ class Ranks:
         if self.alone:
             return update, memory
         names = sorted(memory)
-        vectors = [] if self.averaged else [update.grad, *([] if update.beside is None else [update.beside])]
+        nothing = Vector([None] * len(like))  # on this rank: another may move beside the base
+        vectors = [] if self.averaged else [update.grad, update.beside or nothing]
         if not self.shared:
             vectors += [memory[name] for name in names]
         means = self._means(vectors, like, self.replicas[0].process_group)
         if not self.shared:
             memory = dict(zip(names, means[len(means) - len(names) :], strict=True))
         if not self.averaged:
-            update = Update(means[0], None if update.beside is None else means[1])
+            update = Update(means[0], means[1] if means[1].present() else None)
         return update, memory
 
     def _means(self, vectors: Sequence[Vector], like: Sequence[Tensor], group: Any) -> list[Vector]:

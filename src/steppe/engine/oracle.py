@@ -124,6 +124,11 @@ class Oracle(Remembering):
     def g(self, g: Vector) -> None:
         self._g = g
 
+    @property
+    def knows_g(self) -> bool:
+        """Whether ``g`` is there without a pass."""
+        return self._g is not None
+
     def grad(
         self, on: Tensor | None = None, weights: Tensor | None = None, wrt: Sequence[bool] | None = None
     ) -> Vector:
@@ -248,27 +253,22 @@ class Oracle(Remembering):
         """
         if m is not None:
             self.passes.ranks.stay_within()
-            if isinstance(self.passes.closure, Batches):
-                chunks = self.parts(chunks_of(self.passes.closure))
-                return reduce(add, (share * chunk.average(rule, m) for share, chunk in chunks))
+            if isinstance(self.passes.closure, Batches) and self.passes.closure.per_example:
+                return reduce(add, (share * f.average(rule, m) for share, f in self.parts(self.passes.closure.chunks)))
         update = None if self._shortcuts is None else self._shortcuts.update(self, rule, m)
         if update is not None:
             return update
         if m is None:
             return rule(self)
-        parts = self.parts(self.batch(PARTS).split(m))
-        return reduce(add, (share * rule(part) for share, part in parts))
+        return reduce(add, (share * rule(part) for share, part in self.parts(self.batch(PARTS).split(m))))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:
         """Yield the oracle of every part with its share of the batch; average their logs. A share of 0 is left out."""
         self.passes.ranks.stay_within()
-        whole, first = self.batch().weight, True
-        for batch in batches:
-            f, share = self.part(batch), batch.weight / whole
-            if share:
-                yield share, f
-                self.passes.log.add(share, f.passes.log, first)
-                first = False
+        for k, (batch, share) in enumerate(part for part in self.passes.weighed(batches) if part[1]):
+            f = self.part(batch)
+            yield share, f
+            self.passes.log.add(share, f.passes.log, first=k == 0)
 
     def part(self, batch: Batch) -> Oracle:
         """Return the oracle of a part of the batch."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from steppe.batch import chunks_of
+from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.checks import warn
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.passes import PARTS
@@ -35,13 +35,13 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
         ValueError: the batch weighs nothing.
     """
     needs = declared(rule)
+    if needs.parts or isinstance(f.passes.closure, Batches):
+        _check_weight(f)
     if not f.rho.largest() or not (needs.examples or needs.parts):
         return known
     batch = f.batch(repr(rule) if needs.examples else PARTS)
     if needs.examples:
         batch.require_losses(repr(rule))
-    if not batch.weight:
-        raise ValueError("weight must be above 0 for the data of the whole batch, got 0: has it no labelled token?")
     first = chunks_of(batch)[0]
     if not known and isinstance(first, MeanBatch) and any(isinstance(piece, Micro) for piece in pieces_of(rule)):
         with f.passes.trial(), f.passes.ranks.apart():
@@ -50,16 +50,29 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     return known
 
 
+def _check_weight(f: Oracle) -> None:
+    """Refuse a batch that weighs nothing, on all ranks where one would wait for another."""
+    batch = f.passes.closure
+    if not isinstance(batch, Batch) or batch.per_example:
+        return
+    nothing = torch.tensor(float(not batch.weight), device=f.passes.parameters.tensors[0].device)
+    if f.passes.ranks.shared_mean(nothing, f.passes.parameters.sharded):
+        where = "got 0" if nothing else "got 0 on another rank"
+        raise ValueError(f"weight must be above 0 for the data of the whole batch, {where}: has it no labelled token?")
+
+
 def _compare(batch: MeanBatch) -> None:
     """Warn where the mean over the batch is not the mean over its halves, by their weights; three forwards."""
     modules = batch.modules()
-    if len(batch) < 2 or not batch.weight or any(map(is_compiled, modules)):  # it would be compiled again
+    if len(batch) < 2 or any(map(is_compiled, modules)):  # it would be compiled again
         return
     halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
     try:
         with torch.no_grad(), evaluated(modules):
             whole, parts = batch.value(), [half.value() for half in halves]  # type: ignore[attr-defined]
     except Exception:  # in evaluation mode the model has no loss: that cannot be told
+        return
+    if not batch.weight:  # the mean is over nothing; other ranks may have waited for these forwards
         return
     pairs = zip((half.weight for half in halves), parts, strict=True)
     total = sum(weight / batch.weight * float(part) for weight, part in pairs if weight)

@@ -81,6 +81,20 @@ class Passes:
             )
         return self.closure
 
+    def weighed(self, parts: Sequence[Batch]) -> list[tuple[Batch, float]]:
+        """Return the parts of a batch, each with its share of the weight.
+
+        Gradients of sharded parameters are means over all ranks. There a part is that of all ranks, ``sum_r s_r L_r /
+        sum_r s_r``, its share the mean of the ``s_r``: no rank leaves out by itself a pass that gathers parameters.
+        """
+        total = self.batch(PARTS).weight or 1.0
+        shares = [part.weight / total for part in parts]
+        if self.batch(PARTS).per_example or not self.parameters.sharded:
+            return list(zip(parts, shares, strict=True))
+        mine = torch.tensor(shares, dtype=torch.float64, device=self.parameters.tensors[0].device)
+        known = zip(parts, shares, self.ranks.shared_mean(mine, sharded=True).tolist(), strict=True)
+        return [(part.times(own / (mean or 1.0)), mean) for part, own, mean in known]  # type: ignore[attr-defined]
+
     # ---- around a pass
 
     @contextmanager

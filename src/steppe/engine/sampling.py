@@ -35,9 +35,18 @@ class Sampled:
     seed: int = 0
     clip: float | None = None
 
-    def of(self, f: Oracle) -> list[Draw]:
-        """Return this step's draws."""
-        return drawn(f.batch(PARTS), self.m, self.draws, self.seed, f.step, rank_of(f))
+    def of(self, f: Oracle) -> tuple[list[Draw], int]:
+        """Return this step's draws, and how many examples are in the micro-batches that they are drawn from.
+
+        Those are the micro-batches of a partition that weigh something.
+        """
+        batch, how = f.batch(PARTS), (self.seed, f.step, rank_of(f))
+        if batch.per_example:
+            return drawn(batch, self.m, self.draws, *how), len(batch)
+        every = drawn(batch, self.m, len(batch), *how)
+        weighed = f.passes.weighed([batch_of(draw) for draw in every])
+        draws = [draw for draw, (_, share) in zip(every, weighed, strict=True) if share]
+        return draws[: self.draws], sum(len(on) for _, on in draws)
 
 
 def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
@@ -54,44 +63,47 @@ def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
 
     Both passes over ``S`` draw the same random numbers, and the stream goes on as after the passes of ``g``, which
     alone update running statistics.
+
+    Of a :class:`~steppe.MeanBatch` only micro-batches that weigh something are drawn, ``k`` of the ``K`` of a
+    partition, and the correction is ``(K / k) sum_j w_j / w [u(S_j) - g(S_j)]``.
     """
     f.passes.ranks.stay_within()
-    whole, draws, log = f.batch(PARTS), how.of(f), f.passes.log
-    parts, n = _parts_of_g(f, draws), len(whole)
-    total = sum(len(on) for _, on in draws)
+    size, log = len(f.batch(PARTS)), f.passes.log
+    draws, n = how.of(f)
+    parts, total = _parts_of_g(f, draws), sum(len(on) for _, on in draws)
+    weight = sum(share for _, share in parts)
     stream = RandomState.now(f.passes.parameters.devices)
     corrections = []
     try:
-        for part in parts:
-            batch = part.batch()
-            share = batch.weight / whole.weight * n / total
+        for part, share in parts:
             d = part.g  # held here: a rule that does not need it after its move lets go of it
-            corrections.append(share * (part.average(rule) + Update(d * -1.0)))
-            log.add_sample(share, len(batch) / n, part.passes.log)
+            corrections.append(share * n / total * (part.average(rule) + Update(d * -1.0)))
+            log.add_sample(share / weight, len(part.batch()) / size, part.passes.log)
     finally:
         stream.restore()
-    if not corrections:  # means over none of the batch's tokens
-        return Update(f.g)
     return Update(f.g) + _clipped(f, reduce(add, corrections), how.clip)
 
 
-def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[Oracle]:
-    """Set ``f.g``, and return the oracles of the draws; with their gradients, where ``g`` is made of these."""
-    if not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
+def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[tuple[Oracle, float]]:
+    """Set ``f.g``, and return the draws' oracles and shares; with their gradients, where ``g`` is made of these."""
+    apart = f.passes.parameters.sharded and not f.batch().per_example  # the draws' losses are weighed for all ranks
+    if f.knows_g or apart or not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
         f.g = f.g  # takes its pass
-        return [f.part(batch) for batch in map(batch_of, draws) if batch.weight]
+        return [(f.part(batch), share) for batch, share in f.passes.weighed([batch_of(draw) for draw in draws])]
     log, whole, g, parts = f.passes.log, f.batch().weight, Vector([None] * len(f.w.tensors)), []
     for batch, chosen in _cut(f.batch(), draws):
         part, share = f.part(batch), batch.weight / whole
+        if not share:
+            continue
         g = g + share * part.g
         if chosen:
-            parts.append(part)
+            parts.append((part, share))
             log.count("loss", share * part.passes.log.numbers["loss"])
         else:
             log.add(share, part.passes.log)
     f.g = g
     f.passes.counted, log.numbers["g_norm"] = True, g.norm()
-    return [part for part in parts if part.batch().weight]
+    return parts
 
 
 def _cut(batch: Batch, draws: Sequence[Draw]) -> list[tuple[Batch, bool]]:
@@ -137,7 +149,7 @@ def gradient_of_subset(f: Oracle, sample: Callable[[Oracle], Vector], m: int, se
     there too, else at ``w + eps``.
     """
     batch = f.batch(PARTS)
-    if f.needs_g:
+    if f._declares.g:  # not for the cosine alone, which must change no step
         f.g = f.g  # now, so that running statistics see this pass
     draws = (draw for k in (1, len(batch)) for draw in drawn(batch, m, k, seed, f.step, rank_of(f)))
     chosen = next(part for part in map(batch_of, draws) if part.weight)  # a mean over tokens may have none of them

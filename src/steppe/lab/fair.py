@@ -116,6 +116,7 @@ def _contestant(asked: Asked, name: str, text: str, epochs: int) -> Contestant:
     given, wanted = _parsed(text, asked), holes(text)
     defaults: dict[str, Any] = {"lr": asked.settings.lr, "epochs": epochs} | spec.defaults_of(given.name)
     set_there = {*dict(given.options), *dict(given.settings), *(["epochs"] if given.epochs else [])} - {*wanted}
+    set_there |= spec.excluded(given.name, dict(given.options))
     spaces: dict[str, Choices] = {}
     for key in dict.fromkeys([*defaults, *wanted]):
         usual = _hole(key, asked) if key in wanted else None

@@ -11,7 +11,7 @@ read by ``ast.literal_eval``; no code is run.
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, get_type_hints
 
@@ -78,6 +78,13 @@ class Method:
         return common if self.epochs is None else self.epochs
 
 
+# by key: the key that excludes it, and its value where neither is given, which the signature leaves out
+_ONE_OF_TWO: dict[str, dict[str, tuple[str, float]]] = {
+    "ReweightedSharpness": {"size": ("lam", 64)},
+    "XSAM": {"every": ("alpha", 400)},
+}
+
+
 def choices() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """Return every method by name: plain optimizers, the methods of steppe, and compositions of the laboratory."""
     return {**_PLAIN, **{method.__name__: method for method in steppe.METHODS}, **_COMPOSED}
@@ -89,7 +96,13 @@ def defaults_of(name: str) -> dict[str, Any]:
         return {}
     parameters = inspect.signature(choices()[name]).parameters.values()
     own = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _SUPPLIED]
-    return {p.name: p.default for p in own} | dict.fromkeys(get_type_hints(Parts))
+    documented = {key: value for key, (_, value) in _ONE_OF_TWO.get(name, {}).items()}
+    return {p.name: p.default for p in own} | documented | dict.fromkeys(get_type_hints(Parts))
+
+
+def excluded(name: str, given: Collection[str]) -> set[str]:
+    """Return the keys that a method does not take beside those that are given."""
+    return {key for key, (other, _) in _ONE_OF_TWO.get(name, {}).items() if other in given}
 
 
 def options_of(name: str) -> list[str]:

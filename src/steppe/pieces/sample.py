@@ -139,7 +139,8 @@ class Momentum:
     """``-v``, the base optimizer's momentum: Momentum-SAM (arXiv 2401.12033). No pass.
 
     ``v`` is ``momentum_buffer`` (SGD, Muon) or ``exp_avg`` (Adam and its relatives), as the base's last step left it.
-    Before the base's first step there is none, and nothing is perturbed.
+    Before the base's first step there is none, and nothing is perturbed. Where only some of several base optimizers
+    keep it, the parameters of the others are not perturbed, and the optimizer warns once.
 
     Raises:
         TypeError: in ``step``, where the base has stepped and keeps no momentum.
