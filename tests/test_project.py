@@ -49,6 +49,13 @@ def test_the_tables_of_results_are_those_of_the_records() -> None:
     assert {f"{name}_laptop" for name in shown} == {path.stem for path in results_table.RECORDS.glob("*_laptop.json")}
 
 
+def test_the_tables_of_the_comparison_are_those_of_the_record() -> None:
+    import compare_table
+
+    for page in compare_table.PAGES:
+        assert compare_table.with_table(page) == page.read_text()
+
+
 def test_the_tables_of_radii_are_those_of_the_record() -> None:
     import radius_by_m
 

@@ -1,0 +1,73 @@
+"""The record of the default comparison, and its tables in the README and the tutorial.
+
+``python tools/compare_table.py RUNS/compare-digits`` reads a finished ``steppe compare`` and writes
+docs/records/compare_digits.json; without a folder it writes the tables of the record.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "docs" / "records" / "compare_digits.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorials" / "fair-comparison.md")
+BEGIN, END = "<!-- compare: begin -->\n", "<!-- compare: end -->\n"
+NAMES = {"SGD(batch_size=32)": "SGD, batch 32", "SAM(m={m})": "m-SAM", "SAM(m={m}, sampled=1)": "sampled m-SAM"}
+Row = dict[str, Any]
+
+
+def collect(folder: Path) -> None:
+    """Write the record: a row a method, the errors by seed, the environment."""
+    from steppe.lab import notebook
+
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    errors: dict[str, dict[int, float]] = {}
+    for run in runs:
+        errors.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], 3)
+    rows = []
+    for row in notebook.outcomes(folder):
+        kept = {key: value for key, value in row.items() if key not in ("paper", "rho", "baseline")}
+        found = errors[row["method"]]
+        rows.append(kept | {"errors": [found[seed] for seed in sorted(found)]})
+    environment = {key: runs[0]["environment"][key] for key in ("steppe", "torch", "python", "cpu", "cores")}
+    record = {"command": "steppe compare", "environment": environment, "methods": rows}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def signed(low: float, high: float) -> str:
+    """Return an interval, as ``−0.65 to −0.15``."""
+    return f"{low:+.2f} to {high:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def chosen(row: Row) -> str:
+    """Return what the search chose, with a mark where it ended at an edge."""
+    edges = {edge.split()[0] for edge in row["edges"]}
+    parts = (f"{key} {value}{' (edge)' if key in edges else ''}" for key, value in row["chosen"].items())
+    return ", ".join(parts)
+
+
+def table(rows: list[Row], short: bool) -> str:
+    """Return the table of a record's methods; a short one does not say what the searches chose."""
+    heads = ["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed"]
+    lines = [heads + ["chosen"] * (not short), ["---"] * (len(heads) + (not short))]
+    for row in rows:
+        interval = "" if row["low"] is None else signed(row["low"], row["high"])
+        cells = [NAMES.get(row["name"], row["name"]), f"{row['error']:.1f} ± {row['sd']:.1f}", interval]
+        cells += [f"{row['passes']:.0f}", f"{row['fixed_error']:.1f}"]
+        lines.append(cells + [chosen(row)] * (not short))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def with_table(page: Path) -> str:
+    """Return a page's text with the table of the record between its marks; the README's is short."""
+    before, rest = page.read_text().split(BEGIN)
+    made = table(json.loads(RECORD.read_text())["methods"], short=page.name == "README.md")
+    return before + BEGIN + made + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        collect(Path(name))
+    for page in PAGES:
+        page.write_text(with_table(page))
