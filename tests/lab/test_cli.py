@@ -73,7 +73,7 @@ MISTAKES = [
     ("compare --noise 2", "noise must be a number in [0, 1]"),
     ("compare --train-size 1797", "train-size 1797 exceeds the 1796 examples"),
     ("compare --method SAM(m={n})", "cannot search {n} of 'SAM(m={n})'"),
-    ("compare --space m=4,8", "space 'm' is searched of no method here; choose from"),
+    ("compare --space alpha=1,2", "space 'alpha' is searched of no method here; choose from"),
     ("compare --space rho", "cannot read space 'rho'"),
     ("compare --equal steps", "equal must be one of passes, seconds, epochs"),
     ("compare --validation 1", "validation must be a share"),
