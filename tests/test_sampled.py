@@ -235,10 +235,14 @@ def test_statistics_and_random_numbers_are_those_of_the_base_optimizer() -> None
 
 
 @pytest.mark.parametrize("rho", [0.0, 1e-12])
-def test_a_radius_of_zero_is_the_base_step(rho: float) -> None:
-    """The passes over a sample draw the same masks, so without a move their difference is nothing."""
+@pytest.mark.parametrize(
+    ("method", "part"), [(steppe.WSAM, {"m": 5, "sampled": 1}), (steppe.SAM, {"ascent": 5})], ids=["sampled", "ascent"]
+)
+def test_a_radius_of_zero_is_the_base_step(method: type, part: dict, rho: float) -> None:
+    """The passes over a sample draw the same masks, so without a move their difference is nothing; a pass over the
+    batch after ascent on a subset draws those of the base's own."""
     ours, theirs = world(torch.float64, noisy), world(torch.float64, noisy)
-    a, b = steppe.WSAM(sgd(ours), rho, m=5, sampled=1), sgd(theirs)
+    a, b = method(sgd(ours), rho, **part), sgd(theirs)
     for mine, other in zip(ours.batches(3), theirs.batches(3), strict=True):
         torch.manual_seed(3)
         a.step(mine)

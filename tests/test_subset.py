@@ -148,21 +148,6 @@ def test_statistics_see_one_pass_over_the_batch_and_random_numbers_go_on_as_in_t
         assert torch.equal(buffer, theirs.model.get_buffer(name)), name
 
 
-@pytest.mark.parametrize("rho", [0.0, 1e-12])
-def test_a_radius_of_zero_is_the_base_step(rho: float) -> None:
-    """The pass over the batch draws the masks of the base's own."""
-    ours, theirs = world(torch.float64, noisy), world(torch.float64, noisy)
-    a, b = steppe.SAM(sgd(ours), rho, ascent=5), sgd(theirs)
-    for mine, other in zip(ours.batches(3), theirs.batches(3), strict=True):
-        torch.manual_seed(3)
-        a.step(mine)
-        torch.manual_seed(3)
-        other()
-        b.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0 if rho == 0 else 1e-9, atol=0 if rho == 0 else 1e-9)
-
-
 def test_the_subset_lies_within_one_accumulated_batch(monkeypatch) -> None:
     w = world()
     chunks = [w.batch.subset(torch.arange(4)), w.batch.subset(torch.arange(4, N))]

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marks import between
+
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "records" / "compare_digits.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorials" / "fair-comparison.md")
-BEGIN, END = "<!-- compare: begin -->\n", "<!-- compare: end -->\n"
 NAMES = {"SGD(batch_size=32)": "SGD, batch 32", "SAM(m={m})": "m-SAM", "SAM(m={m}, sampled=1)": "sampled m-SAM"}
 Row = dict[str, Any]
 
@@ -61,9 +62,8 @@ def table(rows: list[Row], short: bool) -> str:
 
 def with_table(page: Path) -> str:
     """Return a page's text with the table of the record between its marks; the README's is short."""
-    before, rest = page.read_text().split(BEGIN)
     made = table(json.loads(RECORD.read_text())["methods"], short=page.name == "README.md")
-    return before + BEGIN + made + END + rest.split(END)[1]
+    return between(page.read_text(), "compare", made)
 
 
 if __name__ == "__main__":

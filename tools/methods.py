@@ -9,12 +9,13 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+from marks import between
+
 import steppe
 import steppe.methods
 
 ROOT = Path(__file__).parents[1]
 PAGE, INIT = ROOT / "docs" / "methods.md", ROOT / "src" / "steppe" / "api.py"
-BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
 SLOTS = ("combine", "geometry", "rules", "sample", "select", "weights")
 
 
@@ -40,8 +41,7 @@ def row(method: type[steppe.SharpnessAware]) -> str:
 def with_table(text: str) -> str:
     """Return the page's text with the table between its marks."""
     head = "| method | what it does | cost | source |\n|---|---|---|---|\n"
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + head + "".join(map(row, steppe.methods.METHODS)) + END + rest.split(END)[1]
+    return between(text, "methods", head + "".join(map(row, steppe.methods.METHODS)))
 
 
 def public(module: str) -> list[str]:

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marks import between
+
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "docs" / "records" / "radius_by_m.json", ROOT / "docs" / "how-to" / "radius.md"
-BEGIN, END = "<!-- radius by m: begin -->\n", "<!-- radius by m: end -->\n"
 SETTINGS = (
     "data",
     "train_size",
@@ -64,8 +65,7 @@ def table(study: dict[str, Any]) -> str:
 
 def with_tables(text: str) -> str:
     """Return the page's text with the tables of the record."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n".join(map(table, json.loads(RECORD.read_text()))) + END + rest.split(END)[1]
+    return between(text, "radius by m", "\n".join(map(table, json.loads(RECORD.read_text()))))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steppe.engine import checks
 from steppe.engine.grads import modules_of, zero_grad
 from steppe.engine.nested import Data, Examples
+from steppe.engine.supervised import Supervised
 from steppe.engine.vector import wide
 
 Loss = Callable[[nn.Module, Data], Tensor]
@@ -103,9 +104,9 @@ class Batch:
         inputs: Sequence[Tensor] | None = None,
         under: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
-        """Run forward, under a context, and backward; return the losses, shape ``(n,)``, detached."""
+        """Run forward, under a context, and backward; return what :meth:`value` has returned, detached."""
         with under or nullcontext():
-            losses = self.losses()
+            losses = self.value()
         self.backward(losses, weights, inputs)
         return losses.detach()
 
@@ -120,6 +121,10 @@ class Batch:
     def modules(self) -> list[nn.Module]:
         """Return the model's modules, each once."""
         return modules_of(self.model)
+
+    def value(self) -> Tensor:
+        """Run one forward and return what ``backward`` takes: the losses, shape ``(n,)``."""
+        return self.losses()
 
     def losses(self) -> Tensor:
         """Run one forward and return the loss of every example, shape ``(n,)``.
@@ -284,16 +289,3 @@ def as_closure(closure: Any) -> Any:
 def chunks_of(batch: Batch) -> tuple[Batch, ...]:
     """Return the batches that are accumulated; one batch is itself."""
     return batch.chunks if isinstance(batch, Batches) else (batch,)
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """``criterion(model(inputs), targets)``, one loss an example: the loss of :meth:`Batch.supervised`."""
-
-    criterion: Callable[[Any, Any], Tensor]
-
-    def __call__(self, model: nn.Module, data: Data) -> Tensor:
-        """Return the losses, shape ``(n,)``."""
-        inputs, targets = data
-        losses = self.criterion(model(inputs), targets)
-        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses

@@ -1,9 +1,8 @@
 """A closure that can be cut into parts, whose loss is one mean."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,18 +88,6 @@ class MeanBatch(Batch):
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss must return the mean loss, a tensor with one number, got {got}")
         return loss.reshape(())
-
-    def run(
-        self,
-        weights: Tensor | float | None = None,
-        inputs: Sequence[Tensor] | None = None,
-        under: AbstractContextManager[Any] | None = None,
-    ) -> Tensor:
-        """Run forward, under a context, and backward; return the mean loss, 0-dim, detached."""
-        with under or nullcontext():
-            loss = self.value()
-        self.backward(loss, weights, inputs)
-        return loss.detach()
 
     def backward(
         self, losses: Tensor, weights: Tensor | float | None = None, inputs: Sequence[Tensor] | None = None

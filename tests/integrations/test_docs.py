@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_docs import blocks, run
+
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("lightning")
@@ -25,16 +27,10 @@ def _apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_code_on_the_page_runs(page: Path) -> None:
-    names: dict[str, object] = {}
     assert blocks(page)
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), names)
+    run(page)
 
 
 def test_every_stack_has_an_example() -> None:

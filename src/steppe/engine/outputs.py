@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Batches, Loss, Supervised, chunks_of
+from steppe.batch import Batch, Batches, Loss, chunks_of
 from steppe.engine.nested import Data
 from steppe.engine.parameters import Parameters
+from steppe.engine.supervised import Supervised
 from steppe.engine.vector import wide
 
 

@@ -69,7 +69,7 @@ def _compare(batch: MeanBatch) -> None:
     halves = batch.split((len(batch) + 1) // 2)  # on every rank two, as sharded parameters are gathered
     try:
         with torch.no_grad(), evaluated(modules):
-            whole, parts = batch.value(), [half.value() for half in halves]  # type: ignore[attr-defined]
+            whole, parts = batch.value(), [half.value() for half in halves]
     except Exception:  # in evaluation mode the model has no loss: that cannot be told
         return
     if not batch.weight:  # the mean is over nothing; other ranks may have waited for these forwards

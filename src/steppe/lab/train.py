@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
-from steppe.batch import Supervised
+from steppe.engine.supervised import Supervised
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.errors import LabError, NotFiniteError
 from steppe.lab.hardware import ALONE, CPU, Hardware, Process
