@@ -62,7 +62,7 @@ def test_equal_methods_count_once():
 
 
 def test_every_method_of_steppe_can_be_named():
-    known = {"SGD", "AdamW", "AdaptiveWSAM", "FisherWSAM"}
+    known = {"SGD", "AdamW", "AdaptiveWSAM", "FisherWSAM", "LateSAM"}
     assert set(spec.choices()) == known | {method.__name__ for method in steppe.METHODS}
     assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
 

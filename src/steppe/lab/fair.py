@@ -23,7 +23,7 @@ from steppe.lab.price import Price, prices
 from steppe.lab.runs import COMPARISON, SEARCH, Plan
 from steppe.lab.settings import Settings
 from steppe.lab.spaces import HOLES, design, space
-from steppe.lab.spec import Method
+from steppe.lab.spec import Method, base_of
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
 from steppe.lab.sweep.work import Worksite, search
 from steppe.lab.terminal import Display, line
@@ -74,11 +74,6 @@ class Contestant:
     def stage(self, trials: int) -> Stage:
         """Return the method's search."""
         return Stage(self.name, self.method, {}, design(self.space, self.fixed, trials))
-
-
-def base_of(settings: Settings) -> str:
-    """Return the name of the base optimizer alone."""
-    return {"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer]
 
 
 def everyone(asked: Asked) -> dict[str, tuple[str, float]]:

@@ -22,6 +22,7 @@ SPACES: dict[str, Choices] = {
     "theta": Range(0.1, 0.95, log=False),
     "beta": Range(0.3, 1.0, log=False),
     "ESAM.gamma": Range(0.3, 1.0, log=False),
+    "LateSAM.share": Range(0.05, 0.5),
 }
 # Searched where a spec asks for it by a hole: SAM(m={m}).
 HOLES: dict[str, Choices] = {

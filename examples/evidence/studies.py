@@ -1,0 +1,86 @@
+"""The studies behind docs/evidence.md: each is one fair comparison, ``steppe compare`` with these options.
+
+    python examples/evidence/studies.py                       # the names
+    python examples/evidence/studies.py --study digits-clean  # train it, or go on with it; runs/evidence/digits-clean
+
+``--minutes 9`` stops with exit code 75 after so long and keeps everything; the same command goes on.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+METHODS = (
+    "SAM",
+    "ASAM",
+    "WSAM",
+    "SAM(m={m})",
+    "SAM(m={m}, sampled=1)",
+    "SAM(m={m}, sampled=1, clip={clip})",
+    "SAM(ascent={ascent})",
+    "RWSAM",
+    "ReweightedSharpness",
+    "GSAM",
+    "FSAM",
+    "LookSAM",
+    "LateSAM",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A title, the data, and the options of ``steppe compare`` that differ from its own."""
+
+    title: str
+    data: str
+    given: dict[str, Any]
+    trials: int = 32
+    search_seeds: int = 2
+    seeds: int = 10
+    methods: tuple[str, ...] = METHODS
+    spaces: dict[str, str] = field(default_factory=dict)
+
+    def words(self) -> list[str]:
+        """Return the command, after ``steppe``."""
+        words = ["compare", "--data", self.data]
+        for key, value in self.given.items():
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        words += [word for method in self.methods for word in ("--method", method)]
+        words += [word for key, text in self.spaces.items() for word in ("--space", f"{key}={text}")]
+        return [*words, "--trials", f"{self.trials}", "--search-seeds", f"{self.search_seeds}", "--seeds", f"{self.seeds}"]
+
+
+_DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
+
+STUDIES = {
+    "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
+    "digits-noise": Study("Digits, 40 % noise", "digits", _DIGITS | {"noise": 0.4}, search_seeds=3),
+}
+
+
+def main() -> None:
+    """Train a study, or list them."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--study", choices=STUDIES)
+    options.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="the folder of the studies")
+    options.add_argument("--minutes", type=float, help="stop after so long, exit with 75")
+    options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--show", action="store_true", help="print the command alone")
+    given = options.parse_args()
+    if given.study is None:
+        print("\n".join(f"{name:20}{study.title}" for name, study in STUDIES.items()))
+        return
+    from steppe.cli import main as steppe
+
+    words = [*STUDIES[given.study].words(), "--workers", f"{given.workers}", "--out", str(given.out / given.study)]
+    words += [] if given.minutes is None else ["--minutes", f"{given.minutes}"]
+    sys.path.append(str(HERE))  # a study's task is tasks:NAME
+    sys.argv = ["steppe", *words]
+    steppe()
+
+
+if __name__ == "__main__":
+    main()
