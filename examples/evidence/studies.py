@@ -28,6 +28,17 @@ METHODS = (
     "LookSAM",
     "LateSAM",
 )
+FEWER = (  # where a run is dear
+    "SAM",
+    "ASAM",
+    "WSAM",
+    "SAM(m={m})",
+    "SAM(m={m}, sampled=1)",
+    "SAM(ascent={ascent})",
+    "ReweightedSharpness",
+    "GSAM",
+    "LateSAM",
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,24 @@ class Study:
 
 _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 
+_FASHION = {"epochs": 20, "lr": 0.05, "batch_size": 64}
+_SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
+_DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}}
+
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
     "digits-noise": Study("Digits, 40 % noise", "digits", _DIGITS | {"noise": 0.4}, search_seeds=3),
+    "mnist1d": Study("MNIST-1D, clean", "tasks:mnist1d", {"epochs": 40, "lr": 0.1}, **_SMALL, spaces={"m": "8,16,32"}),
+    "diabetes": Study("Diabetes, regression", "tasks:diabetes", {"epochs": 30, "lr": 0.02, "batch_size": 32},
+                      spaces={"m": "4,8,16", "ascent": "4,8,16"}, trials=24),
+    "texts": Study("Fortunes by file, text embeddings", "tasks:texts", {"epochs": 20, "lr": 0.1}, **_SMALL,
+                   spaces={"m": "8,16,32"}),
+    "fashion-clean": Study("Fashion-MNIST 14 x 14, clean, CNN", "tasks:fashion", _FASHION, **_SMALL, **_DEAR),
+    "fashion-noise": Study("Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4},
+                           **_SMALL, **_DEAR),
+    "fashion-vit": Study("Fashion-MNIST 14 x 14, clean, ViT, AdamW", "tasks:fashion_vit",
+                         {"epochs": 20, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
+                         **_SMALL, **_DEAR),
 }
 
 
