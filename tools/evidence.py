@@ -15,6 +15,7 @@ from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
+RADIUS = ROOT / "docs" / "how-to" / "radius.md"
 NAMES = {
     "SAM(m={m})": "m-SAM",
     "SAM(m={m}, sampled=1)": "sampled m-SAM",
@@ -42,11 +43,13 @@ def collect(folder: Path) -> Record:
     rows = []
     for row in notebook.outcomes(folder):
         name, prices_of = row["name"], prices[row["name"]]
-        points = sorted(point["error"] for point in stages[name]["points"] if point["error"] is not None)
+        points = sorted(
+            (point for point in stages[name]["points"] if point["error"] is not None), key=lambda each: each["error"]
+        )
         kept = {key: row[key] for key in ("name", "method", "chosen", "edges", "trials", "passes", "collapsed")}
         kept |= {"epoch_passes": round(prices_of["passes"], 3), "epoch_ms": round(1000 * prices_of["seconds"], 2)}
         kept |= {"search_passes": round(row["search_passes"]), "search_seconds": round(row["search_seconds"], 1)}
-        kept |= {"validation_errors": [round(each, 3) for each in points[:3]]}
+        kept |= {"best_trials": [point["values"] | {"error": round(point["error"], 4)} for point in points[:3]]}
         rows.append(kept | {"errors": final[0][row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
     settings = {key: asked["settings"][key] for key in KEPT}
     search = {key: asked.get(key) for key in ("trials", "search_seeds", "validation", "equal", "spaces", "draw")}
@@ -165,6 +168,25 @@ def with_tables(text: str) -> str:
     return text
 
 
+def radii(studies: dict[str, str]) -> str:
+    """Return the radius that every search chose, and those of its three best trials, lowest to highest."""
+    lines = [["method", *studies.values()], ["---", *["---:"] * len(studies)]]
+    found = {name: {label(row["name"]): row for row in record(name)["methods"]} for name in studies}
+    for title in dict.fromkeys(title for rows in found.values() for title in rows):
+        cells = [_radius(rows.get(title)) for rows in found.values()]
+        if any(cells):
+            lines.append([title, *cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _radius(row: Record | None) -> str:
+    if row is None or "rho" not in row["chosen"]:
+        return ""
+    near = sorted(trial["rho"] for trial in row["best_trials"])
+    size = next((f", {key} {row['chosen'][key]}" for key in ("m", "ascent") if key in row["chosen"]), "")
+    return f"{row['chosen']['rho']:.2g}{size} ({near[0]:.2g} to {near[-1]:.2g})"
+
+
 def titles(text: str) -> dict[str, str]:
     """Return the studies that a page has marks for, with their titles: the headings above the marks."""
     found, heading = {}, ""
@@ -181,4 +203,5 @@ if __name__ == "__main__":
         for folder in sorted(path for path in Path(name).iterdir() if (path / "fixed" / "config.json").exists()):
             path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
             path.write_text(json.dumps(collect(folder), indent=1) + "\n")
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(with_tables(text := PAGE.read_text()))
+    RADIUS.write_text(between(RADIUS.read_text(), "chosen radii", radii(titles(text))))

@@ -73,7 +73,7 @@ _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 
 _FASHION = {"epochs": 20, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
-_DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}}
+_DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "seeds": 5}
 
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
@@ -108,15 +108,14 @@ STUDIES = {
     "texts": Study(
         "Fortunes by file, text embeddings", "tasks:texts", {"epochs": 20, "lr": 0.1}, **_SMALL, spaces={"m": "8,16,32"}
     ),
-    "fashion-clean": Study("Fashion-MNIST 14 x 14, clean, CNN", "tasks:fashion", _FASHION, **_SMALL, **_DEAR),
+    "fashion-clean": Study("Fashion-MNIST 14 x 14, clean, CNN", "tasks:fashion", _FASHION, **_DEAR),
     "fashion-noise": Study(
-        "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_SMALL, **_DEAR
+        "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
     ),
     "fashion-vit": Study(
         "Fashion-MNIST 14 x 14, clean, ViT, AdamW",
         "tasks:fashion_vit",
         {"epochs": 20, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
-        **_SMALL,
         **_DEAR,
     ),
 }

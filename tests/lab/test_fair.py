@@ -17,7 +17,7 @@ from steppe.lab.report import fair as tables
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Range
 
-from . import formats, own_tasks
+from . import own_tasks
 from .helpers import Process, steppe_cli
 
 SMALL = Settings(model="mlp-16", train_size=240, batch_size=32, epochs=4, test_seed=0)
@@ -349,20 +349,6 @@ def test_a_plain_script_without_a_guard_works_or_says_what_to_do(tmp_path, task,
         assert done.returncode == 1
         assert "around the call in a script; or leave workers out" in done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("steppe.lab.errors.LabError: a worker process was lost")
-
-
-def test_data_shaped_like_cifar_run_in_slices_and_end(tmp_path):
-    formats.cifar10(tmp_path / "data", each=20)
-    small = ["--data", "cifar10", "--data-dir", tmp_path / "data", "--train-size", 40, "--batch-size", 16]
-    small += ["--epochs", 1, "--model", "resnet18-w8", "--trials", 1, "--seeds", 1, "--workers", 1]
-    small += ["--method", "SAM(m={m}, sampled=1)"]
-    codes = []
-    while len(codes) < 40 and (not codes or codes[-1] == 75):
-        codes.append(steppe_cli("compare", *small, "--minutes", 0.04, "--out", tmp_path / "c").exit_code)
-    assert codes[-1] == 0
-    assert codes[0] == 75
-    found = tables.read(tmp_path / "c")
-    assert [one.row.n for one in found.each] == [1, 1, 1]
 
 
 def test_the_defaults_can_be_trained():
