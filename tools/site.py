@@ -26,8 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Link to the pages of the notebooks where a file links to the notebooks."""
-    return re.sub(r"(\]\([^)\s]+)\.ipynb\)", r"\1.md)", markdown)
+    """Link to the pages of the notebooks and of the changelog, where a file links to the files they are made of."""
+    return re.sub(r"(\]\([^)\s]+)\.ipynb\)", r"\1.md)", markdown).replace("](../CHANGELOG.md)", "](changelog.md)")
 
 
 @cache  # `mkdocs serve` builds the site again and again
