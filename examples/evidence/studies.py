@@ -3,6 +3,9 @@
     python examples/evidence/studies.py                       # the names
     python examples/evidence/studies.py --study digits-clean  # train it, or go on with it; runs/evidence/digits-clean
 
+``--near`` trains, once a study is done, the second and third best trials of every search with final seeds too: what the
+table would say had the search been a little luckier or less so.
+
 Further options of ``steppe compare`` may follow. ``--minutes 9`` stops with exit code 75 after so long and keeps
 everything; the same command goes on. So a study for a GPU runs in slices:
 
@@ -100,6 +103,14 @@ STUDIES = {
     "texts": Study(
         "Fortunes by file, text embeddings", "tasks:texts", {"epochs": 20, "lr": 0.1}, **_SMALL, spaces={"m": "8,16,32"}
     ),
+    "texts-long": Study(
+        "The same, three times as long",
+        "tasks:texts",
+        {"epochs": 60, "lr": 0.5},
+        methods=("SAM", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})"),
+        trials=12,
+        seeds=5,
+    ),
     "fashion-clean": Study("Fashion-MNIST 14 x 14, clean, CNN", "tasks:fashion", _FASHION, **_DEAR),
     "fashion-noise": Study(
         "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
@@ -125,19 +136,43 @@ for _data in ("cifar10", "cifar100"):
     }
 
 
+def near(folder: Path) -> None:
+    """Train the second and third best trials of every search of a study with the first five final seeds."""
+    from steppe.lab import compare, fair, files, runs
+    from steppe.lab.sweep.space import filled
+
+    asks = fair.opened_again(folder)
+    if asks is None:
+        raise SystemExit(f"{folder} holds no study")
+    stages = files.read_json(folder / runs.SEARCH)["stages"]
+    points = [(one.method, point["values"]) for one, stage in zip(asks.contestants, stages, strict=True)
+              for point in best(stage["points"])[1:3]]  # fmt: skip
+    methods = dict.fromkeys(filled(method, values) for method, values in points)
+    compare.compare(folder / "near", runs.Plan(asks.asked.settings, tuple(methods), 5), workers=1)
+
+
+def best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the trials of a search, the best first; the first tried of equals is the first."""
+    return sorted((point for point in points if point["error"] is not None), key=lambda point: point["error"])
+
+
 def main() -> None:
     """Train a study, or list them."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--study", choices=STUDIES)
     options.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="the folder of the studies")
+    options.add_argument("--near", action="store_true", help="train the next two trials of a study that is done")
     given, more = options.parse_known_args()
     if given.study is None:
         print("\n".join(f"{name:20}{study.title}" for name, study in STUDIES.items()))
         return
+    sys.path.append(str(HERE))  # a study's task is tasks:NAME
+    if given.near:
+        near(given.out / given.study)
+        return
     from steppe.cli import main as steppe
 
     words = [*STUDIES[given.study].words(), "--workers", "1", "--out", str(given.out / given.study), *more]
-    sys.path.append(str(HERE))  # a study's task is tasks:NAME
     sys.argv = ["steppe", *words]
     steppe()
 
