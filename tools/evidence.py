@@ -49,7 +49,9 @@ def collect(folder: Path) -> Record:
     for row in notebook.outcomes(folder):
         name, prices_of = row["name"], prices[row["name"]]
         points = studies.best(stages[name]["points"])
-        kept = {key: row[key] for key in ("name", "method", "chosen", "edges", "trials", "passes", "collapsed")}
+        kept = {
+            key: row[key] for key in ("name", "method", "chosen", "edges", "as_good", "trials", "passes", "collapsed")
+        }
         kept |= {"epoch_passes": round(prices_of["passes"], 3), "epoch_ms": round(1000 * prices_of["seconds"], 2)}
         kept |= {"search_passes": round(row["search_passes"]), "search_seconds": round(row["search_seconds"], 1)}
         kept |= {"best_trials": [point["values"] | {"error": round(point["error"], 4)} for point in points[:3]]}
@@ -57,7 +59,9 @@ def collect(folder: Path) -> Record:
         kept |= {"near_errors": [near[method] for method in methods]} if near else {}
         rows.append(kept | {"errors": final[0][row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
     settings = {key: asked["settings"][key] for key in KEPT}
-    search = {key: asked.get(key) for key in ("trials", "search_seeds", "validation", "equal", "spaces", "draw")}
+    search = {
+        key: asked.get(key) for key in ("trials", "near", "search_seeds", "validation", "equal", "spaces", "draw")
+    }
     return {"metric": final[1], "settings": settings, "search": search, "environment": environment, "methods": rows}
 
 
@@ -127,14 +131,14 @@ def table(study: str) -> str:
     found = record(study)
     rows, digits = found["methods"], decimals(found)
     others = [f"against {label(rows[i]['name'])}, 95 % CI" for i in (0, 1)]
-    heads = ["method", found["metric"], *others, "next two", "passes", "epoch", "fixed", "chosen"]
+    heads = ["method", found["metric"], *others, "next two", "as good", "passes", "epoch", "fixed", "chosen"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     columns = [against(rows, rows[i]) for i in (0, 1)]
     for i, row in enumerate(rows):
         cells = [label(row["name"]), f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"]
         cells += [_difference(column[i], digits) for column in columns]
         cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
-        cells += [f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
+        cells += [str(row["as_good"]), f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
         lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}", chosen(row)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

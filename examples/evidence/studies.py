@@ -46,6 +46,7 @@ class Study:
     data: str
     given: dict[str, Any]
     trials: int = 32
+    near: int = 0  # of the trials
     search_seeds: int = 2
     seeds: int = 10
     methods: tuple[str, ...] = METHODS
@@ -58,7 +59,7 @@ class Study:
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += [word for method in self.methods for word in ("--method", method)]
         words += [word for key, text in self.spaces.items() for word in ("--space", f"{key}={text}")]
-        counts = {"trials": self.trials, "search-seeds": self.search_seeds, "seeds": self.seeds}
+        counts = {"trials": self.trials, "near": self.near, "search-seeds": self.search_seeds, "seeds": self.seeds}
         return words + [word for key, count in counts.items() for word in (f"--{key}", f"{count}")]
 
 
@@ -66,7 +67,7 @@ _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 
 _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
-_DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "seeds": 5}
+_DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
 
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
@@ -108,7 +109,8 @@ STUDIES = {
         "tasks:texts",
         {"epochs": 60, "lr": 0.5},
         methods=("SAM", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})"),
-        trials=12,
+        trials=16,
+        near=8,
         seeds=5,
     ),
     "fashion-clean": Study("Fashion-MNIST 14 x 14, clean, CNN", "tasks:fashion", _FASHION, **_DEAR),
