@@ -25,8 +25,9 @@ def own_arguments(method: type) -> str:
     """Return a method's docstring without what all methods share: base, options and errors stand in one place."""
     doc, own = inspect.cleandoc(method.__doc__ or ""), set(inspect.signature(method).parameters) - {"base"}
     doc = re.sub(r"^Raises:\n(?:    .*\n?)*\n*", "", doc, flags=re.MULTILINE)
-    kept = lambda entry: re.sub(r", default .*?\):", "):", entry[0]) if entry[1] in own else ""
-    return re.sub(r"^    (\w+) \(.*\n(?:        .*\n)*", kept, doc, flags=re.MULTILINE)
+    doc = re.sub(r", default .*?\):", "):", doc)
+    entry = r"^    (\w+) \(.*\n(?:        .*\n)*"
+    return re.sub(entry, lambda found: found[0] if found[1] in own else "", doc, flags=re.MULTILINE)
 
 
 def name(reference: re.Match[str]) -> str:
