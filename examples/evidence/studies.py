@@ -72,17 +72,14 @@ _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials":
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
     "digits-noise": Study("Digits, 40 % noise", "digits", _DIGITS | {"noise": 0.4}, search_seeds=3),
-    **{
-        f"digits-noise-{draw + 1}": Study(
-            f"The same, search {draw + 1}",
-            "digits",
-            _DIGITS | {"noise": 0.4, "search_draw": draw},
-            search_seeds=3,
-            seeds=5,
-            methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)"),
-        )
-        for draw in (1, 2)
-    },
+    "digits-noise-2": Study(
+        "Digits, 40 % noise, another search",
+        "digits",
+        _DIGITS | {"noise": 0.4, "search_draw": 1},
+        search_seeds=3,
+        near=12,
+        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})"),
+    ),
     "letters": Study(
         "Letters of the fortunes, small GPT, AdamW",
         "tasks:letters",
@@ -93,6 +90,17 @@ STUDIES = {
         spaces={"m": "2,4,8", "ascent": "4,8,16"},
     ),
     "mnist1d": Study("MNIST-1D, clean", "tasks:mnist1d", {"epochs": 40, "lr": 0.1}, **_SMALL, spaces={"m": "8,16,32"}),
+    "mnist1d-long": Study(
+        "MNIST-1D, clean, longer, a closer search",
+        "tasks:mnist1d",
+        {"epochs": 60, "lr": 0.2},
+        methods=("SAM", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})"),
+        trials=24,
+        near=12,
+        search_seeds=1,
+        seeds=5,
+        spaces={"lr": "0.05..0.8", "rho": "0.02..1.0"},
+    ),
     "diabetes": Study(
         "Diabetes, regression",
         "tasks:diabetes",
