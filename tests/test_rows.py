@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import steppe
 from steppe import Oracle, SharpnessAware, Update
+from steppe.engine.checks import KEPT, check_state
 from steppe.engine.parameters import Parameters, Radii
 from steppe.pieces.protocol import Declaration
-from tests.cases import KeepingSGD, N, sgd, sgdm, world
+from tests.cases import KeepingSGD, N, reading, sgd, sgdm, world
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
 A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
@@ -72,8 +73,8 @@ def test_closed_forms_of_one_step() -> None:
     close(lambda b: steppe.LESAM(b, 0.5, sigma=10.0), g_adv)  # the budget is not the limit
     close(lambda b: steppe.LESAM(b, 0.5, sigma=1.0), g + A @ (0.2 * g / 5))  # rho_t = sigma / norm(g) = 0.2
     close(lambda b: steppe.GCSAM(b, 0.5), g_adv)  # a vector is not centralised
-    close(lambda b: steppe.PreconditionedSAM(b, 0.5), g_adv)  # before the base's first step
-    close(lambda b: steppe.MomentumSAM(b, 0.5), g)  # as here
+    close(lambda b: reading(steppe.PreconditionedSAM)(b, None, 0.5), g_adv)  # before the base's first step
+    close(lambda b: reading(steppe.MomentumSAM)(b, None, 0.5), g)  # as here
     clipped = g / 5 + 3 * (g_adv / g_adv.norm() - g / 5)  # gamma / (1 - gamma) = 3; the code adds 1e-6 to the norms
     found = on_quadratic(lambda b: steppe.WSAM(b, 0.5, 0.75, clip_each=1.0), lr=1.0)[0]
     torch.testing.assert_close(1 - found, clipped, rtol=0, atol=2e-6)
@@ -288,12 +289,20 @@ def test_functional_sam_refuses_a_criterion_that_is_trained(named: bool) -> None
     w, criterion = world(), Scaled()
     both = [*w.model.named_parameters(), ("scale", criterion.scale)]
     opt = steppe.FunctionalSAM(sgd(both if named else [p for _, p in both]))
-    before, batch = w.weights(), steppe.Batch.supervised(w.model, criterion, w.x, w.y)
+    before, runs = w.weights(), []
+    w.model.register_forward_hook(lambda *_: runs.append(1))
     name = "'scale' " if named else ""
-    with pytest.raises(TypeError, match=rf"criterion must use no parameter .* got Scaled with the parameter {name}of"):
-        opt.step(batch)
-    assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
-    steppe.FunctionalSAM(sgd(w)).step(batch)  # its parameters are not trained
+    for run, given in enumerate([criterion, lambda y, t: criterion(y, t)]):
+        batch = steppe.Batch.supervised(w.model, given, w.x, w.y)
+        who = r"<function .*" if run else "Scaled"
+        with pytest.raises(
+            TypeError, match=rf"criterion must use no parameter .* got {who} with the parameter {name}of"
+        ):
+            opt.step(batch)
+        assert len(runs) == run  # a module is refused before any pass
+        assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
+        steppe.FunctionalSAM(sgd(w, lr=0.0)).step(batch)  # its parameters are not trained
+        runs.clear()
 
 
 def test_functional_sam_refuses_a_loss_that_only_has_a_criterion() -> None:
@@ -385,10 +394,36 @@ def test_state_that_is_not_declared_or_no_vector_is_refused(name: str, error: ty
 @pytest.mark.parametrize("method", [steppe.MomentumSAM, steppe.PreconditionedSAM])
 def test_a_base_without_the_state_that_is_read_is_refused(method: type[SharpnessAware]) -> None:
     w = world()
-    opt = method(sgd(w))
+    with pytest.raises(TypeError, match=r"needs a base optimizer that keeps .* got SGD that does not"):
+        method(sgd(w))
+    with pytest.raises(TypeError, match="got SGD that"):
+        method([sgd(w.parameters()[:1]), sgd(w.parameters()[1:])])
+
+    class Unknown(torch.optim.SGD):
+        pass
+
+    opt = method(Unknown(w.parameters(), lr=0.1))  # known by its first step
     opt.step(w.batch)
     with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
         opt.step(w.batch)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, *KEPT])
+def test_what_torchs_optimizers_keep(kind: type[torch.optim.Optimizer]) -> None:
+    read = {"momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg"}
+    p = nn.Parameter(torch.ones(2, 2))
+    base = kind([p], lr=0.1, **({"momentum": 0.9} if kind in (torch.optim.SGD, torch.optim.RMSprop) else {}))
+    p.grad = torch.ones(2, 2)
+    base.step()
+    kept = read & base.state[p].keys()
+    assert kept == KEPT.get(kind, kept)
+    for names in ({"momentum_buffer", "exp_avg"}, {"exp_avg_sq", "square_avg"}):
+        refused = False
+        try:
+            check_state(base, frozenset(names))
+        except TypeError:
+            refused = True
+        assert refused == (not kept & names)
 
 
 @pytest.mark.parametrize(

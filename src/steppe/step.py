@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe.batch import Batch
+from steppe.engine.checks import check_state
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
 from steppe.engine.memory import Memory
@@ -158,6 +159,9 @@ class Stepper:
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
     added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
+
+    def __post_init__(self) -> None:
+        check_state(self.base, declared(self.rule).base_state)
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
