@@ -80,6 +80,58 @@ def test_closed_forms_of_one_step() -> None:
     torch.testing.assert_close(1 - found, clipped, rtol=0, atol=2e-6)
 
 
+def test_saner_in_the_numbers_of_its_authors() -> None:
+    """Entries between 0 and 1 times g's: the first of step 1, the second of step 2, none of step 3."""
+    path = [(0.961180339887494, 0.6658359213500726), (0.7137200835207204, 0.6308191992570423), (0.6098658351333339, 0.42785323912445117)]  # fmt: skip
+    model = Quadratic((1.0, 1.0))
+    batch = model.batch(torch.tensor([[[3.0, -2.0], [-2.0, 4.0]]], dtype=torch.float64), torch.zeros(1, 2))
+    opt = steppe.SANER(sgd(model), 0.5, alpha=steppe.schedule.Linear(0.5, 0.5, 9))
+    for point in path:
+        opt.step(batch)
+        torch.testing.assert_close(model.weight.detach(), vector(*point), rtol=0, atol=1e-8)
+    for alpha in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
+            steppe.SANER(sgd(model), alpha=alpha)
+
+
+def test_saner_keeps_a_gradient_that_w_does_not_have() -> None:
+    class Sleeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a**2 + (self.b if self.a > 1 else 0) + 0 * x.sum(1)
+
+    model = Sleeper()
+    opt = steppe.SANER(sgd(model, lr=1.0), 0.1, alpha=1.0)
+    opt.step(steppe.Batch(model, lambda m, x: m(x), torch.zeros(3, 1)))
+    assert model.b.item() == 0
+
+
+def test_light_sams_radius_shrinks_with_the_gradients_so_far() -> None:
+    model = Quadratic((1.0, 1.0))
+    opt = steppe.LightSAM(sgd(model), 0.5)
+    w, squares = vector(1, 1), 0.0
+    for _ in range(3):
+        g = A @ w
+        squares += float(g @ g)
+        w = w - 0.1 * A @ (w + 0.5 * g / squares**0.5)
+        opt.step(model.batch(A[None], torch.zeros(1, 2)))
+        torch.testing.assert_close(model.weight.detach(), w)
+        torch.testing.assert_close(opt.telemetry.eps_norm, 0.5 * g.norm() / squares**0.5)
+    assert opt.param_groups[0]["sharpness.squares"] == pytest.approx(squares)
+
+
+def test_gams_second_term_is_the_gradient_of_the_gradients_norm() -> None:
+    """On a quadratic rho H g / norm(g) is rho times the gradient of norm(g), exactly."""
+    eps = 0.5 * A @ A @ vector(1, 1) / (A @ A @ vector(1, 1)).norm()
+    w = (vector(1, 1) + eps).requires_grad_()
+    (of_the_norm,) = torch.autograd.grad((A @ w).norm(), w)
+    found = on_quadratic(lambda b: steppe.GAM(b, 0.5, alpha=0.3), lr=1.0)[0]
+    torch.testing.assert_close(1 - found, vector(3, 4) + 0.3 * 0.5 * of_the_norm)
+
+
 def test_le_sams_budget_falls_with_a_schedule() -> None:
     budget = steppe.schedule.Linear(1.0, 0.0, 2)
     model = Quadratic((1.0, 1.0))
