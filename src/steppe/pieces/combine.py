@@ -130,9 +130,8 @@ class Damped:
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         kept = 1 - scheduled(self.alpha, f.step, f.group, "alpha")
-        smaller = lambda a, g: (a.abs() < g.abs()) & (a.sign() == g.sign())  # noqa: E731
         g = f.g + 0.0 * g_adv  # 0 where there is no gradient at w
-        return Update(g_adv.map(lambda a, g: torch.where(smaller(a, g), kept * a, a), g))
+        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), kept * a, a), g))
 
 
 @dataclass(frozen=True)
@@ -235,6 +234,11 @@ class ReuseOrthogonal:
         g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
+
+
+def _between(a: Tensor, g: Tensor) -> Tensor:
+    """Tell where ``0 < a / g < 1``."""
+    return (a.abs() < g.abs()) & (a.sign() == g.sign())
 
 
 def slerp(a: Vector, b: Vector, alpha: Scalar) -> Vector:

@@ -150,14 +150,14 @@ class GradientNorm:
 
     def __call__(self, f: Oracle) -> Update:
         """Return one step's update."""
-        step = lambda d: f.rho * Euclidean()(f, f.movable(d))  # noqa: E731
+        unit = Euclidean()
         with f.looking(declared(self)):
-            with f.at(step(f.g)):
+            with f.at(f.rho * unit(f, f.movable(f.g))):
                 rise = f.grad() - f.g
-            eps = step(rise)
+            eps = f.rho * unit(f, f.movable(rise))
         with f.at(eps):
             h = f.grad()
-        with f.at(eps + step(h)):
+        with f.at(eps + f.rho * unit(f, f.movable(h))):
             return Update(f.g + self.alpha * (f.grad() - h))
 
 
