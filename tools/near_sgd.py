@@ -34,7 +34,10 @@ T = {3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # the 97.5 % point of Student's t
 
 
 def judge(folders: dict[str, Path]) -> None:
-    """Write the record of the comparisons: chosen values and errors by seed, tuned and at fixed parameters."""
+    """Write the record of the comparisons: chosen values and errors by seed, tuned and at fixed parameters.
+
+    FOLDER-equal has the sampled form at what was chosen for the full one, by ``steppe compare --fixed``.
+    """
     from steppe.lab import notebook
 
     tasks: dict[str, Any] = {}
@@ -43,15 +46,12 @@ def judge(folders: dict[str, Path]) -> None:
         fixed = {method: found for method, found in fixed.items() if len(found) == len(next(iter(tuned.values())))}
         rows = []
         for row in notebook.outcomes(folder):
-            of_fixed = [key for key in fixed if same(key, row["name"])]
-            rows.append({
-                "name": row["name"], "chosen": row["chosen"], "edges": row["edges"], "passes": row["passes"],
-                "epochs_fixed": of_fixed[0].split("epochs=")[1].rstrip(")") if of_fixed else None, "errors": tuned[row["method"]],
-                "errors_fixed": fixed[of_fixed[0]] if of_fixed else [],
-            })  # fmt: skip
+            kept = {key: row[key] for key in ("name", "chosen", "edges", "passes")} | {"errors": tuned[row["method"]]}
+            rows.append(kept | {"errors_fixed": next((fixed[key] for key in fixed if same(key, row["name"])), [])})
+        equal = errors(folder.with_name(f"{folder.name}-equal"))
         asked = json.loads((folder / "comparison.json").read_text())["asked"]
         run = json.loads(next((folder / "runs").glob("*.json")).read_text())
-        tasks[name] = {"asked": asked, "environment": run["environment"], "rows": rows}
+        tasks[name] = {"asked": asked, "environment": run["environment"], "rows": rows, "equal": equal}
     JUDGE.write_text(json.dumps(tasks, indent=1) + "\n")
 
 
@@ -103,7 +103,9 @@ def judge_table() -> str:
             cells += ["" if name == FULL or not fixed else against(fixed, full["errors_fixed"])]
             cells += [f"{times[way, m]['ratio']:.2f}" if way else ""]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        (equal,) = found["equal"].values()
+        lines += ["", f"Sampled m-SAM at the values and length chosen for all of m = 16: {mean(equal):.1f}, "]
+        lines[-1] += f"{against(equal, rows[FULL]['errors'])}.\n"
     return "\n".join(lines)
 
 
