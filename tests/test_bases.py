@@ -130,6 +130,24 @@ def test_a_format_of_its_own_without_the_rule_s_memory_says_whose_it_is() -> Non
         opt.load_state_dict(sgdm(w).state_dict())
 
 
+@pytest.mark.parametrize("name", ["Slow", "Joint of own formats", "Joint of both"])
+def test_a_checkpoint_that_fails_midway_leaves_nothing_half_done(name: str) -> None:
+    """The slow weights are missing, which is found when the inner optimizer, and the optimizers before, have loaded."""
+    makes = BASES | {"Joint of both": lambda ps: steppe.Joint([torch.optim.AdamW(ps[:2]), Slow(torch.optim.AdamW(ps[2:]))])}
+    ours, theirs = world(), world()
+    opt, other = (steppe.FSAM(makes[name](w.parameters()), rho=0.3) for w in (ours, theirs))
+    run(opt, ours, slice(0, 3))
+    broken = saved(opt)
+    run(opt, ours, slice(3, 5))
+    run(other, theirs, slice(0, 5))
+    del (broken["bases"][-1] if "bases" in broken else broken)["slow"]
+    with pytest.raises(KeyError, match="finds no 'slow' in this checkpoint"):
+        opt.load_state_dict(broken)
+    run(opt, ours, slice(5, 8))
+    run(other, theirs, slice(5, 8))
+    assert same_bits(ours.parameters(), theirs.parameters())
+
+
 def test_a_checkpoint_of_0_1_of_a_quantised_base_loads() -> None:
     """0.1 wrote torch's format, with the memory in the entries of every parameter."""
     ours, theirs = world(), world()
