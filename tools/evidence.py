@@ -1,7 +1,7 @@
-"""The records of the studies in examples/evidence, and the tables of docs/evidence.md made from them.
+"""The records of the studies in examples/evidence, and the tables of docs/results.md and the README made from them.
 
 ``python tools/evidence.py FOLDER`` reads the finished studies in FOLDER and writes docs/records/evidence_STUDY.json;
-without a folder it writes the tables between the marks of the page.
+without a folder it writes the tables between the marks of the pages.
 """
 
 import json
@@ -15,7 +15,8 @@ from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
-RADIUS = ROOT / "docs" / "how-to" / "radius.md"
+RADIUS, README = ROOT / "docs" / "how-to" / "radius.md", ROOT / "README.md"
+README_ROWS = ("SGD", "SGD, batch 32", "SAM", "WSAM", "m-SAM", "sampled m-SAM")
 NAMES = {
     "SAM(m={m})": "m-SAM",
     "SAM(m={m}, sampled=1)": "sampled m-SAM",
@@ -133,6 +134,19 @@ def table(study: str) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def short(study: str, names: tuple[str, ...]) -> str:
+    """Return the table of some methods of a study, without what the searches chose."""
+    rows, digits = record(study)["methods"], decimals(record(study))
+    lines = [["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row, pair in zip(rows, against(rows, rows[0]), strict=True):
+        if label(row["name"]) in names:
+            error = f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"
+            cells = [label(row["name"]), error, _difference(pair, digits), f"{row['passes']:.0f}"]
+            lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def overview(studies: dict[str, str]) -> str:
     """Return one table of all studies: errors of the base, then what each method changed of them."""
     found = {name: record(name)["methods"] for name in studies}
@@ -204,4 +218,5 @@ if __name__ == "__main__":
             path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
             path.write_text(json.dumps(collect(folder), indent=1) + "\n")
     PAGE.write_text(with_tables(text := PAGE.read_text()))
+    README.write_text(between(README.read_text(), "compare", short("digits-noise", README_ROWS)))
     RADIUS.write_text(between(RADIUS.read_text(), "chosen radii", radii(titles(text))))

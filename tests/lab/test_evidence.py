@@ -29,6 +29,7 @@ SHOWN = list(evidence.titles(PAGE))
 
 def test_the_tables_of_the_page_are_those_of_the_records():
     assert evidence.with_tables(PAGE) == PAGE
+    assert evidence.short("digits-noise", evidence.README_ROWS) in evidence.README.read_text()
     assert {f"evidence_{name.replace('-', '_')}" for name in SHOWN} == {
         path.stem for path in evidence.RECORDS.glob("evidence_*.json")
     }
