@@ -64,6 +64,8 @@ class AnyFunction:
             raise CannotFactor(f"{label} is used by {name}, which works in place")
         if name in NO_TENSOR:
             raise CannotFactor(f"{label} is used by {name}, not as a tensor")
+        if name == "__setitem__":
+            raise CannotFactor(f"{label} is written into another tensor")
         product = self.transposed_product(passing, func, args, kwargs)
         if product is not NotImplemented:
             return product
@@ -105,8 +107,12 @@ class AnyFunction:
                 values[id(t)] = known[id(t)].make(values)
             return values.get(id(t), t)
 
+        differentiable = torch.is_grad_enabled()
+
         def make(values: Values) -> Any:
-            return func(*_mapped(lambda t: value(t, values), args), **_mapped(lambda t: value(t, values), kwargs))
+            own = lambda t: value(t, values)  # noqa: E731
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                return func(*_mapped(own, args), **_mapped(own, kwargs))
 
         for i, t in enumerate(result if several else [result]):
             if not isinstance(t, Tensor):
@@ -129,7 +135,7 @@ class AnyFunction:
             elif id(t) in passing.derived:
                 derived = passing.derived[id(t)]
                 copies = {i: self.copies(passing, values, i, parts) for i in derived.parameters}
-                own[id(t)] = vmap(derived.make)(copies)
+                own[id(t)] = self.mapped(derived.make, copies)
         tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
         examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
         made = []

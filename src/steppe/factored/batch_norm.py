@@ -144,7 +144,7 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
     Raises:
         CannotFactor: the buffers are not those of one of torch's modules, or of a module without a counter.
     """
-    if not passing.statistics or not isinstance(passing, FirstPass):
+    if not passing.statistics:
         return
     owners = {id(buffer): module for module in model.modules() for buffer in module._buffers.values()}
     calls: dict[int, list[Statistics]] = {}
@@ -156,6 +156,8 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
             counter = getattr(module, "num_batches_tracked", None)
             if module is None or (counter is not None and not isinstance(module, _BatchNorm)):
                 raise CannotFactor("running statistics are kept by something else than a module of torch")
+            if len({call.momentum for call in found}) > 1 and getattr(module, "momentum", 0) is not None:
+                raise CannotFactor("running statistics are updated with several momenta")
             if counter is not None:
                 counter += len(found) * (len(found[0].mean) - 1)  # its module has counted one batch a call
             for buffer, name in ((found[0].running_mean, "mean"), (found[0].running_var, "var")):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from steppe.factored.gradients import Gradient, TensorPool
 from steppe.factored.microbatches import Layout, MicroBatches
-from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
+from steppe.factored.tracked import HARMLESS, CannotFactor, OtherPath, Tracked, name_of, unwrapped
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
@@ -103,6 +103,7 @@ class Interception(TorchFunctionMode):
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
+        self.running = False  # whether the forward pass is
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -209,6 +210,8 @@ class FirstPass(Interception):
         return y
 
     def _store(self, site: Site, delta: Tensor) -> None:
+        if self.running:
+            raise CannotFactor(f"a gradient is computed inside the forward pass, through {self.label(site)}")
         site.deltas.append(delta)
         if self.on_delta is not None and not site.freed:
             self.check_kept(site)
@@ -220,7 +223,9 @@ class FirstPass(Interception):
         Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
         is more than one example, or micro-batch where its examples influence one another: one fits any layout.
         """
-        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
+        uses = [
+            (getattr(site.layer, "key", site.layer), site.weight, site.bias, len(site.leading)) for site in self.sites
+        ]
         return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
 
     @property
@@ -276,9 +281,14 @@ class SecondPass(Interception):
         """Return the site that the first pass recorded here."""
         site = self.sites[self.count] if self.count < len(self.sites) else None
         if site is None or (site.layer, site.weight, site.bias) != (layer, weight, bias):
-            raise CannotFactor("the second forward pass uses other parameters than the first")
+            raise OtherPath
         self.count += 1
         return site
+
+    def check(self) -> None:
+        """Raise where parameters of the first pass have not been used."""
+        if self.count < len(self.sites):
+            raise OtherPath
 
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""

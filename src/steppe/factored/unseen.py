@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steppe.factored.passes import FirstPass, Interception
-from steppe.factored.tracked import CannotFactor
+from steppe.factored.tracked import HARMLESS, CannotFactor, name_of
 
 Span = tuple[int, int, str]  # the first byte of a tensor, the byte after its last, its name
 
@@ -54,7 +54,7 @@ class Kernels(TorchDispatchMode):
         self.found = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not self.first.inside and not self.found:
+        if not self.first.inside and not self.found and name_of(func).partition(".")[0] not in HARMLESS:
             names = (shares_memory(t, self.known) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             name = next(filter(None, names), None)
             if name is not None:
