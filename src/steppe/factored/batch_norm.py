@@ -62,7 +62,7 @@ class BatchNorm:
         found: list[tuple[Tensor, Tensor]] = []  # means and variances
         chunks = zip(parts.spans, parts.split(scale), parts.split(shift), strict=True)
         made = [Normalise.apply(x[first:last], w_k, b_k, eps, found) for (first, last, _), w_k, b_k in chunks]  # type: ignore[no-untyped-call]
-        if None not in running and isinstance(passing, FirstPass):
+        if None not in running and isinstance(passing, FirstPass) and not passing.recomputing:
             mean, var = map(parts.cat, zip(*found, strict=True))
             passing.statistics.append(Statistics(*running, momentum, mean, var))
         return parts.cat(made)

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
@@ -42,6 +43,7 @@ class Site:
         version: the version counter of ``kept`` when it was recorded.
         parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
         freed: whether what was recorded has been used and freed.
+        awaited: whether ``kept`` is to come when activation checkpointing computes it again.
         lookup: which lookup of the pass it is.
     """
 
@@ -56,6 +58,7 @@ class Site:
     version: int = 0
     parts: MicroBatches | None = None
     freed: bool = False
+    awaited: bool = False
     lookup: int = 0
 
     def free(self) -> None:
@@ -104,6 +107,7 @@ class Interception(TorchFunctionMode):
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
+        self.recomputing = False  # whether activation checkpointing runs a part of it again, in the backward pass
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,6 +147,21 @@ class Interception(TorchFunctionMode):
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
         raise NotImplementedError
+
+    def place(self) -> tuple[int, int]:
+        """Return where the pass is, for :meth:`again`."""
+        return self.count, self.lookups
+
+    @contextmanager
+    def again(self, place: tuple[int, int]) -> Iterator[None]:
+        """Surround what activation checkpointing computes again from a place on: the same uses, in order."""
+        before = self.recomputing, self.count, self.lookups
+        self.recomputing, (self.count, self.lookups) = True, place
+        try:
+            with self:
+                yield
+        finally:
+            self.recomputing, self.count, self.lookups = before
 
     @contextmanager
     def understood(self) -> Iterator[None]:
@@ -194,26 +213,51 @@ class FirstPass(Interception):
         gradient, a zero that does is added.
 
         Raises:
-            CannotFactor: no graph is recorded here, or activation checkpointing records it a second time.
+            CannotFactor: no graph is recorded here.
         """
         if not torch.is_grad_enabled():
-            raise CannotFactor(f"{self.label(site)} is used without gradients")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            raise CannotFactor(f"{self.label(site)} runs under activation checkpointing")
+            raise CannotFactor(f"{self.label(site)} is used without gradients, or under checkpoint(use_reentrant=True)")
         if not y.requires_grad:
             zero = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
             y = y + self._zeros.setdefault((y.device, y.dtype), zero)
-        y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
         site.version = 0 if site.kept is None else site.kept._version
-        self.sites.append(site)
+        if self.recomputing:
+            self._give(site)
+        else:
+            y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
+            if _checkpointed():
+                site.kept, site.awaited = None, True
+            self.sites.append(site)
         self.count += 1
         return y
+
+    def _give(self, site: Site) -> None:
+        """Give the site of the forward pass its input, which activation checkpointing has computed again."""
+        known = self.sites[self.count] if self.count < len(self.sites) else site
+        if known is site or (known.layer, known.weight, known.bias) != (site.layer, site.weight, site.bias):
+            raise CannotFactor("activation checkpointing computes something else again")
+        if known.awaited:
+            known.kept, known.version, known.awaited = site.kept, site.version, False
+
+    @contextmanager
+    def again(self, place: tuple[int, int]) -> Iterator[None]:
+        """Surround what is computed again, and collect the uses that backward has reached before."""
+        with super().again(place):
+            yield
+            stop = self.count
+        for site in self.sites[place[0] : stop]:
+            if site.deltas and not site.freed:
+                self._reached(site)
 
     def _store(self, site: Site, delta: Tensor) -> None:
         if self.running:
             raise CannotFactor(f"a gradient is computed inside the forward pass, through {self.label(site)}")
         site.deltas.append(delta)
-        if self.on_delta is not None and not site.freed:
+        if not site.freed and not site.awaited:
+            self._reached(site)
+
+    def _reached(self, site: Site) -> None:
+        if self.on_delta is not None:
             self.check_kept(site)
             self.on_delta(site)
 
@@ -238,6 +282,8 @@ class FirstPass(Interception):
         for site in self.sites:
             if len(site.deltas) + site.freed != 1:
                 raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
+            if site.awaited:
+                raise CannotFactor(f"activation checkpointing does not compute the input of {self.label(site)} again")
             self.check_kept(site)
 
     def check_kept(self, site: Site) -> None:
@@ -248,6 +294,12 @@ class FirstPass(Interception):
     def label(self, site: Site) -> str:
         """Return the names of the site's parameters."""
         return " and ".join(self.tracked.names[i] for i in (site.weight, site.bias) if i is not None)
+
+
+def _checkpointed() -> bool:
+    """Return whether activation checkpointing will compute again what is computed here."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 class SecondPass(Interception):

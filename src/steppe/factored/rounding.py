@@ -111,6 +111,15 @@ class InFloat32(TorchFunctionMode):
         """Return what stands for a parameter."""
         return self.copies.get(id(p), p)
 
+    def place(self) -> None:
+        """Return nothing: the mode is everywhere the same."""
+
+    @contextmanager
+    def again(self, place: None) -> Iterator[None]:
+        """Surround what activation checkpointing computes again."""
+        with self:
+            yield
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

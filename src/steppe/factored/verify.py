@@ -16,7 +16,7 @@ from steppe.factored.rehearsal import Rehearsal
 from steppe.factored.rounding import InFloat32, no_tf32
 from steppe.factored.shared import SharingPlan
 from steppe.factored.tracked import CannotFactor, Differs, NotProven, Tracked
-from steppe.factored.unseen import watch_scripts
+from steppe.factored.unseen import watch
 
 
 def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
@@ -40,7 +40,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     before = RandomState.now(f.passes.parameters.devices)
     try:
         _check_supported(batch, f)
-        watch_scripts()
+        watch()
         with f.passes.ranks.apart(), _noise_added(batch.model), Draws(len(batch)) as draws:
             rehearsal = Rehearsal(f, batch, m, draws)
             plan = rehearsal.plan(tracked)
