@@ -94,7 +94,7 @@ def product(p: Program, random: Random):
             lambda x: torch.einsum("btc,dc->btd", x, layer.weight).tanh(),
             lambda x: torch.tanh(x @ layer.weight.T),
             lambda x: F.linear(x, layer.weight / layer.weight.norm(dim=1, keepdim=True)),
-            lambda x: F.linear(x, *[w for w in layer.weight.chunk(1)]).sin(),
+            lambda x: F.linear(x, *layer.weight.chunk(1)).sin(),
             lambda x: F.bilinear(x, x.flip(1), layer.weight[None].expand(D, D, D)),
         ]
     )

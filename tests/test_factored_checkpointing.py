@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.memory import peak
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import steppe
-from benchmarks.memory import peak
 from steppe.factored import plans
 from tests.cases import flat, sgdm
 

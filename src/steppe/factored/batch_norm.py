@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from steppe.engine.vector import wide
 from steppe.factored.elementwise import NormLayer
 from steppe.factored.gradients import no_view
-from steppe.factored.passes import FirstPass, Interception, Matrices, Site, Small
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Interception, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor, Mixes, Unsure
 
 

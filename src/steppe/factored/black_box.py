@@ -13,7 +13,8 @@ from torch.func import grad, vmap
 
 from steppe.engine.functional import functional
 from steppe.factored.batch_norm import update_running_statistics
-from steppe.factored.passes import FirstPass, Interception, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, SecondPass
+from steppe.factored.sites import Interception, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor
 
 _registered: set[type[nn.Module]] = set()

@@ -26,9 +26,10 @@ from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
-from steppe.factored.passes import FirstPass, Site
+from steppe.factored.passes import FirstPass
 from steppe.factored.rounding import Found, InFloat32, Rounding, differences
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
+from steppe.factored.sites import Site
 from steppe.factored.tracked import CannotFactor, Differs, Tracked, Unsure
 from steppe.factored.unseen import Kernels
 from steppe.pieces.geometry import Euclidean

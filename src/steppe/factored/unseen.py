@@ -14,7 +14,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from steppe.factored.passes import FirstPass, Interception
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Interception
 from steppe.factored.tracked import HARMLESS, CannotFactor, name_of
 
 Span = tuple[int, int, str]  # the first byte of a tensor, the byte after its last, its name

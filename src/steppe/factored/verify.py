@@ -32,6 +32,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     bad luck, and a later batch tells.
 
     The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
+    In half precision the second comparison is made in float32, for a forward and two backwards more.
     Dropout is off, and a micro-batch draws the other random numbers that it has in the batch. A little noise is added
     to every parameter, because a weight of zero hides what comes before it. Weights, gradients, buffers and random
     streams are restored bit for bit. State of the model that is not in a buffer sees the additional passes.
