@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from steppe.engine import checks
+from steppe.engine.state import load_all
+
+
+@dataclass(frozen=True)
+class _States(Mapping[Any, Any]):
+    """The states of several optimizers as one mapping; a look-up makes no entry."""
+
+    bases: tuple[Optimizer, ...]
+
+    def __getitem__(self, p: Any) -> Any:
+        for base in self.bases:
+            if p in base.state:
+                return base.state[p]
+        raise KeyError(p)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (p for base in self.bases for p in base.state)
+
+    def __len__(self) -> int:
+        return sum(len(base.state) for base in self.bases)
 
 
 class Joint(Optimizer):
@@ -63,9 +84,9 @@ class Joint(Optimizer):
         return [group for base in self.bases for group in base.param_groups]
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """The state of every parameter, from the optimizer that has it."""
-        return {p: entries for base in self.bases for p, entries in base.state.items()}
+    def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
+        """The state of every parameter, from the optimizer that has it: a view, not a copy."""
+        return _States(self.bases)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -123,7 +144,8 @@ class Joint(Optimizer):
         """Load the state of every optimizer.
 
         Raises:
-            ValueError: the checkpoint is of other optimizers or groups; nothing has been loaded.
+            ValueError: the checkpoint is of other optimizers or groups. After this and any other exception, such as
+                that of a base with a format of its own, no optimizer has loaded anything.
         """
         parts = state_dict["bases"] if "bases" in state_dict else self._split(state_dict)
         if len(parts) != len(self.bases):
@@ -135,8 +157,7 @@ class Joint(Optimizer):
                     f"the checkpoint must have the groups of this optimizer, got others for bases[{i}], "
                     f"{type(base).__name__}"
                 )
-        for base, part in zip(self.bases, parts, strict=True):
-            base.load_state_dict(part)
+        load_all(self.bases, parts)
 
     def _split(self, saved: dict[str, Any]) -> list[dict[str, Any]]:
         """Return every optimizer's part of a checkpoint in torch's format."""

@@ -146,7 +146,7 @@ class InFloat32(TorchFunctionMode):
 @contextmanager
 def no_tf32() -> Iterator[None]:
     """Turn off TF32, to which an accelerator rounds the factors of products in float32."""
-    places = [torch.backends.cuda.matmul, torch.backends.cudnn] if torch.cuda.is_available() else []
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if torch.cuda.is_available() else []
     before = [place.allow_tf32 for place in places]
     try:
         for place in places:

@@ -6,6 +6,7 @@ says is used for a choice. ``comparison.json`` holds the question, ``search.json
 final runs, and ``fixed/`` the same methods at fixed parameters, as an unfair comparison has them.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +23,8 @@ from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.price import Price, prices
 from steppe.lab.runs import COMPARISON, SEARCH, Plan
 from steppe.lab.settings import Settings
-from steppe.lab.spaces import HOLES, design, space
-from steppe.lab.spec import Method
+from steppe.lab.spaces import HOLES, design, near, space
+from steppe.lab.spec import Method, base_of
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
 from steppe.lab.sweep.work import Worksite, search
 from steppe.lab.terminal import Display, line
@@ -50,8 +51,15 @@ class Asked:
     clean: bool = False  # whether their labels stay clean; else they are as noisy as the others
     equal: str = "passes"  # what the longest run of every method may cost alike: passes, seconds or epochs
     spaces: Mapping[str, Choices] = field(default_factory=dict)
+    search_minutes: float | None = None  # of training in each method's search, after which it begins no trial
+    near: int = 0  # of the trials, drawn near the best of the others
+    draw: int = 0  # of the trials and of the seeds of the searches: what is left to luck
 
     def __post_init__(self) -> None:
+        if self.search_minutes is not None and not self.search_minutes > 0:
+            raise LabError(f"search-minutes must be a positive number, not {self.search_minutes}")
+        if not 0 <= self.near < self.trials:
+            raise LabError(f"near must be a number of trials below all {self.trials}, not {self.near}")
         if self.equal not in EQUAL:
             raise LabError(f"equal must be one of {', '.join(EQUAL)}, not {self.equal!r}")
 
@@ -71,14 +79,9 @@ class Contestant:
     space: Mapping[str, Choices]
     fixed: Mapping[str, Value]
 
-    def stage(self, trials: int) -> Stage:
+    def stage(self, trials: int, draw: int = 0) -> Stage:
         """Return the method's search."""
-        return Stage(self.name, self.method, {}, design(self.space, self.fixed, trials))
-
-
-def base_of(settings: Settings) -> str:
-    """Return the name of the base optimizer alone."""
-    return {"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer]
+        return Stage(self.name, self.method, {}, design(self.space, self.fixed, trials, draw))
 
 
 def everyone(asked: Asked) -> dict[str, tuple[str, float]]:
@@ -162,11 +165,25 @@ class Comparison:
     contestants: tuple[Contestant, ...]
 
     def search(self) -> Search:
-        """Return the search of all methods."""
+        """Return the search of all methods: the trials that cover the spaces."""
+        trials = self.asked.trials - self.asked.near
+        return self._search(tuple(one.stage(trials, self.asked.draw) for one in self.contestants), trials)
+
+    def nearer(self, searched: list[dict[str, Any]]) -> Search:
+        """Return the search near the best trials of the first."""
+        trials, stages = self.asked.near, []
+        for one, stage in zip(self.contestants, searched, strict=True):
+            points = near(one.space, stage["chosen"], trials, self.asked.draw)
+            stages.append(Stage(f"{one.name}, near", one.method, {}, points))
+        return self._search(tuple(stages), trials)
+
+    def _search(self, stages: tuple[Stage, ...], trials: int) -> Search:
         held = {"validation": self.asked.validation, "clean_validation": self.asked.clean}
         settings = replace(self.asked.settings, **held)  # type: ignore[arg-type]
-        stages = tuple(one.stage(self.asked.trials) for one in self.contestants)
-        return Search(settings, stages, self.asked.search_seeds, first=FIRST_SEED, chained=False)
+        minutes = math.inf if self.asked.search_minutes is None else self.asked.search_minutes
+        limit = 60 * minutes * trials / self.asked.trials
+        first = FIRST_SEED + self.asked.draw * self.asked.search_seeds
+        return Search(settings, stages, self.asked.search_seeds, first=first, chained=False, limit=limit)
 
     def plan(self, values: Mapping[str, Mapping[str, Value]]) -> Plan:
         """Return the final runs with the values of each method, by its name."""
@@ -184,13 +201,13 @@ def opened(folder: Path, asked: Asked, hardware: Hardware = CPU) -> Comparison:
     Raises:
         LabError: the directory holds another comparison, or the question cannot be trained.
     """
+    methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
+    spec.parse_all(list(map(str, methods.values())), asked.settings)  # before the question whether it is the same
     if (before := opened_again(folder)) is not None:
         old, now = before.asked.facts(), asked.facts()
         if changed := [f"{key} was {old[key]}, now {now[key]}" for key in now if old[key] != now[key]]:
             raise LabError(f"{folder} holds another comparison: {'; '.join(changed)}. Choose another --out")
         return Comparison(asked, before.contestants)
-    methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
-    spec.parse_all(list(map(str, methods.values())), asked.settings)
     alike = dict.fromkeys(methods, Price(1.0, 1.0))
     check(Comparison(asked, contestants(asked, alike)).search())  # mistakes are told before anything is measured
     costs = prices(asked.settings, methods, hardware)
@@ -243,8 +260,8 @@ def run(
     with files.hold(folder):
         asks = opened(folder, asked, hardware)
         if not (folder / SEARCH).exists():
-            site = Worksite(storage or f"sqlite:///{(folder / 'study.db').resolve()}", _name(asked), folder / "search",
-                          hardware, until)  # fmt: skip
+            url, name = storage or f"sqlite:///{(folder / 'study.db').resolve()}", f"compare/{asked.settings.data}"
+            site = Worksite(url, name, folder / "search", hardware, until)
             _search(folder, asks, site, workers, console)
         stages = files.read_json(folder / SEARCH)["stages"]
     chosen = {stage["name"]: stage["chosen"] for stage in stages}
@@ -254,13 +271,9 @@ def run(
     return failures + compare(folder / FIXED, asks.fixed(), workers, hardware, console, until)
 
 
-def _name(asked: Asked) -> str:
-    return f"compare/{asked.settings.data}"
-
-
 def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, console: Console) -> None:
     wanted = asks.search()
-    every = sum(len(stage.points()) for stage in wanted.stages)
+    every = sum(len(stage.points()) + asks.asked.near for stage in wanted.stages)
     about = f"{len(asks.contestants)} methods, {asks.asked.trials} trials each, {wanted.seeds} seeds a trial"
     line(console, f"search: {about}; {100 * wanted.settings.validation:g} % of the training examples held out")
     with Display(console, "search", every) as display:
@@ -270,4 +283,16 @@ def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, consol
             display.line(text, always=done < 0)
 
         _, stages = search(wanted, site, workers, tell)
+        if asks.asked.near:
+            ended = sum(len(stage["points"]) for stage in stages)
+            nearer = asks.nearer(stages)
+            _, further = search(nearer, site, workers, lambda text, done: tell(text, done + ended * (done >= 0)))
+            stages = [_joined(*pair) for pair in zip(stages, further, strict=True)]
     files.write_json(folder / SEARCH, {"stages": stages, "seeds": wanted.seeds})
+
+
+def _joined(stage: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's search with the trials near its best one."""
+    points = stage["points"] + further["points"]
+    best = min((point for point in points if point["error"] is not None), key=lambda point: point["error"])
+    return stage | {"points": points, "chosen": best["values"]}

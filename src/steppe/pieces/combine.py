@@ -12,6 +12,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
 from steppe.engine.vector import TINY, Scalar, Vector
 from steppe.pieces.protocol import Declaration
+from steppe.schedule import Schedule, scheduled
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,32 @@ class Rescaled:
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         return Update(f.g.norm() / (g_adv.norm() + TINY) * g_adv)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """``(1 - alpha m) g_adv``, ``m`` 1 in the entries that are smaller than ``g``'s and of one sign with them: SANER.
+
+    Where a noisy gradient dominates an entry, the perturbation shrinks it (arXiv 2411.17132); this shrinks it further.
+
+    Args:
+        alpha: how much is taken off, in [0, 1]; a number, or a schedule of :mod:`steppe.schedule`, which is asked with
+            the first parameter group. 0 is SAM.
+
+    Raises:
+        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is negative, in ``step``.
+    """
+
+    alpha: float | Schedule = 0.5
+
+    def __post_init__(self) -> None:
+        if not callable(self.alpha):
+            checks.share("alpha", self.alpha)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        kept = 1 - scheduled(self.alpha, f.step, f.group, "alpha")
+        g = f.g + 0.0 * g_adv  # 0 where there is no gradient at w
+        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), kept * a, a), g))
 
 
 @dataclass(frozen=True)
@@ -207,6 +234,11 @@ class ReuseOrthogonal:
         g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
+
+
+def _between(a: Tensor, g: Tensor) -> Tensor:
+    """Tell where ``0 < a / g < 1``."""
+    return (a.abs() < g.abs()) & (a.sign() == g.sign())
 
 
 def slerp(a: Vector, b: Vector, alpha: Scalar) -> Vector:

@@ -13,9 +13,8 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
 from steppe.pieces.weights import FiniteDifference
+from steppe.pieces.which import Matrices, Which
 from steppe.schedule import Schedule, scheduled
-
-Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
 
 @dataclass(frozen=True)
@@ -85,40 +84,6 @@ class Scaled:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         return self.factor * self.of(f, d)
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """Parameters with two or more dimensions: weights of linear, convolution and embedding layers."""
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        return [w is not None and w.dim() > 1 for w in f.w.tensors]
-
-
-@dataclass(frozen=True)
-class Named:
-    """Parameters whose name contains ``part``: with "weight" the ASAM authors' choice, normalisation weights included.
-
-    Raises:
-        TypeError: in ``step``, where the base optimizer was not made from ``model.named_parameters()``.
-    """
-
-    part: str = "weight"
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        if f.names is None:
-            raise TypeError(
-                f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
-            )
-        return [self.part in name for name in f.names]
-
-
-@dataclass(frozen=True)
-class Everything:
-    """Every parameter, biases included: the choice of the widely copied davda54/sam. Its rho is not ASAM's."""
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        return [True] * len(f.w.tensors)
 
 
 @dataclass(frozen=True)
@@ -208,6 +173,22 @@ class LossBudget:
         norm = d.norm() + TINY
         budget = scheduled(self.sigma, f.step, f.group, "sigma") / (f.rho.largest() + TINY)
         return (budget / norm).clamp(max=1.0) / norm * d
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """``d / sqrt(s)``, ``s <- s + norm(d)^2``: the ascent of LightSAM (arXiv 2505.24399), by the rule of AdaGrad-Norm.
+
+    The first step has the length 1, so ``rho`` is the first radius; where norms stay alike, step ``t`` has the length
+    ``1 / sqrt(t)``. ``s`` is remembered in the parameter groups.
+    """
+
+    declares: ClassVar[Declaration] = Declaration(numbers=frozenset({"squares"}))
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        squares = d.norm() ** 2 + f.recall_number("squares", default=0.0)
+        f.remember_number("squares", squares)
+        return d / (squares.sqrt() + TINY)
 
 
 @dataclass(frozen=True)

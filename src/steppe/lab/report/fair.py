@@ -13,13 +13,24 @@ from steppe.lab.report.figures import Figure, axes, curve, look
 from steppe.lab.runs import SEARCH
 from steppe.lab.spaces import edge
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired
+from steppe.lab.statistics import Paired, mean, spread
 from steppe.lab.summary import Row, Summary
 from steppe.lab.sweep.space import Range, filled, shown
 from steppe.lab.tables import NONE, interval, number
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
-CHOSEN = ("method", "chosen", "at an edge", "trials", "search passes", "search s", "fixed {metric}", "fixed difference")
+CHOSEN = (
+    "method",
+    "chosen",
+    "at an edge",
+    "as good",
+    "trials",
+    "search passes",
+    "search s",
+    "fixed {metric}",
+    "fixed difference",
+)
+WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
 _EQUAL = {
     "passes": "The longest run of every method may cost the same number of gradient passes",
@@ -36,6 +47,7 @@ class Outcome:
     row: Row | None  # None before its first final run
     chosen: Mapping[str, Any]
     edges: list[str]  # such as ``lr high``
+    as_good: int | None  # how many other trials are within two standard errors of the best; None with one seed a trial
     trials: int
     passes: float  # of the whole search
     seconds: float
@@ -69,8 +81,19 @@ def read(folder: Path, baseline: str | None = None) -> Outcomes | None:
         edges = [f"{key} {end}" for key, value in stage["chosen"].items() if (end := edge(value, one.space[key]))]
         passes, seconds = (sum(point[key] for point in stage["points"]) for key in ("passes", "seconds"))
         row, unsearched = _row(found, methods[one.name]), _row(plain, fixed[one.name])
-        each.append(Outcome(one.name, row, stage["chosen"], edges, len(stage["points"]), passes, seconds, unsearched))
+        spent = (len(stage["points"]), passes, seconds)
+        each.append(Outcome(one.name, row, stage["chosen"], edges, as_good(stage), *spent, unsearched))
     return Outcomes(asks, found, each)
+
+
+def as_good(stage: Mapping[str, Any]) -> int | None:
+    """Return how many trials are worse than the best by less than two standard errors of the paired difference."""
+    ended = [point["errors"] for point in stage["points"] if point["error"] is not None]
+    best = min(ended, key=mean)
+    if len(best) < 2:
+        return None
+    others = [[a - b for a, b in zip(errors, best, strict=True)] for errors in ended if errors is not best]
+    return sum(mean(each) <= 2 * spread(each) / math.sqrt(len(each)) for each in others)
 
 
 def _summary(folder: Path, baseline: Method) -> Summary:
@@ -120,7 +143,8 @@ def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
         values = ", ".join(f"{key} {each:g}" for key, each in one.chosen.items())
         spent = [str(one.trials), number(one.passes, ".0f"), number(one.seconds, ".1f")]
         fixed = [value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
-        rows.append([one.name, values, ", ".join(one.edges), *spent, *fixed])
+        alike = NONE if one.as_good is None else str(one.as_good)
+        rows.append([one.name, values, ", ".join(one.edges), alike, *spent, *fixed])
     return _named(CHOSEN, found), rows
 
 
@@ -163,6 +187,9 @@ def command(found: Outcomes) -> list[str]:
     words += [word for key, each in asked.spaces.items() for word in ("--space", f"{key}={shown(each)}")]
     options = given | {"trials": asked.trials, "search_seeds": asked.search_seeds, "seeds": found.found.plan.seeds}
     options |= {"equal": asked.equal, "validation": asked.validation}
+    options |= {"near": asked.near} if asked.near else {}
+    options |= {"search_draw": asked.draw} if asked.draw else {}
+    options |= {} if asked.search_minutes is None else {"search_minutes": asked.search_minutes}
     words += [word for key, each in options.items() for word in (f"--{key.replace('_', '-')}", str(each))]
     return words + (["--clean-validation"] if asked.clean else [])
 
@@ -173,22 +200,54 @@ def notes(found: Outcomes) -> list[str]:
     held = f"{100 * asked.validation:g} % of the training examples"
     lines = [
         f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
+        f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
-        f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate.",
+        f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
+        "early, and none reports its best epoch.",
         "The test set was used for the final runs alone; nothing was chosen by it.",
     ]
     if asked.settings.noise:
         kind = "clean" if asked.clean else "as noisy as the training labels"
         lines.append(f"The validation labels were {kind}.")
-    if edges := [f"{one.name} ({', '.join(one.edges)})" for one in found.each if one.edges]:
-        lines.append(
-            f"At an edge of what was searched, so that a wider search (--space) may find better: {'; '.join(edges)}."
-        )
-    lines.append(
+    return [
+        *lines,
+        *_minutes(found),
+        *_edges(found),
+        "As good: how many other trials are within two standard errors of the best. Many: the validation examples and "
+        "search seeds cannot tell them apart, and the choice is partly luck. None: the best stands alone, and trials "
+        "near it (--near) may be better.",
         "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
-        "as a comparison without a search has them."
-    )
-    return lines
+        "as a comparison without a search has them.",
+    ]
+
+
+def _minutes(found: Outcomes) -> list[str]:
+    """Return which searches the limit of their time cut short."""
+    asked = found.asks.asked
+    if asked.search_minutes is None:
+        return []
+    short = ", ".join(f"{one.name} ({one.trials})" for one in found.each if one.trials < asked.trials)
+    ended = f"fewer trials than asked for: {short}" if short else "all had all their trials"
+    return [f"A search began no trial after {asked.search_minutes:g} minutes of training; {ended}."]
+
+
+def _edges(found: Outcomes) -> list[str]:
+    """Return which choices lie at an end of what was searched, and how to search wider."""
+    ends = "; ".join(f"{one.name} ({', '.join(one.edges)})" for one in found.each if one.edges)
+    lines = [f"At an edge of what was searched, so that a wider search may find better: {ends}."] if ends else []
+    return lines + ([f"To search wider, into another --out: {wider}."] if (wider := _wider(found)) else [])
+
+
+def _wider(found: Outcomes) -> str:
+    """Return the options that widen what was searched where a choice lay at an end, as far as it may be widened."""
+    ends: dict[str, list[Range]] = {}
+    for one, contestant in zip(found.each, found.asks.contestants, strict=True):
+        for key, end in (text.split() for text in one.edges):
+            if isinstance(choices := contestant.space[key], Range) and choices.log and not choices.whole:
+                low, high = (choices.low / WIDER, choices.high) if end == "low" else (choices.low, choices.high * WIDER)
+                ends.setdefault(key, []).append(Range(low, high))
+    spaces = {key: Range(min(each.low for each in all_), max(each.high for each in all_)) for key, all_ in ends.items()}
+    return " ".join(f"--space {key}={space.low:.3g}..{space.high:.3g}" for key, space in spaces.items())
 
 
 def plain(found: Outcomes) -> list[dict[str, Any]]:
@@ -197,7 +256,7 @@ def plain(found: Outcomes) -> list[dict[str, Any]]:
     for one in found.each:
         final = tables.plain_row(one.row) if one.row else {}
         cost = {"trials": one.trials, "search_passes": one.passes, "search_seconds": one.seconds}
-        choice = {"name": one.name, "chosen": dict(one.chosen), "edges": one.edges} | cost
+        choice = {"name": one.name, "chosen": dict(one.chosen), "edges": one.edges, "as_good": one.as_good} | cost
         fixed = {f"fixed_{key}": each for key, each in tables.plain_row(one.fixed).items()} if one.fixed else {}
         rows.append(choice | final | {key: each for key, each in fixed.items() if key in FIXED_KEYS})
     return rows
