@@ -66,6 +66,9 @@ class Weighted:
 class Coupled:
     """``g + gamma / (1 - gamma) (g_adv - g)`` to the base: Coupled-WSAM, algorithm 4 (arXiv 2305.15817).
 
+    Args:
+        gamma: the weight of sharpness, in [0, 1); 0.5 is SAM.
+
     Raises:
         ValueError: ``gamma`` is not in [0, 1).
     """
@@ -86,6 +89,9 @@ class SurrogateGap:
     """``g_adv - alpha (g - proj(g, g_adv))``: GSAM, algorithm 1 (arXiv 2203.08065).
 
     Ascends ``g`` orthogonally to ``g_adv``, which narrows the surrogate gap ``L(w + eps) - L(w)``.
+
+    Args:
+        alpha: the weight of the part of ``g`` orthogonal to ``g_adv``, at least 0.
 
     Raises:
         ValueError: ``alpha`` is negative.
@@ -139,6 +145,9 @@ class Slerp:
     """``norm(g_adv)`` times the point ``alpha`` of the great circle from ``g / norm(g)`` to ``g_adv / norm(g_adv)``.
 
     XSAM (arXiv 2603.10048) with a fixed ``alpha``: 0 has the direction of ``g``, 1 is SAM, more goes beyond it.
+
+    Args:
+        alpha: the share of the angle from ``g`` to ``g_adv``, at least 0.
 
     Raises:
         ValueError: ``alpha`` is negative.
@@ -218,6 +227,9 @@ class ReuseOrthogonal:
     """``g + alpha norm(g) / norm(g_v) g_v``, ``g_v`` remembered: a rule, LookSAM's steps between (arXiv 2203.02714).
 
     Norms are over all parameters together. One pass.
+
+    Args:
+        alpha: the length of the remembered part in units of ``norm(g)``, at least 0.
 
     Raises:
         ValueError: ``alpha`` is negative.

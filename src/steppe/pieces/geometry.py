@@ -49,6 +49,9 @@ class Unnormalised:
 class Unified:
     """``(1 - lam + lam / norm(d)) d``: unified SAM (arXiv 2503.02225); ``lam`` 1 is SAM, 0 is USAM.
 
+    Args:
+        lam: how much of the step is normalised, in [0, 1].
+
     Raises:
         ValueError: ``lam`` is not in [0, 1].
     """
@@ -71,6 +74,10 @@ class Unified:
 @dataclass(frozen=True)
 class Scaled:
     """``factor`` times another geometry; ESAM's is ``1 / beta``.
+
+    Args:
+        factor: the length of the step in units of the other geometry's, at least 0.
+        of: the other geometry.
 
     Raises:
         ValueError: ``factor`` is negative.
@@ -95,6 +102,11 @@ class Adaptive:
     The authors adapt parameters whose name contains "weight" and leave biases plain. The default chooses by dimension,
     which needs no names: it differs for the weights of normalisation layers, which the authors adapt too
     (``on=Named("weight")`` is theirs to the letter, ``on=Everything()`` with ``eta=0`` is davda54/sam's).
+
+    Args:
+        eta: added to the size of every weight, at least 0.
+        on: which parameters are adapted, :class:`Matrices`, :class:`Named`, :class:`Everything` or a function of the
+            oracle that returns a ``bool`` for each.
 
     Raises:
         ValueError: ``eta`` is negative.
@@ -130,6 +142,9 @@ class Fisher:
 
     Then ``eps F eps = rho^2``. The Fisher matrix is the diagonal of the batch gradient's square, regularised by the
     identity. It is not invariant to the scale of the loss.
+
+    Args:
+        eta: the weight of the squared gradient beside the identity, at least 0.
 
     Raises:
         ValueError: ``eta`` is negative.

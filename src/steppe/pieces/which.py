@@ -20,6 +20,9 @@ class Matrices:
 class Named:
     """Parameters whose name contains ``part``: with "weight" the ASAM authors' choice, normalisation weights included.
 
+    Args:
+        part: what the name has to contain.
+
     Raises:
         TypeError: in ``step``, where the base optimizer was not made from ``model.named_parameters()``.
     """
