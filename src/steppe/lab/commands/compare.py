@@ -51,6 +51,7 @@ Held = Annotated[float, typer.Option(help="Share of the training examples that t
 SearchMinutes = Annotated[
     float | None, typer.Option(help="Of training in each method's search; after them it begins no trial.")
 ]
+Near = Annotated[int, typer.Option(min=0, help="How many of the trials are drawn near the best of the others.")]
 SearchDraw = Annotated[int, typer.Option(min=0, help="Another number: other trials and other seeds of the searches.")]
 Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
 IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
@@ -69,6 +70,7 @@ def compare(
     trials: Trials = None,
     search_seeds: SearchSeeds = None,
     search_minutes: SearchMinutes = None,
+    near: Near = 0,
     search_draw: SearchDraw = 0,
     seeds: Seeds = None,
     equal: Equal = "passes",
@@ -108,15 +110,20 @@ def compare(
 
     source, until = task or data, time.time() + 60 * minutes if minutes else float("inf")
     (hardware := Hardware(device=device, precision=precision)).open()
-    kind = f"{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
-    folder = out or Path("runs") / f"compare-{source.replace(':', '.')}{kind}"
+    folder = out or _folder(source, fixed, quick)
     if fixed:
         plan = presets.planned(source, given, method, baseline, seeds, quick)
         raise typer.Exit(compared(folder, plan, workers, Console(), hardware, until))
     choices: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
-    choices |= {"draw": search_draw, "equal": equal, "validation": validation, "clean": clean_validation}
+    choices |= {"near": near, "draw": search_draw, "equal": equal, "validation": validation, "clean": clean_validation}
     asked = presets.asked(source, given, method, seeds, quick, spaces=dict(map(parse, space or [])), **choices)
     raise typer.Exit(searched(folder, asked, workers, Console(), hardware, until, storage, baseline))
+
+
+def _folder(source: str, fixed: bool, quick: bool) -> Path:
+    """Return the run directory of a comparison that names none."""
+    kind = f"{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
+    return Path("runs") / f"compare-{source.replace(':', '.')}{kind}"
 
 
 def report(folder: Folder, baseline: Baseline = None, as_json: AsJSON = False) -> None:
@@ -225,7 +232,7 @@ def _show_fair(found: "Outcomes", console: Console) -> None:
     headers, rows = fair.table(found)
     console.print(table([SHORT.get(header, header) for header in headers], rows, tables.title(found.found)))
     headers, rows = fair.chosen(found)
-    kept = [0, 2, 4, 5, 6, 7]
+    kept = [0, 2, 3, 6, 7, 8]
     console.print(table([headers[i] for i in kept], [[row[i] for i in kept] for row in rows], "The searches"))
     for name, values, *_ in rows:
         console.print(f"- {name}: {values}", markup=False, highlight=False)
