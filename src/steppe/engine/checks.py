@@ -173,9 +173,11 @@ def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
 
 
 def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
+    if type(base) not in KEPT or any(reads & kept.keys() for kept in base.state.values()):
+        return True
     if type(base) is torch.optim.SGD and not any(group["momentum"] for group in base.param_groups):
         return False
-    return type(base) not in KEPT or bool(reads & KEPT[type(base)])
+    return bool(reads & KEPT[type(base)])
 
 
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:
