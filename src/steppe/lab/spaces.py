@@ -55,6 +55,13 @@ def space(name: str, key: str, default: Any, epochs: tuple[int, int]) -> Choices
     return SPACES.get(f"{name}.{key}", SPACES.get(key))
 
 
+def capped(choices: Choices, most: int) -> Choices:
+    """Return choices of epochs up to the most that a method may train; that number alone where all are above it."""
+    if isinstance(choices, Range):
+        return replace(choices, low=min(choices.low, most), high=min(choices.high, most))
+    return tuple(each for each in choices if float(each) <= most) or (most,)
+
+
 def design(
     spaces: Mapping[str, Choices], fixed: Mapping[str, Value], trials: int, draw: int = 0
 ) -> tuple[dict[str, Value], ...]:
