@@ -17,6 +17,8 @@ SPACES: dict[str, Choices] = {
     "alpha": Range(0.01, 0.5),
     "LookSAM.alpha": Range(0.1, 1.0),
     "LookbehindSAM.alpha": Range(0.2, 1.0),
+    "SANER.alpha": Range(0.1, 1.0),
+    "GAM.alpha": Range(0.1, 3.0),
     "ReweightedSharpness.size": (8, 16, 32, 64),
     "LookSAM.k": Range(2, 10, whole=True),
     "sigma": Range(0.1, 1.0),
