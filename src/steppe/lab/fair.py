@@ -17,10 +17,10 @@ from rich.console import Console
 
 from steppe.lab import files, spec
 from steppe.lab.compare import FOREVER, Failure, compare
-from steppe.lab.errors import LabError, PausedError
+from steppe.lab.errors import LabError, PausedError, unknown
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.price import Price, prices
-from steppe.lab.runs import COMPARISON, SEARCH, Plan
+from steppe.lab.runs import COMPARISON, SEARCH, Plan, stages
 from steppe.lab.settings import Settings
 from steppe.lab.spaces import HOLES, design, space
 from steppe.lab.spec import Method
@@ -58,7 +58,7 @@ class Asked:
     def facts(self) -> dict[str, Any]:
         """Return everything that must be the same when a comparison goes on; seeds may be added."""
         spaces = {key: shown(choices) for key, choices in self.spaces.items()}
-        facts = asdict(self) | {"spaces": spaces, "methods": list(self.methods)}
+        facts = vars(self) | {"settings": self.settings.to_dict(), "spaces": spaces, "methods": list(self.methods)}
         return {key: each for key, each in facts.items() if key != "seeds"}
 
 
@@ -107,8 +107,8 @@ def contestants(asked: Asked, costs: Mapping[str, Price]) -> tuple[Contestant, .
             most = 2 * asked.settings.epochs * base / own
         found.append(_contestant(asked, name, text, max(1, round(most))))
     searched = {key for one in found for key in one.space}
-    if unknown := [key for key in asked.spaces if key not in searched]:
-        raise LabError(f"space {unknown[0]!r} is searched of no method here; choose from {', '.join(sorted(searched))}")
+    if strange := [key for key in asked.spaces if key not in searched]:
+        raise unknown(f"space {strange[0]!r} is searched of no method here", strange[0], sorted(searched))
     return tuple(found)
 
 
@@ -165,8 +165,8 @@ class Comparison:
         """Return the search of all methods."""
         held = {"validation": self.asked.validation, "clean_validation": self.asked.clean}
         settings = replace(self.asked.settings, **held)  # type: ignore[arg-type]
-        stages = tuple(one.stage(self.asked.trials) for one in self.contestants)
-        return Search(settings, stages, self.asked.search_seeds, first=FIRST_SEED, chained=False)
+        searched = tuple(one.stage(self.asked.trials) for one in self.contestants)
+        return Search(settings, searched, self.asked.search_seeds, first=FIRST_SEED, chained=False)
 
     def plan(self, values: Mapping[str, Mapping[str, Value]]) -> Plan:
         """Return the final runs with the values of each method, by its name."""
@@ -184,13 +184,13 @@ def opened(folder: Path, asked: Asked, hardware: Hardware = CPU) -> Comparison:
     Raises:
         LabError: the directory holds another comparison, or the question cannot be trained.
     """
+    methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
+    spec.parse_all(list(map(str, methods.values())), asked.settings)
     if (before := opened_again(folder)) is not None:
         old, now = before.asked.facts(), asked.facts()
         if changed := [f"{key} was {old[key]}, now {now[key]}" for key in now if old[key] != now[key]]:
             raise LabError(f"{folder} holds another comparison: {'; '.join(changed)}. Choose another --out")
         return Comparison(asked, before.contestants)
-    methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
-    spec.parse_all(list(map(str, methods.values())), asked.settings)
     alike = dict.fromkeys(methods, Price(1.0, 1.0))
     check(Comparison(asked, contestants(asked, alike)).search())  # mistakes are told before anything is measured
     costs = prices(asked.settings, methods, hardware)
@@ -246,8 +246,7 @@ def run(
             site = Worksite(storage or f"sqlite:///{(folder / 'study.db').resolve()}", _name(asked), folder / "search",
                           hardware, until)  # fmt: skip
             _search(folder, asks, site, workers, console)
-        stages = files.read_json(folder / SEARCH)["stages"]
-    chosen = {stage["name"]: stage["chosen"] for stage in stages}
+        chosen = {stage["name"]: stage["chosen"] for stage in stages(folder)}
     if time.time() > until:
         raise PausedError
     failures = compare(folder, asks.plan(chosen), workers, hardware, console, until)
@@ -269,5 +268,5 @@ def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, consol
             display.update(done if done >= 0 else None, note=f"{done}/{every}" if done >= 0 else None)
             display.line(text, always=done < 0)
 
-        _, stages = search(wanted, site, workers, tell)
-    files.write_json(folder / SEARCH, {"stages": stages, "seeds": wanted.seeds})
+        _, found = search(wanted, site, workers, tell)
+    files.write_json(folder / SEARCH, {"stages": found, "seeds": wanted.seeds})
