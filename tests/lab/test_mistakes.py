@@ -180,10 +180,11 @@ def limited():
 def test_a_full_disk_is_one_line(tmp_path):
     words = [sys.executable, "-m", "steppe", *map(str, FIXED), "--out", str(tmp_path / "r")]
     done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited)
-    assert done.returncode == 1, done.stderr  # one run failed, the others would have gone on
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("SGD seed 0 failed: cannot write ")
-    assert "File too large" in line
+    run, report = done.stderr.strip().splitlines()
+    assert run.startswith("SGD seed 0 failed: cannot write ")
+    assert report.startswith("error: cannot write ")
+    assert run.endswith("File too large")
+    assert done.returncode == 2
     assert not list((tmp_path / "r").rglob("*.tmp"))
 
 

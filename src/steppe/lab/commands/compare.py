@@ -207,8 +207,8 @@ def _reported(folder: Path, console: Console, baseline: str | None, work: "Calla
     except PausedError:
         line(console, "The time is over; everything is kept, and the same command continues.")
         return PAUSED
-    publish(folder, baseline, console)
     for failure in failures:
         details = f"\n{failure.details}" if os.environ.get(DEBUG) else ""
         line(Console(stderr=True), f"{failure.run} failed: {failure.reason}{details}")
+    publish(folder, baseline, console)
     return 1 if failures else 0
