@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,6 +129,25 @@ def test_a_format_of_its_own_without_the_rule_s_memory_says_whose_it_is() -> Non
     opt = steppe.SAM(Slow(sgdm(w)))
     with pytest.raises(KeyError, match=r"Slow finds no 'optimizer' .* steppe 0\.1"):
         opt.load_state_dict(sgdm(w).state_dict())
+
+
+@pytest.mark.parametrize("name", ["Slow", "Joint of own formats", "Joint of both"])
+def test_a_checkpoint_that_fails_midway_leaves_nothing_half_done(name: str) -> None:
+    """The slow weights are missing, which is found when the inner optimizer, and the optimizers before, have loaded."""
+    both = lambda ps: steppe.Joint([torch.optim.AdamW(ps[:2]), Slow(torch.optim.AdamW(ps[2:]))])  # noqa: E731
+    makes = BASES | {"Joint of both": both}
+    ours, theirs = world(), world()
+    opt, other = (steppe.FSAM(makes[name](w.parameters()), rho=0.3) for w in (ours, theirs))
+    run(opt, ours, slice(0, 3))
+    broken = saved(opt)
+    run(opt, ours, slice(3, 5))
+    run(other, theirs, slice(0, 5))
+    del (broken["bases"][-1] if "bases" in broken else broken)["slow"]
+    with pytest.raises(KeyError, match="finds no 'slow' in this checkpoint"):
+        opt.load_state_dict(broken)
+    run(opt, ours, slice(5, 8))
+    run(other, theirs, slice(5, 8))
+    assert same_bits(ours.parameters(), theirs.parameters())
 
 
 def test_a_checkpoint_of_0_1_of_a_quantised_base_loads() -> None:
@@ -264,6 +284,21 @@ def test_the_page_on_base_optimizers_runs() -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         exec(compile(block, "base-optimizers.md", "exec"), names)
     assert names["optimizer"].telemetry.passes == 2
+
+
+def test_what_is_set_on_the_wrapper_is_set_on_the_base() -> None:
+    """fastai forgets the state so, and Lightning's wrapper sets all three."""
+    w = world()
+    opt = steppe.SAM(sgdm(w))
+    opt.step(w.batch)
+    groups = [dict(group, lr=0.5) for group in opt.param_groups]
+    opt.state, opt.param_groups = defaultdict(dict), groups
+    opt.defaults = defaults = {**opt.defaults, "lr": 0.5}
+    assert opt.base.state == {}
+    assert opt.base.defaults is defaults
+    assert opt.base.param_groups is groups
+    opt.step(w.batch)
+    assert set(opt.base.state) == set(w.parameters())
 
 
 def test_the_manner_of_sam_py_is_told_what_to_write() -> None:

@@ -1,11 +1,14 @@
-"""The code blocks of the pages run as they stand, page by page."""
+"""The code blocks of the pages run as they stand, page by page. The site's build runs the notebooks."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS.parent / "tools"))
 
 
 def blocks(page: Path) -> list[str]:
@@ -27,3 +30,24 @@ def test_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     run(page)
+
+
+@pytest.mark.parametrize("notebook", sorted(DOCS.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_what_they_made(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_the_tables_of_settings_are_those_of_the_code() -> None:
+    import settings_page
+
+    text = settings_page.PAGE.read_text()
+    assert settings_page.with_tables(text) == text
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE))
+    made = {"changelog.md", *(f"notebooks/{path.stem}.md" for path in DOCS.glob("notebooks/*.ipynb"))}
+    assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | made

@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import steppe
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +54,7 @@ def test_the_tables_of_results_are_those_of_the_records() -> None:
 def test_the_tables_of_the_comparison_are_those_of_the_record() -> None:
     import compare_table
 
-    for page in compare_table.PAGES:
-        assert compare_table.with_table(page) == page.read_text()
+    assert compare_table.with_table(page := compare_table.PAGE.read_text()) == page
 
 
 def test_the_tables_of_radii_are_those_of_the_record() -> None:
@@ -69,6 +70,25 @@ def test_ci_calls_the_readmes_commands() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert "readme_command 'steppe compare'" in script
     assert "readme_command 'pytest'" in script
+
+
+def test_the_readme_of_the_package_has_no_link_that_leads_nowhere() -> None:
+    pytest.importorskip("hatchling")
+    from readme_hook import standing_alone
+
+    text = (ROOT / "README.md").read_text()
+    assert not re.search(r"\]\((?!https?:|#)", standing_alone(text, None))
+    there = standing_alone(text, "https://forge.invalid/files/")
+    assert "](https://forge.invalid/files/docs/faq.md)" in there
+    assert not re.search(r"\]\((?!https?:|#)", there)
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    files = re.findall(r"\]\((?!https?:|#)([^)\s#]+)", text)
+    assert len(files) > 20
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    assert len(text.split()) <= 900
 
 
 def test_every_public_name_says_what_it_is() -> None:

@@ -1,7 +1,7 @@
-"""The record of the default comparison, and its tables in the README and the tutorial.
+"""The record of the default comparison, and its table in the tutorial.
 
 ``python tools/compare_table.py RUNS/compare-digits`` reads a finished ``steppe compare`` and writes
-docs/records/compare_digits.json; without a folder it writes the tables of the record.
+docs/records/compare_digits.json; without a folder it writes the table of the record.
 """
 
 import json
@@ -13,7 +13,7 @@ from marks import between
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "records" / "compare_digits.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorials" / "fair-comparison.md")
+PAGE = ROOT / "docs" / "tutorials" / "fair-comparison.md"
 NAMES = {"SGD(batch_size=32)": "SGD, batch 32", "SAM(m={m})": "m-SAM", "SAM(m={m}, sampled=1)": "sampled m-SAM"}
 Row = dict[str, Any]
 
@@ -48,26 +48,24 @@ def chosen(row: Row) -> str:
     return ", ".join(parts)
 
 
-def table(rows: list[Row], short: bool) -> str:
-    """Return the table of a record's methods; a short one does not say what the searches chose."""
-    heads = ["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed"]
-    lines = [heads + ["chosen"] * (not short), ["---"] * (len(heads) + (not short))]
+def table(rows: list[Row]) -> str:
+    """Return the table of a record's methods."""
+    heads = ["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed", "chosen"]
+    lines = [heads, ["---"] * len(heads)]
     for row in rows:
         interval = "" if row["low"] is None else signed(row["low"], row["high"])
         cells = [NAMES.get(row["name"], row["name"]), f"{row['error']:.1f} ± {row['sd']:.1f}", interval]
         cells += [f"{row['passes']:.0f}", f"{row['fixed_error']:.1f}"]
-        lines.append(cells + [chosen(row)] * (not short))
+        lines.append([*cells, chosen(row)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def with_table(page: Path) -> str:
-    """Return a page's text with the table of the record between its marks; the README's is short."""
-    made = table(json.loads(RECORD.read_text())["methods"], short=page.name == "README.md")
-    return between(page.read_text(), "compare", made)
+def with_table(text: str) -> str:
+    """Return the page's text with the table of the record between its marks."""
+    return between(text, "compare", table(json.loads(RECORD.read_text())["methods"]))
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         collect(Path(name))
-    for page in PAGES:
-        page.write_text(with_table(page))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from steppe.engine import checks
+from steppe.engine.state import load_all
 
 
 class Joint(Optimizer):
@@ -123,7 +124,8 @@ class Joint(Optimizer):
         """Load the state of every optimizer.
 
         Raises:
-            ValueError: the checkpoint is of other optimizers or groups; nothing has been loaded.
+            ValueError: the checkpoint is of other optimizers or groups. After this and any other exception, such as
+                that of a base with a format of its own, no optimizer has loaded anything.
         """
         parts = state_dict["bases"] if "bases" in state_dict else self._split(state_dict)
         if len(parts) != len(self.bases):
@@ -135,8 +137,7 @@ class Joint(Optimizer):
                     f"the checkpoint must have the groups of this optimizer, got others for bases[{i}], "
                     f"{type(base).__name__}"
                 )
-        for base, part in zip(self.bases, parts, strict=True):
-            base.load_state_dict(part)
+        load_all(self.bases, parts)
 
     def _split(self, saved: dict[str, Any]) -> list[dict[str, Any]]:
         """Return every optimizer's part of a checkpoint in torch's format."""

@@ -144,6 +144,38 @@ def test_manual_optimisation(precision: str, tmp_path) -> None:
     assert len(module.norms) == 4
 
 
+def test_step_without_a_closure_in_manual_optimisation(tmp_path) -> None:
+    """Lightning gives it a closure that does nothing: it moves after ``backward``, and alone it is the base's, told."""
+
+    class Passes(Manual):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+
+            def closure():
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                return loss
+
+            if batch_idx < 2:
+                optimizer.optimizer.backward(closure)
+            else:
+                closure()
+            optimizer.step()
+
+    data, module, other = batches(3), Passes(METHODS["SAM"]), Net()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="step\\(\\) was called without a closure"):
+        trainer(tmp_path).fit(module, loader(data))
+    torch.set_rng_state(module.random[0])
+    optimizer = METHODS["SAM"](sgd(other))
+    plain_loop(other, optimizer, grouped(data[:2], 1))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(other(data[2][0]), data[2][1]).backward()
+    optimizer.base.step()
+    assert same(module.net, other)
+
+
 def test_manual_optimisation_with_a_method_that_looks_inside_the_batch(tmp_path) -> None:
     class Inside(Manual):
         def training_step(self, batch, batch_idx):

@@ -338,3 +338,120 @@ def test_ray_tunes_rho() -> None:
         assert {r.config["rho"]: r.metrics["passes"] for r in found} == {0.0: 1, 0.1: 2}
     finally:
         ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray_trains_two_workers_as_one_process(tmp_path) -> None:
+    """``sync="global"`` on two workers is SAM of the whole batch; a radius of 0 is the plain loop bit for bit."""
+    ray = pytest.importorskip("ray")
+    ray_torch = pytest.importorskip("ray.train.torch")
+    from ray import train
+
+    def worker(config):  # it names no function of this module, which workers do not have
+        rank, found = train.get_context().get_world_rank(), {}
+        for rho in (None, 0.0, 0.1):
+            torch.manual_seed(3)
+            net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+            model = ray_torch.prepare_model(net)  # DDP
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            if rho is not None:
+                optimizer = steppe.SAM(optimizer, rho=rho, sync="global")
+            for x, y in config["batches"]:
+
+                def closure(model=model, optimizer=optimizer, x=x, y=y):
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(model(x.chunk(2)[rank]), y.chunk(2)[rank])
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+            found[rho] = [p.detach() for p in net.parameters()]
+        if rank == 0:
+            torch.save(found, config["to"])
+        train.report({"passes": optimizer.telemetry.passes})
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        ray_torch.TorchTrainer(
+            worker,
+            train_loop_config={"batches": batches(4), "to": str(tmp_path / "weights.pt")},
+            scaling_config=train.ScalingConfig(num_workers=2, use_gpu=False),
+            run_config=train.RunConfig(storage_path=str(tmp_path)),
+        ).fit()
+    finally:
+        ray.shutdown()
+    found = torch.load(tmp_path / "weights.pt")
+    assert all(map(torch.equal, found[None], found[0.0]))
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    base = sgd(model)
+    for x, y in batches(4):
+        by_hand(model, base, lambda x=x, y=y: CE(model(x), y), 0.1)
+    for p, q in zip(model.parameters(), found[0.1], strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_fastai_runs_the_passes_in_a_callback(rho: float) -> None:
+    """One cycle with clipping: bit for bit without a radius; with it the loop by hand, clipped before the step."""
+    learner = pytest.importorskip("fastai.learner")
+    from fastai.callback.core import Callback, CancelBackwardException
+    from fastai.callback.training import GradientClip
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.optimizer import OptimWrapper
+
+    started = []
+
+    class Sharpness(Callback):
+        def before_batch(self):
+            self.random = torch.get_rng_state()
+            started.append(self.random)
+
+        def before_backward(self):
+            learn, first = self.learn, [self.learn.loss_grad]
+
+            def closure():
+                learn.opt.zero_grad()
+                if first:
+                    loss = first.pop()
+                else:
+                    torch.set_rng_state(self.random)  # the same dropout masks
+                    loss = learn.loss_func(learn.model(*learn.xb), *learn.yb)
+                loss.backward()
+                return loss
+
+            learn.opt.opt.backward(closure)
+            raise CancelBackwardException
+
+    rows = list(zip(*digits(128), strict=True))
+
+    def fitted(make, *callbacks):
+        model = Net()
+        loaders = DataLoaders(DataLoader(rows, bs=32), DataLoader(rows, bs=32))
+        learn = learner.Learner(
+            loaders,
+            model,
+            nn.CrossEntropyLoss(),
+            opt_func=lambda groups, lr=None, **_: OptimWrapper(groups, make),
+            cbs=[GradientClip(0.5), *callbacks],
+        )
+        torch.manual_seed(0)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 0.1)
+        return model, learn
+
+    ours, learn = fitted(lambda groups: steppe.SAM(torch.optim.SGD(groups, lr=0.1), rho=rho), Sharpness())
+    assert learn.opt.opt.telemetry.passes == (2 if rho else 1)
+    if rho:
+        other = Net()
+        base = torch.optim.SGD(other.parameters(), lr=0.1)
+        base.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(other.parameters(), 0.5) and None)
+        torch.set_rng_state(started[0])
+        for x, y in batches(4, 32):
+            by_hand(other, base, lambda x=x, y=y: CE(other(x), y), rho)
+    else:
+        other, _ = fitted(lambda groups: torch.optim.SGD(groups, lr=0.1))
+        assert same(ours, other)
+    close(ours, other)

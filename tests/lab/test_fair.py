@@ -17,7 +17,7 @@ from steppe.lab.report import fair as tables
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Range
 
-from . import formats, own_tasks
+from . import own_tasks
 from .helpers import Process, steppe_cli
 
 SMALL = Settings(model="mlp-16", train_size=240, batch_size=32, epochs=4, test_seed=0)
@@ -79,9 +79,11 @@ def test_the_longest_runs_cost_alike(equal, most):
 
 
 def test_prices_are_those_of_the_definitions():
-    methods = {text: spec.parse(text) for text in ("SGD", "SAM", "SAM(m=8, sampled=1)", "LookSAM(k=2)")}
+    methods = {
+        text: spec.parse(text) for text in ("SGD", "SAM", "SAM(m=8, sampled=1)", "LookSAM(k=2)", "LateSAM(share=0.25)")
+    }
     found = price.prices(SMALL, methods)
-    assert [found[text].passes for text in methods] == [1, 2, 1 + 8 / 32, 1.5]
+    assert [found[text].passes for text in methods] == [1, 2, 1 + 8 / 32, 1.5, 1.25]
     assert all(each.seconds > 0 for each in found.values())
 
 
@@ -103,6 +105,11 @@ def test_trials_cover_their_spaces_evenly_and_do_not_depend_on_results():
     for low in (0.001, 0.01, 0.1):
         assert 9 <= sum(low <= trial["lr"] < 10 * low for trial in trials) <= 12
     assert {m: sum(trial["m"] == m for trial in trials) for m in wide["m"]} == dict.fromkeys(wide["m"], 8)
+    again = spaces.design(wide, {"lr": 0.5, "m": 4}, 3, draw=1)
+    assert again[0] == {"lr": 0.5, "m": 4}
+    assert not {str(trial) for trial in again[1:]} & {str(trial) for trial in trials}
+    other = fair.Comparison(replace(ASKED, draw=2, search_seeds=3), fair.contestants(ASKED, PRICES)).search()
+    assert other.first == 1006  # no seed of another draw
     one = spaces.design({"lr": (0.1,)}, {"lr": 0.1}, 5)
     assert one == ({"lr": 0.1},)  # nothing is tried twice
 
@@ -184,6 +191,30 @@ def test_the_tables_say_what_was_chosen_and_what_fixed_parameters_say(folder):
         assert said in words
 
 
+def test_a_search_begins_no_trial_after_its_minutes(tmp_path):
+    asked = replace(ASKED, methods=("SAM",), search_minutes=1e-6, trials=4, seeds=1)
+    assert fair.run(tmp_path / "c", asked) == []
+    found = tables.read(tmp_path / "c")
+    assert [one.trials for one in found.each] == [1, 1, 1]
+    assert found.each[2].chosen == {"lr": 0.05, "epochs": 4, "rho": 0.05}  # the first trial is the fixed setting
+    words = " ".join(tables.notes(found))
+    assert (
+        "no trial after 1e-06 minutes of training; fewer trials than asked for: SGD (1), SGD(batch_size=8) (1)" in words
+    )
+    assert "--search-minutes 1e-06" in " ".join(tables.command(found))
+    with pytest.raises(LabError, match="search-minutes must be a positive number, not 0"):
+        replace(ASKED, search_minutes=0)
+
+
+def test_where_a_search_ended_at_an_edge_a_wider_one_is_proposed(folder):
+    found = tables.read(folder)
+    ends = [["lr high"], ["epochs high"], ["rho low", "lr low"], ["rho high", "m low"]]
+    at_edges = replace(found, each=[replace(one, edges=each) for one, each in zip(found.each, ends, strict=True)])
+    assert tables.notes(at_edges)[-2] == (
+        "To search wider, into another --out: --space lr=0.000781..3.2 --space rho=0.00125..8."
+    )
+
+
 def test_another_baseline(folder):
     found = tables.read(folder, "SAM")
     assert [one.name for one in found.each if one.row.baseline] == ["SAM"]
@@ -257,6 +288,7 @@ def test_the_command_prints_the_tables_and_reports_them(tmp_path):
     other = steppe_cli(*arguments, "--noise", 0.2)
     assert other.exit_code == 2
     assert "holds another comparison" in other.stderr
+    assert "unknown method 'SAMM'" in steppe_cli("compare", "--method", "SAMM", "--out", tmp_path / "c").stderr
 
 
 def test_a_command_whose_time_is_over_exits_with_75(tmp_path):
@@ -317,20 +349,6 @@ def test_a_plain_script_without_a_guard_works_or_says_what_to_do(tmp_path, task,
         assert done.returncode == 1
         assert "around the call in a script; or leave workers out" in done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("steppe.lab.errors.LabError: a worker process was lost")
-
-
-def test_data_shaped_like_cifar_run_in_slices_and_end(tmp_path):
-    formats.cifar10(tmp_path / "data", each=20)
-    small = ["--data", "cifar10", "--data-dir", tmp_path / "data", "--train-size", 40, "--batch-size", 16]
-    small += ["--epochs", 1, "--model", "resnet18-w8", "--trials", 1, "--seeds", 1, "--workers", 1]
-    small += ["--method", "SAM(m={m}, sampled=1)"]
-    codes = []
-    while len(codes) < 40 and (not codes or codes[-1] == 75):
-        codes.append(steppe_cli("compare", *small, "--minutes", 0.04, "--out", tmp_path / "c").exit_code)
-    assert codes[-1] == 0
-    assert codes[0] == 75
-    found = tables.read(tmp_path / "c")
-    assert [one.row.n for one in found.each] == [1, 1, 1]
 
 
 def test_the_defaults_can_be_trained():

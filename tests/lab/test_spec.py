@@ -5,8 +5,9 @@ from torch import nn
 import steppe
 from steppe.lab import spec
 from steppe.lab.errors import LabError
-from steppe.lab.runs import Plan
+from steppe.lab.runs import Plan, Run
 from steppe.lab.settings import Settings
+from steppe.lab.train import train
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,18 @@ def test_equal_methods_count_once():
     assert len(spec.parse_all(["SAM(rho=0.2, m=8)", "SAM(m=8, rho=.2)"], Settings())) == 1
 
 
+def test_late_sam_is_sam_in_the_last_share_of_its_steps():
+    common = Settings(train_size=320, batch_size=32, epochs=2, model="mlp-4")  # 20 steps
+    found = train(Run(spec.parse("LateSAM(rho=0.3, share=0.25)"), 0, common))
+    assert (found.backwards, found.rho) == (15 + 2 * 5, 0.3)
+    assert train(Run(spec.parse("LateSAM(epochs=1)"), 0, common)).backwards == 9 + 2 * 1
+    base, late = spec.phases(spec.parse("LateSAM(m=8, share=0.25, lr=0.2)"), "SGD")
+    assert (base[0], str(base[1])) == (0.75, "SGD(lr=0.2)")
+    assert (late[0], str(late[1])) == (0.25, "SAM(m=8, lr=0.2)")
+
+
 def test_every_method_of_steppe_can_be_named():
-    known = {"SGD", "AdamW", "AdaptiveWSAM", "FisherWSAM"}
+    known = {"SGD", "AdamW", "AdaptiveWSAM", "FisherWSAM", "LateSAM"}
     assert set(spec.choices()) == known | {method.__name__ for method in steppe.METHODS}
     assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
 

@@ -75,19 +75,31 @@ class Facade(torch.optim.Optimizer):
         self._stepper.full = full
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups, each with its ``rho``."""
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's state, with the rule's memory beside it."""
         return self.base.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, also those that :meth:`backward` has left."""

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,12 +127,12 @@ class RuleState:
             radius: the key of the radius in a group.
 
         Raises:
-            KeyError: the base misses something in the checkpoint.
+            KeyError: the base misses something in the checkpoint; nothing has been loaded.
         """
         before = [{radius: group[radius], STEP: 0} if radius in group else {} for group in base.param_groups]
         plain, memory, groups = _split(saved)
         try:
-            base.load_state_dict(plain)
+            load_all([base], [plain])
         except KeyError as error:
             raise KeyError(
                 f"{type(base).__name__} finds no {error} in this checkpoint: it is of another base, or of steppe 0.1, "
@@ -152,6 +153,38 @@ def saves_as_torch(base: Optimizer) -> bool:
     """Tell whether a base has torch's ``state_dict`` and ``load_state_dict``, not its own."""
     kind = type(base)
     return kind.state_dict is Optimizer.state_dict and kind.load_state_dict is Optimizer.load_state_dict
+
+
+def load_all(bases: Sequence[Optimizer], checkpoints: Sequence[Mapping[str, Any]]) -> None:
+    """Load every optimizer's checkpoint, or where one of them fails none: all get back what they had.
+
+    A base that loads in its own way may write into its tensors, so its checkpoint is copied before.
+    """
+    parts = [part for base in bases for part in getattr(base, "bases", (base,))]  # of a Joint, each
+    before = [_way_back(part) for part in parts]
+    try:
+        for base, saved in zip(bases, checkpoints, strict=True):
+            base.load_state_dict(saved)  # type: ignore[arg-type]
+    except BaseException:
+        for restore in before:
+            restore()
+        raise
+
+
+def _way_back(base: Optimizer) -> Callable[[], None]:
+    """Return what gives a base its present state again."""
+    if saves_as_torch(base):  # whose method leaves the old dicts as they are
+        old = {"state": base.state, "param_groups": base.param_groups}
+        return lambda: vars(base).update(old)
+    try:
+        saved = deepcopy(base.state_dict())
+    except Exception:  # some have no checkpoint before their first step, and so nothing to get back
+        return _nothing
+    return lambda: base.load_state_dict(saved)
+
+
+def _nothing() -> None:
+    """Stand in for what there is no need of."""
 
 
 def _parameters(base: Optimizer) -> list[Tensor]:

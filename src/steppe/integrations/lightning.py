@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from steppe.batch import Batch
 from steppe.engine.replay import RandomState
+from steppe.integrations.lightning_closures import run_closure_first, step_without_stand_in
 from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_examples, takes_parts
 from steppe.optimizer import SharpnessAware
 from steppe.pieces.sample import Subset, pieces_of
@@ -82,6 +83,8 @@ class SharpnessAwareMixin(_Module):
     def _begin(self, batch: Any, batch_idx: int) -> None:
         if is_param_in_hook_signature(self.training_step, "dataloader_iter", explicit=True):
             raise NotImplementedError("training_step(dataloader_iter) cannot run again: take (batch, batch_idx)")
+        for optimizer in self.trainer.strategy.optimizers:
+            step_without_stand_in(optimizer)
         if not self.automatic_optimization:
             return
         if batch_idx == 0 or self._runs is None:  # Lightning zeroes at the first batch of an epoch
@@ -162,7 +165,7 @@ class SharpnessAwareMixin(_Module):
         if runs is not None and inner.radius():
             passes = self._update(runs, inner, closure)
         loss = inner.backward(passes, scaler=scaler, rescale=True)
-        hook = inner.register_step_pre_hook(_run_closure_first)
+        hook = inner.register_step_pre_hook(run_closure_first)
         try:
             optimizer.step(closure=lambda: loss)
         finally:
@@ -286,13 +289,6 @@ def _known(strategy: Any) -> SingleDeviceStrategy | DDPStrategy:
         f"with Lightning, steppe runs on one device or under DDP; {type(strategy).__name__} runs the backward pass or "
         'shards the weights itself: choose strategy="auto" or "ddp"'
     )
-
-
-def _run_closure_first(optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run Lightning's closure, which by now only calls hooks and clips; ``step()`` then moves without it."""
-    if "closure" in kwargs:
-        kwargs["closure"]()
-    return (optimizer,), {}
 
 
 def _copy(value: Any) -> Any:

@@ -6,6 +6,7 @@ says is used for a choice. ``comparison.json`` holds the question, ``search.json
 final runs, and ``fixed/`` the same methods at fixed parameters, as an unfair comparison has them.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ from steppe.lab.price import Price, prices
 from steppe.lab.runs import COMPARISON, SEARCH, Plan, stages
 from steppe.lab.settings import Settings
 from steppe.lab.spaces import HOLES, design, space
-from steppe.lab.spec import Method
+from steppe.lab.spec import Method, base_of
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
 from steppe.lab.sweep.work import Worksite, search
 from steppe.lab.terminal import Display, line
@@ -50,8 +51,12 @@ class Asked:
     clean: bool = False  # whether their labels stay clean; else they are as noisy as the others
     equal: str = "passes"  # what the longest run of every method may cost alike: passes, seconds or epochs
     spaces: Mapping[str, Choices] = field(default_factory=dict)
+    search_minutes: float | None = None  # of training in each method's search, after which it begins no trial
+    draw: int = 0  # of the trials and of the seeds of the searches: what is left to luck
 
     def __post_init__(self) -> None:
+        if self.search_minutes is not None and not self.search_minutes > 0:
+            raise LabError(f"search-minutes must be a positive number, not {self.search_minutes}")
         if self.equal not in EQUAL:
             raise LabError(f"equal must be one of {', '.join(EQUAL)}, not {self.equal!r}")
 
@@ -71,14 +76,9 @@ class Contestant:
     space: Mapping[str, Choices]
     fixed: Mapping[str, Value]
 
-    def stage(self, trials: int) -> Stage:
+    def stage(self, trials: int, draw: int = 0) -> Stage:
         """Return the method's search."""
-        return Stage(self.name, self.method, {}, design(self.space, self.fixed, trials))
-
-
-def base_of(settings: Settings) -> str:
-    """Return the name of the base optimizer alone."""
-    return {"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer]
+        return Stage(self.name, self.method, {}, design(self.space, self.fixed, trials, draw))
 
 
 def everyone(asked: Asked) -> dict[str, tuple[str, float]]:
@@ -165,8 +165,10 @@ class Comparison:
         """Return the search of all methods."""
         held = {"validation": self.asked.validation, "clean_validation": self.asked.clean}
         settings = replace(self.asked.settings, **held)  # type: ignore[arg-type]
-        searched = tuple(one.stage(self.asked.trials) for one in self.contestants)
-        return Search(settings, searched, self.asked.search_seeds, first=FIRST_SEED, chained=False)
+        searched = tuple(one.stage(self.asked.trials, self.asked.draw) for one in self.contestants)
+        limit = math.inf if self.asked.search_minutes is None else 60 * self.asked.search_minutes
+        first = FIRST_SEED + self.asked.draw * self.asked.search_seeds
+        return Search(settings, searched, self.asked.search_seeds, first=first, chained=False, limit=limit)
 
     def plan(self, values: Mapping[str, Mapping[str, Value]]) -> Plan:
         """Return the final runs with the values of each method, by its name."""
@@ -185,7 +187,7 @@ def opened(folder: Path, asked: Asked, hardware: Hardware = CPU) -> Comparison:
         LabError: the directory holds another comparison, or the question cannot be trained.
     """
     methods = {name: _parsed(text, asked) for name, (text, _) in everyone(asked).items()}
-    spec.parse_all(list(map(str, methods.values())), asked.settings)
+    spec.parse_all(list(map(str, methods.values())), asked.settings)  # before the question whether it is the same
     if (before := opened_again(folder)) is not None:
         old, now = before.asked.facts(), asked.facts()
         if changed := [f"{key} was {old[key]}, now {now[key]}" for key in now if old[key] != now[key]]:

@@ -1,7 +1,7 @@
 """The one format of run directories: ``run``, ``compare``, ``sweep`` and ``reproduce`` write it, ``report`` reads it.
 
 A directory holds methods times seeds under one :class:`~steppe.lab.settings.Settings`; ``steppe run`` makes one with a
-single run. :func:`path_of` gives every path, ``docs/laboratory.md`` lists what the files hold. A run is finished when
+single run. :func:`path_of` gives every path, ``docs/reference/files.md`` says what the files hold. A run is done when
 its record is there. After ``sweep`` alone ``seeds`` in ``config.json`` is 0: any comparison may then use the directory.
 
 A damaged record is named and its run is made again; a newer format is refused. Directories of ``compare`` and

@@ -22,6 +22,7 @@ SPACES: dict[str, Choices] = {
     "theta": Range(0.1, 0.95, log=False),
     "beta": Range(0.3, 1.0, log=False),
     "ESAM.gamma": Range(0.3, 1.0, log=False),
+    "LateSAM.share": Range(0.05, 0.5),
 }
 # Searched where a spec asks for it by a hole: SAM(m={m}).
 HOLES: dict[str, Choices] = {
@@ -50,12 +51,14 @@ def space(name: str, key: str, default: Any, epochs: tuple[int, int]) -> Choices
     return SPACES.get(f"{name}.{key}", SPACES.get(key))
 
 
-def design(spaces: Mapping[str, Choices], fixed: Mapping[str, Value], trials: int) -> tuple[dict[str, Value], ...]:
+def design(
+    spaces: Mapping[str, Choices], fixed: Mapping[str, Value], trials: int, draw: int = 0
+) -> tuple[dict[str, Value], ...]:
     """Return the trials: the fixed setting if it lies in the spaces, then points of a scrambled Sobol sequence.
 
     They do not depend on results, so every machine, order and interruption gives the same trials.
     """
-    shares = SobolEngine(_DIMENSIONS, scramble=True, seed=0).draw(trials).tolist()
+    shares = SobolEngine(_DIMENSIONS, scramble=True, seed=draw).draw(trials).tolist()
     points = [dict(fixed)] if all(_within(fixed[key], choices) for key, choices in spaces.items()) else []
     points += [{key: _at(spaces[key], share) for key, share in zip(spaces, row, strict=False)} for row in shares]
     return tuple(dict(pairs) for pairs in dict.fromkeys(tuple(point.items()) for point in points[:trials]))

@@ -23,6 +23,7 @@ from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError, unknown
 from steppe.lab.settings import Settings
 from steppe.rule import Parts
+from steppe.schedule import Tail
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
@@ -39,11 +40,22 @@ def _fisher_wsam(
     return SharpnessAware(base, Rule(geometry=Fisher(eta), combine=Weighted(gamma)), rho, **parts)
 
 
-# WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7
-_COMPOSED = {"AdaptiveWSAM": _adaptive_wsam, "FisherWSAM": _fisher_wsam}
+def _late_sam(
+    base: torch.optim.Optimizer, steps: int, rho: float = 0.05, share: float = 0.1, **parts: Unpack[Parts]
+) -> SharpnessAware:
+    return steppe.SAM(base, Tail(rho, steps, share), **parts)
+
+
+# WSAM's update with another geometry, which its paper (arXiv 2305.15817) compares in Table 7; SAM in the last share of
+# the steps alone (arXiv 2410.10373)
+_COMPOSED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdaptiveWSAM": _adaptive_wsam,
+    "FisherWSAM": _fisher_wsam,
+    "LateSAM": _late_sam,
+}
 _MULTIPLE = re.compile(r"\d+(?:\.\d+)?x")
 SETTINGS = ("lr", "batch_size", "weight_decay")  # of all methods, which a spec may set for its own
-_SUPPLIED = ("base", "full")  # constructor parameters that come from the run, not from the spec
+_SUPPLIED = ("base", "full", "steps")  # constructor parameters that come from the run, not from the spec
 
 
 @dataclass(frozen=True)
@@ -180,16 +192,36 @@ def parse_all(texts: list[str], settings: Settings) -> list[Method]:
     return methods
 
 
+def base_of(settings: Settings) -> str:
+    """Return the name of the base optimizer alone."""
+    return {"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer]
+
+
 def build(
     method: Method, model: nn.Module, settings: Settings, full: Callable[[], torch.Tensor]
 ) -> torch.optim.Optimizer:
     """Return the method's optimizer; ``full`` is the closure over all training examples that n-SAM takes."""
     if method.name in _PLAIN:
         return _plain(method.name, model, settings)
-    base = _plain({"sgd": "SGD", "adamw": "AdamW"}[settings.optimizer], model, settings)
+    base = _plain(base_of(settings), model, settings)
     make: Callable[..., torch.optim.Optimizer] = choices()[method.name]
-    supplied = {"full": full} if "full" in inspect.signature(make).parameters else {}
-    return make(base, **dict(method.options), **supplied)
+    steps = method.epochs_of(settings.epochs) * settings.steps_per_epoch
+    supplied = {"full": full, "steps": steps}
+    wanted = {key: value for key, value in supplied.items() if key in inspect.signature(make).parameters}
+    return make(base, **dict(method.options), **wanted)
+
+
+def phases(method: Method, base: str) -> list[tuple[float, Method]]:
+    """Return the parts of a method's training as (share of the steps, method): its price is their mean.
+
+    Only ``LateSAM`` has more than one: steps of the base optimizer called ``base``, then of SAM.
+    """
+    if method.name != "LateSAM":
+        return [(1.0, method)]
+    options = dict(method.options)
+    share = float(options.pop("share", defaults_of("LateSAM")["share"]))  # type: ignore[arg-type]
+    late = replace(method, name="SAM", options=tuple(options.items()))
+    return [(1 - share, replace(method, name=base, options=())), (share, late)]
 
 
 def _plain(name: str, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

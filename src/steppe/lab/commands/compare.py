@@ -61,6 +61,10 @@ Held = Annotated[
     float | None,
     typer.Option(help="Share of the training examples that the searches hold out.", show_default="0.25"),
 ]
+SearchMinutes = Annotated[
+    float | None, typer.Option(min=0, help="Of training in each method's search; after them it begins no trial.")
+]
+SearchDraw = Annotated[int, typer.Option(min=0, help="Another number: other trials and other seeds of the searches.")]
 Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
 IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so long, keep everything, exit with 75.")]
@@ -76,6 +80,8 @@ def compare(
     method: Methods = None,
     trials: Trials = None,
     search_seeds: SearchSeeds = None,
+    search_minutes: SearchMinutes = None,
+    search_draw: SearchDraw = 0,
     seeds: Seeds = None,
     equal: Equal = None,
     space: Spaces = None,
@@ -114,17 +120,23 @@ def compare(
     source = source_of(data, task)
     folder = out or _folder(source, fixed, quick)
     common = (folder, workers, Console(stderr=as_json), _hardware(device, precision), _until(minutes))
-    searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "equal": equal}
-    searching |= {"spaces": _spaces(space), "validation": validation, "clean": clean_validation or None}
+    searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
+    searching |= {"draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
+    searching |= {"validation": validation, "clean": clean_validation or None}
     if fixed:
         _refuse(searching)
         code = compared(presets.planned(source, given, method, baseline, seeds, quick), *common)
     else:
         asked = presets.asked(source, given, method, seeds, quick, **searching)
         code = searched(asked, *common, storage, baseline)
-    if as_json and not code:
+    raise typer.Exit(_printed(code, folder, baseline) if as_json else code)
+
+
+def _printed(code: int, folder: Path, baseline: str | None) -> int:
+    """Print the results of a comparison that has ended as JSON; return its exit code."""
+    if not code:
         print_json(folder, baseline)
-    raise typer.Exit(code)
+    return code
 
 
 def _hardware(device: str, precision: str) -> "Hardware":
@@ -153,9 +165,10 @@ def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
 
 def _refuse(searching: dict[str, Any]) -> None:
     """Raise a ``LabError`` for options that a comparison without a search would ignore."""
-    options = {"spaces": "--space", "clean": "--clean-validation", "search_seeds": "--search-seeds"}
+    options = {"spaces": "space", "clean": "clean-validation", "draw": "search-draw"}
     if given := [name for name, value in searching.items() if value is not None]:
-        raise LabError(f"--fixed makes no search; leave {options.get(given[0], f'--{given[0]}')} out")
+        option = options.get(given[0], given[0].replace("_", "-"))
+        raise LabError(f"--fixed makes no search; leave --{option} out")
 
 
 def compared(

@@ -21,6 +21,7 @@ from steppe.lab.tables import NONE, interval, number
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = ("method", "chosen", "at an edge", "trials", "search passes", "search s", "fixed {metric}", "fixed difference")
+WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
 _EQUAL = {
     "passes": "The longest run of every method may cost the same number of gradient passes",
@@ -166,6 +167,8 @@ def command(found: Outcomes) -> list[str]:
     words += [word for key, each in asked.spaces.items() for word in ("--space", f"{key}={shown(each)}")]
     options = given | {"trials": asked.trials, "search_seeds": asked.search_seeds, "seeds": found.found.plan.seeds}
     options |= {"equal": asked.equal, "validation": asked.validation}
+    options |= {"search_draw": asked.draw} if asked.draw else {}
+    options |= {} if asked.search_minutes is None else {"search_minutes": asked.search_minutes}
     words += [word for key, each in options.items() for word in (f"--{key.replace('_', '-')}", str(each))]
     return words + (["--clean-validation"] if asked.clean else [])
 
@@ -177,21 +180,49 @@ def notes(found: Outcomes) -> list[str]:
     lines = [
         f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
-        f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate.",
+        f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
+        "early, and none reports its best epoch.",
         "The test set was used for the final runs alone; nothing was chosen by it.",
     ]
     if asked.settings.noise:
         kind = "clean" if asked.clean else "as noisy as the training labels"
         lines.append(f"The validation labels were {kind}.")
-    if edges := [f"{one.name} ({', '.join(one.edges)})" for one in found.each if one.edges]:
-        lines.append(
-            f"At an edge of what was searched, so that a wider search (--space) may find better: {'; '.join(edges)}."
-        )
-    lines.append(
+    return [
+        *lines,
+        *_minutes(found),
+        *_edges(found),
         "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
-        "as a comparison without a search has them."
-    )
-    return lines
+        "as a comparison without a search has them.",
+    ]
+
+
+def _minutes(found: Outcomes) -> list[str]:
+    """Return which searches the limit of their time cut short."""
+    asked = found.asks.asked
+    if asked.search_minutes is None:
+        return []
+    short = ", ".join(f"{one.name} ({one.trials})" for one in found.each if one.trials < asked.trials)
+    ended = f"fewer trials than asked for: {short}" if short else "all had all their trials"
+    return [f"A search began no trial after {asked.search_minutes:g} minutes of training; {ended}."]
+
+
+def _edges(found: Outcomes) -> list[str]:
+    """Return which choices lie at an end of what was searched, and how to search wider."""
+    ends = "; ".join(f"{one.name} ({', '.join(one.edges)})" for one in found.each if one.edges)
+    lines = [f"At an edge of what was searched, so that a wider search may find better: {ends}."] if ends else []
+    return lines + ([f"To search wider, into another --out: {wider}."] if (wider := _wider(found)) else [])
+
+
+def _wider(found: Outcomes) -> str:
+    """Return the options that widen what was searched where a choice lay at an end, as far as it may be widened."""
+    ends: dict[str, list[Range]] = {}
+    for one, contestant in zip(found.each, found.asks.contestants, strict=True):
+        for key, end in (text.split() for text in one.edges):
+            if isinstance(choices := contestant.space[key], Range) and choices.log and not choices.whole:
+                low, high = (choices.low / WIDER, choices.high) if end == "low" else (choices.low, choices.high * WIDER)
+                ends.setdefault(key, []).append(Range(low, high))
+    spaces = {key: Range(min(each.low for each in all_), max(each.high for each in all_)) for key, all_ in ends.items()}
+    return " ".join(f"--space {key}={space.low:.3g}..{space.high:.3g}" for key, space in spaces.items())
 
 
 def plain(found: Outcomes) -> list[dict[str, Any]]:

@@ -89,6 +89,7 @@ class Search:
     values: Mapping[str, Value] = field(default_factory=dict)
     first: int = 0
     chained: bool = True
+    limit: float = math.inf  # seconds of training of a stage, after which none of its points is begun
 
     def __post_init__(self) -> None:
         if not self.settings.validation:

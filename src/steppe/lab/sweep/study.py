@@ -84,22 +84,23 @@ def _away(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Grid:
-    """A stage's points in a storage."""
+    """A stage's points in a storage; none is begun once those that ended took ``limit`` seconds of training."""
 
     study: optuna.Study
     storage: RDBStorage
     stage: Stage
+    limit: float = math.inf
 
     @classmethod
     @patiently
-    def open(cls, storage: RDBStorage, name: str, stage: Stage) -> "Grid":
+    def open(cls, storage: RDBStorage, name: str, stage: Stage, limit: float = math.inf) -> "Grid":
         """Create or join the study called ``name``, and queue the points that it lacks or that failed.
 
         A point gets no further seed when its mean is in the worst quarter of what finished points had after as many.
         A run is never stopped early: a large radius or learning rate looks bad half-way and ends well.
         """
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=DROP)
-        grid = cls(study, storage, stage)
+        grid = cls(study, storage, stage, limit)
         grid.queue(again=True)
         return grid
 
@@ -129,7 +130,9 @@ class Grid:
 
     @patiently
     def claim(self) -> Trial | None:
-        """Return a waiting trial that is now this worker's alone, ``None`` if none is waiting."""
+        """Return a waiting trial that is now this worker's alone, ``None`` if none is waiting or the time is over."""
+        if self.is_over():
+            return None
         with catch_warnings(action="ignore", category=ExperimentalWarning):
             fail_stale_trials(self.study)
         self.queue()
@@ -142,6 +145,15 @@ class Grid:
                         return trial
                     self.tell(trial, None, TrialState.FAIL, TWIN)
         return None
+
+    def is_over(self) -> bool:
+        """Return whether the points that ended took the time that the stage may take."""
+        taken = (float(trial.user_attrs.get(SECONDS, 0.0)) for trial in self.ended().values())
+        return self.limit < math.inf and sum(taken) >= self.limit
+
+    def is_done(self) -> bool:
+        """Return whether nothing is in work and nothing will be begun."""
+        return not self.trials(TrialState.RUNNING) and (self.is_over() or not self.trials(TrialState.WAITING))
 
     def _twin(self, found: FrozenTrial) -> bool:
         """Return whether an earlier trial stands for the same point."""
@@ -213,7 +225,8 @@ class Grid:
             LabError: points failed.
         """
         ended, points = self.ended(), self.stage.points()
-        if lost := [point for index, point in enumerate(points) if index not in ended]:
+        lost = [point for index, point in enumerate(points) if index not in ended]
+        if lost and not self.is_over():
             reasons = {trial.user_attrs.get(REASON, "its workers died") for trial in self.trials(TrialState.FAIL)}
             raise LabError(
                 f"{len(lost)} of {len(points)} points of stage {self.stage.name} failed, the first {lost[0]} "

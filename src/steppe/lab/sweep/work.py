@@ -44,7 +44,7 @@ class Worksite:
     def grid(self, asked: Search, stage: Stage, values: Mapping[str, Value]) -> Grid:
         """Create or join the study of a stage."""
         study = f"{self.name}/{stage.name}/{asked.digest(stage, values)}"
-        return Grid.open(open_storage(self.url, self.heartbeat), study, stage)
+        return Grid.open(open_storage(self.url, self.heartbeat), study, stage, asked.limit)
 
 
 def search(
@@ -119,7 +119,7 @@ def _work(grids: list[Grid], asked: Search, site: Worksite, values: Mapping[str,
                 tell(f"{grid.stage.name}: {len(grid.ended())} of {len(grid.stage.points())} points", done)
                 break
         else:
-            left = [grid for grid in left if grid.trials(TrialState.WAITING, TrialState.RUNNING)]
+            left = [grid for grid in left if not grid.is_done()]
             time.sleep(_POLL if left else 0)
 
 

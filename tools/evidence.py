@@ -1,0 +1,222 @@
+"""The records of the studies in examples/evidence, and the tables of docs/results.md and the README made from them.
+
+``python tools/evidence.py FOLDER`` reads the finished studies in FOLDER and writes docs/records/evidence_STUDY.json;
+without a folder it writes the tables between the marks of the pages.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from marks import between
+
+from steppe.lab.statistics import Paired, holm, mean, paired, spread
+
+ROOT = Path(__file__).parents[1]
+RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
+RADIUS, README = ROOT / "docs" / "how-to" / "radius.md", ROOT / "README.md"
+README_ROWS = ("SGD", "SGD, batch 32", "SAM", "WSAM", "m-SAM", "sampled m-SAM")
+NAMES = {
+    "SAM(m={m})": "m-SAM",
+    "SAM(m={m}, sampled=1)": "sampled m-SAM",
+    "SAM(m={m}, sampled=1, clip={clip})": "sampled m-SAM, clipped",
+    "SAM(ascent={ascent})": "subset ascent",
+    "RWSAM": "RW-SAM",
+    "ReweightedSharpness": "reweighted sharpness",
+    "FSAM": "F-SAM",
+    "LateSAM": "late SAM",
+}
+KEPT = ("train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay", "optimizer")
+Record = dict[str, Any]
+
+
+# ---- from finished studies to records
+
+
+def collect(folder: Path) -> Record:
+    """Return the record of a finished study."""
+    from steppe.lab import notebook
+
+    asked, prices = (json.loads((folder / "comparison.json").read_text())[key] for key in ("asked", "prices"))
+    final, fixed, environment = _errors(folder), _errors(folder / "fixed")[0], _environment(folder)
+    stages = {stage["name"]: stage for stage in json.loads((folder / "search.json").read_text())["stages"]}
+    rows = []
+    for row in notebook.outcomes(folder):
+        name, prices_of = row["name"], prices[row["name"]]
+        points = sorted(
+            (point for point in stages[name]["points"] if point["error"] is not None), key=lambda each: each["error"]
+        )
+        kept = {key: row[key] for key in ("name", "method", "chosen", "edges", "trials", "passes", "collapsed")}
+        kept |= {"epoch_passes": round(prices_of["passes"], 3), "epoch_ms": round(1000 * prices_of["seconds"], 2)}
+        kept |= {"search_passes": round(row["search_passes"]), "search_seconds": round(row["search_seconds"], 1)}
+        kept |= {"best_trials": [point["values"] | {"error": round(point["error"], 4)} for point in points[:3]]}
+        rows.append(kept | {"errors": final[0][row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
+    settings = {key: asked["settings"][key] for key in KEPT}
+    search = {key: asked.get(key) for key in ("trials", "search_seeds", "validation", "equal", "spaces", "draw")}
+    return {"metric": final[1], "settings": settings, "search": search, "environment": environment, "methods": rows}
+
+
+def _errors(folder: Path) -> tuple[dict[str, list[float]], str]:
+    """Return the test errors of every method by seed, in the plan's order, and the metric."""
+    from steppe.lab import runs
+
+    plan = runs.read_plan(folder)
+    found, problems = runs.finished(folder, plan)
+    if problems or len(found) < len(plan.runs()):
+        raise SystemExit(f"{folder} is not finished")
+    errors: dict[str, list[float]] = {str(method): [] for method in plan.methods}
+    for run, record in sorted(found.items(), key=lambda item: item[0].seed):
+        errors[str(run.method)].append(round(record.shown, 4))
+    return errors, next(iter(found.values())).metric
+
+
+def _environment(folder: Path) -> Record:
+    found = json.loads(next(iter(sorted((folder / "runs").glob("*.json")))).read_text())["environment"]
+    return {key: found[key] for key in ("steppe", "torch", "python", "cpu", "cores", "threads")}
+
+
+# ---- from records to tables
+
+
+def record(study: str) -> Record:
+    """Return the record of a study."""
+    found: Record = json.loads((RECORDS / f"evidence_{study.replace('-', '_')}.json").read_text())
+    return found
+
+
+def label(name: str) -> str:
+    """Return a method's name for tables."""
+    if "(batch_size=" in name:
+        return f"{name.split('(')[0]}, batch {name.split('=')[1].rstrip(')')}"
+    return NAMES.get(name, name)
+
+
+def against(rows: list[Record], other: Record) -> list[tuple[Paired, float] | None]:
+    """Return each method's errors minus those of another, paired by seed, with the p-value Holm-corrected by column."""
+    tests = [None if row is other else paired(row["errors"], other["errors"]) for row in rows]
+    adjusted = holm([float("nan") if test is None else test.p for test in tests])
+    return [None if test is None else (test, p) for test, p in zip(tests, adjusted, strict=True)]
+
+
+def decimals(found: Record) -> int:
+    """Return how many decimals the metric needs: errors in per cent one, others three."""
+    return 1 if found["metric"].endswith("%") else 3
+
+
+def _difference(pair: tuple[Paired, float] | None, digits: int) -> str:
+    if pair is None:
+        return ""
+    test, p = pair
+    text = f"{test.low:+.{digits + 1}f} to {test.high:+.{digits + 1}f}"
+    return (f"**{text}**" if p < 0.05 else text).replace("-", "\N{MINUS SIGN}")
+
+
+def chosen(row: Record) -> str:
+    """Return what the search chose, with a mark where it ended at an edge."""
+    edges = {edge.split()[0] for edge in row["edges"]}
+    return ", ".join(f"{key} {value:g}{' (edge)' if key in edges else ''}" for key, value in row["chosen"].items())
+
+
+def table(study: str) -> str:
+    """Return the table of a study."""
+    found = record(study)
+    rows, digits = found["methods"], decimals(found)
+    heads = ["method", f"{found['metric']}", f"against {label(rows[0]['name'])}, 95 % CI",
+             f"against {label(rows[1]['name'])}, 95 % CI", "passes", "time of an epoch", "fixed", "chosen"]  # fmt: skip
+    lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
+    columns = [against(rows, rows[i]) for i in (0, 1)]
+    for i, row in enumerate(rows):
+        cells = [label(row["name"]), f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"]
+        cells += [_difference(column[i], digits) for column in columns]
+        cells += [f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
+        lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}", chosen(row)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def short(study: str, names: tuple[str, ...]) -> str:
+    """Return the table of some methods of a study, without what the searches chose."""
+    rows, digits = record(study)["methods"], decimals(record(study))
+    lines = [["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row, pair in zip(rows, against(rows, rows[0]), strict=True):
+        if label(row["name"]) in names:
+            error = f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"
+            cells = [label(row["name"]), error, _difference(pair, digits), f"{row['passes']:.0f}"]
+            lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def overview(studies: dict[str, str]) -> str:
+    """Return one table of all studies: errors of the base, then what each method changed of them."""
+    found = {name: record(name)["methods"] for name in studies}
+    names = list(dict.fromkeys(label(row["name"]) for rows in found.values() for row in rows[2:]))
+    lines = [["", *studies.values()], ["---", *["---:"] * len(studies)]]
+    digits = {name: decimals(record(name)) for name in studies}
+    lines.append(["base, tuned", *(f"{mean(rows[0]['errors']):.{digits[name]}f}" for name, rows in found.items())])
+    for title in ["base at a quarter of the batch", *names]:
+        cells = []
+        for study, rows in found.items():
+            tests = against(rows, rows[0])
+            places = (
+                [1] if title.startswith("base") else [i for i, row in enumerate(rows) if label(row["name"]) == title]
+            )
+            cells.append(_change(tests[places[0]], digits[study]) if places and places[0] < len(rows) else "")
+        lines.append([title, *cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
+    if pair is None:
+        return ""
+    text = f"{pair[0].difference:+.{digits + 1}f}".replace("-", "\N{MINUS SIGN}")
+    return f"**{text}**" if pair[1] < 0.05 else text
+
+
+def with_tables(text: str) -> str:
+    """Return the page's text with every table made again from the records."""
+    studies = titles(text)
+    text = between(text, "overview", overview(studies))
+    for study in studies:
+        text = between(text, f"study {study}", table(study))
+    return text
+
+
+def radii(studies: dict[str, str]) -> str:
+    """Return the radius that every search chose, and those of its three best trials, lowest to highest."""
+    lines = [["method", *studies.values()], ["---", *["---:"] * len(studies)]]
+    found = {name: {label(row["name"]): row for row in record(name)["methods"]} for name in studies}
+    for title in dict.fromkeys(title for rows in found.values() for title in rows):
+        cells = [_radius(rows.get(title)) for rows in found.values()]
+        if any(cells):
+            lines.append([title, *cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _radius(row: Record | None) -> str:
+    if row is None or "rho" not in row["chosen"]:
+        return ""
+    near = sorted(trial["rho"] for trial in row["best_trials"])
+    size = next((f", {key} {row['chosen'][key]}" for key in ("m", "ascent") if key in row["chosen"]), "")
+    return f"{row['chosen']['rho']:.2g}{size} ({near[0]:.2g} to {near[-1]:.2g})"
+
+
+def titles(text: str) -> dict[str, str]:
+    """Return the studies that a page has marks for, with their titles: the headings above the marks."""
+    found, heading = {}, ""
+    for line in text.splitlines():
+        if line.startswith("### "):
+            heading = line.removeprefix("### ")
+        elif line.startswith("<!-- study ") and line.endswith(": begin -->"):
+            found[line.removeprefix("<!-- study ").removesuffix(": begin -->")] = heading
+    return found
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for folder in sorted(path for path in Path(name).iterdir() if (path / "fixed" / "config.json").exists()):
+            path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
+            path.write_text(json.dumps(collect(folder), indent=1) + "\n")
+    PAGE.write_text(with_tables(text := PAGE.read_text()))
+    README.write_text(between(README.read_text(), "compare", short("digits-noise", README_ROWS)))
+    RADIUS.write_text(between(RADIUS.read_text(), "chosen radii", radii(titles(text))))
