@@ -87,7 +87,7 @@ def test_no_number_is_cut_however_narrow_the_terminal(width):
     table(Console(file=out, width=width), HEADERS, ROWS, "digits", "What the columns are.")
     told = out.getvalue()
     assert max(map(len, told.splitlines())) <= width
-    for word in [*HEADERS, *ROWS[0]]:
+    for word in [*HEADERS[1:], *ROWS[0]]:
         assert " ".join(word.split()) in " ".join(told.split())
     if width >= 80:
         assert any("error %" in line and "passes" in line for line in told.splitlines())

@@ -4,6 +4,7 @@ import codecs
 import os
 import sys
 from importlib import import_module
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,7 @@ class Commands(TyperGroup):
 
     def main(self, *positional: Any, **options: Any) -> Any:
         """Run the command line, print what goes wrong to the standard error, and exit."""
+        self.rich_markup_mode = _markup()
         given = options.get("args")
         options |= {"args": list(sys.argv[1:] if given is None else given) or ["--help"], "standalone_mode": False}
         _tolerate(sys.stdout)
@@ -100,8 +102,13 @@ def _tolerate(stream: Any) -> None:
         stream.reconfigure(errors="steppe")
 
 
+def _markup() -> Any:
+    """Return how help is set: in boxes, which would cut words in a narrow terminal, or as plain paragraphs there."""
+    return "rich" if get_terminal_size().columns >= 80 else None
+
+
 def _loaded(name: str) -> Any:
-    one = typer.Typer(add_completion=False)
+    one = typer.Typer(add_completion=False, rich_markup_mode=_markup())
     one.command(name)(getattr(import_module(COMMANDS[name][0]), name))
     return typer.main.get_command(one)
 
