@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import steppe
-from benchmarks import record
+from benchmarks import near_sgd_resnet, record
 from benchmarks.m_sam import Bench, Step, steady
 from benchmarks.models import CASES, GPT, Case, images, resnet18, tokens, with_batch_norm, with_lora
 from benchmarks.timing import Timer, interleave
@@ -25,6 +25,7 @@ MODELS = {
     "mlp": CASES["mlp"],
     "cnn": CASES["cnn"],
     "resnet18_w16_bn": Case("conv", lambda: with_batch_norm(resnet18(16)), images(3, 32)),
+    "resnet8_w8_bn": Case("conv", lambda: near_sgd_resnet.model(torch.empty(1, 14, 14), 10), images(1, 14)),
     "vit_small": Case("transformer", CASES["vit_small"].model, images(3, 32)),
     "gpt_small": Case("transformer", CASES["gpt_small"].model, tokens),
     "gpt_small_lora": Case("transformer", lambda: with_lora(GPT(128, 4, 4)), tokens),
@@ -33,6 +34,7 @@ WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sampled": lambda m: {"m": m, "sampled": 1},
     "ascent": lambda m: {"ascent": m},
     "m_sam": lambda m: {"m": m},
+    "serial": lambda m: {"m": m, "parallel": False},
 }
 
 
@@ -82,7 +84,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ms", nargs="+", type=int, default=[1, 8, 16])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["sampled", "ascent", "m_sam"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=N)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

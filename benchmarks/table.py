@@ -108,6 +108,7 @@ def step_cost(data: dict[str, Any]) -> str:
 
 
 NEAR_SGD = {"sampled": "`sampled=1`", "ascent": "`ascent=m`", "m_sam": "m-SAM, all micro-batches"}
+NEAR_SGD["serial"] = "the same, in a loop"
 
 
 def near_sgd(data: dict[str, Any]) -> str:

@@ -175,6 +175,9 @@ METHODS = [
     Case("XSAM", named(steppe.XSAM, every=2), passes=(23, 2), looks_inside=True),
     Case("XSAM fixed", named(steppe.XSAM, alpha=1.5)),
     Case("SSAM", named(steppe.SSAM)),
+    Case("SANER", named(steppe.SANER, alpha=0.7)),
+    Case("LightSAM", named(steppe.LightSAM), waits=1),
+    Case("GAM", named(steppe.GAM, alpha=0.6), passes=(4, 4)),
     Case("ZSharp", named(steppe.ZSharp, q=0.6)),
     Case("GCSAM", named(steppe.GCSAM)),
     Case("AESAM", named(steppe.AESAM, start=0.5, end=-1.0, steps=4), waits=1),
@@ -206,6 +209,8 @@ MICRO = [
         ("AESAM", {}, {"passes": (3, 3), "waits": 1}),
         ("FunctionalSAM", {}, {}),
         ("LookbehindSAM", {}, {"passes": (3, 3)}),
+        ("SANER", {}, {}),
+        ("LightSAM", {}, {"waits": 1}),
     ]
 ]
 
@@ -276,7 +281,7 @@ BASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 }
 
 # methods whose step is more than a gradient at w and one at w + eps
-MORE_THAN_TWO = {"ESAM-all", "AESAM", "EigenSAM", "LookbehindSAM"}
+MORE_THAN_TWO = {"ESAM-all", "AESAM", "EigenSAM", "GAM", "LookbehindSAM"}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_method = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)

@@ -285,6 +285,12 @@ def euclidean(f: Moment, d: Tensor) -> Tensor:
     return d / (d.norm() + TINY)
 
 
+def accumulated(f: Moment, d: Tensor) -> Tensor:
+    """LightSAM: by the root of the sum of all squared norms so far, this one with them."""
+    f.remembered["squares"] = f.memory.get("squares", torch.zeros(())) + d.square().sum()
+    return d / f.remembered["squares"].sqrt()
+
+
 def unnormalised(f: Moment, d: Tensor) -> Tensor:
     """USAM: the gradient as long as it is."""
     return d
@@ -363,6 +369,16 @@ def as_long_as_g(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
     return perturbed(f, g_adv * f.g.norm() / g_adv.norm())
 
 
+def damped(alpha: float) -> Combine:
+    """SANER: the entries whose ratio to g's lies between 0 and 1 lose a share."""
+
+    def combine(f: Moment, g_adv: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = g_adv / f.g
+        return perturbed(f, torch.where((ratio > 0) & (ratio < 1), (1 - alpha) * g_adv, g_adv))
+
+    return combine
+
+
 def on_the_great_circle(alpha: float) -> Combine:
     """XSAM: g_adv turned away from g by alpha of the angle between them, by an orthonormal basis of their plane."""
 
@@ -388,6 +404,20 @@ def lookbehind(k: int, alpha: float | None) -> Rule:
             return perturbed(f, alpha * fast)
         pairs = zip(h[0].split(f.p.sizes), fast.split(f.p.sizes), strict=True)
         return perturbed(f, f.p.spread([(1 + torch.cosine_similarity(a, b, dim=0)) / 2 for a, b in pairs]) * fast)
+
+    return rule
+
+
+def gradient_norm(alpha: float) -> Rule:
+    """GAM: the Hessian times the unit gradient, first at w and then where that leads, by differences of length rho."""
+
+    def rule(f: Moment) -> tuple[Tensor, Tensor]:
+        def rise(at: Tensor) -> Tensor:
+            g = f.p.grad(at)
+            return f.p.grad(at + f.rho * euclidean(f, f.movable * g)) - g
+
+        far = f.w + f.rho * euclidean(f, f.movable * rise(f.w))
+        return perturbed(f, f.g + alpha * rise(far))
 
     return rule
 
@@ -469,6 +499,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "LESAM": lambda sigma: Method(geometry=within_a_budget(sigma)),
     "XSAM": lambda alpha: Method(combine=on_the_great_circle(alpha)),
     "SSAM": lambda: Method(combine=as_long_as_g),
+    "SANER": lambda alpha: Method(combine=damped(alpha)),
+    "LightSAM": lambda: Method(geometry=accumulated),
+    "GAM": lambda alpha: Method(rule=gradient_norm(alpha)),
     "ZSharp": lambda q: Method(sample=outstanding(q)),
     "GCSAM": lambda: Method(sample=centralised),
     "AESAM": lambda start, end, steps, decay: Method(rule=where_steep(start, end, steps, decay)),

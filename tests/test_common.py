@@ -89,6 +89,8 @@ def test_a_vanishing_rho_tends_to_the_base_optimizer(case: Case) -> None:
     opt, plain = optimizer(case, ours, "sgd", rho=1e-9), BASES["sgd"](theirs.parameters())
     if case.name.endswith("LookSAM"):
         opt._stepper.rule = opt.rule.rule  # between its SAM steps it adds what was remembered, at full length
+    if case.name.endswith("SANER"):
+        pytest.skip("half of the entries are smaller at w + eps, however short eps is")
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         plain.step(b)

@@ -104,3 +104,10 @@ def test_methods_have_nothing_but_init() -> None:
     for method in steppe.METHODS:
         own = {name for name in vars(method) if name not in ("__module__", "__doc__", "__annotations__", "step")}
         assert own - {"__firstlineno__", "__static_attributes__"} == {"__init__"}
+
+
+def test_the_page_near_sgd_has_the_tables_of_its_records() -> None:
+    import near_sgd
+
+    text = near_sgd.PAGE.read_text()
+    assert near_sgd.with_tables(text) == text

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import steppe
 from steppe import Oracle, SharpnessAware, Update
+from steppe.engine.checks import KEPT, check_state
 from steppe.engine.parameters import Parameters, Radii
 from steppe.pieces.protocol import Declaration
-from tests.cases import KeepingSGD, N, sgd, sgdm, world
+from tests.cases import KeepingSGD, N, reading, sgd, sgdm, world
 from tests.exact import A4, B4, ExactNorms, Quadratic
 
 A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
@@ -72,11 +73,63 @@ def test_closed_forms_of_one_step() -> None:
     close(lambda b: steppe.LESAM(b, 0.5, sigma=10.0), g_adv)  # the budget is not the limit
     close(lambda b: steppe.LESAM(b, 0.5, sigma=1.0), g + A @ (0.2 * g / 5))  # rho_t = sigma / norm(g) = 0.2
     close(lambda b: steppe.GCSAM(b, 0.5), g_adv)  # a vector is not centralised
-    close(lambda b: steppe.PreconditionedSAM(b, 0.5), g_adv)  # before the base's first step
-    close(lambda b: steppe.MomentumSAM(b, 0.5), g)  # as here
+    close(lambda b: reading(steppe.PreconditionedSAM)(b, None, 0.5), g_adv)  # before the base's first step
+    close(lambda b: reading(steppe.MomentumSAM)(b, None, 0.5), g)  # as here
     clipped = g / 5 + 3 * (g_adv / g_adv.norm() - g / 5)  # gamma / (1 - gamma) = 3; the code adds 1e-6 to the norms
     found = on_quadratic(lambda b: steppe.WSAM(b, 0.5, 0.75, clip_each=1.0), lr=1.0)[0]
     torch.testing.assert_close(1 - found, clipped, rtol=0, atol=2e-6)
+
+
+def test_saner_in_the_numbers_of_its_authors() -> None:
+    """Entries between 0 and 1 times g's: the first of step 1, the second of step 2, none of step 3."""
+    path = [(0.961180339887494, 0.6658359213500726), (0.7137200835207204, 0.6308191992570423), (0.6098658351333339, 0.42785323912445117)]  # fmt: skip
+    model = Quadratic((1.0, 1.0))
+    batch = model.batch(torch.tensor([[[3.0, -2.0], [-2.0, 4.0]]], dtype=torch.float64), torch.zeros(1, 2))
+    opt = steppe.SANER(sgd(model), 0.5, alpha=steppe.schedule.Linear(0.5, 0.5, 9))
+    for point in path:
+        opt.step(batch)
+        torch.testing.assert_close(model.weight.detach(), vector(*point), rtol=0, atol=1e-8)
+    for alpha in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
+            steppe.SANER(sgd(model), alpha=alpha)
+
+
+def test_saner_keeps_a_gradient_that_w_does_not_have() -> None:
+    class Sleeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a**2 + (self.b if self.a > 1 else 0) + 0 * x.sum(1)
+
+    model = Sleeper()
+    opt = steppe.SANER(sgd(model, lr=1.0), 0.1, alpha=1.0)
+    opt.step(steppe.Batch(model, lambda m, x: m(x), torch.zeros(3, 1)))
+    assert model.b.item() == 0
+
+
+def test_light_sams_radius_shrinks_with_the_gradients_so_far() -> None:
+    model = Quadratic((1.0, 1.0))
+    opt = steppe.LightSAM(sgd(model), 0.5)
+    w, squares = vector(1, 1), 0.0
+    for _ in range(3):
+        g = A @ w
+        squares += float(g @ g)
+        w = w - 0.1 * A @ (w + 0.5 * g / squares**0.5)
+        opt.step(model.batch(A[None], torch.zeros(1, 2)))
+        torch.testing.assert_close(model.weight.detach(), w)
+        torch.testing.assert_close(opt.telemetry.eps_norm, 0.5 * g.norm() / squares**0.5)
+    assert opt.param_groups[0]["sharpness.squares"] == pytest.approx(squares)
+
+
+def test_gams_second_term_is_the_gradient_of_the_gradients_norm() -> None:
+    """On a quadratic rho H g / norm(g) is rho times the gradient of norm(g), exactly."""
+    eps = 0.5 * A @ A @ vector(1, 1) / (A @ A @ vector(1, 1)).norm()
+    w = (vector(1, 1) + eps).requires_grad_()
+    (of_the_norm,) = torch.autograd.grad((A @ w).norm(), w)
+    found = on_quadratic(lambda b: steppe.GAM(b, 0.5, alpha=0.3), lr=1.0)[0]
+    torch.testing.assert_close(1 - found, vector(3, 4) + 0.3 * 0.5 * of_the_norm)
 
 
 def test_le_sams_budget_falls_with_a_schedule() -> None:
@@ -288,12 +341,20 @@ def test_functional_sam_refuses_a_criterion_that_is_trained(named: bool) -> None
     w, criterion = world(), Scaled()
     both = [*w.model.named_parameters(), ("scale", criterion.scale)]
     opt = steppe.FunctionalSAM(sgd(both if named else [p for _, p in both]))
-    before, batch = w.weights(), steppe.Batch.supervised(w.model, criterion, w.x, w.y)
+    before, runs = w.weights(), []
+    w.model.register_forward_hook(lambda *_: runs.append(1))
     name = "'scale' " if named else ""
-    with pytest.raises(TypeError, match=rf"criterion must use no parameter .* got Scaled with the parameter {name}of"):
-        opt.step(batch)
-    assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
-    steppe.FunctionalSAM(sgd(w)).step(batch)  # its parameters are not trained
+    for run, given in enumerate([criterion, lambda y, t: criterion(y, t)]):
+        batch = steppe.Batch.supervised(w.model, given, w.x, w.y)
+        who = r"<function .*" if run else "Scaled"
+        with pytest.raises(
+            TypeError, match=rf"criterion must use no parameter .* got {who} with the parameter {name}of"
+        ):
+            opt.step(batch)
+        assert len(runs) == run  # a module is refused before any pass
+        assert all(torch.equal(p, q) for p, q in zip(before, w.parameters(), strict=True))
+        steppe.FunctionalSAM(sgd(w, lr=0.0)).step(batch)  # its parameters are not trained
+        runs.clear()
 
 
 def test_functional_sam_refuses_a_loss_that_only_has_a_criterion() -> None:
@@ -385,10 +446,36 @@ def test_state_that_is_not_declared_or_no_vector_is_refused(name: str, error: ty
 @pytest.mark.parametrize("method", [steppe.MomentumSAM, steppe.PreconditionedSAM])
 def test_a_base_without_the_state_that_is_read_is_refused(method: type[SharpnessAware]) -> None:
     w = world()
-    opt = method(sgd(w))
+    with pytest.raises(TypeError, match=r"needs a base optimizer that keeps .* got SGD that does not"):
+        method(sgd(w))
+    with pytest.raises(TypeError, match="got SGD that"):
+        method([sgd(w.parameters()[:1]), sgd(w.parameters()[1:])])
+
+    class Unknown(torch.optim.SGD):
+        pass
+
+    opt = method(Unknown(w.parameters(), lr=0.1))  # known by its first step
     opt.step(w.batch)
     with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
         opt.step(w.batch)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, *KEPT])
+def test_what_torchs_optimizers_keep(kind: type[torch.optim.Optimizer]) -> None:
+    read = {"momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg"}
+    p = nn.Parameter(torch.ones(2, 2))
+    base = kind([p], lr=0.1, **({"momentum": 0.9} if kind in (torch.optim.SGD, torch.optim.RMSprop) else {}))
+    p.grad = torch.ones(2, 2)
+    base.step()
+    kept = read & base.state[p].keys()
+    assert kept == KEPT.get(kind, kept)
+    for names in ({"momentum_buffer", "exp_avg"}, {"exp_avg_sq", "square_avg"}):
+        refused = False
+        try:
+            check_state(base, frozenset(names))
+        except TypeError:
+            refused = True
+        assert refused == (not kept & names)
 
 
 @pytest.mark.parametrize(

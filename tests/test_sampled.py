@@ -11,7 +11,7 @@ from torch import nn
 import steppe
 from steppe import Micro, Rule, SharpnessAware
 from steppe.engine import sampling
-from tests.cases import CASES, METHODS, Case, N, flat, same_bits, sgd, world
+from tests.cases import CASES, METHODS, Case, KeepingSGD, N, flat, same_bits, sgd, world
 from tests.exact import ExactNorms
 
 RHO = 0.3
@@ -24,8 +24,8 @@ def flat_update(update: steppe.Update) -> torch.Tensor:
 
 
 def update_of(w, rule, **options) -> torch.Tensor:
-    f = SharpnessAware(sgd(w), rule, RHO, **options)._stepper.oracle(w.batch)
-    return flat_update(rule(f))
+    base = KeepingSGD(w.parameters(), lr=0.1)  # of which some read the state
+    return flat_update(rule(SharpnessAware(base, rule, RHO, **options)._stepper.oracle(w.batch)))
 
 
 def draw(monkeypatch, chosen: list[list[int]]) -> None:

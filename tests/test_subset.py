@@ -17,7 +17,7 @@ from tests.cases import METHODS, Case, N, assert_equal_states, flat, same_bits, 
 from tests.test_sampled import RHO, draw, noisy, update_of
 
 # no sample, or one that is no gradient on the batch
-OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness", "FunctionalSAM", "LookbehindSAM")
+OTHERS = ("NSAM", "MomentumSAM", "ReweightedSharpness", "FunctionalSAM", "GAM", "LookbehindSAM")
 FROM_THE_BATCH = [c for c in METHODS if c.name.split()[0] not in OTHERS]
 
 

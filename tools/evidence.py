@@ -14,6 +14,7 @@ from marks import between
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples" / "evidence"))
 RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
 RADIUS, README = ROOT / "docs" / "how-to" / "radius.md", ROOT / "README.md"
 README_ROWS = ("SGD", "SGD, batch 32", "SAM", "WSAM", "m-SAM", "sampled m-SAM")
@@ -36,24 +37,32 @@ Record = dict[str, Any]
 
 def collect(folder: Path) -> Record:
     """Return the record of a finished study."""
+    import studies
+
     from steppe.lab import notebook
+    from steppe.lab.sweep.space import filled
 
     asked, prices = (json.loads((folder / "comparison.json").read_text())[key] for key in ("asked", "prices"))
     final, fixed, environment = _errors(folder), _errors(folder / "fixed")[0], _environment(folder)
+    near = _errors(folder / "near")[0] if (folder / "near" / "config.json").exists() else {}
     stages = {stage["name"]: stage for stage in json.loads((folder / "search.json").read_text())["stages"]}
     rows = []
     for row in notebook.outcomes(folder):
         name, prices_of = row["name"], prices[row["name"]]
-        points = sorted(
-            (point for point in stages[name]["points"] if point["error"] is not None), key=lambda each: each["error"]
-        )
-        kept = {key: row[key] for key in ("name", "method", "chosen", "edges", "trials", "passes", "collapsed")}
+        points = studies.best(stages[name]["points"])
+        kept = {
+            key: row[key] for key in ("name", "method", "chosen", "edges", "as_good", "trials", "passes", "collapsed")
+        }
         kept |= {"epoch_passes": round(prices_of["passes"], 3), "epoch_ms": round(1000 * prices_of["seconds"], 2)}
         kept |= {"search_passes": round(row["search_passes"]), "search_seconds": round(row["search_seconds"], 1)}
         kept |= {"best_trials": [point["values"] | {"error": round(point["error"], 4)} for point in points[:3]]}
+        methods = [str(filled(stages[name]["method"], point["values"])) for point in points[1:3]]
+        kept |= {"near_errors": [near[method] for method in methods]} if near else {}
         rows.append(kept | {"errors": final[0][row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
     settings = {key: asked["settings"][key] for key in KEPT}
-    search = {key: asked.get(key) for key in ("trials", "search_seeds", "validation", "equal", "spaces", "draw")}
+    search = {
+        key: asked.get(key) for key in ("trials", "near", "search_seeds", "validation", "equal", "spaces", "draw")
+    }
     return {"metric": final[1], "settings": settings, "search": search, "environment": environment, "methods": rows}
 
 
@@ -122,14 +131,15 @@ def table(study: str) -> str:
     """Return the table of a study."""
     found = record(study)
     rows, digits = found["methods"], decimals(found)
-    heads = ["method", f"{found['metric']}", f"against {label(rows[0]['name'])}, 95 % CI",
-             f"against {label(rows[1]['name'])}, 95 % CI", "passes", "time of an epoch", "fixed", "chosen"]  # fmt: skip
+    others = [f"against {label(rows[i]['name'])}, 95 % CI" for i in (0, 1)]
+    heads = ["method", found["metric"], *others, "next two", "as good", "passes", "epoch", "fixed", "chosen"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     columns = [against(rows, rows[i]) for i in (0, 1)]
     for i, row in enumerate(rows):
         cells = [label(row["name"]), f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"]
         cells += [_difference(column[i], digits) for column in columns]
-        cells += [f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
+        cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
+        cells += [str(row["as_good"]), f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
         lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}", chosen(row)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -12,6 +12,7 @@ from steppe.methods import (
     ASAM,
     ESAM,
     FSAM,
+    GAM,
     GCSAM,
     GSAM,
     LESAM,
@@ -19,6 +20,7 @@ from steppe.methods import (
     NSAM,
     RWSAM,
     SAM,
+    SANER,
     SSAM,
     USAM,
     WSAM,
@@ -27,6 +29,7 @@ from steppe.methods import (
     EigenSAM,
     FisherSAM,
     FunctionalSAM,
+    LightSAM,
     LookbehindSAM,
     LookSAM,
     MomentumSAM,
@@ -39,6 +42,7 @@ from steppe.methods import (
 from steppe.optimizer import SharpnessAware
 from steppe.pieces.combine import (
     Coupled,
+    Damped,
     Perturbed,
     RememberOrthogonal,
     Rescaled,
@@ -49,21 +53,19 @@ from steppe.pieces.combine import (
     Weighted,
 )
 from steppe.pieces.geometry import (
+    Accumulated,
     Adaptive,
     Eigen,
     Euclidean,
-    Everything,
     Fisher,
     LossBudget,
-    Matrices,
-    Named,
     Preconditioned,
     Scaled,
     Unified,
     Unnormalised,
 )
 from steppe.pieces.protocol import Declaration
-from steppe.pieces.rules import BothWeighted, Functional, Lookbehind
+from steppe.pieces.rules import BothWeighted, Functional, GradientNorm, Lookbehind
 from steppe.pieces.sample import (
     Centralised,
     Filtered,
@@ -78,18 +80,19 @@ from steppe.pieces.sample import (
 )
 from steppe.pieces.select import All, Sharpest
 from steppe.pieces.weights import EffectiveSize, Exact, FiniteDifference, Softmax
+from steppe.pieces.which import Everything, Matrices, Named
 from steppe.rule import Every, Micro, Plain, Rule, WhereSteep
 from steppe.telemetry import Telemetry
 
 __all__ = [
-    "AESAM", "ASAM", "ESAM", "FSAM", "GCSAM", "GSAM", "LESAM", "METHODS", "NSAM", "RWSAM", "SAM", "SSAM", "USAM",
-    "WSAM", "XSAM", "Adaptive", "All", "Batch", "Batches", "BothWeighted", "Centralised", "Coupled", "CoupledWSAM",
-    "Declaration", "EffectiveSize", "Eigen", "EigenSAM", "Euclidean", "Every", "Everything", "Exact", "Filtered",
-    "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Functional", "FunctionalSAM", "Joint", "LookSAM",
-    "Lookbehind", "LookbehindSAM", "LossBudget", "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Momentum",
-    "MomentumSAM", "Named", "OnFull", "Oracle", "Perturbed", "Plain", "Preconditioned", "PreconditionedSAM",
-    "RememberOrthogonal", "Rescaled", "ReuseOrthogonal", "Reweighted", "ReweightedSharpness", "Rule", "Scaled",
-    "SearchedSlerp", "Sharpest", "SharpnessAware", "Slerp", "Smoothed", "Softmax", "Subset", "SurrogateGap",
-    "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector", "Weighted", "WhereSteep",
-    "ZSharp", "schedule",
+    "AESAM", "ASAM", "ESAM", "FSAM", "GAM", "GCSAM", "GSAM", "LESAM", "METHODS", "NSAM", "RWSAM", "SAM", "SANER",
+    "SSAM", "USAM", "WSAM", "XSAM", "Accumulated", "Adaptive", "All", "Batch", "Batches", "BothWeighted", "Centralised",
+    "Coupled", "CoupledWSAM", "Damped", "Declaration", "EffectiveSize", "Eigen", "EigenSAM", "Euclidean", "Every",
+    "Everything", "Exact", "Filtered", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Functional",
+    "FunctionalSAM", "GradientNorm", "Joint", "LightSAM", "LookSAM", "Lookbehind", "LookbehindSAM", "LossBudget",
+    "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Momentum", "MomentumSAM", "Named", "OnFull", "Oracle",
+    "Perturbed", "Plain", "Preconditioned", "PreconditionedSAM", "RememberOrthogonal", "Rescaled", "ReuseOrthogonal",
+    "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "SearchedSlerp", "Sharpest", "SharpnessAware", "Slerp",
+    "Smoothed", "Softmax", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update",
+    "VaSSO", "Vector", "Weighted", "WhereSteep", "ZSharp", "schedule",
 ]  # fmt: skip

@@ -198,6 +198,9 @@ class Batches(Batch):
     perturbation for every batch, which needs no second round over the earlier batches; smaller ``m`` share passes
     batch by batch.
 
+    Args:
+        batches: of one model and one scaler, at least one.
+
     Raises:
         TypeError: ``batches`` holds something that is no :class:`Batch`.
         ValueError: there is none, or they differ in their model or their scaler.

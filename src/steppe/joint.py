@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,25 @@ from torch.optim import Optimizer
 
 from steppe.engine import checks
 from steppe.engine.state import load_all
+
+
+@dataclass(frozen=True)
+class _States(Mapping[Any, Any]):
+    """The states of several optimizers as one mapping; a look-up makes no entry."""
+
+    bases: tuple[Optimizer, ...]
+
+    def __getitem__(self, p: Any) -> Any:
+        for base in self.bases:
+            if p in base.state:
+                return base.state[p]
+        raise KeyError(p)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (p for base in self.bases for p in base.state)
+
+    def __len__(self) -> int:
+        return sum(len(base.state) for base in self.bases)
 
 
 class Joint(Optimizer):
@@ -64,9 +84,9 @@ class Joint(Optimizer):
         return [group for base in self.bases for group in base.param_groups]
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """The state of every parameter, from the optimizer that has it."""
-        return {p: entries for base in self.bases for p, entries in base.state.items()}
+    def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
+        """The state of every parameter, from the optimizer that has it: a view, not a copy."""
+        return _States(self.bases)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -16,6 +16,7 @@ from steppe.optimizer import SharpnessAware
 from steppe.options import Base, Options
 from steppe.pieces.combine import (
     Coupled,
+    Damped,
     RememberOrthogonal,
     Rescaled,
     ReuseOrthogonal,
@@ -25,18 +26,17 @@ from steppe.pieces.combine import (
     Weighted,
 )
 from steppe.pieces.geometry import (
+    Accumulated,
     Adaptive,
     Eigen,
     Fisher,
     LossBudget,
-    Matrices,
     Preconditioned,
     Scaled,
     Unified,
     Unnormalised,
-    Which,
 )
-from steppe.pieces.rules import BothWeighted, Functional, Lookbehind
+from steppe.pieces.rules import BothWeighted, Functional, GradientNorm, Lookbehind
 from steppe.pieces.sample import (
     Centralised,
     Filtered,
@@ -49,6 +49,7 @@ from steppe.pieces.sample import (
 )
 from steppe.pieces.select import Sharpest
 from steppe.pieces.weights import EffectiveSize, Softmax
+from steppe.pieces.which import Matrices, Which
 from steppe.rule import Every, Rule, WhereSteep
 from steppe.schedule import Schedule
 
@@ -402,6 +403,51 @@ class SSAM(SharpnessAware):
 
     def __init__(self, base: Base, rho: Radius = 0.05, **options: Unpack[Options]) -> None:
         super().__init__(base, Rule(combine=Rescaled()), rho, **options)
+
+
+class SANER(SharpnessAware):
+    """SAM's ``eps``, ``u = (1 - alpha m) g_adv``, ``m`` 1 in the entries with ``0 < g_adv / g < 1``.
+
+    Costs two passes. Made for noisy labels. However small ``rho`` is, about half of the entries are such, so the step
+    does not tend to the base's; at ``rho`` 0 it is. The authors let ``alpha`` rise from 0 over their first 50 epochs:
+    ``alpha=schedule.Linear(0, 0.5, steps)``.
+
+    Source: Luong et al. 2026, arXiv 2411.17132; the authors' code.
+
+    Args:
+        alpha: how much of such entries is taken off, in [0, 1]; a number or a schedule. 0 is SAM.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.1, alpha: Radius = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(combine=Damped(alpha)), rho, **options)
+
+
+class LightSAM(SharpnessAware):
+    """``eps = rho g / sqrt(s)``, ``s <- s + norm(g)^2``, ``u = g_adv``: a radius by the rule of AdaGrad-Norm.
+
+    Costs two passes. This is LightSAM's ascent; its descent has a step size by the same rule, which here is the base's
+    matter. ``rho`` is the first radius, and its default is our choice: the paper's values are not known to us.
+
+    Source: Cheng et al. 2025, arXiv 2505.24399.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(base, Rule(geometry=Accumulated()), rho, **options)
+
+
+class GAM(SharpnessAware):
+    """``u = g + alpha rho H v``, ``H`` and ``v = g / norm(g)`` at ``w + eps``, ``eps`` along the rise of ``norm(g)``.
+
+    Costs four passes. See :class:`~steppe.GradientNorm`. The paper's values are not known to us: the defaults are ours.
+
+    Source: Zhang et al. 2023, arXiv 2303.03108.
+
+    Args:
+        alpha: the weight of the second term, at least 0.
+    """
+
+    def __init__(self, base: Base, rho: Radius = 0.05, alpha: float = 1.0, **options: Unpack[Options]) -> None:
+        super().__init__(base, GradientNorm(alpha), rho, **options)
 
 
 class ZSharp(SharpnessAware):

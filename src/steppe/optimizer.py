@@ -75,7 +75,8 @@ class SharpnessAware(Facade):
             is told when to average.
 
     Raises:
-        TypeError: ``base`` is no optimizer instance, or one of another kind (L-BFGS, SparseAdam); complex parameters.
+        TypeError: ``base`` is no optimizer instance, one of another kind (L-BFGS, SparseAdam), or keeps nothing of what
+            the rule reads of its state; complex parameters.
         ValueError: ``rho`` is negative, ``base`` is wrapped already, a group maximises or is differentiable, or
             ``parallel``, ``sync`` or ``max_norm`` is none of the above.
 
@@ -125,8 +126,7 @@ class SharpnessAware(Facade):
     def __repr__(self) -> str:
         key = self._stepper.radius.key
         rhos = [g.get(key) for g in self.param_groups]  # none yet in a group that was added to the base
-        rho = rhos[0] if len(rhos) == 1 else rhos
-        return f"{type(self).__name__}(rule={self.rule!r}, rho={rho}, base={self.base!r})"
+        return f"{type(self).__name__}(rule={self.rule!r}, rho={rhos if rhos[1:] else rhos[0]}, base={self.base!r})"
 
     # ---- one call
 

@@ -142,6 +142,11 @@ class Micro:
 class Every:
     """``rule`` at steps 0, k, 2k, ..., and ``between`` at the others.
 
+    Args:
+        k: how many steps apart, at least 1.
+        rule: at steps 0, ``k``, 2 ``k``, ...
+        between: at all other steps; :class:`Plain` is the base optimizer's own step.
+
     Raises:
         ValueError: ``k`` is no positive integer.
     """
@@ -177,6 +182,12 @@ class WhereSteep:
     ``steps`` steps. The first ``mu`` is the first squared norm, and the first ``sigma`` 0: our choice. Every step waits
     for the device once. Under data parallelism all ranks take the mean of their squared norms, and one way. ``g`` is
     held until the step ends, so SAM inside needs memory for one copy of the parameters more than SAM alone.
+
+    Args:
+        rule: where the gradient is long.
+        start, end: ``c`` at step 0 and from step ``steps`` on.
+        steps: over which ``c`` goes from one to the other, at least 1.
+        decay: of the running mean and deviation, in [0, 1].
 
     Raises:
         ValueError: ``steps`` is no positive integer, ``decay`` is not in [0, 1].

@@ -24,7 +24,14 @@ Schedule = Callable[[int, Group], float]
 
 @dataclass(frozen=True)
 class Constant:
-    """``rho`` always; what a plain number means."""
+    """``rho`` always; what a plain number means.
+
+    Args:
+        rho: the radius, at least 0.
+
+    Raises:
+        ValueError: ``rho`` is negative.
+    """
 
     rho: float
 
@@ -37,7 +44,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From ``start`` at step 0 to ``end`` at step ``steps``, in a straight line; ``end`` from then on."""
+    """From ``start`` at step 0 to ``end`` at step ``steps``, in a straight line; ``end`` from then on.
+
+    Args:
+        start, end: the radius at step 0 and from step ``steps`` on.
+        steps: how many steps it takes.
+
+    Raises:
+        ValueError: a radius is negative, or ``steps`` is not positive.
+    """
 
     start: float
     end: float
@@ -52,7 +67,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From ``start`` at step 0 to ``end`` at step ``steps``, along half a cosine; ``end`` from then on."""
+    """From ``start`` at step 0 to ``end`` at step ``steps``, along half a cosine; ``end`` from then on.
+
+    Args:
+        start, end: the radius at step 0 and from step ``steps`` on.
+        steps: how many steps it takes.
+
+    Raises:
+        ValueError: a radius is negative, or ``steps`` is not positive.
+    """
 
     start: float
     end: float
@@ -71,6 +94,13 @@ class ProportionalToLR:
 
     Follows each group's learning rate, so rho is small while the learning rate warms up from below ``lr_min`` too, but
     never below 0. Constant (``rho_max``) where ``lr_max == lr_min``.
+
+    Args:
+        rho_max, rho_min: the radius at ``lr_max`` and at ``lr_min``.
+        lr_max, lr_min: the learning rates that they belong to.
+
+    Raises:
+        ValueError: a number is negative, or ``lr_min`` exceeds ``lr_max``.
     """
 
     rho_max: float
@@ -93,7 +123,16 @@ class ProportionalToLR:
 
 @dataclass(frozen=True)
 class Window:
-    """``rho``, a number or a schedule, in steps ``start <= step < stop`` and 0 outside: outside, one pass a step."""
+    """``rho``, a number or a schedule, in steps ``start <= step < stop`` and 0 outside: outside, one pass a step.
+
+    Args:
+        rho: the radius inside.
+        start: the first step inside, counted from 0.
+        stop: the first step after it; ``None`` never ends.
+
+    Raises:
+        ValueError: ``rho`` or ``start`` is negative, or ``stop`` comes before ``start``.
+    """
 
     rho: float | Schedule
     start: int = 0
@@ -123,6 +162,9 @@ class Tail:
         steps: how many steps are planned.
         share: of them, in (0, 1]: ``round(share * steps)`` steps, at least 1.
 
+    Raises:
+        ValueError: ``rho`` is negative, ``steps`` is no positive integer, ``share`` is not in (0, 1].
+
     Example:
         >>> optimizer = SAM(base, rho=Tail(0.05, steps=epochs * len(loader), share=0.1))
     """
@@ -143,7 +185,15 @@ class Tail:
 
 @dataclass(frozen=True)
 class Periodic:
-    """``rho``, a number or a schedule, at steps 0, every, 2 every, ... and 0 between: between, one pass a step."""
+    """``rho``, a number or a schedule, at steps 0, every, 2 every, ... and 0 between: between, one pass a step.
+
+    Args:
+        rho: the radius at those steps.
+        every: how many steps apart, at least 1.
+
+    Raises:
+        ValueError: ``rho`` is negative, or ``every`` is no positive integer.
+    """
 
     rho: float | Schedule
     every: int

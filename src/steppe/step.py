@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from steppe.batch import Batch
+from steppe.engine.checks import check_state
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
+from steppe.engine.guess import Guess
 from steppe.engine.memory import Memory
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
@@ -142,6 +144,7 @@ class Stepper:
         radius: the radius of every group.
         full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
         ranks, modules, state, scaling: find the replicas, modules, memory and loss scale of a step.
+        guess: tells of a run that has learnt nothing.
     """
 
     base: torch.optim.Optimizer
@@ -157,7 +160,11 @@ class Stepper:
     modules: Modules
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
+    guess: Guess = field(default_factory=Guess)
     added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
+
+    def __post_init__(self) -> None:
+        check_state(self.base, declared(self.rule).base_state)
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
@@ -202,6 +209,10 @@ class Stepper:
             update = f.average(self._rule_at(f.step, f.rho))
         except NotFinite:
             update = None
+        else:
+            if f.rho.largest():
+                sampled = f.passes.log.numbers.get("correction") is not None
+                self.guess.see(f.step, f.passes.closure, f.passes.log.loss, sampled)
         return f, self.finish(update, f)
 
     def _rule_at(self, step: int, radii: Radii) -> AnyRule:

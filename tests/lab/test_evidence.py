@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from steppe.lab import own, presets
+from steppe.lab import fair, own, presets
 from steppe.lab.report import fair as tables
 from steppe.lab.sweep.space import parse
 
@@ -103,20 +103,30 @@ def test_the_fortunes_of_each_file(tmp_path):
     assert {name: len(texts) for name, texts in found.items()} == {"long": 3, "short": 1}
 
 
-@pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if study.data == "digits"])
-def test_a_study_is_a_command(name):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    formats.cifar10(path, each=20)
+    formats.cifar100(path)
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if "tasks:" not in study.data])
+def test_a_study_is_a_command(name, images):
     study = studies.STUDIES[name]
     chosen = dict(parse(f"{key}={text}") for key, text in study.spaces.items())
-    given = {key: value for key, value in study.given.items() if key != "search_draw"}
-    asked = presets.asked(study.data, given, list(study.methods), study.seeds, trials=study.trials, spaces=chosen)
-    assert asked.methods == study.methods
-    assert " ".join(study.words()).startswith("compare --data digits --model mlp-128-128")
+    given = {key: value for key, value in study.given.items() if key not in ("search_draw", "device", "precision")}
+    small = {} if study.data == "digits" else {"data_dir": str(images), "train_size": 40, "batch_size": 16}
+    asked = presets.asked(study.data, given | small, list(study.methods), study.seeds, spaces=chosen)
+    fair.contestants(replace(asked, equal="epochs"), {})  # refuses what cannot be searched
+    words = study.words()
+    assert words[:3] == ["compare", "--data", study.data]
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--method"] == list(study.methods)
 
 
-def test_the_gpu_study_runs_in_slices_and_ends(tmp_path):
-    formats.cifar10(tmp_path / "data", each=20)
+def test_the_gpu_study_runs_in_slices_and_ends(tmp_path, images):
     words = replace(studies.STUDIES["cifar10-resnet18"], methods=("SAM(m={m}, sampled=1)",)).words()
-    small = ["--data-dir", tmp_path / "data", "--train-size", 40, "--batch-size", 16]
+    small = ["--data-dir", images, "--train-size", 40, "--batch-size", 16]
     small += ["--epochs", 1, "--model", "resnet18-w8", "--trials", 1, "--seeds", 1, "--workers", 1]
     small += ["--device", "cpu", "--precision", "fp32"]
     codes = []

@@ -206,11 +206,49 @@ def test_a_search_begins_no_trial_after_its_minutes(tmp_path):
         replace(ASKED, search_minutes=0)
 
 
+def test_trials_near_the_best_one():
+    wide = {"lr": Range(0.001, 1.0), "epochs": Range(1, 100, whole=True), "m": (32, 4, 8, 16)}
+    best = {"lr": 0.0316, "epochs": 50, "m": 8}
+    found = spaces.near(wide, best, 20, draw=0)
+    assert len({str(point) for point in found}) == 20
+    assert best not in found
+    assert all(0.0133 <= point["lr"] <= 0.0751 for point in found)  # an eighth of three orders to both sides
+    assert {point["m"] for point in found} == {4, 8, 16}
+    at_the_end = spaces.near(wide, {"lr": 1.0, "epochs": 1, "m": 32}, 20, draw=0)
+    assert all(0.42 <= point["lr"] <= 1 and point["epochs"] >= 1 and point["m"] in (16, 32) for point in at_the_end)
+
+
+def test_the_last_trials_are_near_the_best_of_the_others(folder, tmp_path):
+    asked = replace(ASKED, methods=("SAM",), trials=5, near=2, seeds=1)
+    assert fair.run(tmp_path / "c", asked) == []
+    before = {stage["name"]: stage for stage in files.read_json(folder / "search.json")["stages"]}
+    for stage in files.read_json(tmp_path / "c" / "search.json")["stages"]:
+        points, first = stage["points"], before[stage["name"]]
+        assert [point["errors"] for point in points[:3]] == [point["errors"] for point in first["points"]]
+        assert len(points) == 5
+        assert all(0.5 < point["values"]["lr"] / first["chosen"]["lr"] < 2 for point in points[3:])
+        assert stage["chosen"] == min(points, key=lambda point: point["error"])["values"]
+    assert "the last 2 near the best of the others" in tables.notes(tables.read(tmp_path / "c"))[0]
+    with pytest.raises(LabError, match="near must be a number of trials below all 3, not 3"):
+        replace(ASKED, near=3)
+
+
+def test_how_many_trials_are_as_good_as_the_best():
+    errors = ([5.0, 7.0, 6.0], [5.5, 6.5, 6.3], [6.0, 8.0, 7.1], [9.0, 5.0, 8.5], [20.0, 20.0, 20.0])
+    points = [{"errors": each, "error": sum(each) / 3} for each in errors] + [{"errors": [1.0], "error": None}]
+    expected = 0
+    for each in errors[1:]:
+        test = stats.ttest_rel(each, errors[0])
+        expected += test.statistic <= 2
+    assert tables.as_good({"points": points}) == expected == 2
+    assert tables.as_good({"points": [{"errors": [3.0], "error": 3.0}]}) is None
+
+
 def test_where_a_search_ended_at_an_edge_a_wider_one_is_proposed(folder):
     found = tables.read(folder)
     ends = [["lr high"], ["epochs high"], ["rho low", "lr low"], ["rho high", "m low"]]
     at_edges = replace(found, each=[replace(one, edges=each) for one, each in zip(found.each, ends, strict=True)])
-    assert tables.notes(at_edges)[-2] == (
+    assert tables.notes(at_edges)[-3] == (
         "To search wider, into another --out: --space lr=0.000781..3.2 --space rho=0.00125..8."
     )
 

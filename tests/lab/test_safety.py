@@ -31,8 +31,7 @@ def home(tmp_path, monkeypatch):
 def test_records_name_no_folder_user_or_machine(home):
     given = ["--data", "cifar10", "--data-dir", home / "cifar", *SMALL]
     search = ["--trials", 1, "--search-seeds", 1, "--seeds", 1, "--method", "SAM", "--workers", 1]
-    for words in (["run", "SGD", *given, "--out", "one"], ["compare", *given, *search, "--out", "many"],
-                  ["measure", "one", "--data-dir", home / "cifar"]):  # fmt: skip
+    for words in (["run", "SGD", *given, "--out", "one"], ["compare", *given, *search, "--out", "many"]):
         assert (result := steppe_cli(*words)).exit_code == 0, result.output
     names = {home.name, socket.gethostname(), *([] if getpass.getuser() == "root" else [getpass.getuser()])}
     for path in (path for folder in ("one", "many") for path in (home / folder).rglob("*") if path.is_file()):

@@ -146,6 +146,38 @@ def check_base(base: object) -> torch.optim.Optimizer:
     return base
 
 
+# What torch's own optimizers keep, of those that keep only some of what a rule may read.
+KEPT: dict[type, frozenset[str]] = {
+    torch.optim.SGD: frozenset({"momentum_buffer"}),
+    torch.optim.Muon: frozenset({"momentum_buffer"}),
+    torch.optim.Adamax: frozenset({"exp_avg"}),
+    torch.optim.Adadelta: frozenset({"square_avg"}),
+    torch.optim.ASGD: frozenset(),
+    torch.optim.Adagrad: frozenset(),
+    torch.optim.Rprop: frozenset(),
+}
+
+
+def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
+    """Refuse a base of torch's own that keeps nothing of what the rule reads; of others the first step tells.
+
+    Raises:
+        TypeError: it is one of those, or SGD without momentum.
+    """
+    parts = getattr(base, "bases", (base,))
+    if reads and not any(_may_keep(part, reads) for part in parts):
+        kinds = " and ".join(sorted({type(part).__name__ for part in parts}))
+        raise TypeError(
+            f"this method needs a base optimizer that keeps {' or '.join(sorted(reads))}, got {kinds} that does not"
+        )
+
+
+def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
+    if type(base) is torch.optim.SGD and not any(group["momentum"] for group in base.param_groups):
+        return False
+    return type(base) not in KEPT or bool(reads & KEPT[type(base)])
+
+
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:
     """Refuse options of the optimizer that are none of the documented ones."""
     if not callable(rule):

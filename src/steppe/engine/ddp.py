@@ -122,18 +122,12 @@ class Ranks:
         if self.alone:
             return x
         device = next(self.replicas[0].parameters()).device
-        total = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
-        distributed.all_reduce(total, group=self.replicas[0].process_group)
-        return total / distributed.get_world_size(self.replicas[0].process_group)
+        return _mean_(torch.as_tensor(x, dtype=torch.float64, device=device).clone(), self.replicas[0].process_group)
 
     def shared_mean(self, x: Tensor, sharded: bool) -> Tensor:
         """Return the mean over the ranks that share gradients, or parameters, so that all choose alike."""
         group = self.replicas[0].process_group if self.shared else self.group
-        if group is None and not sharded:
-            return x
-        total = x.clone()
-        distributed.all_reduce(total, group=group)
-        return total / distributed.get_world_size(group)
+        return x if group is None and not sharded else _mean_(x.clone(), group)
 
     def agreed(self, value: T | None, device: torch.device) -> T | None:
         """Return ``value``, or ``None`` where any rank that shares gradients has none, so that all go the same way."""
@@ -219,6 +213,12 @@ def no_unknown_replica(known: Iterable[nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
+def _mean_(t: Tensor, group: Any) -> Tensor:
+    """Replace a tensor by its mean over a group, ``None`` for all ranks."""
+    distributed.all_reduce(t, group=group)
+    return t.div_(distributed.get_world_size(group))
+
+
 def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """Return the means over the group, by all-reduces of at most ``BUCKET`` numbers."""
     buckets: dict[tuple[torch.device, torch.dtype], list[list[int]]] = {}
@@ -227,12 +227,10 @@ def _averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
         if sum(tensors[j].numel() for j in kind[-1]) + t.numel() > BUCKET and kind[-1]:
             kind.append([])
         kind[-1].append(i)
-    n = distributed.get_world_size(group)
     means: list[Tensor] = list(tensors)
     for indices in (bucket for kind in buckets.values() for bucket in kind):
         flat = torch.cat([tensors[i].reshape(-1) for i in indices])
-        distributed.all_reduce(flat, group=group)
-        pieces = flat.div_(n).split([tensors[i].numel() for i in indices])
+        pieces = _mean_(flat, group).split([tensors[i].numel() for i in indices])
         for i, piece in zip(indices, pieces, strict=True):
             means[i] = piece.view(tensors[i].shape)
     return means

@@ -198,7 +198,7 @@ class Oracle(Remembering):
         outputs: list[Tensor] = []
         batch = self.batch("the model's outputs")
         self.passes.detach_losses()
-        with self.passes.over(recording(batch, outputs)):
+        with self.passes.over(recording(batch, outputs, self.passes.parameters)):
             self._g = self.grad()
         return at_outputs(batch, outputs, self.passes.parameters)
 

@@ -15,17 +15,24 @@ from steppe.engine.supervised import Supervised
 from steppe.engine.vector import wide
 
 
-def recording(batch: Batch, outputs: list[Tensor]) -> Batch:
+def recording(batch: Batch, outputs: list[Tensor], parameters: Parameters) -> Batch:
     """Return the batch whose forwards append the model's output, detached, to ``outputs``.
 
     Raises:
-        TypeError: its loss is not split into model and criterion.
+        TypeError: its loss is not split into model and criterion, or the criterion is a module that holds parameters of
+            the optimizer.
     """
     if not all(isinstance(part.loss, Supervised) for part in chunks_of(batch)):
         raise TypeError(
             "this method needs the model's outputs: make the batch by steppe.Batch.supervised(model, criterion, "
             "inputs, targets), whose loss is split into model and criterion"
         )
+    for part in chunks_of(batch):
+        criterion = part.loss.criterion  # type: ignore[attr-defined]
+        held = set(map(id, criterion.parameters())) if isinstance(criterion, nn.Module) else ()
+        for i in _trained(parameters):
+            if id(parameters.tensors[i]) in held:
+                raise TypeError(_trained_in(part.loss, i, parameters))
     return _with_losses(batch, [partial(_recorded, part.loss, outputs) for part in chunks_of(batch)])
 
 
@@ -33,10 +40,11 @@ def at_outputs(batch: Batch, outputs: Sequence[Tensor], parameters: Parameters) 
     """Return the gradient of every example's loss by the model's output, batch after batch.
 
     Raises:
-        TypeError: the criterion uses parameters of the optimizer, of which these gradients know nothing.
+        TypeError: the criterion uses parameters of the optimizer, of which these gradients know nothing. Of a function
+            that is known only now.
     """
     found: list[Tensor] = []
-    trained = [i for i, p in enumerate(parameters.tensors) if p.requires_grad]
+    trained = _trained(parameters)
     for part, output in zip(chunks_of(batch), outputs, strict=True):
         with torch.enable_grad():
             y = output.detach().requires_grad_()
@@ -48,6 +56,10 @@ def at_outputs(batch: Batch, outputs: Sequence[Tensor], parameters: Parameters) 
                 raise TypeError(_trained_in(part.loss, i, parameters))
         found.append(torch.zeros_like(y) if v is None else v)
     return found
+
+
+def _trained(parameters: Parameters) -> list[int]:
+    return [i for i, p in enumerate(parameters.tensors) if p.requires_grad]
 
 
 def _trained_in(loss: Loss, i: int, parameters: Parameters) -> str:

@@ -9,7 +9,12 @@ from steppe.engine.vector import Scalar, Vector
 
 @dataclass(frozen=True)
 class Update:
-    """A step: ``grad`` goes through the base optimizer, ``beside`` past it, ``w <- w - lr beside``."""
+    """A step: ``grad`` goes through the base optimizer, ``beside`` past it, ``w <- w - lr beside``.
+
+    Args:
+        grad: what the base optimizer gets as the gradient.
+        beside: what moves the weights directly, times each group's ``lr``; ``None`` is nothing.
+    """
 
     grad: Vector
     beside: Vector | None = None

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from steppe.lab import files, spec
+from steppe.lab import files, runs, spec
 from steppe.lab.compare import FOREVER, Failure, compare
 from steppe.lab.errors import LabError, PausedError, unknown
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.price import Price, prices
-from steppe.lab.runs import COMPARISON, SEARCH, Plan, stages
+from steppe.lab.runs import COMPARISON, SEARCH, Plan
 from steppe.lab.settings import Settings
-from steppe.lab.spaces import HOLES, design, space
+from steppe.lab.spaces import HOLES, design, near, space
 from steppe.lab.spec import Method, base_of
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
 from steppe.lab.sweep.work import Worksite, search
@@ -52,11 +52,14 @@ class Asked:
     equal: str = "passes"  # what the longest run of every method may cost alike: passes, seconds or epochs
     spaces: Mapping[str, Choices] = field(default_factory=dict)
     search_minutes: float | None = None  # of training in each method's search, after which it begins no trial
+    near: int = 0  # of the trials, drawn near the best of the others
     draw: int = 0  # of the trials and of the seeds of the searches: what is left to luck
 
     def __post_init__(self) -> None:
         if self.search_minutes is not None and not self.search_minutes > 0:
             raise LabError(f"search-minutes must be a positive number, not {self.search_minutes}")
+        if not 0 <= self.near < self.trials:
+            raise LabError(f"near must be a number of trials below all {self.trials}, not {self.near}")
         if self.equal not in EQUAL:
             raise LabError(f"equal must be one of {', '.join(EQUAL)}, not {self.equal!r}")
 
@@ -162,13 +165,25 @@ class Comparison:
     contestants: tuple[Contestant, ...]
 
     def search(self) -> Search:
-        """Return the search of all methods."""
+        """Return the search of all methods: the trials that cover the spaces."""
+        trials = self.asked.trials - self.asked.near
+        return self._search(tuple(one.stage(trials, self.asked.draw) for one in self.contestants), trials)
+
+    def nearer(self, searched: list[dict[str, Any]]) -> Search:
+        """Return the search near the best trials of the first."""
+        trials, stages = self.asked.near, []
+        for one, stage in zip(self.contestants, searched, strict=True):
+            points = near(one.space, stage["chosen"], trials, self.asked.draw)
+            stages.append(Stage(f"{one.name}, near", one.method, {}, points))
+        return self._search(tuple(stages), trials)
+
+    def _search(self, stages: tuple[Stage, ...], trials: int) -> Search:
         held = {"validation": self.asked.validation, "clean_validation": self.asked.clean}
         settings = replace(self.asked.settings, **held)  # type: ignore[arg-type]
-        searched = tuple(one.stage(self.asked.trials, self.asked.draw) for one in self.contestants)
-        limit = math.inf if self.asked.search_minutes is None else 60 * self.asked.search_minutes
+        minutes = math.inf if self.asked.search_minutes is None else self.asked.search_minutes
+        limit = 60 * minutes * trials / self.asked.trials
         first = FIRST_SEED + self.asked.draw * self.asked.search_seeds
-        return Search(settings, searched, self.asked.search_seeds, first=first, chained=False, limit=limit)
+        return Search(settings, stages, self.asked.search_seeds, first=first, chained=False, limit=limit)
 
     def plan(self, values: Mapping[str, Mapping[str, Value]]) -> Plan:
         """Return the final runs with the values of each method, by its name."""
@@ -245,23 +260,19 @@ def run(
     with files.hold(folder):
         asks = opened(folder, asked, hardware)
         if not (folder / SEARCH).exists():
-            site = Worksite(storage or f"sqlite:///{(folder / 'study.db').resolve()}", _name(asked), folder / "search",
-                          hardware, until)  # fmt: skip
+            url, name = storage or f"sqlite:///{(folder / 'study.db').resolve()}", f"compare/{asked.settings.data}"
+            site = Worksite(url, name, folder / "search", hardware, until)
             _search(folder, asks, site, workers, console)
-        chosen = {stage["name"]: stage["chosen"] for stage in stages(folder)}
+        chosen = {stage["name"]: stage["chosen"] for stage in runs.stages(folder)}
     if time.time() > until:
         raise PausedError
     failures = compare(folder, asks.plan(chosen), workers, hardware, console, until)
     return failures + compare(folder / FIXED, asks.fixed(), workers, hardware, console, until)
 
 
-def _name(asked: Asked) -> str:
-    return f"compare/{asked.settings.data}"
-
-
 def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, console: Console) -> None:
     wanted = asks.search()
-    every = sum(len(stage.points()) for stage in wanted.stages)
+    every = sum(len(stage.points()) + asks.asked.near for stage in wanted.stages)
     about = f"{len(asks.contestants)} methods, {asks.asked.trials} trials each, {wanted.seeds} seeds a trial"
     line(console, f"search: {about}; {100 * wanted.settings.validation:g} % of the training examples held out")
     with Display(console, "search", every) as display:
@@ -270,5 +281,17 @@ def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, consol
             display.update(done if done >= 0 else None, note=f"{done}/{every}" if done >= 0 else None)
             display.line(text, always=done < 0)
 
-        _, found = search(wanted, site, workers, tell)
-    files.write_json(folder / SEARCH, {"stages": found, "seeds": wanted.seeds})
+        _, stages = search(wanted, site, workers, tell)
+        if asks.asked.near:
+            ended = sum(len(stage["points"]) for stage in stages)
+            nearer = asks.nearer(stages)
+            _, further = search(nearer, site, workers, lambda text, done: tell(text, done + ended * (done >= 0)))
+            stages = [_joined(*pair) for pair in zip(stages, further, strict=True)]
+    files.write_json(folder / SEARCH, {"stages": stages, "seeds": wanted.seeds})
+
+
+def _joined(stage: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's search with the trials near its best one."""
+    points = stage["points"] + further["points"]
+    best = min((point for point in points if point["error"] is not None), key=lambda point: point["error"])
+    return stage | {"points": points, "chosen": best["values"]}

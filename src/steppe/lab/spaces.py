@@ -1,6 +1,7 @@
 """What a fair comparison searches of each method: one table by parameter, and the trials that cover it evenly."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.quasirandom import SobolEngine
@@ -36,6 +37,7 @@ HOLES: dict[str, Choices] = {
 LR = 8.0  # times and divided by
 RHO = (0.2, 20.0)  # times the method's own radius
 SHORTEST = 0.1  # of the common number of epochs
+NEAR = 0.125  # of a range, to both sides of the best trial, where more are drawn near it
 _EDGE = 0.1  # of a range
 _DIMENSIONS = 12  # of the sequence, so that two methods get the same learning rates and lengths
 
@@ -62,6 +64,25 @@ def design(
     points = [dict(fixed)] if all(_within(fixed[key], choices) for key, choices in spaces.items()) else []
     points += [{key: _at(spaces[key], share) for key, share in zip(spaces, row, strict=False)} for row in shares]
     return tuple(dict(pairs) for pairs in dict.fromkeys(tuple(point.items()) for point in points[:trials]))
+
+
+def near(
+    spaces: Mapping[str, Choices], best: Mapping[str, Value], trials: int, draw: int
+) -> tuple[dict[str, Value], ...]:
+    """Return further trials from the part of the spaces around the best one."""
+    around = {key: _around(choices, best[key]) for key, choices in spaces.items()}
+    return tuple(point for point in design(around, best, trials + 1, draw) if point != best)[:trials]
+
+
+def _around(choices: Choices, value: Value) -> Choices:
+    """Return a quarter of a range around a value; of a list, the value and its neighbours."""
+    if isinstance(choices, Range):
+        share = choices.share(float(value))
+        low, high = (choices.at(min(1.0, max(0.0, share + side))) for side in (-NEAR, NEAR))
+        return replace(choices, low=low, high=high)
+    ordered = sorted(choices)
+    place = ordered.index(value)
+    return tuple(ordered[max(0, place - 1) : place + 2])
 
 
 def _at(choices: Choices, share: float) -> Value:

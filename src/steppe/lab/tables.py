@@ -110,7 +110,7 @@ def markdown(found: Summary) -> str:
 
 def escaped(text: str) -> str:
     """Return a text as Markdown that shows it as it is: no HTML, no marks, one line."""
-    return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def code(text: object) -> str:

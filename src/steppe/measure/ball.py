@@ -150,6 +150,10 @@ def published(problem: Problem, measure: WorstCase | AverageCase) -> Sharpness:
     The first 1,024 training examples in evaluation mode; the rest of it is the measures' defaults. ``docs/measure.md``
     says where the authors' code differs, and has their radii.
 
+    Args:
+        problem: model, loss and the training data.
+        measure: radius and norm of the ball.
+
     Example:
         >>> published(problem, WorstCase(rho=0.5, adaptive=True)).value
     """

@@ -33,6 +33,10 @@ def filter_normalised(problem: Problem, seed: int = 0) -> Vector:
 
     Li et al. 2018 (arXiv 1712.09913, section 4). A filter is a row of the first dimension of a parameter with two or
     more dimensions. Biases and normalisation parameters do not move.
+
+    Args:
+        problem: model, loss and data.
+        seed: of the Gaussian direction.
     """
 
     def scaled(d: Tensor, w: Tensor) -> Tensor:
@@ -47,6 +51,10 @@ def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector
     """Return ``w' - w``: along it ``t = 0`` is the model and ``t = 1`` another one, a module or its ``state_dict``.
 
     Buffers stay the model's. Running statistics are wrong in between; ``mode="train"`` uses those of the batch.
+
+    Args:
+        problem: model, loss and data.
+        other: a module of the same parameters, or its ``state_dict``.
 
     Raises:
         ValueError: the other model lacks a parameter, or has another shape.
@@ -64,6 +72,11 @@ def towards(problem: Problem, other: nn.Module | Mapping[str, Tensor]) -> Vector
 def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
     """Return the mean loss at every ``w + t_i d``; an entry may be infinite or NaN.
 
+    Args:
+        problem: model, loss and data.
+        d: the direction, one tensor a parameter.
+        t: the places along it.
+
     Example:
         >>> line(problem, filter_normalised(problem), torch.linspace(-1, 1, 41).tolist())
         >>> line(problem, towards(problem, other_model), torch.linspace(-0.5, 1.5, 41).tolist())
@@ -73,6 +86,11 @@ def line(problem: Problem, d: Vector, t: Sequence[float]) -> Line:
 
 def plane(problem: Problem, a: Vector, b: Vector, x: Sequence[float], y: Sequence[float]) -> Plane:
     """Return the mean loss at every ``w + x_i a + y_j b``.
+
+    Args:
+        problem: model, loss and data.
+        a, b: the two directions.
+        x, y: the places along each. The result has a row for every entry of ``y``.
 
     Example:
         >>> top = eigenpairs(Hessian(problem), k=2)

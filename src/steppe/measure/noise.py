@@ -37,6 +37,9 @@ def gradient_noise(problem: Problem) -> GradientNoise:
     The norms come from activations and output gradients where the model allows it
     (:func:`steppe.factored.gradient_statistics`), else from a loop over the examples.
 
+    Args:
+        problem: model, loss and data.
+
     Raises:
         ValueError: examples influence one another (batch normalisation in training mode), so that the gradient of one
             is not defined.

@@ -126,6 +126,9 @@ class GaussNewton(Operator):
     The generalised Gauss-Newton matrix (Schraudolph 2002): the Hessian of the model linearised at ``w``, positive
     semidefinite for a convex criterion, and the Fisher matrix for cross entropy and squared error.
 
+    Args:
+        problem: model, criterion module and data ``(inputs, targets)``.
+
     Raises:
         TypeError: the problem's loss is no criterion module, so that outputs and loss are not separate.
     """
@@ -151,6 +154,9 @@ class EmpiricalFisher(Operator):
     """``F = 1/n sum_i g_i g_i^T``, ``g_i = grad f_i``: uncentred second moments of the per-example gradients.
 
     No per-example gradient is formed: ``F v = 1/n J^T J v`` with the Jacobian of the ``n`` losses.
+
+    Args:
+        problem: model, loss and data.
     """
 
     def _term(self, v: Vector) -> Term:
@@ -162,6 +168,9 @@ class GradientCovariance(Operator):
 
     ``V v = 1/n J^T (J v - <g, v>)``. Population covariance: times ``n / (n - 1)`` it is unbiased for the distribution
     that the examples were drawn from.
+
+    Args:
+        problem: model, loss and data.
     """
 
     def _term(self, v: Vector) -> Term:

@@ -53,6 +53,15 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
     WSAM's Table 9 names this method (arXiv 2305.15817; its settings are not known to us). The stopping rule is
     PyHessian's: ``lambda`` changes by less than ``tol`` of itself. On ``diag(5, -7, 1)`` it finds -7. It takes at most
     ``most`` products from a Gaussian start; :func:`eigenpairs` needs fewer, and distinguishes the ends of the spectrum.
+
+    Args:
+        A: the operator, such as :class:`~steppe.measure.Hessian`.
+        tol: the relative change of the eigenvalue at which it stops.
+        most: the largest number of products.
+        seed: of the start.
+
+    Raises:
+        ValueError: ``tol`` or ``most`` is not positive.
     """
     checks.number("tol", tol, "a number > 0", low=1e-30)
     checks.positive_integer("most", most)

@@ -12,6 +12,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.update import Update
 from steppe.engine.vector import TINY, Scalar, Vector
 from steppe.pieces.protocol import Declaration
+from steppe.schedule import Schedule, scheduled
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Weighted:
 class Coupled:
     """``g + gamma / (1 - gamma) (g_adv - g)`` to the base: Coupled-WSAM, algorithm 4 (arXiv 2305.15817).
 
+    Args:
+        gamma: the weight of sharpness, in [0, 1); 0.5 is SAM.
+
     Raises:
         ValueError: ``gamma`` is not in [0, 1).
     """
@@ -85,6 +89,9 @@ class SurrogateGap:
     """``g_adv - alpha (g - proj(g, g_adv))``: GSAM, algorithm 1 (arXiv 2203.08065).
 
     Ascends ``g`` orthogonally to ``g_adv``, which narrows the surrogate gap ``L(w + eps) - L(w)``.
+
+    Args:
+        alpha: the weight of the part of ``g`` orthogonal to ``g_adv``, at least 0.
 
     Raises:
         ValueError: ``alpha`` is negative.
@@ -108,10 +115,39 @@ class Rescaled:
 
 
 @dataclass(frozen=True)
+class Damped:
+    """``(1 - alpha m) g_adv``, ``m`` 1 in the entries that are smaller than ``g``'s and of one sign with them: SANER.
+
+    Where a noisy gradient dominates an entry, the perturbation shrinks it (arXiv 2411.17132); this shrinks it further.
+
+    Args:
+        alpha: how much is taken off, in [0, 1]; a number, or a schedule of :mod:`steppe.schedule`, which is asked with
+            the first parameter group. 0 is SAM.
+
+    Raises:
+        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is negative, in ``step``.
+    """
+
+    alpha: float | Schedule = 0.5
+
+    def __post_init__(self) -> None:
+        if not callable(self.alpha):
+            checks.share("alpha", self.alpha)
+
+    def __call__(self, f: Oracle, g_adv: Vector) -> Update:
+        kept = 1 - scheduled(self.alpha, f.step, f.group, "alpha")
+        g = f.g + 0.0 * g_adv  # 0 where there is no gradient at w
+        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), kept * a, a), g))
+
+
+@dataclass(frozen=True)
 class Slerp:
     """``norm(g_adv)`` times the point ``alpha`` of the great circle from ``g / norm(g)`` to ``g_adv / norm(g_adv)``.
 
     XSAM (arXiv 2603.10048) with a fixed ``alpha``: 0 has the direction of ``g``, 1 is SAM, more goes beyond it.
+
+    Args:
+        alpha: the share of the angle from ``g`` to ``g_adv``, at least 0.
 
     Raises:
         ValueError: ``alpha`` is negative.
@@ -192,6 +228,9 @@ class ReuseOrthogonal:
 
     Norms are over all parameters together. One pass.
 
+    Args:
+        alpha: the length of the remembered part in units of ``norm(g)``, at least 0.
+
     Raises:
         ValueError: ``alpha`` is negative.
     """
@@ -207,6 +246,11 @@ class ReuseOrthogonal:
         g = f.g
         g_v = f.recall("orthogonal", default=0.0 * g).where(t is not None for t in g.tensors)
         return Update(g + self.alpha * g.norm() / (g_v.norm() + TINY) * g_v)
+
+
+def _between(a: Tensor, g: Tensor) -> Tensor:
+    """Tell where ``0 < a / g < 1``."""
+    return (a.abs() < g.abs()) & (a.sign() == g.sign())
 
 
 def slerp(a: Vector, b: Vector, alpha: Scalar) -> Vector:

@@ -13,9 +13,8 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
 from steppe.pieces.weights import FiniteDifference
+from steppe.pieces.which import Matrices, Which
 from steppe.schedule import Schedule, scheduled
-
-Which = Callable[[Oracle], list[bool]]  # which parameters are adaptive
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class Unnormalised:
 class Unified:
     """``(1 - lam + lam / norm(d)) d``: unified SAM (arXiv 2503.02225); ``lam`` 1 is SAM, 0 is USAM.
 
+    Args:
+        lam: how much of the step is normalised, in [0, 1].
+
     Raises:
         ValueError: ``lam`` is not in [0, 1].
     """
@@ -73,6 +75,10 @@ class Unified:
 class Scaled:
     """``factor`` times another geometry; ESAM's is ``1 / beta``.
 
+    Args:
+        factor: the length of the step in units of the other geometry's, at least 0.
+        of: the other geometry.
+
     Raises:
         ValueError: ``factor`` is negative.
     """
@@ -88,40 +94,6 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """Parameters with two or more dimensions: weights of linear, convolution and embedding layers."""
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        return [w is not None and w.dim() > 1 for w in f.w.tensors]
-
-
-@dataclass(frozen=True)
-class Named:
-    """Parameters whose name contains ``part``: with "weight" the ASAM authors' choice, normalisation weights included.
-
-    Raises:
-        TypeError: in ``step``, where the base optimizer was not made from ``model.named_parameters()``.
-    """
-
-    part: str = "weight"
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        if f.names is None:
-            raise TypeError(
-                f"Named({self.part!r}) needs parameter names: make the base optimizer from model.named_parameters()"
-            )
-        return [self.part in name for name in f.names]
-
-
-@dataclass(frozen=True)
-class Everything:
-    """Every parameter, biases included: the choice of the widely copied davda54/sam. Its rho is not ASAM's."""
-
-    def __call__(self, f: Oracle) -> list[bool]:
-        return [True] * len(f.w.tensors)
-
-
-@dataclass(frozen=True)
 class Adaptive:
     """``T^2 d / norm(T d)``, ``T = abs(w) + eta`` on the parameters ``on``, 1 on the rest: ASAM (arXiv 2102.11600).
 
@@ -130,6 +102,11 @@ class Adaptive:
     The authors adapt parameters whose name contains "weight" and leave biases plain. The default chooses by dimension,
     which needs no names: it differs for the weights of normalisation layers, which the authors adapt too
     (``on=Named("weight")`` is theirs to the letter, ``on=Everything()`` with ``eta=0`` is davda54/sam's).
+
+    Args:
+        eta: added to the size of every weight, at least 0.
+        on: which parameters are adapted, :class:`Matrices`, :class:`Named`, :class:`Everything` or a function of the
+            oracle that returns a ``bool`` for each.
 
     Raises:
         ValueError: ``eta`` is negative.
@@ -165,6 +142,9 @@ class Fisher:
 
     Then ``eps F eps = rho^2``. The Fisher matrix is the diagonal of the batch gradient's square, regularised by the
     identity. It is not invariant to the scale of the loss.
+
+    Args:
+        eta: the weight of the squared gradient beside the identity, at least 0.
 
     Raises:
         ValueError: ``eta`` is negative.
@@ -208,6 +188,22 @@ class LossBudget:
         norm = d.norm() + TINY
         budget = scheduled(self.sigma, f.step, f.group, "sigma") / (f.rho.largest() + TINY)
         return (budget / norm).clamp(max=1.0) / norm * d
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """``d / sqrt(s)``, ``s <- s + norm(d)^2``: the ascent of LightSAM (arXiv 2505.24399), by the rule of AdaGrad-Norm.
+
+    The first step has the length 1, so ``rho`` is the first radius; where norms stay alike, step ``t`` has the length
+    ``1 / sqrt(t)``. ``s`` is remembered in the parameter groups.
+    """
+
+    declares: ClassVar[Declaration] = Declaration(numbers=frozenset({"squares"}))
+
+    def __call__(self, f: Oracle, d: Vector) -> Vector:
+        squares = d.norm() ** 2 + f.recall_number("squares", default=0.0)
+        f.remember_number("squares", squares)
+        return d / (squares.sqrt() + TINY)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,11 @@ class Friendly:
     uses the old ``a``, and at a parameter's first step ``d = g`` and ``a = g``. With sigma 1 and equal batches ``d`` is
     rounding noise, which the Euclidean geometry scales up to length rho.
 
+    Args:
+        sigma: the share of the running mean that is taken off, at least 0.
+        decay: of the running mean, in [0, 1].
+        of: the sample that gives ``g``.
+
     Raises:
         ValueError: ``sigma`` is negative, ``decay`` is not in [0, 1].
     """
@@ -114,6 +119,10 @@ class Friendly:
 @dataclass(frozen=True)
 class Smoothed:
     """``d <- (1 - theta) d + theta g``, first ``d = g``: VaSSO (arXiv 2309.15639).
+
+    Args:
+        theta: the weight of the new gradient, in (0, 1].
+        of: the sample that gives ``g``.
 
     Raises:
         ValueError: ``theta`` is not in (0, 1].
@@ -162,6 +171,9 @@ class Centralised:
     """``d`` less its mean over each row of a weight's outputs: GCSAM (arXiv 2501.11584).
 
     The mean is over all dimensions but the first, of parameters that have two or more.
+
+    Args:
+        of: the sample whose vector is centralised.
     """
 
     of: Callable[[Oracle], Vector] = Mean()
@@ -211,6 +223,10 @@ class Masked:
     Every tensor that may move is kept with probability ``beta`` (at least one is), anew each step; the backward pass
     skips the others' weight gradients. The choice is by tensor, as in the authors' code, and depends on ``seed`` and
     the step alone, so ranks agree and resume is exact. The factor ``1 / beta`` is geometry: ``Scaled(1 / beta)``.
+
+    Args:
+        beta: the probability that a tensor is kept, in (0, 1].
+        seed: of the choices.
 
     Raises:
         ValueError: ``beta`` is not in (0, 1].

@@ -28,6 +28,9 @@ class Sharpest:
     ``max(1, int(gamma n))`` examples exactly (the authors' code asks for more than the k-th rise, so takes one less).
     It costs one more forward, unless ``gamma`` is 1. Under data parallelism every rank chooses from its own examples.
 
+    Args:
+        gamma: the share of the examples, in (0, 1].
+
     Raises:
         ValueError: ``gamma`` is not in (0, 1].
     """

@@ -119,7 +119,7 @@ def simulate(
         SDEError: a path is no longer finite; the message names the step.
 
     Example:
-        >>> *_, end = simulate(equation, x0.expand(1000, -1), time=2.0, steps=400)
+        >>> *_, end = simulate(equation, x0.expand(1000, -1), time=2.0, steps=100)
     """
     h, noise = time / steps, equation.sampling.factor.shape[1]
     for step in range(1, steps + 1):

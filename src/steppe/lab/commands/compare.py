@@ -64,6 +64,7 @@ Held = Annotated[
 SearchMinutes = Annotated[
     float | None, typer.Option(min=0, help="Of training in each method's search; after them it begins no trial.")
 ]
+Near = Annotated[int, typer.Option(min=0, help="How many of the trials are drawn near the best of the others.")]
 SearchDraw = Annotated[int, typer.Option(min=0, help="Another number: other trials and other seeds of the searches.")]
 Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
 IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
@@ -81,6 +82,7 @@ def compare(
     trials: Trials = None,
     search_seeds: SearchSeeds = None,
     search_minutes: SearchMinutes = None,
+    near: Near = 0,
     search_draw: SearchDraw = 0,
     seeds: Seeds = None,
     equal: Equal = None,
@@ -121,14 +123,13 @@ def compare(
     folder = out or _folder(source, fixed, quick)
     common = (folder, workers, Console(stderr=as_json), _hardware(device, precision), _until(minutes))
     searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
-    searching |= {"draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
+    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
     searching |= {"validation": validation, "clean": clean_validation or None}
     if fixed:
         _refuse(searching)
         code = compared(presets.planned(source, given, method, baseline, seeds, quick), *common)
     else:
-        asked = presets.asked(source, given, method, seeds, quick, **searching)
-        code = searched(asked, *common, storage, baseline)
+        code = searched(presets.asked(source, given, method, seeds, quick, **searching), *common, storage, baseline)
     raise typer.Exit(_printed(code, folder, baseline) if as_json else code)
 
 

@@ -17,7 +17,7 @@ def _methods() -> list[str]:
 
 DATA = ("digits", "fashion-mnist", "cifar10", "cifar100")
 MODELS = ("mlp-256-256", "cnn-16", "resnet18", "wrn28-10-gn", "vit-s4")
-METHODS = ("SGD", "AdamW", *_methods(), "AdaptiveWSAM", "FisherWSAM")
+METHODS = ("SGD", "AdamW", *_methods(), "AdaptiveWSAM", "FisherWSAM", "LateSAM")
 RECIPES = (
     "wsam_classification", "wsam_finetune", "label_noise", "geometry", "decoupling", "minima", "gamma_sensitivity",
     "m_sharpness", "rwsam_classification", "rwsam_finetune", "rwsam_label_noise", "cost",

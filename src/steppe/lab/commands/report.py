@@ -77,7 +77,7 @@ def _show_fair(found: "Outcomes", console: Console) -> None:
     headers, rows = fair.table(found)
     table(console, [SHORT.get(header, header) for header in headers], rows, tables.title(found.found))
     headers, rows = fair.chosen(found)
-    kept = [0, 2, 4, 5, 6, 7]
+    kept = [0, 2, 3, 6, 7, 8]
     table(console, [headers[i] for i in kept], [[row[i] for i in kept] for row in rows], "The searches")
     for name, values, *_ in rows:
         console.print(f"- {name}: {values}", markup=False, highlight=False)

@@ -14,13 +14,23 @@ from steppe.lab.report.figures import Figure, axes, curve, look
 from steppe.lab.runs import SEARCH
 from steppe.lab.spaces import edge
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired
+from steppe.lab.statistics import Paired, mean, spread
 from steppe.lab.summary import Row, Summary
 from steppe.lab.sweep.space import Range, filled, shown
 from steppe.lab.tables import NONE, interval, number
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
-CHOSEN = ("method", "chosen", "at an edge", "trials", "search passes", "search s", "fixed {metric}", "fixed difference")
+CHOSEN = (
+    "method",
+    "chosen",
+    "at an edge",
+    "as good",
+    "trials",
+    "search passes",
+    "search s",
+    "fixed {metric}",
+    "fixed difference",
+)
 WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
 _EQUAL = {
@@ -38,6 +48,7 @@ class Outcome:
     row: Row | None  # None before its first final run
     chosen: Mapping[str, Any]
     edges: list[str]  # such as ``lr high``
+    as_good: int | None  # how many other trials are within two standard errors of the best; None with one seed a trial
     trials: int
     passes: float  # of the whole search
     seconds: float
@@ -73,8 +84,19 @@ def read(folder: Path, baseline: str | None = None) -> Outcomes | None:
         edges = [f"{key} {end}" for key, value in stage["chosen"].items() if (end := edge(value, one.space[key]))]
         passes, seconds = (sum(point[key] for point in stage["points"]) for key in ("passes", "seconds"))
         row, unsearched = _row(found, methods[one.name]), _row(plain, fixed[one.name])
-        each.append(Outcome(one.name, row, stage["chosen"], edges, len(stage["points"]), passes, seconds, unsearched))
+        spent = (len(stage["points"]), passes, seconds)
+        each.append(Outcome(one.name, row, stage["chosen"], edges, as_good(stage), *spent, unsearched))
     return Outcomes(asks, found, each)
+
+
+def as_good(stage: Mapping[str, Any]) -> int | None:
+    """Return how many trials are worse than the best by less than two standard errors of the paired difference."""
+    ended = [point["errors"] for point in stage["points"] if point["error"] is not None]
+    best = min(ended, key=mean)
+    if len(best) < 2:
+        return None
+    others = [[a - b for a, b in zip(errors, best, strict=True)] for errors in ended if errors is not best]
+    return sum(mean(each) <= 2 * spread(each) / math.sqrt(len(each)) for each in others)
 
 
 def _summary(folder: Path, baseline: Method) -> Summary:
@@ -124,7 +146,8 @@ def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
         values = ", ".join(f"{key} {each:g}" for key, each in one.chosen.items())
         spent = [str(one.trials), number(one.passes, ".0f"), number(one.seconds, ".1f")]
         fixed = [value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
-        rows.append([one.name, values, ", ".join(one.edges), *spent, *fixed])
+        alike = NONE if one.as_good is None else str(one.as_good)
+        rows.append([one.name, values, ", ".join(one.edges), alike, *spent, *fixed])
     return _named(CHOSEN, found), rows
 
 
@@ -167,6 +190,7 @@ def command(found: Outcomes) -> list[str]:
     words += [word for key, each in asked.spaces.items() for word in ("--space", f"{key}={shown(each)}")]
     options = given | {"trials": asked.trials, "search_seeds": asked.search_seeds, "seeds": found.found.plan.seeds}
     options |= {"equal": asked.equal, "validation": asked.validation}
+    options |= {"near": asked.near} if asked.near else {}
     options |= {"search_draw": asked.draw} if asked.draw else {}
     options |= {} if asked.search_minutes is None else {"search_minutes": asked.search_minutes}
     words += [word for key, each in options.items() for word in (f"--{key.replace('_', '-')}", str(each))]
@@ -179,6 +203,7 @@ def notes(found: Outcomes) -> list[str]:
     held = f"{100 * asked.validation:g} % of the training examples"
     lines = [
         f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
+        f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
         "early, and none reports its best epoch.",
@@ -191,6 +216,9 @@ def notes(found: Outcomes) -> list[str]:
         *lines,
         *_minutes(found),
         *_edges(found),
+        "As good: how many other trials are within two standard errors of the best. Many: the validation examples and "
+        "search seeds cannot tell them apart, and the choice is partly luck. None: the best stands alone, and trials "
+        "near it (--near) may be better.",
         "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
         "as a comparison without a search has them.",
     ]
@@ -231,7 +259,7 @@ def plain(found: Outcomes) -> list[dict[str, Any]]:
     for one in found.each:
         final = tables.plain_row(one.row) if one.row else {}
         cost = {"trials": one.trials, "search_passes": one.passes, "search_seconds": one.seconds}
-        choice = {"name": one.name, "chosen": dict(one.chosen), "edges": one.edges} | cost
+        choice = {"name": one.name, "chosen": dict(one.chosen), "edges": one.edges, "as_good": one.as_good} | cost
         fixed = {f"fixed_{key}": each for key, each in tables.plain_row(one.fixed).items()} if one.fixed else {}
         rows.append(choice | final | {key: each for key, each in fixed.items() if key in FIXED_KEYS})
     return rows
