@@ -163,23 +163,23 @@ class WithRate:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is tried: an optimizer made of (base, radius, learning rate, steps), over two radii."""
+    """What is tried: an optimizer made of (base, radius, learning rate, steps), over three radii."""
 
     make: Callable[[torch.optim.Optimizer, Any, float, int], torch.optim.Optimizer]
-    radii: tuple[float, ...] = (0.1, 0.2)
+    radii: tuple[float, ...] = (0.05, 0.1, 0.2)
     batch: int = BATCH
     rates: tuple[float, ...] = (1.0,)  # factors of the task's learning rate
 
 
-WHOLE = (0.2, 0.4)  # radii of a perturbation that many examples share
+WHOLE = (0.1, 0.2, 0.4)  # radii of a perturbation that many examples share
 
 
-def sam(radii: tuple[float, ...] = (0.1, 0.2), **options: Any) -> Variant:
+def sam(radii: tuple[float, ...] = (0.05, 0.1, 0.2), **options: Any) -> Variant:
     """Return SAM with these options."""
     return Variant(lambda base, rho, lr, steps: steppe.SAM(base, rho, **options), radii)
 
 
-def rule(of: Callable[[float], Any], radii: tuple[float, ...] = (0.1, 0.2)) -> Variant:
+def rule(of: Callable[[float], Any], radii: tuple[float, ...] = (0.05, 0.1, 0.2)) -> Variant:
     """Return a rule made of the learning rate."""
     return Variant(lambda base, rho, lr, steps: SharpnessAware(base, of(lr), rho), radii)
 
@@ -221,9 +221,9 @@ VARIANTS = {
     "m-SAM in the last quarter": scheduled(lambda rho, lr, steps: Tail(rho, steps, 0.25), m=M),
     "m-SAM every fourth step": scheduled(lambda rho, lr, steps: Periodic(rho, 4), m=M),
     "LookSAM, k = 4": Variant(lambda base, rho, lr, steps: LookSAM(base, rho, k=4), WHOLE),
-    "MomentumSAM": Variant(lambda base, rho, lr, steps: MomentumSAM(base, rho), (0.3, 1.0)),
+    "MomentumSAM": Variant(lambda base, rho, lr, steps: MomentumSAM(base, rho), (0.1, 0.3, 1.0)),
     "SGD, batch 32": Variant(lambda base, rho, lr, steps: base, (0.0,), 32, (0.125, 0.25, 0.5)),
-    "SAM, batch 16": Variant(lambda base, rho, lr, steps: steppe.SAM(base, rho), (0.1, 0.2), 16, (0.125,)),
+    "SAM, batch 16": Variant(lambda base, rho, lr, steps: steppe.SAM(base, rho), (0.05, 0.1, 0.2), 16, (0.125,)),
 }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,15 +110,14 @@ def ours(method: type[steppe.SharpnessAware], parameters: list[Tensor], fake: Fa
     options = {"full": fake} if method is steppe.NSAM else {}
     base = torch.optim.SGD(parameters, lr=LR)
     if method in READING:
-        base.register_step_post_hook(partial(keep_moments, parameters))
+        keep_moments(parameters, base)
     return method(base, **options).step
 
 
-def keep_moments(parameters: list[Tensor], base: torch.optim.Optimizer, *_: Any) -> None:
+def keep_moments(parameters: list[Tensor], base: torch.optim.Optimizer) -> None:
     """Put constant moments into the state of a base that keeps none."""
     for p in parameters:
-        if not base.state[p]:
-            base.state[p] |= {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        base.state[p] |= {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
 
 
 def methods(parameters: list[Tensor], fake: Fake, names: list[str]) -> list[Method]:

@@ -27,7 +27,7 @@ class Program(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        random, self.layers, self.values = Random(seed), nn.ModuleList(), []
+        random, self.layers, self.values, self.step = Random(seed), nn.ModuleList(), [], 0
         self.scale = nn.Parameter(1 + 0.1 * torch.randn(D))
         self.register_buffer("cache", torch.zeros(D))
         self.alias = self.scale.detach()
@@ -76,8 +76,73 @@ def norm(p: Program, random: Random):
 
 
 def batch_norm(p: Program, random: Random):
-    layer = p.layer(nn.BatchNorm1d(D, affine=random.random() < 0.7))
+    options = {"affine": random.random() < 0.7, "momentum": random.choice([0.1, 0.4, None])}
+    layer = p.layer(nn.BatchNorm1d(D, track_running_stats=random.random() < 0.8, **options))
+    layer.train(random.random() < 0.9)
     return lambda x: layer(x.mT).mT
+
+
+def recurrent(p: Program, random: Random):
+    layer = p.layer(random.choice([nn.LSTM, nn.GRU, nn.RNN])(D, D, random.choice([1, 2]), batch_first=True))
+    return lambda x: x + layer(x)[0]
+
+
+def product(p: Program, random: Random):
+    layer = p.layer(nn.Linear(D, D, bias=False))
+    return random.choice(
+        [
+            lambda x: torch.einsum("btc,dc->btd", x, layer.weight).tanh(),
+            lambda x: torch.tanh(x @ layer.weight.T),
+            lambda x: F.linear(x, layer.weight / layer.weight.norm(dim=1, keepdim=True)),
+            lambda x: F.linear(x, *layer.weight.chunk(1)).sin(),
+            lambda x: F.bilinear(x, x.flip(1), layer.weight[None].expand(D, D, D)),
+        ]
+    )
+
+
+def function_of_few(p: Program, random: Random):
+    layer = p.layer(random.choice([nn.PReLU(), nn.PReLU(D), nn.LayerNorm(D)]))
+    return random.choice(
+        [
+            lambda x: layer(x) if isinstance(layer, nn.LayerNorm) else layer(x.mT).mT,
+            lambda x: x * layer.weight.reshape(1, 1, -1).sigmoid(),
+            lambda x: torch.where(x > 0, x, layer.weight.exp() - 1),
+            lambda x: torch.cat([layer.weight.mean().expand(len(x), 1, D), x], 1),
+            lambda x: x + x.cumsum(1) * torch.exp(-layer.weight.abs().sum()),
+        ]
+    )
+
+
+def turned(p: Program, random: Random):
+    layer = p.layer(nn.ConvTranspose1d(D, D, 3, padding=1))
+    return lambda x: torch.tanh(layer(x.mT).mT)
+
+
+def drawn(p: Program, random: Random):
+    """Random numbers of every kind, which change nothing: the loop draws others."""
+    return random.choice(
+        [
+            lambda x: F.dropout(x, 0.0),
+            lambda x: x + 0 * torch.randn(len(x), 1, D),
+            lambda x: x * x.new_empty(len(x), 1, 1).bernoulli_(1.0),
+            lambda x: x if torch.rand([]) < 2 else x.mean(0),
+            lambda x: x + 0 * torch.rand_like(x),
+            lambda x: x + 0 * torch.randn(D),
+        ]
+    )
+
+
+def later(p: Program, random: Random):
+    """From a step on that is not rehearsed."""
+    layer = p.layer(nn.Linear(D, D))
+
+    def unseen(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = layer.weight.abs().mean()
+        return x * size
+
+    first, then = random.sample([lambda x: layer(x), lambda x: x * layer.bias.exp(), unseen, lambda x: x], 2)
+    return lambda x: (then if p.step >= STEPS - 1 else first)(x)
 
 
 def scaled(p: Program, random: Random):
@@ -173,7 +238,8 @@ def transformed(p: Program, random: Random):
 
 OPERATIONS: dict[str, tuple[float, Operation]] = {
     **{f.__name__: (3.0, f) for f in (dense, along_time, attention, norm, scaled, earlier, elementwise)},
-    **{f.__name__: (1.0, f) for f in (batch_norm, masked, experts, cached)},
+    **{f.__name__: (1.0, f) for f in (batch_norm, recurrent, product, function_of_few, turned, drawn)},
+    **{f.__name__: (0.7, f) for f in (masked, experts, cached, later)},
     **{f.__name__: (0.5, f) for f in (statistic, groups, permuted, across, through_alias, transformed)},
 }
 
@@ -193,9 +259,11 @@ def trial(seed: int) -> tuple[str, str]:
         opt = method(torch.optim.SGD(model.parameters(), lr=0.1), rho=rho, m=m, parallel=parallel)
         what = f"seed {seed}, {method.__name__}, n {n}, m {m}: {' '.join(model.names)}"
         try:
-            for _ in range(STEPS):
+            for model.step in range(STEPS):
                 calls.clear()
-                x, y = torch.randn(n, T, D, dtype=torch.float64), torch.randint(CLASSES, (n,))
+                own = torch.Generator().manual_seed(seed + model.step)  # the model draws other numbers both ways
+                x = torch.randn(n, T, D, dtype=torch.float64, generator=own)
+                y = torch.randint(CLASSES, (n,), generator=own)
                 opt.step(steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, y))
         except Exception as error:
             ends.append(type(error).__name__)

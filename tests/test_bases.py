@@ -254,6 +254,20 @@ def test_parameters_on_the_meta_device_are_refused() -> None:
         steppe.SAM(sgd(nn.Linear(2, 2, device="meta")))
 
 
+class Asks(torch.optim.SGD):
+    """Cannot step without a closure."""
+
+    def step(self, closure):  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Asks])
+def test_bases_that_call_a_closure_are_refused_by_name(kind: type[Optimizer]) -> None:
+    base = kind([nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match=f"got {kind.__name__}, which calls a closure by itself"):
+        steppe.SAM(base)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_bases_that_average_weights_are_refused() -> None:
     from torch.distributed.optim import PostLocalSGDOptimizer

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
@@ -341,17 +340,6 @@ class Own(nn.Module):
         return self.net(x) * self.slope.item()
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = x.requires_grad_() if self.reentrant else x
-        return self.b(checkpoint(lambda t: torch.tanh(self.a(t)), x, use_reentrant=self.reentrant))
-
-
 vectors = lambda n: (torch.randn(n, 5), torch.randint(3, (n,)))  # noqa: E731
 
 
@@ -430,15 +418,6 @@ def test_compiled_models_run_serially(wrap, caplog) -> None:
 def _InPlaceCompiled(model):
     model.compile(backend="eager")
     return model
-
-
-@pytest.mark.filterwarnings("ignore:micro-batches of m=. run in a loop")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_models_equal_the_serial_loop(reentrant: bool) -> None:
-    example = Example(lambda: Checkpointed(reentrant), vectors)
-    make = lambda m, p: steppe.SAM(sgdm(m), 0.3, m=5, parallel="auto" if p else False)  # noqa: E731
-    (ours, _), (theirs, _) = ends(example, make)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 def test_a_model_that_changes_its_mind_falls_back() -> None:

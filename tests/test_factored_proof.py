@@ -1,7 +1,10 @@
 """Constructions that shared passes could get wrong without a word: each is refused, or equal to the serial loop."""
 
 import copy
+import gc
+import logging
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import steppe
 from steppe.factored import plans
@@ -114,6 +118,46 @@ class LastToken(nn.Module):
         return self.b(h[last, torch.arange(len(last))])
 
 
+class Term:
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        return coupled(self.size)(0)(model, data) if self.size else cross_entropy(model, data)
+
+
+size = 0.0
+
+
+def of_the_global(model: nn.Module, data: Any) -> Tensor:
+    return coupled(size)(0)(model, data)
+
+
+def switched(on: bool) -> Any:
+    globals()["size"] = 0.5 * on
+    return of_the_global
+
+
+def without_gradients_later(s: nn.Module, h: Tensor) -> Tensor:
+    with torch.set_grad_enabled(s.step < 3):
+        size = s.other.sum().tanh()
+    return h * size
+
+
+def of_scores(model: nn.Module, data: Any) -> Tensor:
+    """From step 3 on the size of the input's gradient; its backward reaches no output that a ReLU has."""
+    x = data[0].clone().requires_grad_()
+    z = model.b(model.a(x).relu())
+    if model.step < 3:
+        return F.cross_entropy(z, data[1], reduction="none")
+    (g,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    return g.square().sum(1)
+
+
+def mixed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x: centred(layer, x, F.linear(x, layer.weight, layer.bias))
+
+
 class Loss:
     def __init__(self, mixes: bool) -> None:
         self.mixes = mixes
@@ -206,6 +250,12 @@ TABLE = [
     Construction("batch norm in the criterion later", None, m=4,
         loss=lambda step: lambda model, d: criterion.train(step >= 3)(model(d[0]), d[1])),
     Construction("a hook that mixes later", False, change=from_step_3(lambda m: m.a.register_forward_hook(centred))),
+    Construction("another forward later", False, change=from_step_3(lambda m: setattr(m.a, "forward", mixed(m.a)))),
+    Construction("a term switched on later by a number", False, loss=lambda step: Term(0.5 * (step >= 3))),
+    Construction("a term switched on later by a global", False, loss=lambda step: switched(step >= 3)),
+    Construction("a weight read without gradients later", False, between(without_gradients_later), change=count),
+    Construction("a gradient inside the loss later", False, between(lambda s, h: h.relu()),
+        loss=lambda step: of_scores, change=count),
     Construction("two losses of one class", False, loss=lambda step: Loss(step % 2 == 0)),
     Construction("another loss of the same class later", False, loss=lambda step: Loss(step >= 3)),
     Construction("a script that reads a weight", False, between(by_script)),
@@ -236,6 +286,105 @@ def test_is_refused_or_equal(case: Construction) -> None:
     (ours, shared), (theirs, _) = found
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
     assert case.shares is None or shared is case.shares
+
+
+def test_a_hook_on_all_modules_is_noticed() -> None:
+    found = []
+    for parallel in ("auto", False):
+        torch.manual_seed(0)
+        model = Two()
+        opt = steppe.SAM(sgd(model), 0.3, m=2, parallel=parallel)
+        for step in range(5):
+            own = lambda module, inputs, out, model=model: centred(module, inputs, out) if module is model.a else out  # noqa: E731
+            hook = register_module_forward_hook(own) if step >= 3 else None
+            try:
+                opt.step(steppe.Batch(model, cross_entropy, vectors()))
+            finally:
+                if hook is not None:
+                    hook.remove()
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+
+
+class Buffered(nn.Module):
+    """A buffer that the serial loop changes more often than one pass does."""
+
+    def __init__(self, start: Tensor, change: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.net, self.change = nn.Linear(6, 3), change
+        self.register_buffer("state", start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.change(self.state, x)
+        return self.net(x)
+
+
+BUFFERS = {
+    "a counter": (torch.tensor(10**10), lambda state, x: state.add_(1)),
+    "a number that no longer is one": (torch.zeros(2), lambda state, x: state.add_(torch.nan if len(x) < 12 else 1)),
+    "a maximum": (torch.full((2,), -torch.inf), lambda state, x: state.copy_(torch.maximum(state, x.mean()))),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_are_compared_number_by_number(name: str) -> None:
+    start, change = BUFFERS[name]
+    model = Buffered(start.clone(), change)
+    opt = steppe.SAM(sgd(model), 0.3, m=2, parallel=True)
+    with pytest.raises(ValueError, match="a buffer differs"):
+        opt.step(steppe.Batch(model, cross_entropy, (torch.randn(12, 6), torch.randint(3, (12,)))))
+
+
+def test_another_path_at_the_perturbed_weights_is_one_step_in_the_loop(caplog) -> None:
+    def skips(s: nn.Module, h: Tensor) -> Tensor:
+        s.calls.append(1)
+        return h if s.step == 3 and len(s.calls) % 2 == 0 else h + F.linear(h[:, :6], s.other)
+
+    model = Two(skips)
+    model.calls = []
+    opt = steppe.SAM(sgd(model), 0.3, m=2)
+    with caplog.at_level(logging.INFO, "steppe"):
+        for model.step in range(5):
+            model.calls.clear()
+            opt.step(steppe.Batch(model, cross_entropy, vectors()))
+    assert len(model.calls) == 2  # the last step shares passes
+    assert ["the second forward pass uses other parameters" in r.message for r in caplog.records] == [True]
+
+
+def test_a_registered_model_is_not_kept_alive() -> None:
+    class Own(nn.Linear):
+        pass
+
+    steppe.factored.register_factored(Own)
+    model = Own(6, 3).double()
+    steppe.SAM(sgd(model), 0.3, m=2, parallel=True).step(steppe.Batch(model, cross_entropy, vectors()))
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize("c", [0.0, 0.03])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast", "float16 autocast"])
+def test_low_precision_does_not_hide_what_examples_do_to_one_another(how: str, c: float) -> None:
+    """Rounding to bfloat16 moves losses by more than a coupling of 0.03 does: the proof is made in float32."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if how.startswith("float16") else torch.bfloat16
+
+    def loss(model: nn.Module, data: Any) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled="autocast" in how):
+            z = model(data[0])
+            return F.cross_entropy((z + c * z.mean(0).detach()).float(), data[1], reduction="none")
+
+    model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+    model = model.to(torch.bfloat16 if how == "bfloat16" else torch.float32)
+    x, y = torch.randn(12, 6), torch.randint(3, (12,))
+    opt = steppe.SAM(sgd(model), 0.05, m=2)
+    opt.step(steppe.Batch(model, loss, (x.to(model[0].weight.dtype), y)))
+    (entry,) = plans.known(model).entries.values()
+    assert ("depends on the other examples" in entry.plan.reason or "influence" in entry.plan.reason) is (c > 0)
+    assert bool(entry.plan.reason) is (c > 0)
 
 
 def saturated(model: nn.Module, data: Any) -> Tensor:

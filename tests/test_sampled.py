@@ -24,7 +24,8 @@ def flat_update(update: steppe.Update) -> torch.Tensor:
 
 
 def update_of(w, rule, **options) -> torch.Tensor:
-    base = KeepingSGD(w.parameters(), lr=0.1)  # of which some read the state
+    base = sgd(w)
+    base.__class__ = KeepingSGD  # some read its state
     return flat_update(rule(SharpnessAware(base, rule, RHO, **options)._stepper.oracle(w.batch)))
 
 

@@ -119,7 +119,7 @@ def collect(files: list[Path]) -> None:
     for task, variants in runs.items():
         for variant, tried in variants.items():
             seeds = set.intersection(*(set(found) for found in tried.values()))
-            if len(seeds) < 3:
+            if len(seeds) < 2:
                 continue
             rho, rate = min(tried, key=lambda key: mean(tried[key][seed]["val"] for seed in seeds))
             best = [tried[rho, rate][seed] for seed in sorted(seeds)]
@@ -144,18 +144,21 @@ def variants_table() -> str:
     for name in names:
         cells = [rows.get(name) for rows in record.values()]
         passes = next(cell["passes"] for cell in cells if cell)
-        shown = [
-            f"{mean(cell['errors']):.1f}" + (f" ({cell['rho']:g})" if cell["rho"] else "") if cell else ""
-            for cell in cells
-        ]
-        lines.append(f"| {name} | {passes:.2f} | " + " | ".join(shown) + " |")
+        lines.append(f"| {name} | {passes:.2f} | " + " | ".join(map(cell_of, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell_of(cell: dict[str, Any] | None) -> str:
+    """Return mean and deviation of the errors, and the radius."""
+    if cell is None:
+        return ""
+    radius = f" ({cell['rho']:g})" if cell["rho"] else ""
+    return f"{mean(cell['errors']):.1f} ± {stdev(cell['errors']):.1f}{radius}"
 
 
 def with_tables(text: str) -> str:
     """Return the page's text with the tables of the records."""
-    made = between(text, "judge", judge_table())
-    return between(made, "variants", variants_table()) if VARIANTS.exists() else made
+    return between(between(text, "judge", judge_table()), "variants", variants_table())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def page_of(name: PurePosixPath, notebook: nbformat.NotebookNode, config: MkDocs
     for i, cell in enumerate(notebook.cells):
         parts.append(f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source)
         outputs = cell.get("outputs", [])
-        if text := "".join(output.text for output in outputs if output.output_type == "stream"):
+        if text := "".join(output.text for output in outputs if output.get("name") == "stdout"):
             parts.append(f"```text\n{text.rstrip()}\n```")
         for drawn in (output.data[DRAWN] for output in outputs if DRAWN in output.get("data", {})):
             picture = name.with_name(f"{name.stem}-{i}.png")

@@ -66,6 +66,16 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def llama() -> nn.Module:
+    """A tiny language model, where transformers is installed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes, **tokens))
+
+
 def grouped(items: Sequence[Pair], k: int) -> list[list[Pair]]:
     return [list(items[i : i + k]) for i in range(0, len(items), k)]
 

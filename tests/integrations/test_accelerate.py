@@ -111,6 +111,30 @@ def test_step_with_a_closure_needs_no_backward() -> None:
     assert same(accelerator.unwrap_model(model), other)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base: steppe.SAM(base, rho=0.1, m=4, sampled=2),
+        lambda base: steppe.RWSAM(base, rho=0.1),
+        lambda base: steppe.ESAM(base, rho=0.1),
+    ],
+    ids=["parts", "RWSAM", "ESAM"],
+)
+def test_the_prepared_step_takes_a_batch(make) -> None:
+    """accelerate's wrapper drops what ``step`` returns; the telemetry has the loss."""
+    _, model, optimizer, _ = prepared(make)
+    other = Net()
+    reference = make(sgd(other))
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    for x, y in batches(3):
+        torch.manual_seed(0)
+        assert optimizer.step(steppe.Batch.supervised(model, criterion, x, y)) is None
+        torch.manual_seed(0)
+        loss = reference.step(steppe.Batch.supervised(other, criterion, x, y))
+        assert torch.equal(optimizer.optimizer.telemetry.loss, loss)
+    assert same(model, other)
+
+
 def test_saved_state_resumes_bit_for_bit(tmp_path) -> None:
     data = batches(8)
     whole = prepared(METHODS["FSAM"], 2)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steppe
-from tests.integrations.helpers import Net, batches, grouped, same, sgd
+from tests.integrations.helpers import Net, batches, grouped, llama, same, sgd
 from tests.integrations.test_huggingface import Digits, InOrder, Model, Sequential, arguments
 
 transformers = pytest.importorskip("transformers")
@@ -55,21 +55,6 @@ def test_classification_is_the_mean_batch(name: str, k: int, tmp_path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- a language model
-
-
-def llama(**more) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-        attention_dropout=0.0,
-        **more,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 class Texts(torch.utils.data.Dataset):

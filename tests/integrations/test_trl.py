@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 import steppe
-from tests.integrations.helpers import same
+from tests.integrations.helpers import llama, same
 
 trl = pytest.importorskip("trl")
 
@@ -43,22 +42,6 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def text(i: int, n: int) -> str:

@@ -65,6 +65,11 @@ def test_spaces_may_be_given():
     found = fair.contestants(asked, PRICES)
     assert all(one.space["lr"] == Range(0.01, 1.0) and one.space["epochs"] == (2,) for one in found)
     assert [one.space.get("rho") for one in found] == [None, None, (0.1, 0.2), (0.1, 0.2)]
+    for epochs, ends in ((Range(3, 6, whole=True), [(3, 6), (3, 4)]), (Range(5, 6, whole=True), [(5, 6), (4, 4)])):
+        wide = fair.contestants(replace(ASKED, spaces={"epochs": epochs}), PRICES)
+        assert [(one.space["epochs"].low, one.space["epochs"].high) for one in wide[1:3]] == ends  # as equal as before
+    listed = fair.contestants(replace(ASKED, spaces={"epochs": (3, 6, 20)}), PRICES)
+    assert [one.space["epochs"] for one in listed] == [(3, 6), (3, 6), (3,), (3,)]
     with pytest.raises(LabError, match="space 'gamma' is searched of no method here; choose from epochs, lr, m, rho"):
         fair.contestants(replace(ASKED, spaces={"gamma": (0.5,)}), PRICES)
 

@@ -36,7 +36,7 @@ def test_records_name_no_folder_user_or_machine(home):
     names = {
         home.name,
         *(name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 5),
-    }  # no chance hits
+    }
     for path in (path for folder in ("one", "many") for path in (home / folder).rglob("*") if path.is_file()):
         text = path.read_bytes()
         assert not [name for name in names if name.encode() in text], path

@@ -76,7 +76,12 @@ def test_late_sam_is_sam_in_the_last_share_of_its_steps():
 def test_every_method_of_steppe_can_be_named():
     known = {"SGD", "AdamW", "AdaptiveWSAM", "FisherWSAM", "LateSAM"}
     assert set(spec.choices()) == known | {method.__name__ for method in steppe.METHODS}
-    assert len(spec.parse_all(list(spec.choices()), Settings())) == len(spec.choices())
+    beside_adam = "PreconditionedSAM"
+    others = [name for name in spec.choices() if name != beside_adam]
+    assert len(spec.parse_all(others, Settings())) == len(others)
+    assert spec.parse_all([beside_adam], Settings(optimizer="adamw"))
+    with pytest.raises(LabError, match="PreconditionedSAM: this method needs a base optimizer that keeps"):
+        spec.parse_all([beside_adam], Settings())
 
 
 def test_build_passes_the_options():

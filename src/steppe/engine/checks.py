@@ -1,5 +1,6 @@
 """Arguments are checked before anything is changed; every error names the argument and what was expected."""
 
+import inspect
 import math
 import operator
 import os
@@ -137,13 +138,24 @@ def check_base(base: object) -> torch.optim.Optimizer:
             "base must not be a PostLocalSGDOptimizer, whose replicas differ between averages: a step averages over "
             "all ranks, and sync='local' perturbs every rank by itself"
         )
-    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise TypeError(f"base must be a first-order optimizer of dense gradients, got {type(base).__name__}")
+    if isinstance(base, torch.optim.SparseAdam):
+        raise TypeError("base must be an optimizer of dense gradients, got SparseAdam")
+    if isinstance(base, torch.optim.LBFGS) or _needs_closure(base):
+        raise TypeError(
+            f"base must step on the gradients in p.grad, got {type(base).__name__}, which calls a closure by itself"
+        )
     if any(STEP in group for group in base.param_groups):
         raise ValueError(
             "base must be an optimizer that is not wrapped: make a new one, and load checkpoints into the wrapper"
         )
     return base
+
+
+def _needs_closure(base: torch.optim.Optimizer) -> bool:
+    """Tell whether ``step`` cannot be called without a closure."""
+    _, *rest = inspect.signature(type(base).step).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(one.default is inspect.Parameter.empty and one.kind not in kinds for one in rest)
 
 
 # What torch's own optimizers keep, of those that keep only some of what a rule may read.
@@ -173,9 +185,11 @@ def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
 
 
 def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
+    if type(base) not in KEPT or any(reads & kept.keys() for kept in base.state.values()):
+        return True
     if type(base) is torch.optim.SGD and not any(group["momentum"] for group in base.param_groups):
         return False
-    return type(base) not in KEPT or bool(reads & KEPT[type(base)])
+    return bool(reads & KEPT[type(base)])
 
 
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:

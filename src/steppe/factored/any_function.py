@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.passes import Interception, Matrices, Site, Small
-from steppe.factored.substitutes import SAME
+from steppe.factored.sites import Interception, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor, name_of
 
 Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
@@ -64,6 +63,8 @@ class AnyFunction:
             raise CannotFactor(f"{label} is used by {name}, which works in place")
         if name in NO_TENSOR:
             raise CannotFactor(f"{label} is used by {name}, not as a tensor")
+        if name == "__setitem__":
+            raise CannotFactor(f"{label} is written into another tensor")
         product = self.transposed_product(passing, func, args, kwargs)
         if product is not NotImplemented:
             return product
@@ -105,8 +106,12 @@ class AnyFunction:
                 values[id(t)] = known[id(t)].make(values)
             return values.get(id(t), t)
 
+        differentiable = torch.is_grad_enabled()
+
         def make(values: Values) -> Any:
-            return func(*_mapped(lambda t: value(t, values), args), **_mapped(lambda t: value(t, values), kwargs))
+            own = lambda t: value(t, values)  # noqa: E731
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                return func(*_mapped(own, args), **_mapped(own, kwargs))
 
         for i, t in enumerate(result if several else [result]):
             if not isinstance(t, Tensor):
@@ -129,7 +134,7 @@ class AnyFunction:
             elif id(t) in passing.derived:
                 derived = passing.derived[id(t)]
                 copies = {i: self.copies(passing, values, i, parts) for i in derived.parameters}
-                own[id(t)] = vmap(derived.make)(copies)
+                own[id(t)] = self.mapped(derived.make, copies)
         tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
         examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
         made = []
@@ -201,3 +206,46 @@ def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
     q = len(t) // n
     rows = t[examples.start * q : examples.stop * q]
     return rows.reshape(-1, m * q, *t.shape[1:])
+
+
+# ---- functions that vmap cannot run at once, written with those that it can
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return ``g v / norm(v)``, with a norm for each index of a dimension, in functions that ``vmap`` runs at once."""
+    return v * (g / v.square().sum([d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True).sqrt())
+
+
+def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x_i W_oij y_j + b_o``, in functions that ``vmap`` runs at once."""
+    out = torch.einsum("...i,oij,...j->...o", x, weight, y)
+    return out if bias is None else out + bias
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return ``softmax(q k^T scale + mask) v``, whose mask may have a gradient."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        bias = attn_mask.dtype != torch.bool
+        scores = scores + attn_mask if bias else scores.masked_fill(~attn_mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
+
+
+SAME: dict[Any, Any] = {
+    torch._weight_norm: weight_norm,
+    F.bilinear: bilinear,
+    F.scaled_dot_product_attention: attention,
+}

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from steppe.engine.vector import wide
 from steppe.factored.elementwise import NormLayer
 from steppe.factored.gradients import no_view
-from steppe.factored.passes import FirstPass, Interception, Matrices, Site, Small
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Interception, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor, Mixes, Unsure
 
 
@@ -62,7 +63,7 @@ class BatchNorm:
         found: list[tuple[Tensor, Tensor]] = []  # means and variances
         chunks = zip(parts.spans, parts.split(scale), parts.split(shift), strict=True)
         made = [Normalise.apply(x[first:last], w_k, b_k, eps, found) for (first, last, _), w_k, b_k in chunks]  # type: ignore[no-untyped-call]
-        if None not in running and isinstance(passing, FirstPass):
+        if None not in running and isinstance(passing, FirstPass) and not passing.recomputing:
             mean, var = map(parts.cat, zip(*found, strict=True))
             passing.statistics.append(Statistics(*running, momentum, mean, var))
         return parts.cat(made)
@@ -144,7 +145,7 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
     Raises:
         CannotFactor: the buffers are not those of one of torch's modules, or of a module without a counter.
     """
-    if not passing.statistics or not isinstance(passing, FirstPass):
+    if not passing.statistics:
         return
     owners = {id(buffer): module for module in model.modules() for buffer in module._buffers.values()}
     calls: dict[int, list[Statistics]] = {}
@@ -156,6 +157,8 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
             counter = getattr(module, "num_batches_tracked", None)
             if module is None or (counter is not None and not isinstance(module, _BatchNorm)):
                 raise CannotFactor("running statistics are kept by something else than a module of torch")
+            if len({call.momentum for call in found}) > 1 and getattr(module, "momentum", 0) is not None:
+                raise CannotFactor("running statistics are updated with several momenta")
             if counter is not None:
                 counter += len(found) * (len(found[0].mean) - 1)  # its module has counted one batch a call
             for buffer, name in ((found[0].running_mean, "mean"), (found[0].running_var, "var")):

@@ -13,7 +13,8 @@ from torch.func import grad, vmap
 
 from steppe.engine.functional import functional
 from steppe.factored.batch_norm import update_running_statistics
-from steppe.factored.passes import FirstPass, Interception, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, SecondPass
+from steppe.factored.sites import Interception, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor
 
 _registered: set[type[nn.Module]] = set()
@@ -54,11 +55,16 @@ def black_boxes(model: nn.Module, passing: Interception) -> Iterator[None]:
     found = [m for m in modules if type(m) in _registered and "forward" not in vars(m) and _names(m, passing)]
     for module in found:
         module.forward = partial(_run, BlackBox(module, _names(module, passing)), passing)
+    passing.running = True
     try:
         with passing:
             yield
-        update_running_statistics(model, passing)
+        if isinstance(passing, SecondPass):
+            passing.check()
+        else:
+            update_running_statistics(model, passing)
     finally:
+        passing.running = False
         for module in found:
             del module.forward  # the class's own again
 
@@ -83,6 +89,11 @@ class BlackBox:
 
     module: nn.Module
     names: dict[str, int]  # of its perturbed parameters -> index
+
+    @property
+    def key(self) -> int:
+        """What tells it from others, and keeps no module alive."""
+        return id(self.module)
 
     def record(self, first: FirstPass, x: Tensor) -> Tensor:
         """Run the module, and keep its input."""

@@ -12,7 +12,8 @@ from steppe.engine.vector import Vector
 from steppe.factored.gradients import Factors, Gradient, Rows, Whole, squared_norms
 from steppe.factored.maps import Conv, Lookup, Use
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.passes import FirstPass, Matrices, Site, Small
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor
 
 

@@ -8,12 +8,14 @@ activations) are recorded, and cut where a micro-batch asks for its own.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from steppe.factored.tracked import CannotFactor
 
@@ -43,12 +45,28 @@ class Draws(TorchFunctionMode):
         self.made: list[Tensor] = []  # by the last pass over the whole batch, in order
         self.part: slice | None = None  # the examples of the pass; ``None`` for all
         self.count = 0  # of the draws of this pass so far
+        self.recomputing = False  # whether activation checkpointing runs a part of it again
 
     def begin(self, part: slice | None = None) -> None:
         """Begin a pass over the whole batch, or over a part of it, which draws what it has drawn in the whole batch."""
         self.part, self.count = part, 0
         if part is None:
             self.made.clear()
+
+    def place(self) -> int:
+        """Return where the pass is, for :meth:`again`."""
+        return self.count
+
+    @contextmanager
+    def again(self, place: int) -> Iterator[None]:
+        """Surround what activation checkpointing computes again from a place on: it draws the same numbers."""
+        before, self.count, self.recomputing = self.count, place, True
+        active = self in _get_current_function_mode_stack()  # not in a backward pass that itself is intercepted
+        try:
+            with nullcontext() if active else self:
+                yield
+        finally:
+            self.count, self.recomputing = before, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +90,8 @@ class Draws(TorchFunctionMode):
     def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         t: Tensor = func(*args, **kwargs)
         if self.part is None:
-            self.made.append(t.detach().clone())
+            if not self.recomputing:  # torch restores its generators there
+                self.made.append(t.detach().clone())
             return t
         if self.count >= len(self.made):
             raise CannotFactor("a micro-batch by itself draws other random numbers than in its batch")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from steppe.factored.passes import FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, SecondPass
+from steppe.factored.sites import Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor, Tracked
 
 

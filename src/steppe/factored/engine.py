@@ -238,7 +238,7 @@ class SharedPasses:
 
     def _fail(self, f: Oracle, entry: Entry, error: Exception) -> None:
         """Note an error in the shared passes, or raise it where ``parallel=True`` excludes the loop."""
-        if isinstance(error, CannotFactor):
+        if isinstance(error, CannotFactor) and error.final:
             entry.fail(str(error))
         elif self.parallel is True:
             raise error

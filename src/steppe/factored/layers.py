@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.any_function import AnyFunction
-from steppe.factored.attention import Attention
 from steppe.factored.batch_norm import BatchNorm
+from steppe.factored.composites import Attention, Bag, Recurrent
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
-from steppe.factored.passes import ANY, FirstPass, Matrices, SecondPass, Site, Small
+from steppe.factored.passes import FirstPass, SecondPass
 from steppe.factored.patches import ConvSpec
-from steppe.factored.recurrent import Recurrent
+from steppe.factored.sites import ANY, Matrices, Site, Small
 from steppe.factored.tracked import CannotFactor
 
 
@@ -51,7 +50,6 @@ class Call:
         return replace(self, x=index, leading=index.shape)
 
 
-BAG = inspect.signature(F.embedding_bag)
 DENSE, TURNED = Dense(), Dense(turned=True)
 
 
@@ -182,33 +180,6 @@ class MatrixLayer:
         y = y.reshape(*call.leading, *y.shape[2:])
         rows = second.rows_of(site, call.b, bias, call.leading)  # type: ignore[arg-type]
         return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
-
-
-class Bag:
-    """``F.embedding_bag`` over rows of equal length, as a lookup and a sum or mean."""
-
-    def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the sums; the lookup is intercepted."""
-        call = BAG.bind(*args, **kwargs)
-        call.apply_defaults()
-        a = call.arguments
-        index, padding, weights = a["input"], a["padding_idx"], a["per_sample_weights"]
-        if passing.tracked.index(a["weight"]) is None:
-            return NotImplemented
-        odd = a["max_norm"] is not None or a["scale_grad_by_freq"] or a["sparse"]
-        if index.dim() != 2 or a["mode"] == "max" or odd or passing.tracked.index(weights) is not None:
-            raise CannotFactor("an embedding bag with offsets, a maximum or other options has no factored form")
-        with passing:
-            rows = F.embedding(index, a["weight"], padding)
-        if weights is not None:
-            return (rows * weights[..., None]).sum(1)
-        if padding is None:
-            return rows.sum(1) if a["mode"] == "sum" else rows.mean(1)
-        counted = (index != padding % len(a["weight"]))[..., None].to(rows.dtype)
-        total = (rows * counted).sum(1)
-        return total if a["mode"] == "sum" else total / counted.sum(1).clamp_min(1)
-
-    record = evaluate = run
 
 
 def low(t: Tensor) -> torch.dtype:

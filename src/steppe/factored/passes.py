@@ -8,149 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.overrides import TorchFunctionMode
 
 from steppe.factored.gradients import Gradient, TensorPool
 from steppe.factored.microbatches import Layout, MicroBatches
-from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
-
-Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
-Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
-ANY = object()  # the key of the layer for functions that have none of their own
-
-
-@dataclass
-class Site:
-    """One use of perturbed parameters in a forward pass.
-
-    Attributes:
-        layer: the layer (:mod:`steppe.factored.layers`) that handles it.
-        weight: the index of the weight, ``None`` where that is not perturbed.
-        bias: the index of the bias, likewise.
-        kept: the layer's input, or what else it needs for the gradient.
-        leading: the sizes of the dimensions in which examples lie.
-        map: the bilinear map of a layer with a weight matrix.
-        deltas: the gradients of the output, one for each backward pass.
-        layout: which rows belong to which example.
-        version: the version counter of ``kept`` when it was recorded.
-        parts: the micro-batches, where the parameter has a copy for each of them: ``deltas`` are then ``(k, *shape)``.
-        freed: whether what was recorded has been used and freed.
-        lookup: which lookup of the pass it is.
-    """
-
-    layer: Any
-    weight: int | None
-    bias: int | None
-    kept: Tensor | None
-    leading: tuple[int, ...]
-    map: Any = None
-    deltas: list[Tensor] = field(default_factory=list)
-    layout: Layout | None = None
-    version: int = 0
-    parts: MicroBatches | None = None
-    freed: bool = False
-    lookup: int = 0
-
-    def free(self) -> None:
-        """Free the recorded tensors."""
-        self.freed, self.kept = True, None
-        self.deltas.clear()
-
-    def by_example(self, t: Tensor) -> Tensor:
-        """Return a tensor with this site's leading dimensions as ``(n, q, ...)``."""
-        assert self.layout is not None
-        return self.layout.by_example(t.reshape(-1, *t.shape[len(self.leading) :]))
-
-    def sums(self, t: Tensor) -> Tensor:
-        """Return the sums over the rows of each example: ``(n, ...)``."""
-        t = self.by_example(t)
-        return t[:, 0] if t.shape[1] == 1 else t.sum(1)
-
-    def by_row(self, t: Tensor, leading: Iterable[int]) -> Tensor:
-        """Invert :meth:`by_example`."""
-        assert self.layout is not None
-        t = self.layout.by_row(t)
-        return t.reshape(*leading, *t.shape[1:])
-
-
-class Interception(TorchFunctionMode):
-    """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
-
-    A layer has ``record`` for the first pass, ``collect`` for the gradients of its uses, and ``evaluate`` for the
-    second. ``record`` and ``evaluate`` return ``NotImplemented`` where they do not support the call.
-
-    Args:
-        tracked: the perturbed parameters.
-        layers: torch function -> layer.
-        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
-    """
-
-    method: str
-
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
-        super().__init__()
-        self.tracked, self.layers, self.parts = tracked, layers, parts
-        self.sites: list[Site] = []
-        self.count, self.lookups = 0, 0  # of the sites, and of the lookups, so far
-        self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
-        self.mixes = False  # whether examples of a micro-batch influence one another
-        self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
-        self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        arguments = (*args, *kwargs.values())
-        transformed = peek_interpreter_stack() is not None
-        layer = None if transformed or (self.derived and self.derives(arguments) is not None) else self.layers.get(func)
-        if layer is not None:
-            with self.understood():
-                made = getattr(layer, self.method)(self, func, *args, **kwargs)
-            if made is not NotImplemented:
-                return made
-        index = self.first_in(map(unwrapped, arguments) if transformed else arguments)
-        if index is None or name_of(func) in HARMLESS:
-            return func(*args, **kwargs)
-        if transformed:
-            raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
-        with self.understood():
-            return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
-
-    def first_in(self, arguments: Iterable[Any]) -> int | None:
-        """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
-        arguments = list(arguments)
-        index = self.tracked.first_in(arguments)
-        return index if index is not None or not self.derived else self.derives(arguments)
-
-    def derives(self, arguments: Iterable[Any]) -> int | None:
-        """Return the index of a parameter from which, with no examples, an argument is made; also inside lists."""
-        for a in arguments:
-            known = self.derived.get(id(a))
-            index = known.parameters[0] if known else self.derives(a) if isinstance(a, list | tuple) else None
-            if index is not None:
-                return index
-        return None
-
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
-        raise NotImplementedError
-
-    @contextmanager
-    def understood(self) -> Iterator[None]:
-        """Surround the work of a layer, which knows what it does with parameters."""
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
+from steppe.factored.sites import Interception, Site
+from steppe.factored.tracked import CannotFactor, OtherPath, Tracked
 
 
 class FirstPass(Interception):
@@ -193,24 +61,51 @@ class FirstPass(Interception):
         gradient, a zero that does is added.
 
         Raises:
-            CannotFactor: no graph is recorded here, or activation checkpointing records it a second time.
+            CannotFactor: no graph is recorded here.
         """
         if not torch.is_grad_enabled():
-            raise CannotFactor(f"{self.label(site)} is used without gradients")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            raise CannotFactor(f"{self.label(site)} runs under activation checkpointing")
+            raise CannotFactor(f"{self.label(site)} is used without gradients, or under checkpoint(use_reentrant=True)")
         if not y.requires_grad:
             zero = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
             y = y + self._zeros.setdefault((y.device, y.dtype), zero)
-        y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
         site.version = 0 if site.kept is None else site.kept._version
-        self.sites.append(site)
+        if self.recomputing:
+            self._give(site)
+        else:
+            y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
+            if _checkpointed():
+                site.kept, site.awaited = None, True
+            self.sites.append(site)
         self.count += 1
         return y
 
+    def _give(self, site: Site) -> None:
+        """Give the site of the forward pass its input, which activation checkpointing has computed again."""
+        known = self.sites[self.count] if self.count < len(self.sites) else site
+        if known is site or (known.layer, known.weight, known.bias) != (site.layer, site.weight, site.bias):
+            raise CannotFactor("activation checkpointing computes something else again")
+        if known.awaited:
+            known.kept, known.version, known.awaited = site.kept, site.version, False
+
+    @contextmanager
+    def again(self, place: tuple[int, int]) -> Iterator[None]:
+        """Surround what is computed again, and collect the uses that backward has reached before."""
+        with super().again(place):
+            yield
+            stop = self.count
+        for site in self.sites[place[0] : stop]:
+            if site.deltas and not site.freed:
+                self._reached(site)
+
     def _store(self, site: Site, delta: Tensor) -> None:
+        if self.running:
+            raise CannotFactor(f"a gradient is computed inside the forward pass, through {self.label(site)}")
         site.deltas.append(delta)
-        if self.on_delta is not None and not site.freed:
+        if not site.freed and not site.awaited:
+            self._reached(site)
+
+    def _reached(self, site: Site) -> None:
+        if self.on_delta is not None:
             self.check_kept(site)
             self.on_delta(site)
 
@@ -220,7 +115,9 @@ class FirstPass(Interception):
         Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
         is more than one example, or micro-batch where its examples influence one another: one fits any layout.
         """
-        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
+        uses = [
+            (getattr(site.layer, "key", site.layer), site.weight, site.bias, len(site.leading)) for site in self.sites
+        ]
         return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
 
     @property
@@ -233,6 +130,8 @@ class FirstPass(Interception):
         for site in self.sites:
             if len(site.deltas) + site.freed != 1:
                 raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
+            if site.awaited:
+                raise CannotFactor(f"activation checkpointing does not compute the input of {self.label(site)} again")
             self.check_kept(site)
 
     def check_kept(self, site: Site) -> None:
@@ -243,6 +142,12 @@ class FirstPass(Interception):
     def label(self, site: Site) -> str:
         """Return the names of the site's parameters."""
         return " and ".join(self.tracked.names[i] for i in (site.weight, site.bias) if i is not None)
+
+
+def _checkpointed() -> bool:
+    """Return whether activation checkpointing will compute again what is computed here."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 class SecondPass(Interception):
@@ -276,9 +181,14 @@ class SecondPass(Interception):
         """Return the site that the first pass recorded here."""
         site = self.sites[self.count] if self.count < len(self.sites) else None
         if site is None or (site.layer, site.weight, site.bias) != (layer, weight, bias):
-            raise CannotFactor("the second forward pass uses other parameters than the first")
+            raise OtherPath
         self.count += 1
         return site
+
+    def check(self) -> None:
+        """Raise where parameters of the first pass have not been used."""
+        if self.count < len(self.sites):
+            raise OtherPath
 
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""

@@ -12,15 +12,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from steppe.batch import Batch
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
-from steppe.engine.replay import capturing
+from steppe.engine.replay import Snapshot, capturing
 from steppe.factored.gradients import TensorPool
 from steppe.factored.shared import SharingPlan
 from steppe.factored.tracked import Tracked
-from steppe.factored.verify import has_hooks, rehearsed
+from steppe.factored.verify import has_global_hooks, has_hooks, rehearsed
 
 log = logging.getLogger("steppe")
 
@@ -201,17 +202,25 @@ def refusal(reason: str) -> ValueError:
 
 def _key(parameters: Parameters, batch: Batch) -> Any:
     """Return what may change how a model runs, but for its data."""
-    modules = batch.modules()
+    modules, own = batch.modules(), Snapshot.run
+    pre_hooks = global_hooks._global_forward_pre_hooks.items()
     return (
         tuple(map(id, parameters.tensors)),
         tuple(parameters.movable),
         tuple([(m.training, type(m)) for m in modules]),
+        tuple([_replaced(vars(m)["forward"]) for m in modules if "forward" in vars(m)]),
+        (*global_hooks._global_forward_hooks, *[n for n, hook in pre_hooks if getattr(hook, "__func__", 0) is not own]),
         tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")),
         tuple([_hooks(m) for m in modules if m._forward_hooks or m._forward_pre_hooks]),
         any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules]),  # noqa: C419
+        has_global_hooks(),
         any(map(has_hooks, parameters.tensors)),
         fingerprint(getattr(batch.loss, "criterion", batch.loss)),
     )
+
+
+def _replaced(forward: Any) -> tuple[Any, ...]:
+    return id(forward), getattr(forward, "__code__", None)  # neither keeps the module alive
 
 
 def _hooks(module: nn.Module) -> tuple[int, ...]:
@@ -221,18 +230,23 @@ def _hooks(module: nn.Module) -> tuple[int, ...]:
 def fingerprint(loss: Any, depth: int = 2) -> Any:
     """Return what tells one loss from another, equal for a function that is made anew at every step.
 
-    Of a function that is its code and the variables that it holds, of an object its attributes, of a module the modes
-    of all modules inside. Of numbers and tensors, which may change from step to step, it is the type.
+    Of a function that is its code and the variables that it reads, of an object its attributes, of a module the modes
+    of all modules inside. Of a number, which may change from step to step, it is whether it is zero: a term may be
+    switched on by it. Of a tensor it is the type.
     """
     if loss is None or isinstance(loss, bool | str):
         return loss
-    if isinstance(loss, int | float | Tensor) or depth == 0:
+    if isinstance(loss, int | float):
+        return type(loss), loss == 0
+    if isinstance(loss, Tensor) or depth == 0:
         return type(loss)
     if isinstance(loss, MethodType):
         return fingerprint(loss.__func__, depth), fingerprint(loss.__self__, depth)
     held: list[Any]
     if isinstance(loss, FunctionType):
         held = [*map(_content, loss.__closure__ or ()), *(loss.__defaults__ or ())]
+        shared = map(loss.__globals__.get, loss.__code__.co_names)
+        held += [v for v in shared if isinstance(v, bool | int | float | str | FunctionType)]
         return (loss.__code__, *[fingerprint(v, depth - 1) for v in held])
     if isinstance(loss, partial):
         held = [loss.func, *loss.args, *loss.keywords.values()]

@@ -1,7 +1,7 @@
 """The passes of a rehearsal: where examples lie, then the update of m-SAM made both ways, shared and serial."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -26,10 +26,11 @@ from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
-from steppe.factored.passes import FirstPass, Site
-from steppe.factored.rounding import Found, Rounding, differences
+from steppe.factored.passes import FirstPass
+from steppe.factored.rounding import Found, InFloat32, Rounding, differences
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
-from steppe.factored.tracked import CannotFactor, Tracked, Unsure
+from steppe.factored.sites import Site
+from steppe.factored.tracked import CannotFactor, Differs, Tracked, Unsure
 from steppe.factored.unseen import Kernels
 from steppe.pieces.geometry import Euclidean
 from steppe.pieces.protocol import Declaration
@@ -48,10 +49,12 @@ class _Heard:
     draws: Draws
     part: slice | None = None  # the examples of the part
     losses: list[Tensor] = field(default_factory=list)
+    exact: InFloat32 | None = None
 
     def __call__(self, model: nn.Module, data: Data) -> Tensor:
         self.draws.begin(self.part)
-        made = self.loss(model, data) * self.scale
+        with self.exact or nullcontext():
+            made = self.loss(model, data) * self.scale
         self.losses.append(made.detach())
         return made
 
@@ -59,14 +62,15 @@ class _Heard:
 class Rehearsal:
     """The passes of a rehearsal; none of them counts as one of the step's.
 
-    The losses are scaled here as under the batch's scaler, which is not told.
+    The losses are scaled here as under the batch's scaler, which is not told. With ``exact`` the model runs in float32.
     """
 
-    def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws) -> None:
-        self.n, self.m, self.seed = len(batch), m or 1, f.step
+    def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: InFloat32 | None = None) -> None:
+        self.n, self.m, self.seed, self.exact = len(batch), m or 1, f.step, exact
         self.parts = None if m is None else MicroBatches(self.n, m)
         self.tensors, self.model = f.passes.parameters.tensors, batch.model
-        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws)
+        self.tensors = [exact.copy(p) for p in self.tensors] if exact else self.tensors
+        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws, exact=exact)
         self.batch = copy(batch)
         self.batch.loss, self.batch.scaler = self.heard, None
         self.ranks = replace(f.passes.ranks, begun=True)
@@ -76,20 +80,21 @@ class Rehearsal:
         self.parameters = Parameters(self.tensors, Radii([larger * rho for rho in f.rho.values]))
 
     def plan(self, tracked: Tracked) -> SharingPlan:
-        """Find where examples lie, then make the update both ways."""
-        first, g, plan = self.recorded(tracked)
-        rounding = Rounding.of([*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]])
-        rounding = rounding.of_model(self.first_part, self.tensors, self.heard.scale)
+        """Find where examples lie, and how far rounding goes."""
+        first, g, plan = self.recorded(tracked.of_tensors(self.tensors))
+        seen = [*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]]
+        rounding = Rounding.of(seen, exact=self.exact is not None)
+        self.rounding = rounding.of_model(self.first_part, self.tensors, self.heard.scale)
         plan.apply(first)
-        cost = relative_cost(first)
         whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
-        self.check_close(weighted_sum(first, whole, self.tensors), g, first.tracked, rounding.gradients)
-        del first
+        self.check_close(weighted_sum(first, whole, self.tensors), g, first.tracked, self.rounding.gradients)
+        return replace(plan, cost=relative_cost(first))
+
+    def prove(self, plan: SharingPlan, permuted: bool) -> None:
+        """Make the update both ways, on the batch or on a permutation of its examples."""
         random = generator(self.seed, self.n)
-        for order in (None, torch.randperm(self.n, generator=random)):
-            batch = self.batch if order is None else self.batch.subset(order)
-            self.check_both_ways(batch, plan, self.chosen(random), rounding)
-        return replace(plan, cost=cost)
+        batch = self.batch.subset(torch.randperm(self.n, generator=random)) if permuted else self.batch
+        self.check_both_ways(batch, plan, self.chosen(random), self.rounding)
 
     def first_part(self) -> Found:
         """Return the losses of the first micro-batch by itself, at ``w`` and ``w + eps``, and its update."""
@@ -118,7 +123,7 @@ class Rehearsal:
         for site, place in zip(first.sites, found, strict=True):
             del site.deltas[1:]
             if place is None:
-                raise CannotFactor(f"examples influence one another at {first.label(site)}")
+                raise Differs(f"examples influence one another at {first.label(site)}")
             known.append(place)
         first.check()
         return first, g, SharingPlan(tracked, first.structure(), tuple(known), mixes=first.mixes)
@@ -201,8 +206,9 @@ class Rehearsal:
                     part.losses()
             theirs = self.buffers()
         for a, b in zip(ours, theirs, strict=True):
-            error = 1.0 if a.shape != b.shape else float((a.double() - b.double()).abs().max() / (b.abs().max() + 1))
-            _judge(f"a buffer differs by {error:.0e} from what the serial loop leaves", error, bound)
+            error = 1.0 if a.shape != b.shape else _distance(a, b)
+            exact = not b.is_floating_point()  # such as a counter
+            _judge(f"a buffer differs by {error:.0e} from what the serial loop leaves", error, 0.0 if exact else bound)
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
@@ -254,8 +260,17 @@ class Rehearsal:
 
 
 def _judge(reason: str, error: float, bound: float) -> None:
-    if error > bound:
-        raise (CannotFactor if error > 30 * bound else Unsure)(reason)
+    if not error <= bound:  # or it is no number
+        raise Differs(reason, final=not error <= 30 * bound)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference of two buffers, relative to ``b``'s largest number; infinities may be equal."""
+    a, b = (t.to(torch.float64 if t.is_floating_point() else torch.int64).flatten() for t in (a, b))
+    other = (a != b) & ~(a.isnan() & b.isnan())
+    if not other.any():
+        return 0.0
+    return float((a[other] - b[other]).abs().max() / (b[b.isfinite()].abs().max() + 1 if b.isfinite().any() else 1))
 
 
 def _place(site: Site, weights: Tensor, first: FirstPass) -> Place | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from steppe.engine.vector import wide
 
 Found = tuple[Tensor, Sequence[Tensor | None]]  # losses, and gradients by parameter
+LOW = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Rounding:
     """How far two ways may differ by rounding alone, from the unit roundoff ``u`` of the least precise numbers in them.
 
     ``u`` is 1e-16 in float64, 6e-8 in float32, 2e-3 in bfloat16, 5e-4 in float16, and on an accelerator, whose
-    products may be rounded to TF32, at least 5e-4.
+    products may be rounded to TF32, at least 5e-4. Where it is so large, rounding hides what examples do to one
+    another, and the proof is made in float32 (:class:`InFloat32`).
 
     Losses are continuous in the weights. Sums in another order move them by a few ``u``: 64 ``u`` are allowed,
     relative to the mean loss plus one, because a cross entropy is a difference of numbers of that size.
@@ -44,10 +49,15 @@ class Rounding:
     moved: tuple[float, float] = (0.0, 0.0)  # how far weights rounded by ``4 u`` move the losses and the update
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Rounding:
-        """Return the rounding of the least precise of some tensors."""
+    def of(cls, tensors: Sequence[Tensor], exact: bool = False) -> Rounding:
+        """Return the rounding of the least precise of some tensors; ``exact`` says that TF32 is off."""
         u = max(torch.finfo(t.dtype).eps / 2 for t in tensors)
-        return cls(max(u, 5e-4) if u > 1e-9 and any(t.device.type != "cpu" for t in tensors) else u)
+        return cls(max(u, 5e-4) if u > 1e-9 and not exact and any(t.device.type != "cpu" for t in tensors) else u)
+
+    @property
+    def low(self) -> bool:
+        """Whether rounding is too coarse for a proof."""
+        return self.u > 1e-6
 
     @property
     def losses(self) -> float:
@@ -79,6 +89,72 @@ class Rounding:
             with torch.no_grad():
                 torch._foreach_copy_(list(tensors), saved)
         return self if chance[0] > moved[0] / 4 else replace(self, moved=moved)
+
+
+class InFloat32(TorchFunctionMode):
+    """Runs a model in float32 that runs in low precision by itself.
+
+    Autocast is off, tensors of low precision are cast before each torch function, and parameters are replaced by
+    copies. It has to be the innermost mode.
+
+    Args:
+        parameters: those to copy, where they have low precision.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        low = [p for p in parameters if p.dtype in LOW]
+        self.copies = {id(p): p.detach().float().requires_grad_(p.requires_grad) for p in low}
+        self.devices = {"cpu", *(p.device.type for p in parameters)}
+
+    def copy(self, p: Tensor) -> Tensor:
+        """Return what stands for a parameter."""
+        return self.copies.get(id(p), p)
+
+    def place(self) -> None:
+        """Return nothing: the mode is everywhere the same."""
+
+    @contextmanager
+    def again(self, place: None) -> Iterator[None]:
+        """Surround what activation checkpointing computes again."""
+        with self:
+            yield
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        enabled = [d for d in self.devices if torch.is_autocast_enabled(d)]
+        for device in enabled:
+            torch.set_autocast_enabled(device, False)
+        try:
+            func = torch.Tensor.float if func in (torch.Tensor.half, torch.Tensor.bfloat16) else func
+            return func(*self._wide(args), **self._wide(kwargs or {}))
+        finally:
+            for device in enabled:
+                torch.set_autocast_enabled(device, True)
+
+    def _wide(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.copies[id(a)] if id(a) in self.copies else a.float() if a.dtype in LOW else a
+        if isinstance(a, dict):
+            return {key: self._wide(value) for key, value in a.items()}
+        if type(a) in (tuple, list):
+            return type(a)(map(self._wide, a))
+        return torch.float32 if isinstance(a, torch.dtype) and a in LOW else a
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Turn off TF32, to which an accelerator rounds the factors of products in float32."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if torch.cuda.is_available() else []
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 def differences(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[float | None]:

@@ -15,7 +15,8 @@ from steppe.factored.collect import TWO_PASSES, Collector, Recorded
 from steppe.factored.gradients import TensorPool, squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
-from steppe.factored.passes import FirstPass, SecondPass, Site
+from steppe.factored.passes import FirstPass, SecondPass
+from steppe.factored.sites import Site
 from steppe.factored.tracked import NotProven, Tracked
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,21 @@ class Unsure(CannotFactor):
     """This batch cannot tell whether a model factors; the message says why."""
 
     final = False
+
+
+class Differs(CannotFactor):
+    """Shared passes and the serial loop, or two examples, differ by more than rounding."""
+
+    def __init__(self, reason: str, final: bool = True) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+class OtherPath(Unsure):
+    """The model takes another path at ``w + eps`` than at ``w``: it decides by the data of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__("the second forward pass uses other parameters than the first")
 
 
 class NotProven(Unsure):
@@ -64,6 +79,11 @@ class Tracked:
         tensors = {i: f.passes.parameters.tensors[i] for i in index.values()}
         return cls(index, {i: names.get(p, f"parameter {i}") for p, i in index.items()}, len(batch), tensors)
 
+    def of_tensors(self, tensors: Sequence[Tensor]) -> Tracked:
+        """Return the same with other tensors in the place of the parameters."""
+        other = {i: tensors[i] for i in self.tensors}
+        return replace(self, parameters={id(p): i for i, p in other.items()}, tensors=other)
+
     def of_size(self, n: int) -> Tracked:
         """Return the same for a batch of ``n`` examples."""
         return self if n == self.n else replace(self, n=n)
@@ -85,6 +105,8 @@ HARMLESS = {
     *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "layout", "grad", "is_sparse"),
     *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
     *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
 }  # functions that do not use a parameter's value
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch._higher_order_ops.utils
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from steppe.factored.passes import FirstPass, Interception
-from steppe.factored.tracked import CannotFactor
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Interception
+from steppe.factored.tracked import HARMLESS, CannotFactor, name_of
 
 Span = tuple[int, int, str]  # the first byte of a tensor, the byte after its last, its name
 
@@ -54,7 +58,7 @@ class Kernels(TorchDispatchMode):
         self.found = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not self.first.inside and not self.found:
+        if not self.first.inside and not self.found and name_of(func).partition(".")[0] not in HARMLESS:
             names = (shares_memory(t, self.known) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             name = next(filter(None, names), None)
             if name is not None:
@@ -67,26 +71,71 @@ class Kernels(TorchDispatchMode):
             raise CannotFactor(self.found)
 
 
-def watch_scripts() -> None:
-    """Let TorchScript functions and methods refuse perturbed parameters, in the thread of a shared pass alone.
+def watch() -> None:
+    """Watch from now on what runs below torch functions, or again in the backward pass.
 
-    They run below all torch functions. So their calls are watched from the first shared pass on; outside a pass that
-    costs a microsecond a call.
+    TorchScript refuses perturbed parameters, ``torch.cond`` and the like refuse all shared passes, and what activation
+    checkpointing computes again is intercepted as in the forward pass. All of this concerns the thread of a shared pass
+    alone; outside a pass it costs a microsecond a call.
     """
-    for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
-        if not hasattr(kind.__call__, "watched"):
-            kind.__call__ = _watched(kind.__call__)  # type: ignore[method-assign]
+    for owner, name, around in (
+        (torch.jit.ScriptFunction, "__call__", _script),
+        (torch._C.ScriptMethod, "__call__", _script),
+        (torch._higher_order_ops.utils, "_hop_compile_and_call", _compiled_as_it_runs),
+        (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint),
+    ):
+        call = getattr(owner, name)
+        if not hasattr(call, "watched"):
+            setattr(owner, name, _watched(around, call))
 
 
-def _watched(call: Callable[..., Any]) -> Callable[..., Any]:
-    def watched(script: Any, *args: Any, **kwargs: Any) -> Any:
-        for mode in _get_current_function_mode_stack():
-            if isinstance(mode, Interception) and not mode.inside:
-                _refuse(mode, script, tree_leaves((args, kwargs)))
-        return call(script, *args, **kwargs)
+def _watched(around: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return around(call, *args, **kwargs)
 
     watched.watched = True  # type: ignore[attr-defined]
     return watched
+
+
+def _script(call: Callable[..., Any], script: Any, *args: Any, **kwargs: Any) -> Any:
+    for mode in _passes():
+        if not mode.inside:
+            _refuse(mode, script, tree_leaves((args, kwargs)))
+    return call(script, *args, **kwargs)
+
+
+def _compiled_as_it_runs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _passes():
+        raise CannotFactor("torch.cond, scan and other functions of functions are compiled as they run")
+    return call(*args, **kwargs)
+
+
+def _checkpoint(
+    call: Callable[..., Any],
+    function: Callable[..., Any],
+    preserve_rng_state: bool,
+    context_fn: Any,
+    determinism_check: str,
+    debug: bool,
+    early_stop: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    modes = [(mode, mode.place()) for mode in _get_current_function_mode_stack() if hasattr(mode, "again")]
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for mode, place in modes:
+                stack.enter_context(mode.again(place))
+            return function(*args, **kwargs)
+
+    early_stop = early_stop and not modes  # else all is computed again: the inputs of all layers are needed
+    run = again if modes else function
+    return call(run, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs)
+
+
+def _passes() -> list[Interception]:
+    return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Interception)]
 
 
 def _refuse(passing: Interception, script: Any, args: Iterable[Any]) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
@@ -12,9 +13,10 @@ from steppe.engine.replay import RandomState, is_compiled
 from steppe.engine.vector import is_sharded
 from steppe.factored.draws import Draws
 from steppe.factored.rehearsal import Rehearsal
+from steppe.factored.rounding import InFloat32, no_tf32
 from steppe.factored.shared import SharingPlan
-from steppe.factored.tracked import CannotFactor, NotProven, Tracked
-from steppe.factored.unseen import watch_scripts
+from steppe.factored.tracked import CannotFactor, Differs, NotProven, Tracked
+from steppe.factored.unseen import watch
 
 
 def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
@@ -30,6 +32,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     bad luck, and a later batch tells.
 
     The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
+    In half precision the second comparison is made in float32, for a forward and two backwards more.
     Dropout is off, and a micro-batch draws the other random numbers that it has in the batch. A little noise is added
     to every parameter, because a weight of zero hides what comes before it. Weights, gradients, buffers and random
     streams are restored bit for bit. State of the model that is not in a buffer sees the additional passes.
@@ -38,9 +41,14 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     before = RandomState.now(f.passes.parameters.devices)
     try:
         _check_supported(batch, f)
-        watch_scripts()
+        watch()
         with f.passes.ranks.apart(), _noise_added(batch.model), Draws(len(batch)) as draws:
-            return Rehearsal(f, batch, m, draws).plan(tracked)
+            rehearsal = Rehearsal(f, batch, m, draws)
+            plan = rehearsal.plan(tracked)
+            rehearsal.prove(plan, permuted=False)
+            if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, tracked)):
+                rehearsal.prove(plan, permuted=True)
+            return plan
     except NotProven:
         return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
     except CannotFactor as error:
@@ -51,6 +59,24 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         before.restore()
 
 
+def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tracked: Tracked) -> bool:
+    """Prove a model of low precision in float32; return whether it can be run so.
+
+    Raises:
+        Differs: it can, and examples influence one another.
+    """
+    try:
+        exact = InFloat32(f.passes.parameters.tensors)
+        with no_tf32():
+            rehearsal = Rehearsal(f, batch, m, draws, exact)
+            rehearsal.prove(rehearsal.plan(tracked), permuted=True)
+    except Differs:
+        raise
+    except Exception:  # by an operation that has one dtype alone
+        return False
+    return True
+
+
 def _check_supported(batch: Batch, f: Oracle) -> None:
     parameters = f.passes.parameters.tensors
     if isinstance(batch, Batches):
@@ -59,7 +85,7 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
     for module in batch.modules():
         if isinstance(module, nn.SyncBatchNorm) and module.training and distributed:
             raise CannotFactor("SyncBatchNorm averages statistics over the processes")
-        if module._backward_hooks or module._backward_pre_hooks:
+        if module._backward_hooks or module._backward_pre_hooks or has_global_hooks():
             raise CannotFactor(f"{type(module).__name__} has backward hooks")
         if is_compiled(module):
             raise CannotFactor("the model is compiled")
@@ -76,6 +102,11 @@ def _check_supported(batch: Batch, f: Oracle) -> None:
 def described(error: Exception) -> str:
     """Return an error as one line of the log."""
     return f"{type(error).__name__}: {error}"
+
+
+def has_global_hooks() -> bool:
+    """Return whether all modules have a backward hook."""
+    return bool(global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
 
 
 def has_hooks(p: Tensor) -> bool:

@@ -23,7 +23,7 @@ from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.price import Price, prices
 from steppe.lab.runs import COMPARISON, SEARCH, Plan
 from steppe.lab.settings import Settings
-from steppe.lab.spaces import HOLES, design, near, space
+from steppe.lab.spaces import HOLES, capped, design, near, space
 from steppe.lab.spec import Method, base_of
 from steppe.lab.sweep.space import Choices, Range, Search, Stage, Value, check, filled, holes, parse, shown
 from steppe.lab.sweep.work import Worksite, search
@@ -127,6 +127,7 @@ def _contestant(asked: Asked, name: str, text: str, epochs: int) -> Contestant:
         chosen_itself = key in defaults and defaults[key] is None and key not in wanted
         if usual is not None and key not in set_there and not chosen_itself:
             spaces[key] = asked.spaces.get(key, usual)
+            spaces[key] = capped(spaces[key], epochs) if key == "epochs" else spaces[key]
     fixed = {key: _middle(choices) if key in wanted else defaults[key] for key, choices in spaces.items()}
     added = ", ".join(f"{key}={{{key}}}" for key in spaces if key not in wanted)
     if added:

@@ -17,6 +17,8 @@ SPACES: dict[str, Choices] = {
     "alpha": Range(0.01, 0.5),
     "LookSAM.alpha": Range(0.1, 1.0),
     "LookbehindSAM.alpha": Range(0.2, 1.0),
+    "SANER.alpha": Range(0.1, 1.0),
+    "GAM.alpha": Range(0.1, 3.0),
     "ReweightedSharpness.size": (8, 16, 32, 64),
     "LookSAM.k": Range(2, 10, whole=True),
     "sigma": Range(0.1, 1.0),
@@ -51,6 +53,13 @@ def space(name: str, key: str, default: Any, epochs: tuple[int, int]) -> Choices
     if key == "epochs":
         return Range(max(1, round(SHORTEST * epochs[0])), epochs[1], whole=True)
     return SPACES.get(f"{name}.{key}", SPACES.get(key))
+
+
+def capped(choices: Choices, most: int) -> Choices:
+    """Return choices of epochs up to the most that a method may train; that number alone where all are above it."""
+    if isinstance(choices, Range):
+        return replace(choices, low=min(choices.low, most), high=min(choices.high, most))
+    return tuple(each for each in choices if float(each) <= most) or (most,)
 
 
 def design(
