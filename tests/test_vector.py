@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steppe.engine.vector import Vector, norm_of
+from steppe.engine.vector import Vector, norm_of, shift_, shift_all_
 from steppe.pieces.weights import _signs, generator
 
 
@@ -76,3 +76,24 @@ def test_signs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         flat = z.flatten()
         for lag in range(1, 17):  # and independent, also of those from the same byte
             assert abs(float(flat[lag:] @ flat[:-lag])) < 4 * n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_small_tensors_have_the_norm_of_one(dtype: torch.dtype) -> None:
+    """On a CPU they are gathered; a large one among them and one of another type are not."""
+    tensors = [torch.randn(3, 2).to(dtype).T for _ in range(300)]
+    tensors += [torch.randn(2000).to(dtype), torch.randn(3, dtype=torch.float64)]
+    expected = torch.cat([t.double().flatten() for t in tensors]).norm()
+    torch.testing.assert_close(Vector(tensors).norm().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("c", [0.3, torch.tensor(0.3)])
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16])
+def test_shifting_all_is_shifting_each(c, other: torch.dtype) -> None:
+    ws = [torch.randn(3), torch.randn(2, 2).to(other)]
+    ts = [torch.randn(3), torch.randn(2, 2).to(other)]
+    together, each = ([w.clone() for w in ws] for _ in range(2))
+    shift_all_(together, ts, c)
+    for w, t in zip(each, ts, strict=True):
+        shift_(w, t, c)
+    assert all(map(torch.equal, together, each))

@@ -312,6 +312,7 @@ def test_keras_takes_the_step_in_its_train_step(monkeypatch) -> None:
     assert model.sharp.telemetry.passes == 2
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.filterwarnings("ignore")
 def test_ray_tunes_rho() -> None:
     ray = pytest.importorskip("ray")
@@ -332,7 +333,7 @@ def test_ray_tunes_rho() -> None:
             loss = optimizer.step(closure)
         tune.report({"loss": float(loss), "passes": optimizer.telemetry.passes})
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         found = tune.Tuner(trainable, param_space={"rho": tune.grid_search([0.0, 0.1])}).fit()
         assert {r.config["rho"]: r.metrics["passes"] for r in found} == {0.0: 1, 0.1: 2}
@@ -340,6 +341,7 @@ def test_ray_tunes_rho() -> None:
         ray.shutdown()
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.filterwarnings("ignore")
 def test_ray_trains_two_workers_as_one_process(tmp_path) -> None:
     """``sync="global"`` on two workers is SAM of the whole batch; a radius of 0 is the plain loop bit for bit."""
@@ -370,7 +372,7 @@ def test_ray_trains_two_workers_as_one_process(tmp_path) -> None:
             torch.save(found, config["to"])
         train.report({"passes": optimizer.telemetry.passes})
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         ray_torch.TorchTrainer(
             worker,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe.engine.passes import Passes
-from steppe.engine.vector import Vector, local, shift_
+from steppe.engine.vector import Vector, local, shift_all_
 
 
 class NotFinite(Exception):  # noqa: N818
@@ -35,7 +35,6 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
     finite = norm if guard and not known else None  # else eps becomes 0, on its device and on this rank
     moved: list[Tensor] = []
     saved: list[Tensor] = []
-    e: Tensor | None = None
     with passes.away_from_w():
         try:
             with torch.no_grad():
@@ -43,10 +42,8 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
                 parameters = passes.parameters.tensors
                 moved = [local(p) for p, t in zip(parameters, eps.tensors, strict=True) if t is not None]
                 saved = [p.clone() for p in moved]  # all before any moves: two may lie on one memory
-                for p, e in zip(moved, eps.present(), strict=True):
-                    shift_(p, local(e), eps.scale, finite)
+                shift_all_(moved, [local(e) for e in eps.present()], eps.scale, finite)
                 torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
-            e = None
             del eps  # frees the memory of g
             yield
         finally:
