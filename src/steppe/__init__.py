@@ -6,7 +6,7 @@ The public names are those of :mod:`steppe.api`. They are imported on first use,
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from steppe.api import *  # noqa: F403 - the names of __all__

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 
 from steppe import __version__
 from steppe.lab.commands import COMMANDS
+from steppe.lab.errors import how_to_install
 
-_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "jinja2", "matplotlib", "optuna", "sqlalchemy")
+_NEEDED = ("numpy", "scipy", "sklearn", "typer", "rich", "jinja2", "optuna", "sqlalchemy")
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
 
         app()
         return
-    needs = f'The commands need {", ".join(missing)}: pip install "steppe[lab]"'
+    needs = f"The commands need {', '.join(missing)}; {how_to_install('lab')}"
     if "--version" in sys.argv[1:2]:
         print(f"steppe {__version__}")
     elif sys.argv[1:2] in ([], ["--help"]):

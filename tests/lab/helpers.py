@@ -35,9 +35,9 @@ def trained(folder: Path, *methods: str, seeds: int = 2, settings: Settings = TI
     return plan
 
 
-def steppe_cli(*arguments):
+def steppe_cli(*arguments, env=None):
     """Call the command line in this process."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="steppe", terminal_width=200)
+    return CliRunner().invoke(app, [str(a) for a in arguments], env=env, prog_name="steppe", terminal_width=200)
 
 
 class Process:

@@ -66,7 +66,7 @@ def test_large_images_get_imagenets_stem():
 @pytest.mark.parametrize(
     ("name", "example", "message"),
     [
-        ("resnet", CIFAR, "unknown model 'resnet'; write it like one of mlp-256-256"),
+        ("resnet", CIFAR, "unknown model 'resnet'; did you mean resnet18\\?"),
         ("resnet34", CIFAR, "unknown model"),
         ("vit-x4", CIFAR, "unknown model"),
         ("vit-s5", CIFAR, "patches of 5 do not tile images of 32 x 32"),

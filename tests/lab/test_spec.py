@@ -34,7 +34,8 @@ def test_epochs():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Sam", r"unknown method 'Sam'.*choose from SGD, AdamW, .*SAM"),
+        ("Sam", r"unknown method 'Sam'; did you mean SAM\?"),
+        ("Optimizer", r"unknown method 'Optimizer'; choose from SGD, AdamW, .*SAM"),
         ("SAM(k=3)", r"SAM has no option 'k'.*choose from rho, .*lr, batch_size, weight_decay, epochs"),
         ("SGD(rho=1)", r"SGD has no option 'rho'.*choose from lr, batch_size, weight_decay, epochs"),
         ("SAM(0.2)", "cannot read method"),

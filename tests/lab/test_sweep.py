@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
+from sqlalchemy.exc import OperationalError
 
 from steppe.lab import data, tasks
 from steppe.lab.errors import LabError
 from steppe.lab.settings import Settings
-from steppe.lab.sweep import space, work
+from steppe.lab.sweep import space, study, work
 from steppe.lab.sweep.space import Search, Stage
 from steppe.lab.sweep.study import POINT, Grid, open_storage, shown
 from steppe.lab.sweep.work import Worksite
 
-from .helpers import TINY, write_images
+from .helpers import TINY, steppe_cli, write_images
 from .sweep_worker import LRS, TWO_STAGES, result
 
 VALID = replace(TINY, validation=0.25, test_seed=0)
@@ -296,3 +299,74 @@ def test_processes_here_find_what_one_alone_finds(tmp_path):
     asked = Search(VALID, (Stage("radius", "SAM(rho={rho})", {"rho": (0.05, 0.5)}),), seeds=2)
     alone = work.search(asked, place(tmp_path, "a"))
     assert untimed(work.search(asked, place(tmp_path, "b"), workers=2)) == untimed(alone)
+
+
+# ---- a database server that is away for a while
+
+
+class Away:
+    """Makes calls of a storage fail as those to a server that restarts do, for a number of times."""
+
+    def __init__(self, storage, monkeypatch, *names):
+        self.left = 0
+        for name in names:
+            monkeypatch.setattr(storage, name, self.failing(getattr(storage, name)))
+
+    def failing(self, call):
+        def tried(*arguments, **options):
+            if self.left:
+                self.left -= 1
+                raise StorageInternalError("commit") from OperationalError("SELECT", {}, ConnectionError("restart"))
+            return call(*arguments, **options)
+
+        return tried
+
+
+def test_a_search_goes_on_when_its_server_is_away_for_a_moment(storage, monkeypatch):
+    monkeypatch.setattr(study, "WAITS", (0.01, 0.01, 0.01))
+    grid = Grid.open(storage, "s", BASE)
+    names = ("_get_trials", "set_trial_state_values", "set_trial_user_attr", "record_heartbeat")
+    away, ended = Away(storage, monkeypatch, *names), []
+    while True:
+        away.left = 2
+        if (trial := grid.claim()) is None:
+            break
+        away.left = 2
+        grid.note(trial, [1.0], seed=0)
+        away.left = 2
+        grid.tell(trial, 1.0, TrialState.COMPLETE)
+        ended.append(trial.user_attrs[POINT])
+    assert ended == [0, 1, 2, 3]
+    assert sorted(grid.ended()) == [0, 1, 2, 3]
+    away.left = 4
+    with pytest.raises(LabError, match=r"the storage of the search failed: .*restart"):
+        grid.trials()
+
+
+def test_a_call_that_is_wrong_is_not_tried_again(storage, monkeypatch):
+    grid = Grid.open(storage, "s", BASE)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+
+    def full(*arguments, **options):
+        raise StorageInternalError("commit") from OperationalError("", {}, sqlite3.OperationalError("disk is full"))
+
+    monkeypatch.setattr(storage, "_get_trials", full)
+    with pytest.raises(LabError, match="disk is full"):
+        grid.trials()
+
+
+def test_a_password_is_in_no_message_and_not_among_the_arguments(tmp_path, monkeypatch):
+    url = "postgresql+nodriver://me:se@cret@host/db?password=secret"
+    assert shown(url) == "postgresql+nodriver://...@host/db"
+    with pytest.raises(LabError) as told:
+        open_storage(url)
+    assert "cret" not in str(told.value)
+    words = ["compare", "--trials", 1, "--method", "SAM", "--out", tmp_path / "r"]
+    for given in (url, "postgresql://host/db?passwd=secret"):
+        result = steppe_cli(*words, "--storage", given)
+        assert (result.exit_code, "cret" in result.stderr) == (2, False)
+        assert "STEPPE_STORAGE" in result.stderr
+    result = steppe_cli(*words, env={"STEPPE_STORAGE": url})  # which is allowed, and here of no driver
+    assert (result.exit_code, "cret" in result.output) == (2, False)
+    assert "cannot open storage" in result.stderr
+    assert not (tmp_path / "r").exists()

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from steppe.lab import files, single
-from steppe.lab.errors import PausedError
+from steppe.lab.errors import PausedError, reason
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.runs import Plan, Run, finish, finished, open_for
@@ -198,4 +198,4 @@ def _execute(work: Work, run: Run, stop: Callable[[], bool], show: Callable[[flo
     except PausedError:
         return None
     except Exception as error:  # returned as text: not every exception survives pickling
-        return Failure(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return Failure(run, reason(error), traceback.format_exc())

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from steppe.lab.errors import LabError, how_to_install
+
 _EXTRAS = {  # what the commands use, and the extra that brings it
     "scipy": "lab",
     "scikit-learn": "lab",
-    "matplotlib": "lab",
+    "matplotlib": "measure",
     "optuna": "lab",
     "lightning-fabric": "distributed",
 }
@@ -29,7 +31,6 @@ def checks() -> Iterator[Check]:
     import torch
 
     from steppe.lab import data, hardware, record
-    from steppe.lab.errors import LabError
 
     for name, value in record.environment().items():
         yield Check("environment", name, True, value)
@@ -40,7 +41,7 @@ def checks() -> Iterator[Check]:
         yield Check("device", name, name in devices, ", ".join(cards), wheel)
     for name, extra in _EXTRAS.items():
         there = _installed(name)
-        yield Check("package", name, there is not None, there or "", "" if there else f'pip install "steppe[{extra}]"')
+        yield Check("package", name, there is not None, there or "", "" if there else how_to_install(extra))
     yield Check("data", "digits", _installed("scikit-learn") is not None, "in scikit-learn")
     for name, source in data.SOURCES.items():
         try:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from steppe.lab import files, spec
+from steppe.lab import files, runs, spec
 from steppe.lab.compare import FOREVER, Failure, compare
-from steppe.lab.errors import LabError, PausedError
+from steppe.lab.errors import LabError, PausedError, unknown
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.price import Price, prices
 from steppe.lab.runs import COMPARISON, SEARCH, Plan
@@ -66,7 +66,7 @@ class Asked:
     def facts(self) -> dict[str, Any]:
         """Return everything that must be the same when a comparison goes on; seeds may be added."""
         spaces = {key: shown(choices) for key, choices in self.spaces.items()}
-        facts = asdict(self) | {"spaces": spaces, "methods": list(self.methods)}
+        facts = vars(self) | {"settings": self.settings.to_dict(), "spaces": spaces, "methods": list(self.methods)}
         return {key: each for key, each in facts.items() if key != "seeds"}
 
 
@@ -110,8 +110,8 @@ def contestants(asked: Asked, costs: Mapping[str, Price]) -> tuple[Contestant, .
             most = 2 * asked.settings.epochs * base / own
         found.append(_contestant(asked, name, text, max(1, round(most))))
     searched = {key for one in found for key in one.space}
-    if unknown := [key for key in asked.spaces if key not in searched]:
-        raise LabError(f"space {unknown[0]!r} is searched of no method here; choose from {', '.join(sorted(searched))}")
+    if strange := [key for key in asked.spaces if key not in searched]:
+        raise unknown(f"space {strange[0]!r} is searched of no method here", strange[0], sorted(searched))
     return tuple(found)
 
 
@@ -264,8 +264,7 @@ def run(
             url, name = storage or f"sqlite:///{(folder / 'study.db').resolve()}", f"compare/{asked.settings.data}"
             site = Worksite(url, name, folder / "search", hardware, until)
             _search(folder, asks, site, workers, console)
-        stages = files.read_json(folder / SEARCH)["stages"]
-    chosen = {stage["name"]: stage["chosen"] for stage in stages}
+        chosen = {stage["name"]: stage["chosen"] for stage in runs.stages(folder)}
     if time.time() > until:
         raise PausedError
     failures = compare(folder, asks.plan(chosen), workers, hardware, console, until)

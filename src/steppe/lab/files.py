@@ -12,9 +12,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_origin, get_type_hints
 
+from filelock import FileLock, Timeout
+
 from steppe.lab.errors import LabError
 
 FORMAT = 1
+LOCK = ".lock"  # in a directory that a command works in
 T = TypeVar("T")
 
 
@@ -29,22 +32,30 @@ def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> N
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # other systems open no folders
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise LabError(f"cannot write {path}: {error.strerror}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # other systems open no folders
+                _sync_folder(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing a file into a ``LabError`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise LabError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -69,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"not a whole JSON file: {error}") from error
     return without_format(path, data)
 
@@ -140,26 +151,28 @@ def clean(folder: Path) -> None:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a directory for this process; the lock ends with the process, however it ends.
+    """Hold a directory for this process; the lock ends with the process, however it ends, on every system.
 
     Raises:
-        LabError: another process holds it.
+        LabError: another process holds it, or it cannot be written in.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no locks on folders
-        yield
-        return
+    if folder.exists() and not folder.is_dir():
+        raise LabError(f"{folder} is a file; choose a directory by --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
         raise LabError(f"another command works in {folder}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise LabError(f"cannot write in {folder}: {error.strerror}; choose another --out") from error
+    try:
+        yield
     finally:
-        os.close(handle)
+        with suppress(OSError):  # Windows removes no open file
+            (folder / LOCK).unlink()
+        lock.release()
         with suppress(OSError):  # a mistake leaves no empty folder
             for path in made:
                 path.rmdir()

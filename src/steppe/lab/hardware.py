@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, how_to_install
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("ddp", "fsdp")
@@ -77,8 +77,8 @@ def _fabric(kind: str, local: int, nodes: int, strategy: str) -> Any:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import ModelParallelStrategy
     except ImportError as error:
-        message = f'several processes need Lightning Fabric ({error}): pip install "steppe[distributed]"'
-        raise LabError(message) from None
+        how = how_to_install("distributed")
+        raise LabError(f"several processes need Lightning Fabric ({error}); {how}") from None
     sharded = ModelParallelStrategy(_shard, data_parallel_size=local * nodes, tensor_parallel_size=1)
     chosen = "ddp" if strategy == "ddp" else sharded
     fabric = Fabric(accelerator=kind, devices=local, num_nodes=nodes, strategy=chosen)

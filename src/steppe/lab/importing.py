@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, one_line, unknown
 
 HERE: dict[str, Callable[..., Any]] = {}  # functions of this process that no other can import
 
@@ -38,8 +38,9 @@ def imported(name: str) -> Callable[..., Any]:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # a user's module may raise anything
-        raise LabError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise LabError(f"module {module!r} cannot be imported: {one_line(error)}") from error
     if not callable(found):
-        raise LabError(f"module {module!r} has no function {attribute!r}")
+        functions = [key for key, value in vars(sys.modules[module]).items() if callable(value) and key[0] != "_"]
+        raise unknown(f"module {module!r} has no function {attribute!r}", attribute, functions)
     return found  # type: ignore[no-any-return]

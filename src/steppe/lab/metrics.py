@@ -5,12 +5,12 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steppe.lab.files import finite, write
+from steppe.lab.files import finite, write, writing
 from steppe.lab.hardware import ALONE, Process
 from steppe.lab.own import OwnTask, losses, metrics
 from steppe.lab.record import CURVES
@@ -89,16 +89,15 @@ def evaluate(
     return loss, error
 
 
-def reopened(path: Path, step: int) -> IO[str]:
-    """Open a file of metrics to append to; lines of later steps are dropped, because they are made again."""
+def keep(path: Path, step: int) -> None:
+    """Keep the lines of a file of metrics up to a step; later ones are made again."""
     write(path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
-    return path.open("a", encoding="utf-8")
 
 
-def append(file: IO[str], line: dict[str, Any]) -> None:
+def append(path: Path, line: dict[str, Any]) -> None:
     """Append a JSON object as one line; numbers that are not finite become null."""
-    file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-    file.flush()
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -106,6 +105,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = []
     for text in texts:
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +111,24 @@ def read(folder: Path, run: Run) -> Measured | None:
         found = files.load(file, Measured)
     except ValueError as error:
         raise LabError(f"{file} is damaged: {error}. Delete it and measure again") from error
-    if (found.method, found.seed, found.settings) != (str(run.method), run.seed, run.settings.to_dict()):
+    settings = found.settings | {"data_dir": None}  # which was recorded once
+    if (found.method, found.seed, settings) != (str(run.method), run.seed, run.settings.to_dict()):
         raise LabError(f"{file} records another method, seed or settings. Delete it and measure again")
     return found
 
 
-def measure_all(folder: Path, records: dict[Run, Record]) -> Iterator[tuple[Run, Measured | Exception]]:
+def measure_all(
+    folder: Path, records: dict[Run, Record], data_dir: Path | None = None
+) -> Iterator[tuple[Run, Measured | Exception]]:
     """Yield the minimum of every finished run, measured unless it is recorded; or why a run cannot be measured.
 
     A run that cannot be measured (a loss that is not finite, no weights) does not stop the others. Every minimum is
-    recorded before it is yielded.
+    recorded before it is yielded. ``data_dir`` is the folder of the data on this machine.
     """
     torch.set_num_threads(1)  # one thread adds in one order
     for run, ended in records.items():
+        here = replace(run, settings=replace(run.settings, data_dir=None if data_dir is None else str(data_dir)))
         try:
-            yield run, read(folder, run) or measured(folder, run, ended)
+            yield run, read(folder, run) or measured(folder, here, ended)
         except (LabError, ValueError, FloatingPointError) as error:
             yield run, error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, reason
 
 PerExample = Callable[[Any, Tensor], Tensor]
 
@@ -70,7 +70,7 @@ class OwnTask:
             functions = {"loss": self.loss, "metric": self.metric}
             shapes = {name: of(outputs, targets).shape for name, of in functions.items() if of}
         except Exception as error:  # a user's functions may raise anything
-            raise LabError(f"the task's functions fail on two examples: {type(error).__name__}: {error}") from error
+            raise LabError(f"the task's functions fail on two examples: {reason(error)}") from error
         for name, shape in shapes.items():
             if shape != targets.shape[:1]:
                 raise LabError(f"{name} must return one value an example, shape (2,) for two, not {tuple(shape)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import data, models, spec, tasks
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, unknown
 from steppe.lab.fair import Asked
 from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
@@ -68,8 +68,7 @@ def preset(name: str, quick: bool = False, fair: bool = False) -> Preset:
         LabError: the source is unknown, or has no tiny version.
     """
     if name not in PRESETS and ":" not in name:
-        known = ", ".join(sorted(PRESETS))
-        raise LabError(f"unknown data {name!r}; choose from {known} or your own module:function")
+        raise unknown(f"unknown data {name!r}", name, [*PRESETS, "module:function"])
     if quick and name not in QUICK:
         raise LabError(f"--quick is for {' and '.join(QUICK)}, not {name}")
     if name not in PRESETS:

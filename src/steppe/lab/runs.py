@@ -18,7 +18,7 @@ import torch
 
 from steppe.lab import spec
 from steppe.lab.errors import LabError
-from steppe.lab.files import clean, load, read_json, save, write, write_json
+from steppe.lab.files import LOCK, clean, load, read_json, save, write, write_json
 from steppe.lab.record import Record
 from steppe.lab.settings import Settings
 from steppe.lab.spec import Method
@@ -145,7 +145,7 @@ def _refuse_others(folder: Path) -> None:
     _refuse_old(folder)
     if folder.exists():
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-        if not all(name.startswith(_BEFORE) or name.endswith(".tmp") for name in names):
+        if not all(name.startswith(_BEFORE) or name.endswith(".tmp") for name in names if name != LOCK):
             raise LabError(f"{folder} exists and holds no runs (no config.json). Choose another --out")
 
 
@@ -188,6 +188,22 @@ def context(folder: Path) -> Context:
         except ValueError as error:
             raise LabError(f"{path} is damaged: {error}") from error
     return Context(*found)
+
+
+def stages(folder: Path) -> list[dict[str, Any]]:
+    """Return the stages of a directory's search, each with its name and the values that it chose.
+
+    Raises:
+        LabError: the file is damaged.
+    """
+    path = folder / SEARCH
+    try:
+        found = list(read_json(path)["stages"])
+        for stage in found:
+            dict(stage["chosen"]), str(stage["name"]), list(stage["points"])
+        return found
+    except (ValueError, TypeError, KeyError) as error:
+        raise LabError(f"{path} is damaged ({error}); delete it to search again") from error
 
 
 def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:

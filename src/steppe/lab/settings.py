@@ -35,9 +35,9 @@ _STEPS = _Check("a number of steps >= 0", _FINITE.holds)
 _SIDE = _Check("a positive integer", lambda value: value is None or _COUNT.holds(value))
 
 
-def _setting(default: Any, check: _Check = _ANY, option: str = "") -> Any:
+def _setting(default: Any, check: _Check = _ANY, option: str = "", compare: bool = True) -> Any:
     """Return a field; ``option`` is the help of its command-line option, empty for a setting without one."""
-    return field(default=default, metadata={"check": check, "option": option})
+    return field(default=default, metadata={"check": check, "option": option}, compare=compare)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
     """
 
     data: str = "digits"
-    data_dir: str | None = _setting(None, option="Folder that holds the data.")
+    data_dir: str | None = _setting(None, option="Folder that holds the data.", compare=False)  # of this machine alone
     train_size: int = _setting(1000, _COUNT, "Training examples, drawn anew for each seed.")
     noise: float = _setting(0.4, _SHARE, "Share of training labels redrawn uniformly from all classes.")
     model: str = _setting(
@@ -58,7 +58,7 @@ class Settings:
     epochs: int = _setting(150, _COUNT, "Passes over the training data, unless a method sets its own.")
     batch_size: int = _setting(128, _COUNT, "Examples in a batch, over all processes.")
     lr: float = _setting(0.05, _POSITIVE, "Learning rate after the warm-up; cosine to 0.")
-    momentum: float = _setting(0.9, option="SGD's momentum.")
+    momentum: float = _setting(0.9, _FINITE, "SGD's momentum.")
     weight_decay: float = _setting(5e-4, _FINITE, "The base optimizer's weight decay.")
     optimizer: str = _setting("sgd", _one_of(OPTIMIZERS), "The base of the methods: sgd or adamw.")
     warmup: int = _setting(0, _STEPS, "Steps of a linear warm-up.")
@@ -94,5 +94,5 @@ class Settings:
         return self.fitted // self.batch_size
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain data for JSON."""
-        return asdict(self)
+        """Return plain data for JSON, without the folder of the data: records hold no paths of this machine."""
+        return asdict(self) | {"data_dir": None}

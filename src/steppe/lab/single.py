@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from steppe.lab import checkpoint, files, metrics
-from steppe.lab.errors import PausedError
+from steppe.lab.errors import LabError, PausedError, one_line
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.runs import Plan, Run, finish, finished, merged, open_for, path_of
@@ -50,8 +51,7 @@ def run(
             return known[asked]
         session = Session(asked, process)
         process.on_first(lambda: open_for(folder, plan, single=True))
-        if (saved := path_of(folder, asked, "checkpoints")).exists():
-            session.restore(checkpoint.read(saved))
+        _restore(session, folder)
         _fit(session, folder, save_every or max(asked.settings.steps_per_epoch, _LEAST), watch)
         found, weights = session.record(), checkpoint.whole(dict(session.model.state_dict()))
         process.on_first(lambda: finish(folder, asked, found, weights))
@@ -62,16 +62,17 @@ def run(
 def _fit(session: Session, folder: Path, every: int, watch: Watch) -> None:
     """Train to the end; write metrics, and a checkpoint after ``every`` steps."""
     run, process = session.run, session.process
-    log = metrics.reopened(path_of(folder, run, "metrics"), session.step) if process.first else None
-    with log or nullcontext():
-        for evaluated in session.fit():
-            if log:
-                for line in _lines(session, evaluated):
-                    metrics.append(log, line)
-                    watch(session, line)
-            if session.step % every == 0:
-                state = session.state()
-                process.on_first(partial(checkpoint.write, path_of(folder, run, "checkpoints"), state))
+    log = path_of(folder, run, "metrics")
+    if process.first:
+        metrics.keep(log, session.step)
+    for evaluated in session.fit():
+        if process.first:
+            for line in _lines(session, evaluated):
+                metrics.append(log, line)
+                watch(session, line)
+        if session.step % every == 0:
+            state = session.state()
+            process.on_first(partial(checkpoint.write, path_of(folder, run, "checkpoints"), state))
 
 
 def carry_on(
@@ -88,8 +89,7 @@ def carry_on(
         PausedError: ``pause()`` was true; there is a checkpoint.
     """
     saved, written = path_of(folder, session.run, "checkpoints"), time.monotonic()
-    if saved.exists():
-        session.restore(checkpoint.read(saved))
+    _restore(session, folder)
     for _ in session.fit():
         tell(session)
         stop = pause() and session.step < session.steps
@@ -98,6 +98,21 @@ def carry_on(
             written = time.monotonic()
         if stop:
             raise PausedError
+
+
+def _restore(session: Session, folder: Path) -> None:
+    """Continue from the checkpoint of a session's run, if there is one.
+
+    Raises:
+        LabError: it is damaged, or of another model or optimizer.
+    """
+    if (saved := path_of(folder, session.run, "checkpoints")).exists():
+        state = checkpoint.read(saved)
+        try:
+            session.restore(state)
+        except Exception as error:  # what load_state_dict raises depends on what does not fit
+            reason = shorten(one_line(error), 200)
+            raise LabError(f"{saved} does not fit this run ({reason}); delete it to start the run again") from error
 
 
 def forget(folder: Path, run: Run) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import steppe
 from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, unknown
 from steppe.lab.settings import Settings
 from steppe.rule import Parts
 from steppe.schedule import Tail
@@ -126,11 +126,12 @@ def parse(text: str) -> Method:
     """Return the method of one spec; raise a ``LabError`` that lists the choices if a name is unknown."""
     name, given = _split(text)
     if name not in choices():
-        raise LabError(f"unknown method {name!r} in {text!r}; choose from {', '.join(choices())}")
+        where = "" if name == text else f" in {text!r}"
+        raise unknown(f"unknown method {name!r}{where}", name, choices())
     allowed = options_of(name)
     for key in given:
         if key not in allowed:
-            raise LabError(f"{name} has no option {key!r} (in {text!r}); choose from {', '.join(allowed)}")
+            raise unknown(f"{name} has no option {key!r} (in {text!r})", key, allowed)
     epochs = _epochs(given.pop("epochs", None), text)
     own, common = (
         tuple((key, given[key]) for key in allowed if key in given and (key in SETTINGS) == is_common)

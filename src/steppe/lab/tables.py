@@ -1,8 +1,10 @@
 """The numbers of a summary as a table with its words, as Markdown, as CSV and as plain data for JSON."""
 
 import csv
+import html
 import io
 import math
+import re
 from typing import Any
 
 from steppe.lab.files import finite
@@ -99,12 +101,33 @@ def notes(found: Summary) -> list[str]:
 def markdown(found: Summary) -> str:
     """Return the summary as a Markdown page."""
     headers, rows = table(found)
-    ruled = (headers, ["---"] + ["---:"] * (len(headers) - 1), *rows)
-    lines = [f"# {title(found)}", "", *("| " + " | ".join(row) + " |" for row in ruled), "", caption(found), ""]
-    lines += [*_recipe(found), "## Notes", "", *(f"- {note}" for note in notes(found)), "", "## Methods", ""]
+    lines = [f"# {escaped(title(found))}", "", *grid(headers, rows), "", escaped(caption(found)), ""]
+    lines += [*_recipe(found), "## Notes", "", *bullets(notes(found)), "", "## Methods", ""]
     for row in found.rows:
-        lines.append(f"- `{row.method}`: `{row.rule}`{'' if row.rho is None else f', rho {row.rho}'}")
+        lines.append(f"- {code(row.method)}: {code(row.rule)}{'' if row.rho is None else f', rho {row.rho}'}")
     return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Return a text as Markdown that shows it as it is: no HTML, no marks, one line."""
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: object) -> str:
+    """Return a text as a Markdown code span."""
+    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+
+
+def grid(headers: list[str], rows: list[list[str]]) -> list[str]:
+    """Return a Markdown table, its numbers to the right."""
+    ruled = ["| --- |" + " ---: |" * (len(headers) - 1)]
+    lines = ["| " + " | ".join(map(escaped, cells)) + " |" for cells in (headers, *rows)]
+    return lines[:1] + ruled + lines[1:]
+
+
+def bullets(texts: list[str]) -> list[str]:
+    """Return texts as the items of a Markdown list."""
+    return [f"- {escaped(text)}" for text in texts]
 
 
 def _recipe(found: Summary) -> list[str]:
@@ -113,9 +136,10 @@ def _recipe(found: Summary) -> list[str]:
     if not recipe:
         return []
     chosen = ", ".join(f"{key} {value}" for key, value in recipe["values"].items())
-    lines = [f"## {recipe['recipe']}", "", recipe["question"], "", f"Source: {recipe['source']}.", ""]
-    lines += [*(f"- {topic}: {fact}" for topic, fact in recipe["facts"]), ""]
-    return [*lines, chosen and f"Values searched, timed or given: {chosen}.", ""]
+    lines = [f"## {escaped(recipe['recipe'])}", "", escaped(recipe["question"]), ""]
+    lines += [escaped(f"Source: {recipe['source']}."), ""]
+    lines += [*bullets([f"{topic}: {fact}" for topic, fact in recipe["facts"]]), ""]
+    return [*lines, chosen and escaped(f"Values searched, timed or given: {chosen}."), ""]
 
 
 def csv_text(found: Summary) -> str:

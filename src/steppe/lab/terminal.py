@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from steppe.lab.summary import Summary
 
+_NAME = 16  # columns that the first column of a table needs, where its texts break
 SHORT = {"difference": "diff.", "seconds": "s"}  # headers for a terminal of 80 columns
 
 
@@ -25,19 +27,38 @@ def show(found: "Summary", console: Console) -> None:
 
     headers, rows = tables.table(found)
     title, caption = tables.title(found), tables.caption(found)
-    console.print(table([SHORT.get(header, header) for header in headers], rows, title, caption))
+    table(console, [SHORT.get(header, header) for header in headers], rows, title, caption)
     for note in tables.notes(found):
         console.print(f"- {note}", markup=False, highlight=False)
 
 
-def table(headers: list[str], rows: list[list[str]], title: str | None = None, caption: str | None = None) -> Table:
-    """Return a table: text to the left in its first column, numbers to the right in the others."""
+def table(
+    console: Console, headers: list[str], rows: list[list[str]], title: str | None = None, caption: str | None = None
+) -> None:
+    """Print a table: text to the left in its first column, numbers to the right in the others.
+
+    A terminal too narrow for its numbers gets a paragraph for each row instead, so that nothing is cut.
+    """
+    columns = [*zip(headers, *rows, strict=True)]
+    if console.width < _NAME + sum(1 + max(map(cell_len, column)) for column in columns[1:]):
+        _paragraphs(console, headers, rows, title, caption)
+        return
     made = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for i, header in enumerate(headers):
         made.add_column(header, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for cells in rows:
         made.add_row(*map(Text, cells))
-    return made
+    console.print(made)
+
+
+def _paragraphs(
+    console: Console, headers: list[str], rows: list[list[str]], title: str | None, caption: str | None
+) -> None:
+    said = [[f"{header} {cell}" for header, cell in zip(headers, cells, strict=True) if cell] for cells in rows]
+    told = [f"{cells[0]}: {'; '.join(parts[1:])}" for cells, parts in zip(rows, said, strict=True)]
+    for text in (title, *told, caption):
+        if text:
+            console.print(text, markup=False, highlight=False, overflow="fold")
 
 
 class Display:

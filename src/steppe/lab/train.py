@@ -1,6 +1,7 @@
 """The training of one run: the task of a seed, a model, an optimizer, one loop, a record."""
 
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,13 +193,20 @@ class InPrecision(Supervised):
 
 
 def initial_model(run: Run, task: tasks.Task) -> nn.Module:
-    """Return the seed's model, and seed the global random generator for the optimizer."""
-    torch.manual_seed(tasks.stream(run.seed, "init").initial_seed())
+    """Return the seed's model, and seed the global random generators for the optimizer and the training."""
+    seed_all(tasks.stream(run.seed, "init").initial_seed())
     model = built(run, task)
     if run.settings.start is not None:
         model.load_state_dict(_start(run.settings, run.seed))
-    torch.manual_seed(tasks.stream(run.seed, "optimizer").initial_seed())
+    seed_all(tasks.stream(run.seed, "optimizer").initial_seed())
     return model
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global random generators of torch, Python and NumPy, which a user's task may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def built(run: Run, task: tasks.Task) -> nn.Module:

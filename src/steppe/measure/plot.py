@@ -1,4 +1,4 @@
-"""Pictures of lines and planes. Needs matplotlib: ``pip install "steppe[measure]"``."""
+"""Pictures of lines and planes. Needs matplotlib: the extra ``measure``."""
 
 import math
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Optimizers on functions of two variables: WSAM's Figure 2, and any other function.
 
 Trajectories come from the library's optimizers. Stationary points need SciPy, figures
-matplotlib; ``pip install "steppe[lab]"`` has both.
+matplotlib: the extras ``lab`` and ``measure``.
 """
 
 from steppe.toy.landscape import FIGURE_2, SGDM, Landscape, Method, ToyError, kl_wells, methods, trajectory

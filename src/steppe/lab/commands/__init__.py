@@ -6,8 +6,8 @@ The table needs neither torch nor the ``lab`` extra; :mod:`steppe.lab.commands.g
 COMMANDS = {
     "run": ("steppe.lab.commands.train", "Train one model with one method; the same command continues it."),
     "compare": ("steppe.lab.commands.compare", "Compare methods with an equal search for each, and write a report."),
-    "report": ("steppe.lab.commands.compare", "Rebuild the report of a run directory."),
-    "measure": ("steppe.lab.commands.compare", "Measure the minima that the runs of a directory ended in."),
+    "report": ("steppe.lab.commands.report", "Rebuild the report of a run directory."),
+    "measure": ("steppe.lab.commands.report", "Measure the minima that the runs of a directory ended in."),
     "doctor": (
         "steppe.lab.commands.train",
         "Show environment, devices, packages and data, and how to get missing ones.",

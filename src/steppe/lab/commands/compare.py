@@ -1,6 +1,5 @@
-"""``steppe compare``, ``report`` and ``measure``."""
+"""``steppe compare``."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,25 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from steppe.lab.commands import names
+from steppe.lab.commands.names import completed
 from steppe.lab.commands.options import (
     AsJSON,
     Baseline,
     Data,
     Device,
-    Folder,
+    OwnTask,
     Precision,
     Storage,
     Workers,
+    source_of,
     with_settings,
 )
-from steppe.lab.errors import PausedError
-from steppe.lab.terminal import SHORT, Display, line, show, table
+from steppe.lab.commands.report import print_json, publish
+from steppe.lab.errors import DEBUG, LabError, PausedError, unknown
+from steppe.lab.terminal import line
 
 if TYPE_CHECKING:
     from steppe.lab.compare import Failure
     from steppe.lab.fair import Asked
     from steppe.lab.hardware import Hardware
-    from steppe.lab.report.fair import Outcomes
     from steppe.lab.runs import Plan
 
 PAUSED = 75  # the exit code of a command whose --minutes are over; sysexits.h: try again later
@@ -39,26 +41,36 @@ PAUSED = 75  # the exit code of a command whose --minutes are over; sysexits.h: 
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="A method such as SAM, 'SAM(m=16)' or 'SAM(m={m})'; what it leaves open is searched; repeatable."
+        help="A method such as SAM, 'SAM(m=16)' or 'SAM(m={m})'; what it leaves open is searched; repeatable.",
+        autocompletion=completed(names.METHODS),
     ),
 ]
 Trials = Annotated[int | None, typer.Option(min=1, help="Of each method's search.", show_default="the data's")]
 SearchSeeds = Annotated[int | None, typer.Option(min=1, help="Seeds of each trial.", show_default="the data's")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Final seeds, 0 to N-1.", show_default="the data's")]
-Equal = Annotated[str, typer.Option(help="What the longest runs cost alike: passes, seconds or epochs.")]
+Equal = Annotated[
+    str | None,
+    typer.Option(
+        help="What the longest runs cost alike: passes, seconds or epochs.",
+        show_default="passes",
+        autocompletion=completed(names.EQUAL),
+    ),
+]
 Spaces = Annotated[list[str] | None, typer.Option(help="Search rho=0.05,0.1,0.2 or rho=0.01..1; repeatable.")]
-Held = Annotated[float, typer.Option(help="Share of the training examples that the searches hold out.")]
+Held = Annotated[
+    float | None,
+    typer.Option(help="Share of the training examples that the searches hold out.", show_default="0.25"),
+]
 SearchMinutes = Annotated[
-    float | None, typer.Option(help="Of training in each method's search; after them it begins no trial.")
+    float | None, typer.Option(min=0, help="Of training in each method's search; after them it begins no trial.")
 ]
 Near = Annotated[int, typer.Option(min=0, help="How many of the trials are drawn near the best of the others.")]
 SearchDraw = Annotated[int, typer.Option(min=0, help="Another number: other trials and other seeds of the searches.")]
 Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
 IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
-Minutes = Annotated[float | None, typer.Option(help="Stop after so long, keep everything, exit with 75.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so long, keep everything, exit with 75.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")]
 Quick = Annotated[bool, typer.Option("--quick", help="A tiny version, less than a minute.")]
-OwnTask = Annotated[str | None, typer.Option(help="Your task, module:function; the same as --data.")]
 
 
 @with_settings
@@ -73,9 +85,9 @@ def compare(
     near: Near = 0,
     search_draw: SearchDraw = 0,
     seeds: Seeds = None,
-    equal: Equal = "passes",
+    equal: Equal = None,
     space: Spaces = None,
-    validation: Held = 0.25,
+    validation: Held = None,
     clean_validation: Clean = False,
     fixed: IsFixed = False,
     baseline: Baseline = None,
@@ -86,6 +98,7 @@ def compare(
     minutes: Minutes = None,
     out: Out = None,
     quick: Quick = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Compare methods with an equal search for each, then final seeds, on one task; write a report.
 
@@ -105,60 +118,63 @@ def compare(
         until steppe compare --data cifar10 --model wrn28-10 --device cuda --minutes 9; do test $? = 75 || break; done
     """
     from steppe.lab import presets
-    from steppe.lab.hardware import Hardware
-    from steppe.lab.sweep.space import parse
 
-    source, until = task or data, time.time() + 60 * minutes if minutes else float("inf")
-    (hardware := Hardware(device=device, precision=precision)).open()
+    source = source_of(data, task)
     folder = out or _folder(source, fixed, quick)
+    common = (folder, workers, Console(stderr=as_json), _hardware(device, precision), _until(minutes))
+    searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
+    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
+    searching |= {"validation": validation, "clean": clean_validation or None}
     if fixed:
-        plan = presets.planned(source, given, method, baseline, seeds, quick)
-        raise typer.Exit(compared(folder, plan, workers, Console(), hardware, until))
-    choices: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
-    choices |= {"near": near, "draw": search_draw, "equal": equal, "validation": validation, "clean": clean_validation}
-    asked = presets.asked(source, given, method, seeds, quick, spaces=dict(map(parse, space or [])), **choices)
-    raise typer.Exit(searched(folder, asked, workers, Console(), hardware, until, storage, baseline))
+        _refuse(searching)
+        code = compared(presets.planned(source, given, method, baseline, seeds, quick), *common)
+    else:
+        code = searched(presets.asked(source, given, method, seeds, quick, **searching), *common, storage, baseline)
+    raise typer.Exit(_printed(code, folder, baseline) if as_json else code)
+
+
+def _printed(code: int, folder: Path, baseline: str | None) -> int:
+    """Print the results of a comparison that has ended as JSON; return its exit code."""
+    if not code:
+        print_json(folder, baseline)
+    return code
+
+
+def _hardware(device: str, precision: str) -> "Hardware":
+    """Return the hardware after a look whether it is there."""
+    from steppe.lab.hardware import Hardware
+
+    asked = Hardware(device=device, precision=precision)
+    asked.open()
+    return asked
+
+
+def _until(minutes: float | None) -> float:
+    return float("inf") if minutes is None else time.time() + 60 * minutes
 
 
 def _folder(source: str, fixed: bool, quick: bool) -> Path:
-    """Return the run directory of a comparison that names none."""
-    kind = f"{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
-    return Path("runs") / f"compare-{source.replace(':', '.')}{kind}"
+    """Return the directory of a comparison that names none."""
+    return Path("runs") / f"compare-{source.replace(':', '.')}{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
 
 
-def report(folder: Folder, baseline: Baseline = None, as_json: AsJSON = False) -> None:
-    """Rebuild a directory's report.html, summary.md and summary.csv from its records alone.
+def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
+    from steppe.lab.sweep.space import parse
 
-    Examples:
-
-        steppe report runs/compare-digits
-
-        steppe report runs/label_noise-laptop/noise-0.4 --baseline 'SAM(rho=0.5)' --json
-    """
-    from steppe.lab import report as page
-    from steppe.lab import tables
-    from steppe.lab.report import fair
-
-    if as_json:
-        data = tables.plain(page.write(folder, baseline))
-        fairly = fair.read(folder, baseline)
-        data |= {} if fairly is None else {"comparison": fair.plain(fairly)}
-        typer.echo(json.dumps(data, indent=1))
-    else:
-        _publish(folder, baseline, Console())
+    return dict(map(parse, texts)) if texts else None
 
 
-def measure(folder: Folder) -> None:
-    """Measure the minimum of every finished run: loss, top Hessian eigenvalue, trace, tr V, m-sharpness.
-
-    The same command continues an interrupted measurement. The table goes into the directory's report.
-    """
-    raise typer.Exit(minima_measured(folder, Console()))
+def _refuse(searching: dict[str, Any]) -> None:
+    """Raise a ``LabError`` for options that a comparison without a search would ignore."""
+    options = {"spaces": "space", "clean": "clean-validation", "draw": "search-draw"}
+    if given := [name for name, value in searching.items() if value is not None]:
+        option = options.get(given[0], given[0].replace("_", "-"))
+        raise LabError(f"--fixed makes no search; leave --{option} out")
 
 
 def compared(
-    folder: Path,
     plan: "Plan",
+    folder: Path,
     workers: int | None,
     console: Console,
     hardware: "Hardware | None" = None,
@@ -172,8 +188,8 @@ def compared(
 
 
 def searched(
-    folder: Path,
     asked: "Asked",
+    folder: Path,
     workers: int | None,
     console: Console,
     hardware: "Hardware",
@@ -183,7 +199,13 @@ def searched(
 ) -> int:
     """Run a fair comparison, and report; return the exit code."""
     from steppe.lab import fair
+    from steppe.lab.sweep.study import open_storage
 
+    known = fair.everyone(asked)
+    if baseline is not None and baseline not in known:
+        raise unknown(f"baseline {baseline!r} is none of the methods", baseline, known)
+    if storage is not None:
+        open_storage(storage)
     processes = workers or (os.cpu_count() or 1 if hardware.device == "cpu" else 1)
     work = partial(fair.run, folder, asked, processes, hardware, console, until, storage)
     return _reported(folder, console, baseline, work)
@@ -194,74 +216,13 @@ def _reported(folder: Path, console: Console, baseline: str | None, work: "Calla
     try:
         failures = work()
     except BrokenExecutor:
-        line(console, "A worker process was lost, killed for memory perhaps; the same command continues.")
+        line(Console(stderr=True), "A worker process was lost, killed for memory perhaps; the same command continues.")
         return 1
     except PausedError:
         line(console, "The time is over; everything is kept, and the same command continues.")
         return PAUSED
-    _publish(folder, baseline, console)
     for failure in failures:
-        line(console, f"\n{failure.run} failed: {failure.reason}\n{failure.details}")
-    return 1 if failures else 0
-
-
-def _publish(folder: Path, baseline: str | None, console: Console) -> None:
-    """Write the report of a directory; print its table, and that of the minima as far as there is room."""
-    from steppe.lab import report as page
-    from steppe.lab.report import curvature, fair
-
-    found = page.write(folder, baseline)
-    fairly = fair.read(folder, baseline)
-    if fairly is None:
-        show(found, console)
-    else:
-        _show_fair(fairly, console)
-    if (measured := curvature.section(folder, found)) is not None:
-        rows = [[name, *cells][:5] for name, _, cells in measured.rows]  # up to the trace: a terminal has 80 columns
-        console.print(table(measured.headers[:5], rows, caption=measured.caption))
-        for note in measured.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
-    line(console, f"\nReport: {folder / 'report.html'}")
-
-
-def _show_fair(found: "Outcomes", console: Console) -> None:
-    """Print the tables of a fair comparison and its notes."""
-    from steppe.lab import tables
-    from steppe.lab.report import fair
-
-    headers, rows = fair.table(found)
-    console.print(table([SHORT.get(header, header) for header in headers], rows, tables.title(found.found)))
-    headers, rows = fair.chosen(found)
-    kept = [0, 2, 3, 6, 7, 8]
-    console.print(table([headers[i] for i in kept], [[row[i] for i in kept] for row in rows], "The searches"))
-    for name, values, *_ in rows:
-        console.print(f"- {name}: {values}", markup=False, highlight=False)
-    for note in fair.notes(found):
-        console.print(f"- {note}", markup=False, highlight=False)
-
-
-def minima_measured(folder: Path, console: Console) -> int:
-    """Measure the minima that are missing, and report; return the exit code."""
-    from steppe.lab import minima, runs
-    from steppe.lab.errors import LabError
-
-    records, problems = runs.finished(folder, runs.read_plan(folder))
-    for problem in problems:
-        line(console, problem)
-    if not records:
-        raise LabError(f"{folder} holds no finished run")
-    left = sum(not runs.path_of(folder, run, "minima").exists() for run in records)
-    line(console, f"{left} runs to measure, {len(records) - left} already measured")
-    failures = []
-    with Display(console, "minima", len(records)) as display:
-        for i, (run, result) in enumerate(minima.measure_all(folder, records), 1):
-            display.update(i, note=f"{i}/{len(records)}")
-            if isinstance(result, Exception):
-                failures.append(f"{run}: {result}")
-            else:
-                rough = "" if result.minimum.converged else ", not converged"
-                display.line(f"{run}: loss {result.minimum.loss:.3f}, top eigenvalue {result.minimum.top:.2f}{rough}")
-    _publish(folder, None, console)
-    for failure in failures:
-        line(console, failure)
+        details = f"\n{failure.details}" if os.environ.get(DEBUG) else ""
+        line(Console(stderr=True), f"{failure.run} failed: {failure.reason}{details}")
+    publish(folder, baseline, console)
     return 1 if failures else 0

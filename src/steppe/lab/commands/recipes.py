@@ -9,19 +9,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from steppe.lab.commands.options import Storage, Workers
+from steppe.lab.commands import names
+from steppe.lab.commands.names import completed
+from steppe.lab.commands.options import DataDir, Storage, Workers
 from steppe.lab.terminal import line
 
-Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.")]
-AtScale = Annotated[str, typer.Option(help="paper or laptop.")]
+_RECIPE = completed(names.RECIPES)
+Named = Annotated[str, typer.Argument(help="A recipe; `steppe recipes` lists them.", autocompletion=_RECIPE)]
+AtScale = Annotated[str, typer.Option(help="paper or laptop.", autocompletion=completed(names.SCALES))]
 Only = Annotated[str | None, typer.Option(help="One study of the recipe.", show_default="all")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1.", show_default="the recipe's")]
 Out = Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/RECIPE-SCALE")]
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe to show whole.", show_default="all in brief")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A recipe to show whole.", show_default="all in brief", autocompletion=_RECIPE),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the papers' studies, or show one with its protocol and what is known of it.
@@ -63,7 +68,8 @@ def reproduce(
 
         steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
     """
-    from steppe.lab.commands.compare import compared, minima_measured
+    from steppe.lab.commands.compare import compared
+    from steppe.lab.commands.report import minima_measured
     from steppe.lab.recipes.reproduce import choose, planned
 
     console, processes = Console(), workers or os.cpu_count() or 1
@@ -73,7 +79,9 @@ def reproduce(
         folder = (out or Path("runs") / f"{name}-{scale}") / each.name
         asked = replace(each, seeds=seeds or each.seeds)
         plan = planned(recipe, scale, asked, folder, storage, processes, lambda text: line(console, text))
-        if code := compared(folder, plan, processes, console) or (recipe.measured and minima_measured(folder, console)):
+        if code := compared(plan, folder, processes, console) or (
+            recipe.measured and minima_measured(folder, console, data_dir)
+        ):
             raise typer.Exit(int(code))
 
 
@@ -111,15 +119,19 @@ def sweep(
     searching = [each for each in chosen if each.stages]
     if not searching:
         raise LabError(f"{recipe.name} searches nothing at scale {scale}")
-    wanted = dict(map(spaces.parse, space or []))
-    for each in searching:
-        line(console, f"{recipe.name}, {each.name}")
-        folder = (out or Path("runs") / f"{name}-{scale}") / each.name
-        if (folder / RECIPE).exists():
-            raise LabError(f"{folder} holds the search that its comparison was made from; choose another --out")
-        asked = replace(each, stages=spaces.narrowed(each.stages, wanted), search_seeds=seeds or each.search_seeds)
+    wanted, root = dict(map(spaces.parse, space or [])), out or Path("runs") / f"{name}-{scale}"
+    narrowed = [
+        replace(each, stages=spaces.narrowed(each.stages, wanted), search_seeds=seeds or each.search_seeds)
+        for each in searching
+    ]
+    for asked in narrowed:
         spaces.check(asked.search())
-        study_name = f"{name}/{scale}/{each.name}"
+        if (root / asked.name / RECIPE).exists():
+            raise LabError(f"{root / asked.name} holds the search of a comparison; choose another --out")
+    for asked in narrowed:
+        line(console, f"{recipe.name}, {asked.name}")
+        folder = root / asked.name
+        study_name = f"{name}/{scale}/{asked.name}"
         values = searched(asked, study_name, folder, storage, processes, lambda text: line(console, text))
         open_for(folder, replace(asked.plan(values), seeds=0))
         line(console, f"Points: {folder / 'search.json'}; `steppe report {folder}` draws them")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, need
 from steppe.lab.terminal import Display, line, table
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def sde(
     """
     from steppe.sde.study import RULES, ErrorStudy
 
+    need("matplotlib", "measure")
     console = Console()
     folder = out.with_name(f"{out.name}-quick") if quick and out == Path("runs/sde") else out
     try:
@@ -101,7 +102,7 @@ def _report(errors: "dict[str, Errors]", cases: "list[Case]", folder: Path, cons
             name, beyond = against.split(",")[0], ", beyond that at rho 0" if against == "rho" else ""
             title = f"Weak error against {against}{beyond}, in 1/1000; claim: {claim}"
             headers = ["rule", "of", *(f"{name} {h:g}" for h in at), "order, 95 % CI"]
-            console.print(table(headers, [_row(curve, at) for curve in shown], title))
+            table(console, headers, [_row(curve, at) for curve in shown], title)
     if found:
         write(folder / "orders.png", orders(found).savefig)
         line(console, f"Errors and figure: {folder}")

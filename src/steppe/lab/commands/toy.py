@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, need
 from steppe.lab.terminal import Display, line, table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def toy(
     from steppe.lab.importing import imported
     from steppe.toy import FIGURE_2, Landscape, ToyError, figures, stationary_points
 
+    need("matplotlib", "measure")
     console = Console()
     asked = {"start": start, "lr": lr, "rho": rho, "steps": steps, "x": x, "y": y}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -89,13 +90,13 @@ def _print(landscape: "Landscape", points: "list[Stationary]", paths: "dict[str,
 
     headers = [", ".join(landscape.axes), "loss", "eigenvalues of H"]
     found = [[s.name, *cells(s.point, s.loss, s.eigenvalues)] for s in points]
-    console.print(table(["stationary point", *headers], found, "In the window"))
+    table(console, ["stationary point", *headers], found, "In the window")
     ends = []
     for name, path in paths.items():
         end = path[-1]
         numbers = cells(tuple(end.tolist()), landscape.value(end), eigenvalues(landscape, end))
         ends.append([name, *numbers, place(landscape, end, points)])
-    console.print(table(["method", *headers, "where"], ends, f"After {landscape.steps} steps"))
+    table(console, ["method", *headers, "where"], ends, f"After {landscape.steps} steps")
 
 
 def _sweep(landscape: "Landscape", points: "list[Stationary]", console: Console) -> None:

@@ -11,23 +11,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steppe.lab.commands.options import AsJSON, Data, Device, Precision, with_settings
+from steppe.lab.commands import names
+from steppe.lab.commands.names import completed
+from steppe.lab.commands.options import AsJSON, Data, Device, OwnTask, Precision, source_of, with_settings
 from steppe.lab.terminal import Display, line
 
 if TYPE_CHECKING:
     from steppe.lab.train import Session
 
+OneMethod = Annotated[
+    str,
+    typer.Argument(
+        help="A method such as 'SAM(rho=0.2, m=16)', SGD or AdamW.", autocompletion=completed(names.METHODS)
+    ),
+]
+Strategy = Annotated[
+    str, typer.Option(help="ddp or fsdp, for several processes.", autocompletion=completed(names.STRATEGIES))
+]
+
 
 @with_settings
 def run(
-    method: Annotated[str, typer.Argument(help="A method such as 'SAM(rho=0.2, m=16)', SGD or AdamW.")],
+    method: OneMethod,
     given: dict[str, Any],
     data: Data = "digits",
+    task: OwnTask = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides split, noise, initial weights and order.")] = 0,
     device: Device = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Processes on this node; torchrun sets it itself.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes; torchrun sets it itself.")] = 1,
-    strategy: Annotated[str, typer.Option(help="ddp or fsdp, for several processes.")] = "ddp",
+    strategy: Strategy = "ddp",
     precision: Precision = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the processor; else one for an MLP.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; else an epoch.")] = None,
@@ -49,7 +62,7 @@ def run(
     from steppe.lab import presets, single
     from steppe.lab.hardware import Hardware
 
-    asked = presets.planned(data, given, [method], seeds=1, first=seed).runs()[0]
+    asked = presets.planned(source_of(data, task), given, [method], seeds=1, first=seed).runs()[0]
     hardware = Hardware(device, devices, nodes, strategy, precision)
     if threads or asked.settings.model.startswith("mlp"):  # small products wait for their threads
         torch.set_num_threads(threads or 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steppe.lab.data import cifar, idx
 from steppe.lab.data.raw import RawData
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, reason, unknown
 from steppe.lab.importing import imported
 from steppe.lab.own import OwnTask, named
 from steppe.lab.settings import Settings
@@ -52,7 +52,7 @@ def read(settings: Settings) -> RawData:
     """
     name, folder = settings.data, settings.data_dir
     if name != "digits" and ":" not in name and name not in SOURCES:
-        raise LabError(f"unknown data {name!r}; choose from {', '.join(['digits', *SOURCES])} or module:function")
+        raise unknown(f"unknown data {name!r}", name, ["digits", *SOURCES, "module:function"])
     return _read(name, str(find(name, folder).resolve()) if name in SOURCES else folder)
 
 
@@ -83,7 +83,13 @@ def _own(name: str, folder: str | None) -> RawData:
     labels. Float inputs of the four are used as they are. Images as bytes, shape (n, channels, height, width), are
     standardised by the mean and standard deviation of each channel of the training images.
     """
-    made = imported(name)(*([] if folder is None else [folder]))
+    function = imported(name)
+    try:
+        made = function(*([] if folder is None else [folder]))
+    except LabError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise LabError(f"{name} failed: {reason(error)}") from error
     if isinstance(made, RawData):
         return made
     if isinstance(made, dict | OwnTask):

@@ -4,9 +4,10 @@ The files are pickles, which can run any code. The reader here takes dicts, list
 bytes; it imports nothing that a file names, and hands nothing from a file to torch but bytes and a shape.
 """
 
+import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,8 +38,7 @@ def _batch(path: Path, key: str) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise LabError(f"no {path.name} in {path.parent}")
     try:
-        with path.open("rb") as file:
-            loaded = _Unpickler(file, encoding="bytes").load()
+        loaded = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         found = {name.decode() if isinstance(name, bytes) else name: value for name, value in loaded.items()}
         labels, images = torch.tensor(found[key], dtype=torch.int64), found["data"].values.reshape(-1, 3, 32, 32)
         if labels.dim() != 1:
@@ -90,10 +90,18 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads plain values and arrays of bytes; a file that names any other code is refused."""
+class _Unpickler(pickle._Unpickler):
+    """Reads plain values and arrays of bytes; a file that names any other code is refused.
+
+    This is pickle's reader in Python: the one in C reserves as much memory as a damaged file announces. Of a whole file
+    in memory no part is longer than the file; the one value that is made before it is read, a bytearray, is left out.
+    """
+
+    dispatch: ClassVar = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no array of bytes needs")
+            raise pickle.UnpicklingError(f"it wants to run {f'{module}.{name}'!r}, which no array of bytes needs")
         return _STAND_INS[module, name]

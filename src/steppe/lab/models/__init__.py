@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, reason, unknown
 from steppe.lab.importing import imported
 from steppe.lab.models import resnet, vit
 
@@ -24,7 +24,7 @@ GRAMMAR = {
 def check(name: str) -> None:
     """Raise a ``LabError`` if no model has this name."""
     if not any(re.fullmatch(pattern, name) for pattern in GRAMMAR.values()):
-        raise LabError(f"unknown model {name!r}; write it like one of {', '.join(GRAMMAR)}")
+        raise unknown(f"unknown model {name!r}", name, GRAMMAR)
 
 
 def build(name: str, example: Tensor, classes: int) -> nn.Module:
@@ -39,7 +39,11 @@ def build(name: str, example: Tensor, classes: int) -> nn.Module:
     """
     check(name)
     if ":" in name:
-        made = imported(name)(example, classes)
+        function = imported(name)
+        try:
+            made = function(example, classes)
+        except Exception as error:  # a user's function may raise anything
+            raise LabError(f"{name} failed: {reason(error)}") from error
         if not isinstance(made, nn.Module):
             raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
         return made

@@ -3,7 +3,7 @@
 The records that the documents cite are in ``docs/records`` of the repository.
 """
 
-from steppe.lab.errors import LabError
+from steppe.lab.errors import unknown
 from steppe.lab.recipes import m_and_time, rwsam, wsam
 from steppe.lab.recipes.recipe import SCALES, Recipe, Study
 
@@ -17,5 +17,5 @@ RECIPES = {
 def named(name: str) -> Recipe:
     """Return the recipe of this name."""
     if name not in RECIPES:
-        raise LabError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
+        raise unknown(f"unknown recipe {name!r}", name, RECIPES)
     return RECIPES[name]

@@ -10,7 +10,10 @@ from steppe.lab.terminal import line
 
 def print_list(recipes: list[Recipe], console: Console) -> None:
     """Print one line for each recipe."""
-    table = Table("recipe", "question", "source", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("question", overflow="fold")
+    table.add_column("source", overflow="fold")
     for recipe in recipes:
         published = "; its numbers are shown beside ours" if any(study.published for study in recipe.paper) else ""
         table.add_row(recipe.name, recipe.question, recipe.source + published)

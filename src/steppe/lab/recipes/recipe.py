@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from steppe.lab import spec
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, unknown
 from steppe.lab.runs import Plan
 from steppe.lab.settings import Settings
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled, holes
@@ -68,5 +68,5 @@ class Recipe:
     def studies(self, scale: str) -> tuple[Study, ...]:
         """Return the studies at a scale."""
         if scale not in SCALES:
-            raise LabError(f"unknown scale {scale!r}; choose from {', '.join(SCALES)}")
+            raise unknown(f"unknown scale {scale!r}", scale, SCALES)
         return self.paper if scale == "paper" else self.laptop

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from steppe.lab import files, models, tasks
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, unknown
 from steppe.lab.price import prices
 from steppe.lab.recipes import Recipe, Study, named
 from steppe.lab.runs import RECIPE, SEARCH, Plan
@@ -20,7 +20,7 @@ def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tu
     recipe = named(name)
     studies = {study.name: study for study in recipe.studies(scale)}
     if only is not None and only not in studies:
-        raise LabError(f"{name} has no study {only!r} at scale {scale}; choose from {', '.join(studies)}")
+        raise unknown(f"{name} has no study {only!r} at scale {scale}", only, studies)
     chosen = [study for study in studies.values() if only in (None, study.name)]
     if data_dir is not None:
         folder = str(data_dir.expanduser().resolve())

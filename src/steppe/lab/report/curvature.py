@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from steppe.lab import minima
+from steppe.lab import minima, tables
 from steppe.lab.errors import LabError
 from steppe.lab.minima import Measured
 from steppe.lab.report.figures import Figure, axes, curve
@@ -153,7 +153,6 @@ def _smooth(x: float, spectrum: dict[str, list[float]], width: float) -> float:
 
 def markdown(table: Curvature) -> str:
     """Return the table as Markdown."""
-    lines = [table.headers, ["---"] + ["---:"] * (len(table.headers) - 1)]
-    lines += [[name, *cells] for name, _, cells in table.rows]
-    text = ["## Minima", "", *("| " + " | ".join(cells) + " |" for cells in lines), "", table.caption, ""]
-    return "\n".join(text + [f"- {note}" for note in table.notes]) + "\n"
+    rows = [[name, *cells] for name, _, cells in table.rows]
+    text = ["## Minima", "", *tables.grid(table.headers, rows), "", tables.escaped(table.caption), ""]
+    return "\n".join(text + tables.bullets(table.notes)) + "\n"

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steppe.lab import files, runs, summary, tables
+from steppe.lab import runs, summary, tables
+from steppe.lab.errors import unknown
 from steppe.lab.fair import FIXED, Comparison, opened_again
 from steppe.lab.presets import preset
 from steppe.lab.report.figures import Figure, axes, curve, look
@@ -68,11 +69,13 @@ def read(folder: Path, baseline: str | None = None) -> Outcomes | None:
     asks = opened_again(folder)
     if asks is None or not (folder / SEARCH).exists() or not (folder / "config.json").exists():
         return None
-    stages = {stage["name"]: stage for stage in files.read_json(folder / SEARCH)["stages"]}
+    stages = {stage["name"]: stage for stage in runs.stages(folder)}
     methods = {one.name: filled(one.method, stages[one.name]["chosen"]) for one in asks.contestants}
     fixed = {one.name: filled(one.method, one.fixed) for one in asks.contestants}
-    reference = next((name for name, method in methods.items() if baseline in (name, str(method))), None)
-    reference = reference or next(iter(methods))
+    named = [name for name, method in methods.items() if baseline in (None, name, str(method))]
+    if not named:
+        raise unknown(f"baseline {baseline!r} is none of the methods", str(baseline), methods)
+    reference = named[0]
     found = _summary(folder, methods[reference])
     plain = _summary(folder / FIXED, fixed[reference]) if (folder / FIXED / "config.json").exists() else None
     each = []
@@ -264,8 +267,7 @@ def plain(found: Outcomes) -> list[dict[str, Any]]:
 
 def markdown(found: Outcomes) -> str:
     """Return both tables and the notes as Markdown."""
-    lines = [f"# {tables.title(found.found)}: a fair comparison", ""]
+    lines = [f"# {tables.escaped(tables.title(found.found))}: a fair comparison", ""]
     for headers, rows in (table(found), chosen(found)):
-        ruled = (headers, ["---"] + ["---:"] * (len(headers) - 1), *rows)
-        lines += [*("| " + " | ".join(row) + " |" for row in ruled), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes(found)), "", ""])
+        lines += [*tables.grid(headers, rows), ""]
+    return "\n".join([*lines, *tables.bullets(notes(found)), "", ""])

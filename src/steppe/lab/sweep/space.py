@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from steppe.lab import spec
-from steppe.lab.errors import LabError
+from steppe.lab.errors import LabError, unknown
 from steppe.lab.settings import Settings
 
 Value = float | int | str
@@ -107,8 +107,15 @@ class Search:
 
 
 def holes(text: str) -> list[str]:
-    """Return the names in braces of a method's spec."""
-    return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    """Return the names in braces of a method's spec.
+
+    Raises:
+        LabError: a brace without its other.
+    """
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise LabError(f"cannot read method {text!r} ({error}); write a value to search as in SAM(m={{m}})") from error
 
 
 def filled(text: str, values: Mapping[str, Value]) -> spec.Method:
@@ -158,8 +165,8 @@ def narrowed(stages: tuple[Stage, ...], spaces: Mapping[str, Choices]) -> tuple[
         raise LabError(f"a grid needs values for {', '.join(ranges)}, not a range")
     listed: dict[str, Any] = dict(spaces)
     known = dict.fromkeys(key for stage in stages for key in stage.grid)
-    if unknown := [key for key in spaces if key not in known]:
-        raise LabError(f"space {unknown[0]!r} is not searched here; choose from {', '.join(known)}")
+    if strange := [key for key in spaces if key not in known]:
+        raise unknown(f"space {strange[0]!r} is not searched here", strange[0], known)
     return tuple(
         replace(stage, grid={key: listed.get(key, choices) for key, choices in stage.grid.items()}) for stage in stages
     )

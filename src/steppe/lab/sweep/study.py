@@ -10,21 +10,23 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, ParamSpec, TypeVar
 from warnings import catch_warnings
 
 import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.pruners import PercentilePruner
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from steppe.lab.errors import LabError
 from steppe.lab.files import finite
@@ -32,13 +34,52 @@ from steppe.lab.sweep.space import Stage, Value
 
 HEARTBEAT = 10  # seconds; three missed ones mean that the worker is dead
 RETRIES = 3  # of a point whose worker died; a point that kills its workers is given up
+WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)  # seconds between tries to reach a database server
 DROP = PercentilePruner(percentile=75.0, n_startup_trials=4)
 POINT, ERRORS, REASON = "point", "errors", "reason"
 TWIN, INTERRUPTED = "queued twice", "interrupted"  # reasons that are nobody's fault
 SECONDS, PASSES = "seconds", "passes"
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def patiently(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that is tried again while its database is away, as when a server restarts.
+
+    A call whose answer was lost is made twice; a :class:`Grid` bears that: a second trial of a point is dropped, and a
+    claim that nobody works on has no heartbeats.
+
+    Raises:
+        LabError: the database did not come back, or refuses for another reason.
+    """
+
+    @wraps(call)
+    def tried(*arguments: P.args, **options: P.kwargs) -> T:
+        for wait in (*WAITS, None):
+            try:
+                return call(*arguments, **options)
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if wait is None or not _away(error):
+                    raise LabError(f"the storage of the search failed: {str(_cause(error)).splitlines()[0]}") from error
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    return tried
+
+
+def _cause(error: Exception) -> Any:
+    return error.__cause__ if isinstance(error, StorageInternalError) else error
+
+
+def _away(error: Exception) -> bool:
+    """Return whether a database server cannot be reached; SQLite is a file, and waits for its lock by itself."""
+    cause = _cause(error)
+    at_server = not type(getattr(cause, "orig", None)).__module__.startswith("sqlite3")
+    return isinstance(cause, OperationalError | InterfaceError) and at_server
 
 
 @dataclass(frozen=True)
@@ -51,6 +92,7 @@ class Grid:
     limit: float = math.inf
 
     @classmethod
+    @patiently
     def open(cls, storage: RDBStorage, name: str, stage: Stage, limit: float = math.inf) -> "Grid":
         """Create or join the study called ``name``, and queue the points that it lacks or that failed.
 
@@ -62,10 +104,12 @@ class Grid:
         grid.queue(again=True)
         return grid
 
+    @patiently
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in some states, or all of them."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
+    @patiently
     def queue(self, again: bool = False) -> None:
         """Queue every point that has no trial; with ``again`` also those that raised or killed too many workers.
 
@@ -84,6 +128,7 @@ class Grid:
                 facts: Any = {"params": point, "distributions": kinds, "user_attrs": {POINT: index}}
                 self.study.add_trial(create_trial(state=TrialState.WAITING, **facts))
 
+    @patiently
     def claim(self) -> Trial | None:
         """Return a waiting trial that is now this worker's alone, ``None`` if none is waiting or the time is over."""
         if self.is_over():
@@ -122,7 +167,8 @@ class Grid:
 
         def beat() -> None:
             while not stop.wait(self.storage.get_heartbeat_interval() or HEARTBEAT):
-                self.storage.record_heartbeat(trial._trial_id)
+                with suppress(SQLAlchemyError, StorageInternalError):  # away for a while: the next one may reach it
+                    self.storage.record_heartbeat(trial._trial_id)
 
         pulse = threading.Thread(target=beat, daemon=True)
         pulse.start()
@@ -132,12 +178,26 @@ class Grid:
             stop.set()
             pulse.join()
 
+    @patiently
     def tell(self, trial: Trial, value: float | None, state: TrialState, reason: str = "") -> None:
         """End a trial; do nothing if it was declared dead meanwhile, because another worker has its point."""
         with suppress(UpdateFinishedTrialError):
             if reason:
                 trial.set_user_attr(REASON, reason)
             self.study.tell(trial, value, state, skip_if_finished=True)
+
+    @patiently
+    def note(self, trial: Trial, errors: list[float], seed: int) -> bool:
+        """Keep the errors of a point's seeds so far; return whether they are in the worst quarter."""
+        trial.set_user_attr(ERRORS, [error for error in errors if math.isfinite(error)])
+        trial.report(fmean(errors), step=seed)
+        return trial.should_prune()
+
+    @patiently
+    def cost(self, trial: Trial, seconds: float, passes: float) -> None:
+        """Keep what a point has cost."""
+        trial.set_user_attr(SECONDS, seconds)
+        trial.set_user_attr(PASSES, passes)
 
     def ended(self) -> dict[int, FrozenTrial]:
         """Return the trial of each point that is done, in the grid's order."""
@@ -193,15 +253,16 @@ def open_storage(url: str, heartbeat: int = HEARTBEAT, attempts: int = 5) -> RDB
         return _with_one_writer(storage) if sqlite else storage
     except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
         if attempts == 1 or isinstance(error, ImportError | ValueError):
-            raise LabError(f"cannot open storage {shown(url)}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0].replace(url, shown(url))
+            raise LabError(f"cannot open storage {shown(url)}: {reason}") from error
     time.sleep(6.4 / 2**attempts)  # 0.2 to 1.6 seconds
     return open_storage(url, heartbeat, attempts - 1)
 
 
 def shown(url: str) -> str:
-    """Return the URL without user and password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.split('//')[0]}//...@{tail}" if at else url
+    """Return the URL without user, password and options, which may hold a password too."""
+    head, at, tail = url.partition("?")[0].rpartition("@")
+    return f"{head.split('//')[0]}//...@{tail}" if at else tail
 
 
 def _with_one_writer(storage: RDBStorage) -> RDBStorage:

@@ -18,12 +18,12 @@ from optuna.trial import Trial, TrialState
 
 from steppe.lab import single
 from steppe.lab.compare import FOREVER, leave_with_parent
-from steppe.lab.errors import LabError, NotFiniteError, PausedError
+from steppe.lab.errors import LabError, NotFiniteError, PausedError, reason
 from steppe.lab.hardware import CPU, Hardware
 from steppe.lab.record import Record
 from steppe.lab.runs import Run
 from steppe.lab.sweep.space import Search, Stage, Value, applied, filled
-from steppe.lab.sweep.study import ERRORS, HEARTBEAT, INTERRUPTED, PASSES, POINT, SECONDS, Grid, open_storage
+from steppe.lab.sweep.study import HEARTBEAT, INTERRUPTED, POINT, Grid, open_storage
 from steppe.lab.train import Session
 
 _POLL = 0.5  # seconds between looks at points that other workers train
@@ -134,18 +134,16 @@ def _train(grid: Grid, trial: Trial, asked: Search, site: Worksite, values: Mapp
             errors.append(math.inf if found is None else found.shown)
             if found is not None:
                 seconds, passes = seconds + found.seconds, passes + found.passes
-            trial.set_user_attr(ERRORS, [error for error in errors if math.isfinite(error)])
-            trial.report(fmean(errors), step=seed)
-            if asked.chained and len(errors) < asked.seeds and trial.should_prune():
+            worst = grid.note(trial, errors, seed)
+            if asked.chained and len(errors) < asked.seeds and worst:
                 return grid.tell(trial, None, TrialState.PRUNED)
-        trial.set_user_attr(SECONDS, seconds)
-        trial.set_user_attr(PASSES, passes)
+        grid.cost(trial, seconds, passes)
         grid.tell(trial, fmean(errors), TrialState.COMPLETE)
     except Exception as error:
         if isinstance(error, PausedError):
             grid.tell(trial, None, TrialState.FAIL, INTERRUPTED)
             raise
-        grid.tell(trial, None, TrialState.FAIL, f"{type(error).__name__}: {error}")
+        grid.tell(trial, None, TrialState.FAIL, reason(error))
     except BaseException:  # interrupted: the point is queued again
         grid.tell(trial, None, TrialState.FAIL, INTERRUPTED)
         raise
