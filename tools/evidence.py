@@ -43,7 +43,7 @@ def collect(folder: Path) -> Record:
     from steppe.lab.sweep.space import filled
 
     asked, prices = (json.loads((folder / "comparison.json").read_text())[key] for key in ("asked", "prices"))
-    final, fixed, environment = _errors(folder), _errors(folder / "fixed")[0], _environment(folder)
+    final, fixed, environment = _errors(folder), _errors(folder / "fixed", whole=False)[0], _environment(folder)
     near = _errors(folder / "near")[0] if (folder / "near" / "config.json").exists() else {}
     stages = {stage["name"]: stage for stage in json.loads((folder / "search.json").read_text())["stages"]}
     rows = []
@@ -66,18 +66,19 @@ def collect(folder: Path) -> Record:
     return {"metric": final[1], "settings": settings, "search": search, "environment": environment, "methods": rows}
 
 
-def _errors(folder: Path) -> tuple[dict[str, list[float]], str]:
-    """Return the test errors of every method by seed, in the plan's order, and the metric."""
+def _errors(folder: Path, whole: bool = True) -> tuple[dict[str, list[float]], str]:
+    """Return the errors of every method by seed, in the plan's order, and the metric; not whole: of finished seeds."""
     from steppe.lab import runs
 
     plan = runs.read_plan(folder)
     found, problems = runs.finished(folder, plan)
-    if problems or len(found) < len(plan.runs()):
+    if problems or (whole and len(found) < len(plan.runs())):
         raise SystemExit(f"{folder} is not finished")
     errors: dict[str, list[float]] = {str(method): [] for method in plan.methods}
     for run, record in sorted(found.items(), key=lambda item: item[0].seed):
         errors[str(run.method)].append(round(record.shown, 4))
-    return errors, next(iter(found.values())).metric
+    seeds = min(map(len, errors.values()))
+    return {method: each[:seeds] for method, each in errors.items()}, next(iter(found.values())).metric
 
 
 def _environment(folder: Path) -> Record:
