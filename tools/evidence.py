@@ -139,7 +139,11 @@ def table(study: str) -> str:
         cells = [label(row["name"]), f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"]
         cells += [_difference(column[i], digits) for column in columns]
         cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
-        cells += [str(row["as_good"]), f"{row['passes']:.0f}", f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}"]
+        cells += [
+            f"{row['as_good']}" if row["as_good"] is not None else "",
+            f"{row['passes']:.0f}",
+            f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}",
+        ]
         lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}", chosen(row)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
