@@ -251,9 +251,9 @@ def open_storage(url: str, heartbeat: int = HEARTBEAT, attempts: int = 5) -> RDB
         with catch_warnings(action="ignore", category=ExperimentalWarning):
             storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
         return _with_one_writer(storage) if sqlite else storage
-    except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
+    except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError, RuntimeError) as error:
         if attempts == 1 or isinstance(error, ImportError | ValueError):
-            reason = str(error).splitlines()[0].replace(url, shown(url))
+            reason = str(_cause(error)).splitlines()[0].replace(url, shown(url))
             raise LabError(f"cannot open storage {shown(url)}: {reason}") from error
     time.sleep(6.4 / 2**attempts)  # 0.2 to 1.6 seconds
     return open_storage(url, heartbeat, attempts - 1)
