@@ -158,15 +158,16 @@ def _needs_closure(base: torch.optim.Optimizer) -> bool:
     return any(one.default is inspect.Parameter.empty and one.kind not in kinds for one in rest)
 
 
-# What torch's own optimizers keep, of those that keep only some of what a rule may read.
-KEPT: dict[type, frozenset[str]] = {
-    torch.optim.SGD: frozenset({"momentum_buffer"}),
-    torch.optim.Muon: frozenset({"momentum_buffer"}),
-    torch.optim.Adamax: frozenset({"exp_avg"}),
-    torch.optim.Adadelta: frozenset({"square_avg"}),
-    torch.optim.ASGD: frozenset(),
-    torch.optim.Adagrad: frozenset(),
-    torch.optim.Rprop: frozenset(),
+# What torch's own optimizers keep, of those that keep only some of what a rule may read; by name, as old releases of
+# torch lack some.
+KEPT = {
+    "SGD": frozenset({"momentum_buffer"}),
+    "Muon": frozenset({"momentum_buffer"}),
+    "Adamax": frozenset({"exp_avg"}),
+    "Adadelta": frozenset({"square_avg"}),
+    "ASGD": frozenset[str](),
+    "Adagrad": frozenset[str](),
+    "Rprop": frozenset[str](),
 }
 
 
@@ -185,11 +186,13 @@ def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
 
 
 def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
-    if type(base) not in KEPT or any(reads & kept.keys() for kept in base.state.values()):
+    name = type(base).__name__
+    kept = KEPT.get(name) if type(base).__module__.startswith("torch.optim.") else None
+    if kept is None or any(reads & state.keys() for state in base.state.values()):
         return True
-    if type(base) is torch.optim.SGD and not any(group["momentum"] for group in base.param_groups):
+    if name == "SGD" and not any(group["momentum"] for group in base.param_groups):
         return False
-    return bool(reads & KEPT[type(base)])
+    return bool(reads & kept)
 
 
 def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,17 +144,20 @@ class InFloat32(TorchFunctionMode):
 
 
 @contextmanager
-def no_tf32() -> Iterator[None]:
-    """Turn off TF32, to which an accelerator rounds the factors of products in float32."""
+def no_cast(devices: Iterable[str]) -> Iterator[None]:
+    """Turn off what rounds float32 outside the model too: an autocast around the step, and TF32 of an accelerator."""
     places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if torch.cuda.is_available() else []
     before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = False
-        yield
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+    with ExitStack() as off:
+        for device in devices:
+            off.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for place in places:
+                place.allow_tf32 = False
+            yield
+        finally:
+            for place, allowed in zip(places, before, strict=True):
+                place.allow_tf32 = allowed
 
 
 def differences(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[float | None]:

@@ -84,8 +84,8 @@ def watch() -> None:
         (torch._higher_order_ops.utils, "_hop_compile_and_call", _compiled_as_it_runs),
         (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint),
     ):
-        call = getattr(owner, name)
-        if not hasattr(call, "watched"):
+        call = getattr(owner, name, None)  # private ones are not in every release
+        if call is not None and not hasattr(call, "watched"):
             setattr(owner, name, _watched(around, call))
 
 

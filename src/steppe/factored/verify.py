@@ -13,7 +13,7 @@ from steppe.engine.replay import RandomState, is_compiled
 from steppe.engine.vector import is_sharded
 from steppe.factored.draws import Draws
 from steppe.factored.rehearsal import Rehearsal
-from steppe.factored.rounding import InFloat32, no_tf32
+from steppe.factored.rounding import InFloat32, no_cast
 from steppe.factored.shared import SharingPlan
 from steppe.factored.tracked import CannotFactor, Differs, NotProven, Tracked
 from steppe.factored.unseen import watch
@@ -67,7 +67,7 @@ def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tra
     """
     try:
         exact = InFloat32(f.passes.parameters.tensors)
-        with no_tf32():
+        with no_cast(exact.devices):
             rehearsal = Rehearsal(f, batch, m, draws, exact)
             rehearsal.prove(rehearsal.plan(tracked), permuted=True)
     except Differs:
