@@ -187,7 +187,7 @@ def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
 
 def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
     name = type(base).__name__
-    kept = KEPT.get(name) if type(base).__module__.startswith("torch.optim.") else None
+    kept = KEPT.get(name) if f"{type(base).__module__}.".startswith("torch.optim.") else None
     if kept is None or any(reads & state.keys() for state in base.state.values()):
         return True
     if name == "SGD" and not any(group["momentum"] for group in base.param_groups):
