@@ -70,3 +70,16 @@ def test_only_plain_cross_entropies_of_class_numbers_are_judged() -> None:
     shares = torch.softmax(torch.randn(10, 3, dtype=torch.float64), 1)
     assert class_numbers(steppe.Batch.supervised(w.model, w.criterion, w.x, shares)) == []
     assert class_numbers(lambda: None) == []
+
+
+def test_a_loss_of_ones_own_with_a_criterion_is_not_judged() -> None:
+    """Only of ``Batch.supervised`` it is known that the second entry of the data are the targets."""
+    w = world()
+
+    class Own:
+        criterion = nn.CrossEntropyLoss(reduction="none")
+
+        def __call__(self, model, data):
+            return self.criterion(model(data["x"]), data["y"])
+
+    assert class_numbers(steppe.Batch(w.model, Own(), {"x": w.x, "y": w.y})) == []

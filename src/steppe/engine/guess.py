@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, chunks_of
 from steppe.engine.checks import warn
+from steppe.engine.supervised import Supervised
 
 EVERY = 50  # steps between two readings, which wait for the device
 READINGS = 20  # in a row
@@ -59,7 +60,7 @@ def class_numbers(closure: Any) -> list[int]:
     """Return the labels of a batch whose loss is a plain cross-entropy of class numbers; of others none."""
     found: list[int] = []
     for part in chunks_of(closure) if isinstance(closure, Batch) else ():
-        criterion = getattr(part.loss, "criterion", None)
+        criterion = part.loss.criterion if isinstance(part.loss, Supervised) else None
         plain = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and not criterion.label_smoothing
         labels = part.data[1] if plain else None
         if not isinstance(labels, Tensor) or labels.is_floating_point():
