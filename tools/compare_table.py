@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evidence import chosen, label
 from marks import between
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "records" / "compare_digits.json"
 PAGE = ROOT / "docs" / "tutorials" / "fair-comparison.md"
-NAMES = {"SGD(batch_size=32)": "SGD, batch 32", "SAM(m={m})": "m-SAM", "SAM(m={m}, sampled=1)": "sampled m-SAM"}
 Row = dict[str, Any]
 
 
@@ -41,20 +41,13 @@ def signed(low: float, high: float) -> str:
     return f"{low:+.2f} to {high:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def chosen(row: Row) -> str:
-    """Return what the search chose, with a mark where it ended at an edge."""
-    edges = {edge.split()[0] for edge in row["edges"]}
-    parts = (f"{key} {value}{' (edge)' if key in edges else ''}" for key, value in row["chosen"].items())
-    return ", ".join(parts)
-
-
 def table(rows: list[Row]) -> str:
     """Return the table of a record's methods."""
     heads = ["method", "error %, tuned alike", "against SGD, 95 % CI", "passes", "error %, fixed", "chosen"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         interval = "" if row["low"] is None else signed(row["low"], row["high"])
-        cells = [NAMES.get(row["name"], row["name"]), f"{row['error']:.1f} ± {row['sd']:.1f}", interval]
+        cells = [label(row["name"]), f"{row['error']:.1f} ± {row['sd']:.1f}", interval]
         cells += [f"{row['passes']:.0f}", f"{row['fixed_error']:.1f}"]
         lines.append([*cells, chosen(row)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -14,7 +14,6 @@ from marks import between
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples" / "evidence"))
 RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
 RADIUS, README = ROOT / "docs" / "how-to" / "radius.md", ROOT / "README.md"
 README_ROWS = ("SGD", "SGD, batch 32", "SAM", "WSAM", "m-SAM", "sampled m-SAM")
@@ -37,19 +36,17 @@ Record = dict[str, Any]
 
 def collect(folder: Path) -> Record:
     """Return the record of a finished study."""
-    import studies
-
-    from steppe.lab import notebook
+    from steppe.lab import notebook, runs
     from steppe.lab.sweep.space import filled
 
     asked, prices = (json.loads((folder / "comparison.json").read_text())[key] for key in ("asked", "prices"))
     final, fixed, environment = _errors(folder), _errors(folder / "fixed", whole=False)[0], _environment(folder)
     near = _errors(folder / "near")[0] if (folder / "near" / "config.json").exists() else {}
-    stages = {stage["name"]: stage for stage in json.loads((folder / "search.json").read_text())["stages"]}
+    stages = {stage["name"]: stage for stage in runs.stages(folder)}
     rows = []
     for row in notebook.outcomes(folder):
         name, prices_of = row["name"], prices[row["name"]]
-        points = studies.best(stages[name]["points"])
+        points = runs.best_first(stages[name]["points"])
         kept = {
             key: row[key] for key in ("name", "method", "chosen", "edges", "as_good", "trials", "passes", "collapsed")
         }
@@ -122,6 +119,10 @@ def _difference(pair: tuple[Paired, float] | None, digits: int) -> str:
     return (f"**{text}**" if p < 0.05 else text).replace("-", "\N{MINUS SIGN}")
 
 
+def _error(row: Record, digits: int) -> str:
+    return f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"
+
+
 def chosen(row: Record) -> str:
     """Return what the search chose, with a mark where it ended at an edge."""
     edges = {edge.split()[0] for edge in row["edges"]}
@@ -137,7 +138,7 @@ def table(study: str) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     columns = [against(rows, rows[i]) for i in (0, 1)]
     for i, row in enumerate(rows):
-        cells = [label(row["name"]), f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"]
+        cells = [label(row["name"]), _error(row, digits)]
         cells += [_difference(column[i], digits) for column in columns]
         cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
         cells += [
@@ -156,8 +157,7 @@ def short(study: str, names: tuple[str, ...]) -> str:
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row, pair in zip(rows, against(rows, rows[0]), strict=True):
         if label(row["name"]) in names:
-            error = f"{mean(row['errors']):.{digits}f} ± {spread(row['errors']):.{digits}f}"
-            cells = [label(row["name"]), error, _difference(pair, digits), f"{row['passes']:.0f}"]
+            cells = [label(row["name"]), _error(row, digits), _difference(pair, digits), f"{row['passes']:.0f}"]
             lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

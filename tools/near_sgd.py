@@ -7,13 +7,14 @@ docs/records/near_sgd_variants.json. Without arguments it writes the tables.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from marks import between
+
+from steppe.lab.statistics import paired
 
 ROOT = Path(__file__).parents[1]
 PAGE, RECORDS = ROOT / "docs" / "near-sgd.md", ROOT / "docs" / "records"
@@ -30,7 +31,6 @@ NAMES = {
 FULL = "SAM(rho={rho}, m=16)"
 HEAD = ("method", "error %, tuned alike", "against all of m = 16", "chosen", "error %, fixed", "against all of m = 16")
 HEAD += ("CPU time of a step",)
-T = {3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # the 97.5 % point of Student's t for so many pairs
 
 
 def judge(folders: dict[str, Path]) -> None:
@@ -76,9 +76,8 @@ def errors(folder: Path) -> dict[str, list[float]]:
 
 def against(a: list[float], b: list[float]) -> str:
     """Return the mean paired difference with its 95 % confidence interval."""
-    pairs = [x - y for x, y in zip(a, b, strict=True)]
-    half = T[len(pairs)] * stdev(pairs) / math.sqrt(len(pairs))
-    return f"{mean(pairs):+.1f} ± {half:.1f}".replace("-", "\N{MINUS SIGN}")
+    found = paired(a, b)
+    return f"{found.difference:+.1f} ± {(found.high - found.low) / 2:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def judge_table() -> str:

@@ -156,14 +156,9 @@ def near(folder: Path) -> None:
         raise SystemExit(f"{folder} holds no study")
     stages = files.read_json(folder / runs.SEARCH)["stages"]
     points = [(one.method, point["values"]) for one, stage in zip(asks.contestants, stages, strict=True)
-              for point in best(stage["points"])[1:3]]  # fmt: skip
+              for point in runs.best_first(stage["points"])[1:3]]  # fmt: skip
     methods = dict.fromkeys(filled(method, values) for method, values in points)
     compare.compare(folder / "near", runs.Plan(asks.asked.settings, tuple(methods), 5), workers=1)
-
-
-def best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the trials of a search, the best first; the first tried of equals is the first."""
-    return sorted((point for point in points if point["error"] is not None), key=lambda point: point["error"])
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class Pending:
         for p, g in zip(parameters, grads, strict=True):
             p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
         numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
-        perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may]
+        perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may and f.reads]
         return cls(parameters, update.beside, kept, numbers, f.reads, perturbed)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:

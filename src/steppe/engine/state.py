@@ -179,12 +179,8 @@ def _way_back(base: Optimizer) -> Callable[[], None]:
     try:
         saved = deepcopy(base.state_dict())
     except Exception:  # some have no checkpoint before their first step, and so nothing to get back
-        return _nothing
+        return lambda: None
     return lambda: base.load_state_dict(saved)
-
-
-def _nothing() -> None:
-    """Stand in for what there is no need of."""
 
 
 def _parameters(base: Optimizer) -> list[Tensor]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from steppe.engine.vector import wide
+from steppe.engine.vector import LOW, wide
 
 Found = tuple[Tensor, Sequence[Tensor | None]]  # losses, and gradients by parameter
-LOW = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)

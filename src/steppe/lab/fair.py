@@ -294,5 +294,4 @@ def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, consol
 def _joined(stage: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
     """Return a method's search with the trials near its best one."""
     points = stage["points"] + further["points"]
-    best = min((point for point in points if point["error"] is not None), key=lambda point: point["error"])
-    return stage | {"points": points, "chosen": best["values"]}
+    return stage | {"points": points, "chosen": runs.best_first(points)[0]["values"]}

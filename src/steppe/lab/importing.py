@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steppe.lab.errors import LabError, one_line, unknown
+from steppe.lab.errors import LabError, one_line, reason, unknown
 
 HERE: dict[str, Callable[..., Any]] = {}  # functions of this process that no other can import
 
@@ -44,3 +44,14 @@ def imported(name: str) -> Callable[..., Any]:
         functions = [key for key, value in vars(sys.modules[module]).items() if callable(value) and key[0] != "_"]
         raise unknown(f"module {module!r} has no function {attribute!r}", attribute, functions)
     return found  # type: ignore[no-any-return]
+
+
+def called(name: str, *arguments: Any) -> Any:
+    """Return what ``module:function`` returns; whatever it raises becomes a ``LabError`` that names it."""
+    function = imported(name)
+    try:
+        return function(*arguments)
+    except LabError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise LabError(f"{name} failed: {reason(error)}") from error

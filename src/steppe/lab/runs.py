@@ -8,7 +8,7 @@ A damaged record is named and its run is made again; a newer format is refused. 
 ``reproduce`` of 0.1 have this format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -204,6 +204,11 @@ def stages(folder: Path) -> list[dict[str, Any]]:
         return found
     except (ValueError, TypeError, KeyError) as error:
         raise LabError(f"{path} is damaged ({error}); delete it to search again") from error
+
+
+def best_first(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points of a stage that ended, the best first; the first tried of equals is the first."""
+    return sorted((point for point in points if point["error"] is not None), key=lambda point: point["error"])
 
 
 def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:

@@ -1,5 +1,6 @@
 """What the commands print: lines, the table of a summary, and the progress of long work."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -21,6 +22,12 @@ def line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def bullets(console: Console, texts: Iterable[str]) -> None:
+    """Print texts as the items of a list, as they are."""
+    for text in texts:
+        console.print(f"- {text}", markup=False, highlight=False)
+
+
 def show(found: "Summary", console: Console) -> None:
     """Print the table of a summary and its notes."""
     from steppe.lab import tables
@@ -28,8 +35,7 @@ def show(found: "Summary", console: Console) -> None:
     headers, rows = tables.table(found)
     title, caption = tables.title(found), tables.caption(found)
     table(console, [SHORT.get(header, header) for header in headers], rows, title, caption)
-    for note in tables.notes(found):
-        console.print(f"- {note}", markup=False, highlight=False)
+    bullets(console, tables.notes(found))
 
 
 def table(

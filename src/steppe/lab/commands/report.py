@@ -9,7 +9,7 @@ from rich.console import Console
 
 from steppe.lab.commands.options import AsJSON, Baseline, DataDir, Folder
 from steppe.lab.errors import LabError
-from steppe.lab.terminal import SHORT, Display, line, show, table
+from steppe.lab.terminal import SHORT, Display, bullets, line, show, table
 
 if TYPE_CHECKING:
     from steppe.lab.report.fair import Outcomes
@@ -64,8 +64,7 @@ def publish(folder: Path, baseline: str | None, console: Console) -> None:
     if (measured := curvature.section(folder, found)) is not None:
         rows = [[name, *cells][:5] for name, _, cells in measured.rows]  # up to the trace: a terminal has 80 columns
         table(console, measured.headers[:5], rows, caption=measured.caption)
-        for note in measured.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
+        bullets(console, measured.notes)
     line(console, f"\nReport: {folder / 'report.html'}")
 
 
@@ -79,10 +78,7 @@ def _show_fair(found: "Outcomes", console: Console) -> None:
     headers, rows = fair.chosen(found)
     kept = [0, 2, 3, 6, 7, 8]
     table(console, [headers[i] for i in kept], [[row[i] for i in kept] for row in rows], "The searches")
-    for name, values, *_ in rows:
-        console.print(f"- {name}: {values}", markup=False, highlight=False)
-    for note in fair.notes(found):
-        console.print(f"- {note}", markup=False, highlight=False)
+    bullets(console, [*(f"{name}: {values}" for name, values, *_ in rows), *fair.notes(found)])
 
 
 def minima_measured(folder: Path, console: Console, data_dir: Path | None = None) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from steppe.lab.data import cifar, idx
 from steppe.lab.data.raw import RawData
-from steppe.lab.errors import LabError, reason, unknown
-from steppe.lab.importing import imported
+from steppe.lab.errors import LabError, unknown
+from steppe.lab.importing import called
 from steppe.lab.own import OwnTask, named
 from steppe.lab.settings import Settings
 
@@ -83,13 +83,7 @@ def _own(name: str, folder: str | None) -> RawData:
     labels. Float inputs of the four are used as they are. Images as bytes, shape (n, channels, height, width), are
     standardised by the mean and standard deviation of each channel of the training images.
     """
-    function = imported(name)
-    try:
-        made = function(*([] if folder is None else [folder]))
-    except LabError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        raise LabError(f"{name} failed: {reason(error)}") from error
+    made = called(name, *([] if folder is None else [folder]))
     if isinstance(made, RawData):
         return made
     if isinstance(made, dict | OwnTask):

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from steppe.lab.errors import LabError, reason, unknown
-from steppe.lab.importing import imported
+from steppe.lab.errors import LabError, unknown
+from steppe.lab.importing import called
 from steppe.lab.models import resnet, vit
 
 __all__ = ["build", "check", "cnn", "mlp"]
@@ -39,11 +39,7 @@ def build(name: str, example: Tensor, classes: int) -> nn.Module:
     """
     check(name)
     if ":" in name:
-        function = imported(name)
-        try:
-            made = function(example, classes)
-        except Exception as error:  # a user's function may raise anything
-            raise LabError(f"{name} failed: {reason(error)}") from error
+        made = called(name, example, classes)
         if not isinstance(made, nn.Module):
             raise LabError(f"{name} must return a torch.nn.Module, not {type(made).__name__}")
         return made
