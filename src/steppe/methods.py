@@ -482,7 +482,7 @@ class GCSAM(SharpnessAware):
 class AESAM(SharpnessAware):
     """SAM where ``norm(g)^2 >= mu + c sigma``, its running mean and deviation; elsewhere the base's own step.
 
-    Costs one pass, or two where it is SAM. Micro-batches cannot share the pass of ``norm(g)``: SAM costs three with
+    Costs one pass or two, two where it is SAM. Micro-batches cannot share the pass of ``norm(g)``: SAM costs three with
     ``m=``, and ``1 + 2 sampled m / n`` with ``sampled=``. ``c`` goes from ``start`` to ``end`` over ``steps`` steps;
     the paper's values are not known to us. See :class:`~steppe.WhereSteep`.
 
