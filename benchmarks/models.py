@@ -143,6 +143,7 @@ CASES = {
     "mlp": Case("mlp", lambda: mlp([784, 1024, 1024, 10]), vectors(784)),
     "cnn": Case("conv", cnn, images(1, 28)),
     "resnet18_w16": Case("conv", lambda: resnet18(16), images(3, 32), cpu_batch_size=32),
+    "resnet18_w16_bn": Case("conv", lambda: with_batch_norm(resnet18(16)), images(3, 32), cpu_batch_size=32),
     "resnet18_w32": Case("conv", lambda: resnet18(32), images(3, 32), cpu_batch_size=32),
     "resnet18": Case("conv", lambda: resnet18(64), images(3, 32), cpu_batch_size=32),
     "vit_small": Case("transformer", lambda: ViT(128, 4, 4), images(3, 32), cpu_batch_size=32),
