@@ -68,8 +68,8 @@ _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
 _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
-_RESNET = {"epochs": 12, "lr": 0.1}
-_DEARER = _DEAR | {"search_seeds": 1}
+_RESNET = {"epochs": 10, "lr": 0.1}
+_DEARER = _DEAR | {"trials": 10, "near": 4, "search_seeds": 1}
 
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
@@ -151,7 +151,7 @@ for _name, _noise in {"clean": 0.0, "noise-20": 0.2, "noise": 0.4}.items():
         f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
         "tasks:fashion_28",
         {"epochs": 16, "lr": 0.1, "noise": _noise},
-        **_DEAR,
+        **_DEARER,
     )
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
