@@ -111,7 +111,8 @@ def decimals(found: Record) -> int:
     return 1 if found["metric"].endswith("%") else 3
 
 
-def _difference(pair: tuple[Paired, float] | None, digits: int) -> str:
+def difference(pair: tuple[Paired, float] | None, digits: int) -> str:
+    """Return the interval of a difference, bold where it is clear; nothing for none."""
     if pair is None:
         return ""
     test, p = pair
@@ -139,7 +140,7 @@ def table(study: str) -> str:
     columns = [against(rows, rows[i]) for i in (0, 1)]
     for i, row in enumerate(rows):
         cells = [label(row["name"]), _error(row, digits)]
-        cells += [_difference(column[i], digits) for column in columns]
+        cells += [difference(column[i], digits) for column in columns]
         cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
         cells += [
             f"{row['as_good']}" if row["as_good"] is not None else "",
@@ -157,7 +158,7 @@ def short(study: str, names: tuple[str, ...]) -> str:
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row, pair in zip(rows, against(rows, rows[0]), strict=True):
         if label(row["name"]) in names:
-            cells = [label(row["name"]), _error(row, digits), _difference(pair, digits), f"{row['passes']:.0f}"]
+            cells = [label(row["name"]), _error(row, digits), difference(pair, digits), f"{row['passes']:.0f}"]
             lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
