@@ -27,6 +27,7 @@ NAMES = {
     "FSAM": "F-SAM",
     "LateSAM": "late SAM",
 }
+BASE, SMALLER = "tuned base", "base, quarter of the batch"
 KEPT = ("train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay", "optimizer")
 Record = dict[str, Any]
 
@@ -163,23 +164,24 @@ def short(study: str, names: tuple[str, ...]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def overview(studies: dict[str, str]) -> str:
-    """Return one table of all studies: errors of the base, then what each method changed of them."""
-    found = {name: record(name)["methods"] for name in studies}
-    names = list(dict.fromkeys(label(row["name"]) for rows in found.values() for row in rows[2:]))
-    lines = [["", *studies.values()], ["---", *["---:"] * len(studies)]]
-    digits = {name: decimals(record(name)) for name in studies}
-    lines.append(["base, tuned", *(f"{mean(rows[0]['errors']):.{digits[name]}f}" for name, rows in found.items())])
-    for title in ["base at a quarter of the batch", *names]:
-        cells = []
-        for study, rows in found.items():
-            tests = against(rows, rows[0])
-            places = (
-                [1] if title.startswith("base") else [i for i, row in enumerate(rows) if label(row["name"]) == title]
-            )
-            cells.append(_change(tests[places[0]], digits[study]) if places and places[0] < len(rows) else "")
-        lines.append([title, *cells])
+def overview(studies: dict[str, str], other: int) -> str:
+    """Return one table of all studies: what each method changed of the errors of the first row, or of the second."""
+    found = {name: record(name) for name in studies}
+    names = list(dict.fromkeys(_title(i, row) for each in found.values() for i, row in enumerate(each["methods"])))
+    reference = names.pop(other)
+    lines = [["", reference, *names], ["---", *["---:"] * (1 + len(names))]]
+    for study, title in studies.items():
+        digits, rows = decimals(found[study]), found[study]["methods"]
+        changes = {_title(i, row): _change(test, digits)
+                   for i, (row, test) in enumerate(zip(rows, against(rows, rows[other]), strict=True))}  # fmt: skip
+        cells = [title, f"{mean(rows[other]['errors']):.{digits}f}", *(changes.get(name, "") for name in names)]
+        lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _title(place: int, row: Record) -> str:
+    """Return the name of a row in tables of all studies, whose bases differ."""
+    return (BASE, SMALLER)[place] if place < 2 else label(row["name"])
 
 
 def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
@@ -189,10 +191,47 @@ def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
     return f"**{text}**" if pair[1] < 0.05 else text
 
 
+def summary(studies: dict[str, str]) -> str:
+    """Return for each method in how many studies it is clearly better, not clear, clearly worse than each baseline.
+
+    The mean change is that of the error in per cent of the baseline's, with an interval over the studies, each of which
+    is one number. So the interval holds the luck of the searches too.
+    """
+    counts: dict[str, tuple[list[list[int]], list[list[float]]]] = {}
+    for study in studies:
+        rows = record(study)["methods"]
+        for other in (0, 1):
+            reference = mean(rows[other]["errors"])
+            for i, (row, pair) in enumerate(zip(rows, against(rows, rows[other]), strict=True)):
+                if pair is not None:
+                    clear, changes = counts.setdefault(_title(i, row), ([[0] * 3, [0] * 3], [[], []]))
+                    clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
+                    changes[other].append(100 * pair[0].difference / reference)
+    heads = [head for name in (BASE, SMALLER) for head in (f"against the {name}", "mean change, 95 % CI")]
+    lines = [["", "studies", *heads], ["---", *["---:"] * 5]]
+    for name in [SMALLER, *(name for name in counts if name not in (BASE, SMALLER)), BASE]:
+        clear, changes = counts[name]
+        cells = [name, f"{max(map(len, changes))}"]
+        for other in (0, 1):
+            cells += (
+                ["{} / {} / {}".format(*clear[other]), _over_studies(changes[other])] if changes[other] else ["", ""]
+            )
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _over_studies(changes: list[float]) -> str:
+    test = paired(changes, [0.0] * len(changes))
+    text = f"{test.difference:+.0f} % ({test.low:+.0f} to {test.high:+.0f})"
+    return (f"**{text}**" if test.low > 0 or test.high < 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
 def with_tables(text: str) -> str:
     """Return the page's text with every table made again from the records."""
     studies = titles(text)
-    text = between(text, "overview", overview(studies))
+    text = between(text, "summary", summary(studies))
+    for i, name in enumerate(("base", "smaller batch")):
+        text = between(text, f"overview {name}", overview(studies, i))
     for study in studies:
         text = between(text, f"study {study}", table(study))
     return text
