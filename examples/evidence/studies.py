@@ -142,7 +142,7 @@ STUDIES = {
     "vit": Study(
         "Fashion-MNIST 14 x 14, 2,000 examples, clean, ViT, AdamW",
         "tasks:fashion_vit",
-        {"epochs": 16, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
+        {"epochs": 12, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
         **_DEARER,
     ),
 }

@@ -14,10 +14,10 @@ from steppe.lab.report.figures import Figure, axes, curve, look
 from steppe.lab.runs import SEARCH
 from steppe.lab.spaces import edge
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired, mean, spread
+from steppe.lab.statistics import mean, spread
 from steppe.lab.summary import Row, Summary
 from steppe.lab.sweep.space import Range, filled, shown
-from steppe.lab.tables import NONE, interval, number
+from steppe.lab.tables import NONE, interval, number, value
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = (
@@ -112,18 +112,7 @@ def _row(found: Summary | None, method: Method) -> Row | None:
 def _difference(row: Row | None) -> str:
     if row is None or (row.paired is None and not row.baseline):
         return NONE
-    return "baseline" if row.paired is None else f"{value(row.paired.difference, '+')} [{_interval(row.paired)}]"
-
-
-def value(one: float, sign: str = "") -> str:
-    """Return a number with two decimals, or with three digits where that says nothing."""
-    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= 0.1 else f"{sign}.3g")
-
-
-def _interval(test: Paired) -> str:
-    if math.isnan(test.low):
-        return NONE
-    return interval(test) if abs(test.high - test.low) >= 0.1 else f"{value(test.low, '+')} to {value(test.high, '+')}"
+    return "baseline" if row.paired is None else f"{value(row.paired.difference, '+')} [{interval(row.paired)}]"
 
 
 def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
@@ -132,7 +121,7 @@ def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
     for one in found.each:
         if one.row is not None:
             row = one.row
-            difference = [value(row.paired.difference, "+"), _interval(row.paired)] if row.paired else ["baseline", ""]
+            difference = [value(row.paired.difference, "+"), interval(row.paired)] if row.paired else ["baseline", ""]
             p = number(row.p, ".2g") if row.paired else ""
             numbers = [str(row.n), value(row.mean), value(row.sd), *difference, p]
             rows.append([one.name, *numbers, number(row.passes, ".0f"), number(row.seconds, ".1f")])
@@ -152,8 +141,7 @@ def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
 
 
 def _named(headers: tuple[str, ...], found: Outcomes) -> list[str]:
-    metric = next((record.metric for record in found.found.records.values()), "error %")
-    return [header.format(metric=metric) for header in headers]
+    return [header.format(metric=found.found.metric) for header in headers]
 
 
 def figures(found: Outcomes) -> list[Figure]:
