@@ -31,6 +31,7 @@ CHOSEN = (
     "fixed {metric}",
     "fixed difference",
 )
+CLEAR = 0.05  # a corrected p-value below it is called clear
 WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
 _EQUAL = {
@@ -190,12 +191,14 @@ def notes(found: Outcomes) -> list[str]:
     asked = found.asks.asked
     held = f"{100 * asked.validation:g} % of the training examples"
     lines = [
+        *_verdict(found),
         f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
         f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
         "early, and none reports its best epoch.",
-        "The test set was used for the final runs alone; nothing was chosen by it.",
+        "The test set was used for the final runs alone; nothing was chosen by it. All seeds share it: an interval covers "
+        "neither the choice of the test set nor the luck of a search.",
     ]
     if asked.settings.noise:
         kind = "clean" if asked.clean else "as noisy as the training labels"
@@ -210,6 +213,18 @@ def notes(found: Outcomes) -> list[str]:
         "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
         "as a comparison without a search has them.",
     ]
+
+
+def _verdict(found: Outcomes) -> list[str]:
+    """Return which methods are clearly better than the baseline, clearly worse, and neither."""
+    tested = [(one.name, one.row.paired.difference, one.row.p) for one in found.each if one.row and one.row.paired]
+    better = [name for name, difference, p in tested if p < CLEAR and difference < 0]
+    worse = [name for name, difference, p in tested if p < CLEAR and difference > 0]
+    unclear = [name for name, _, _ in tested if name not in better + worse]
+    base = next((one.name for one in found.each if one.row and one.row.baseline), "the baseline")
+    parts = {f"Clearly better than {base}": better, "clearly worse": worse, "not clear": unclear}
+    texts = "; ".join(f"{title}: {', '.join(names) or 'none'}" for title, names in parts.items())
+    return [f"{texts}. Clear is a Holm-corrected p below {CLEAR}."] if tested else []
 
 
 def _minutes(found: Outcomes) -> list[str]:
