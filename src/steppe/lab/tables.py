@@ -22,9 +22,14 @@ def number(value: float, form: str) -> str:
     return NONE if math.isnan(value) else format(value, form).replace("-", MINUS)
 
 
-def value(one: float, sign: str = "") -> str:
-    """Return a number with two decimals, or with three digits where that says nothing."""
-    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= 0.1 else f"{sign}.3g")
+def value(one: float, sign: str = "", least: float = 0.1) -> str:
+    """Return a number with two decimals, or with three digits below ``least``, where that says too little."""
+    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= least else f"{sign}.3g")
+
+
+def mean_value(one: float) -> str:
+    """Return a mean: of a loss below 1 two decimals say too little."""
+    return value(one, least=1.0)
 
 
 def interval(test: Paired) -> str:
@@ -42,7 +47,7 @@ def _cells(row: Row) -> list[str]:
     compared = ["baseline" if row.baseline else NONE if test is None else value(test.difference, "+")]
     compared += ["", ""] if test is None else [interval(test), number(row.p, ".2g")]
     paper = NONE if row.paper is None else number(row.paper, ".2f")
-    middle = [str(row.n), value(row.mean), value(row.sd), paper]
+    middle = [str(row.n), mean_value(row.mean), value(row.sd), paper]
     collapsed = f"{row.collapsed} of {row.n}" if row.collapsed else ""
     return [str(row.method), *middle, *compared, number(row.passes, ".0f"), number(row.seconds, ".1f"), collapsed]
 

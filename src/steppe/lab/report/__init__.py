@@ -118,8 +118,8 @@ def best_epochs(found: Summary) -> list[list[str]]:
         scale = 100.0 if records[0].metric.endswith("%") else 1.0
         means = [scale * mean([float(v or 0.0) for v in column]) for column in zip(*curves, strict=True)]
         best = min(range(len(means)), key=means.__getitem__)
-        rows.append([str(row.method), tables.value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
-        rows[-1] += [f"{records[0].epochs}", tables.value(means[best])]
+        rows.append([str(row.method), tables.mean_value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
+        rows[-1] += [f"{records[0].epochs}", tables.mean_value(means[best])]
     return rows
 
 

@@ -17,7 +17,7 @@ from steppe.lab.spec import Method
 from steppe.lab.statistics import mean, spread
 from steppe.lab.summary import Row, Summary
 from steppe.lab.sweep.space import Range, filled, shown
-from steppe.lab.tables import NONE, interval, number, value
+from steppe.lab.tables import NONE, interval, mean_value, number, value
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = (
@@ -124,7 +124,7 @@ def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
             row = one.row
             difference = [value(row.paired.difference, "+"), interval(row.paired)] if row.paired else ["baseline", ""]
             p = number(row.p, ".2g") if row.paired else ""
-            numbers = [str(row.n), value(row.mean), value(row.sd), *difference, p]
+            numbers = [str(row.n), mean_value(row.mean), value(row.sd), *difference, p]
             rows.append([one.name, *numbers, number(row.passes, ".0f"), number(row.seconds, ".1f")])
     return _named(HEADERS, found), rows
 
@@ -135,7 +135,7 @@ def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
     for one in found.each:
         values = ", ".join(f"{key} {each:g}" for key, each in one.chosen.items())
         spent = [str(one.trials), number(one.passes, ".0f"), number(one.seconds, ".1f")]
-        fixed = [value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
+        fixed = [mean_value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
         alike = NONE if one.as_good is None else str(one.as_good)
         rows.append([one.name, values, ", ".join(one.edges), alike, *spent, *fixed])
     return _named(CHOSEN, found), rows
@@ -197,8 +197,8 @@ def notes(found: Outcomes) -> list[str]:
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
         "early, and none reports its best epoch.",
-        "The test set was used for the final runs alone; nothing was chosen by it. All seeds share it: an interval covers "
-        "neither the choice of the test set nor the luck of a search.",
+        "The test set was used for the final runs alone; nothing was chosen by it. All seeds share it: an interval "
+        "covers neither the choice of the test set nor the luck of a search.",
     ]
     if asked.settings.noise:
         kind = "clean" if asked.clean else "as noisy as the training labels"
