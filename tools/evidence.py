@@ -237,6 +237,20 @@ def with_tables(text: str) -> str:
     return text
 
 
+def luck(first: str, second: str) -> str:
+    """Return what two searches of the same methods on one task found, with the same final seeds."""
+    before, after = ({row["name"]: row for row in record(study)["methods"]} for study in (first, second))
+    digits = decimals(record(first))
+    lines = [["method", "first search", "its next two", "second search", "second minus first, 95 % CI", "chosen"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
+    for name in (name for name in before if name in after):
+        test = paired(after[name]["errors"], before[name]["errors"])
+        near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
+        cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
+        lines.append([*cells, difference((test, test.p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def radii(studies: dict[str, str]) -> str:
     """Return the radius that every search chose, and those of its three best trials, lowest to highest."""
     lines = [["method", *studies.values()], ["---", *["---:"] * len(studies)]]
