@@ -32,13 +32,13 @@ def collect(files: list[Path]) -> dict[str, Task]:
 
 
 def _whole(arms: dict[str, dict[float, dict[int, Arm]]]) -> Task:
-    seeds = sorted(set.intersection(*(set(found) for by_rho in arms.values() for found in by_rho.values())))
+    seeds = sorted(set.intersection(*(set().union(*by_rho.values()) for by_rho in arms.values())))
     task = {}
     for name, by_rho in arms.items():
-        tried = {rho: [found[seed] for seed in seeds] for rho, found in sorted(by_rho.items())}
+        tried = {rho: [found[seed] for seed in seeds] for rho, found in by_rho.items() if set(seeds) <= set(found)}
         rho = min(tried, key=lambda rho: mean([run["val"] for run in tried[rho]]))
-        errors = {f"{each}": round(mean([run["test"] for run in runs]), 2) for each, runs in tried.items()}
-        task[name] = {"rho": rho, "passes": round(tried[rho][0]["passes"], 3), "errors_by_rho": errors}
+        first = {f"{each}": round(found[0]["test"], 2) for each, found in sorted(by_rho.items())}
+        task[name] = {"rho": rho, "passes": round(tried[rho][0]["passes"], 3), "first_seed_by_rho": first}
         task[name] |= {"errors": [round(run["test"], 2) for run in tried[rho]]}
     return task
 

@@ -7,6 +7,7 @@ without a folder it writes the tables between the marks of the pages.
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from marks import between
@@ -252,18 +253,29 @@ def luck(first: str, second: str) -> str:
 
 
 def radii(studies: dict[str, str]) -> str:
-    """Return the radius that every search chose, and those of its three best trials, lowest to highest."""
-    lines = [["method", *studies.values()], ["---", *["---:"] * len(studies)]]
-    found = {name: {label(row["name"]): row for row in record(name)["methods"]} for name in studies}
-    for title in dict.fromkeys(title for rows in found.values() for title in rows):
-        cells = [_radius(rows.get(title)) for rows in found.values()]
-        if any(cells):
-            lines.append([title, *cells])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    """Return the radii that the searches chose: by method how far they lie apart, and one by one."""
+    found = {name: {label(row["name"]): row for row in record(name)["methods"] if "rho" in row["chosen"]}
+             for name in studies}  # fmt: skip
+    methods = list(dict.fromkeys(method for rows in found.values() for method in rows))
+    lines = [["method", "studies", "lowest", "median", "highest", "within a factor of 2 of the others' median"]]
+    lines.append(["---", *["---:"] * 5])
+    for method in methods:
+        chosen_radii = [rows[method]["chosen"]["rho"] for rows in found.values() if method in rows]
+        ends = [f"{each:.2g}" for each in (min(chosen_radii), median(chosen_radii), max(chosen_radii))]
+        lines.append([method, f"{len(chosen_radii)}", *ends, f"{_near_the_others(chosen_radii)}"])
+    every = [["", *methods], ["---", *["---:"] * len(methods)]]
+    every += [[studies[name], *(_radius(rows.get(method)) for method in methods)] for name, rows in found.items()]
+    return "\n".join("".join(f"| {' | '.join(cells)} |\n" for cells in each) for each in (lines, every))
+
+
+def _near_the_others(radii: list[float]) -> int:
+    """Return how many radii lie within a factor of two of the median of the other studies' radii."""
+    others = [median(radii[:i] + radii[i + 1 :]) for i in range(len(radii))]
+    return sum(0.5 <= each / other <= 2 for each, other in zip(radii, others, strict=True))
 
 
 def _radius(row: Record | None) -> str:
-    if row is None or "rho" not in row["chosen"]:
+    if row is None:
         return ""
     near = sorted(trial["rho"] for trial in row["best_trials"])
     size = next((f", {key} {row['chosen'][key]}" for key in ("m", "ascent") if key in row["chosen"]), "")
