@@ -3,8 +3,8 @@
     python examples/evidence/ablations.py RESULTS.jsonl           # trains what the file lacks, a line a run
     python tools/ablations.py RESULTS.jsonl                       # the record and the tables of docs/results.md
 
-Every arm trains at one learning rate for one length. Its radius is chosen on validation examples with clean labels: of
-all radii with the first seed, then of the two best with all seeds. The gains are larger than those of the studies, where
+Every arm trains at one learning rate for one length. Its radius is chosen on validation examples with clean labels, of
+all radii with the first seed, then of the two best with all seeds. So the gains are larger than in the studies, where
 everything is tuned: here the question is what makes the effect.
 ``tools/ablations.py`` knows which arms answer which question. MNIST-1D needs the package ``mnist1d``.
 """
