@@ -97,8 +97,8 @@ _CHEAP = {name: _FORMS[name] for name in ("SGD", "SAM", "sampled, m = 16", "asce
 _RESNET = partial(Task, fashion, 1000, 0.4, 0.1, 20)
 
 TASKS = {
-    "digits, 40 % noise": (Task(digits, 600, 0.4, 0.05, 60, perceptron(256, 256)), NOISY, 3),
-    "MNIST-1D": (Task(mnist_1d, 3000, 0.0, 0.4, 30, perceptron(256, 256, 256)), RATES, 3),
+    "digits, 40 % noise": (Task(digits, 600, 0.4, 0.05, 60, perceptron(256, 256)), NOISY, 5),
+    "MNIST-1D": (Task(mnist_1d, 3000, 0.0, 0.4, 20, perceptron(256, 256, 256)), RATES, 3),
     "ResNet, batch norm": (_RESNET(resnet), _CHEAP, 3),
     "ResNet, group norm": (_RESNET(partial(resnet, norm=group_norm)), _CHEAP, 3),
 }
