@@ -1,12 +1,12 @@
 """The cheap forms of m-SAM with one thing changed at a time: size and number of the draws, clipping, the batch, ...
 
     python examples/evidence/ablations.py RESULTS.jsonl           # trains what the file lacks, a line a run
-    python tools/ablations.py RESULTS.jsonl                       # the record and the tables of docs/results.md
+    python tools/ablation_tables.py RESULTS.jsonl                       # the record and the tables of docs/results.md
 
 Every arm trains at one learning rate for one length. Its radius is chosen on validation examples with clean labels, of
 all radii with the first seed, then of the two best with all seeds. So the gains are larger than in the studies, where
 everything is tuned: here the question is what makes the effect.
-``tools/ablations.py`` knows which arms answer which question. MNIST-1D needs the package ``mnist1d``.
+``tools/ablation_tables.py`` knows which arms answer which question. MNIST-1D needs the package ``mnist1d``.
 """
 
 import argparse

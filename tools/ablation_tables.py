@@ -1,6 +1,6 @@
 """The record of the ablations of the cheap forms of m-SAM, and their tables in docs/results.md.
 
-``python tools/ablations.py RESULTS.jsonl ...`` reads what ``examples/evidence/ablations.py`` has written and writes
+``python tools/ablation_tables.py RESULTS.jsonl ...`` reads what ``examples/evidence/ablations.py`` has written and writes
 docs/records/ablations.json; without a file it writes the tables.
 """
 
@@ -100,11 +100,8 @@ def with_tables(text: str) -> str:
     batches = {f"batch {n}": ending(digits, f", batch {n}") for n in (32, 64, 256)}
     common = {"batch 128": {name: digits[name] for name in batches["batch 32"]}}
     ordered = dict(sorted((batches | common).items(), key=lambda item: int(item[0].split()[1])))
-    rates = {f"learning rate {lr}": ending(record[RATES], f", lr {lr}") for lr in ("0.05", "0.2", "0.4")}
     text = between(text, "ablation arms", arms(digits))
-    text = between(text, "ablation batch", grid(ordered))
-    text = between(text, "ablation rate", grid(rates))
-    return between(text, "ablation norm", grid({title: record[name] for name, title in NORMS.items()}))
+    return between(text, "ablation batch", grid(ordered))
 
 
 if __name__ == "__main__":
