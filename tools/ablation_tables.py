@@ -1,6 +1,6 @@
 """The record of the ablations of the cheap forms of m-SAM, and their tables in docs/results.md.
 
-``python tools/ablation_tables.py RESULTS.jsonl ...`` reads what ``examples/evidence/ablations.py`` has written and writes
+``python tools/ablation_tables.py RESULTS.jsonl ...`` reads what ``examples/evidence/ablations.py`` wrote and writes
 docs/records/ablations.json; without a file it writes the tables.
 """
 
