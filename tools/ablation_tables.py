@@ -101,7 +101,8 @@ def with_tables(text: str) -> str:
     common = {"batch 128": {name: digits[name] for name in batches["batch 32"]}}
     ordered = dict(sorted((batches | common).items(), key=lambda item: int(item[0].split()[1])))
     text = between(text, "ablation arms", arms(digits))
-    return between(text, "ablation batch", grid(ordered))
+    text = between(text, "ablation batch", grid(ordered))
+    return between(text, "ablation norm", grid({title: record[name] for name, title in NORMS.items()}))
 
 
 if __name__ == "__main__":
