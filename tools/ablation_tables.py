@@ -102,6 +102,8 @@ def with_tables(text: str) -> str:
     ordered = dict(sorted((batches | common).items(), key=lambda item: int(item[0].split()[1])))
     text = between(text, "ablation arms", arms(digits))
     text = between(text, "ablation batch", grid(ordered))
+    rates = {f"learning rate {lr}": ending(record[RATES], f", lr {lr}") for lr in ("0.05", "0.2", "0.4")}
+    text = between(text, "ablation rate", grid(rates))
     return between(text, "ablation norm", grid({title: record[name] for name, title in NORMS.items()}))
 
 

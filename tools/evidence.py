@@ -232,6 +232,7 @@ def with_tables(text: str) -> str:
     """Return the page's text with every table made again from the records."""
     studies = titles(text)
     text = between(text, "summary", summary(studies))
+    text = between(text, "luck", luck("digits-noise", "digits-noise-2"))
     for i, name in enumerate(("base", "smaller batch")):
         text = between(text, f"overview {name}", overview(studies, i))
     for study in studies:
