@@ -246,11 +246,12 @@ def luck(first: str, second: str) -> str:
     digits = decimals(record(first))
     lines = [["method", "first search", "its next two", "second search", "second minus first, 95 % CI", "chosen"]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
-    for name in (name for name in before if name in after):
-        test = paired(after[name]["errors"], before[name]["errors"])
+    names = [name for name in before if name in after]
+    tests = [paired(after[name]["errors"], before[name]["errors"]) for name in names]
+    for name, test, p in zip(names, tests, holm([test.p for test in tests]), strict=True):
         near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
         cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
-        lines.append([*cells, difference((test, test.p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
+        lines.append([*cells, difference((test, p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
