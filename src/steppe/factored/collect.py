@@ -13,8 +13,7 @@ from steppe.factored.gradients import Factors, Gradient, Rows, Whole, squared_no
 from steppe.factored.maps import Conv, Lookup, Use
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import FirstPass
-from steppe.factored.sites import Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor
+from steppe.factored.sites import CannotFactor, Matrices, Site, Small
 
 
 @dataclass(frozen=True)
