@@ -68,17 +68,19 @@ class SharedPasses:
 
     def _g_adv(self, f: Oracle, plan: SharingPlan, rule: Rule, parts: MicroBatches, reweighted: bool) -> Vector:
         """Return the mean over micro-batches of the gradients at ``w + eps_k``, from both passes."""
-        needs_g, pool = f.needs_g, known(f.batch().model).pool
+        needs_g = f.needs_g
         if reweighted:
-            recorded = record(f, plan, pool, needs_g=needs_g)
+            recorded = _recorded(f, plan, needs_g=needs_g)
             _reweight(recorded, parts, rule)
         else:
-            recorded = record(f, plan, pool, parts, (parts, TWO_PASSES), needs_g)
+            recorded = _recorded(f, plan, parts, (parts, TWO_PASSES), needs_g)
         second = second_pass(f, recorded, parts, rule.geometry.radial)  # type: ignore[attr-defined]
         if needs_g:
             f.g = recorded.g
         with f.passes.away_from_w():
-            return f.passes.gradient(under=running(f.batch().model, second))
+            g_adv = f.passes.gradient(under=running(f.batch().model, second))
+        plan.covers(second)
+        return g_adv
 
     def _worth(self, f: Oracle, m: int | None, weights: str) -> bool:
         """Return whether to try: one micro-batch, or two on a CPU, gain only where factors save multiplications.
@@ -127,7 +129,7 @@ class SharedPasses:
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
             by_example = MicroBatches(len(f.batch()), 1)
-            recorded = record(f, plan, known(f.batch().model).pool, None, (by_example, WEIGHTED), needs_g)
+            recorded = _recorded(f, plan, None, (by_example, WEIGHTED), needs_g)
             return recorded.norms(by_example), recorded
 
         return self._tried(f, None, run)
@@ -169,7 +171,7 @@ class SharedPasses:
         Raises:
             ValueError: the model does not factor; the message says why. The engine is one with ``parallel=True``.
         """
-        made = self._tried(f, None, lambda plan: record(f, plan, known(f.batch().model).pool))
+        made = self._tried(f, None, lambda plan: _recorded(f, plan))
         assert made is not None
         return made
 
@@ -213,6 +215,8 @@ class SharedPasses:
             return self._tried(f, m, run, again=False)
         if self.parallel is True:
             raise _refusal(entry.plan.reason or reason)
+        if not entry.plan.reason:
+            entry.fail(reason, f.step)
         return None
 
     def adds(self, f: Oracle, batch: Batch) -> bool:
@@ -239,6 +243,13 @@ def example_weighting(rule: Rule) -> str | None:
     """Return how the rule weighs examples, if its micro-batches may share passes: all of them, radial, linear."""
     shareable = declared(rule.geometry).radial and declared(rule.select).whole_batch and declared(rule.combine).linear
     return declared(rule.sample).weights if shareable else None
+
+
+def _recorded(f: Oracle, plan: SharingPlan, *options: Any, **named: Any) -> Recorded:
+    """Return the first pass of a step, with the options of :func:`record`; it may do nothing but what was proven."""
+    recorded = record(f, plan, known(f.batch().model).pool, *options, **named)
+    plan.covers(recorded.first)
+    return recorded
 
 
 def _refusal(reason: str) -> ValueError:

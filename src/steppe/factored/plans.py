@@ -63,6 +63,8 @@ class Entry:
         plan = SharingPlan(self.plan.tracked, reason=reason) if reason else rehearsed(f, batch, m)
         self.rehearsals += 1
         if not plan.reason:
+            before = self.proven.get(plan.structure)
+            plan.calls.update(before.calls if before else ())
             self.proven[plan.structure] = plan
             self.recall(plan.structure)
             if len(self.proven) > STRUCTURES:

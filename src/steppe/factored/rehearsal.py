@@ -167,7 +167,8 @@ class Rehearsal:
         for site in first.sites:
             del site.deltas[1:]
         first.check()
-        return first, SharingPlan(tracked, first.structure(), tuple(p for p in found.values() if p is not None))
+        known = tuple(place for place in found.values() if place is not None)
+        return first, SharingPlan(tracked, first.structure(), known, calls=first.calls)
 
     def two_backwards(self, first: FirstPass) -> Tensor:
         """Run one forward, and the backward of the mean and of a sum whose random weights tell examples apart.
@@ -246,7 +247,9 @@ class Rehearsal:
         second = second_pass(trial, recorded, self.parts, Euclidean().radial)
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():
-            return trial.passes.gradient(weights=weights, under=running(self.batch.model, second))
+            made = trial.passes.gradient(weights=weights, under=running(self.batch.model, second))
+        plan.calls.update(recorded.first.calls | second.calls)
+        return made
 
     def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:
         """Return the same of micro-batch ``k`` by itself."""

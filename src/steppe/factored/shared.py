@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -25,7 +25,7 @@ class NotProven(Unsure):
     """A forward pass does other things than those that were proven."""
 
     def __init__(self, structure: tuple[Any, ...]) -> None:
-        super().__init__("the forward pass is not one that was proven")
+        super().__init__("the forward pass does other things than those that were verified")
         self.structure = structure
 
 
@@ -40,6 +40,8 @@ class SharingPlan:
         reason: why micro-batches cannot share passes; empty where they can.
         final: whether the reason holds for every batch.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
+        calls: the calls of torch functions that its rehearsals have made, by function and place in the code. A pass
+            that makes another one runs a part of the model or the loss that has not been proven.
     """
 
     tracked: Tracked
@@ -48,6 +50,7 @@ class SharingPlan:
     reason: str = ""
     final: bool = True
     cost: float = 1.0
+    calls: set[Any] = field(default_factory=set, compare=False, repr=False)
 
     def apply(self, first: FirstPass) -> None:
         """Give the sites of a pass their layouts.
@@ -63,6 +66,11 @@ class SharingPlan:
             site.layout = place.layout(n, site.leading)
             if site.layout is None:
                 raise NotProven(structure)
+
+    def covers(self, passing: Interception) -> None:
+        """Raise where a pass made calls that no rehearsal has made; a rehearsal on this batch makes them."""
+        if passing.calls:
+            raise NotProven(self.structure)
 
 
 @contextmanager
@@ -100,6 +108,7 @@ def record(
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
     first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within, pool)
+    first.proven = plan.calls
     collector = Collector(first, *collected, f.rho.values) if collected else None
     first.on_delta = None if collector is None else _collecting(collector, plan)
     try:
@@ -145,7 +154,9 @@ def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Call
     for site in recorded.first.sites:
         site.free()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
-    return SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
+    second = SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
+    second.proven = recorded.first.proven
+    return second
 
 
 def _log(f: Oracle, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,7 @@ from steppe.factored.microbatches import Layout, MicroBatches
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
 
 
@@ -188,12 +191,15 @@ class Interception(Mode):
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
+        self.proven: Set[Any] = frozenset()  # the calls of torch functions that a rehearsal has made
+        self.calls: set[Any] = set()  # others
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         arguments = (*args, *kwargs.values())
+        self.called(func, arguments, sys._getframe(1))
         transformed = peek_interpreter_stack() is not None
         derived = bool(self.made_of) and first_in(self.made_of, arguments) is not None
         layer = None if transformed or derived else self.layers.get(func)
@@ -209,6 +215,13 @@ class Interception(Mode):
             raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
         with self.understood():
             return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
+
+    def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
+        """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
+        numbers = tuple([bool(a) for a in arguments if type(a) in NUMBERS])
+        call = func, frame.f_code, frame.f_lasti, numbers  # code made anew is equal code
+        if call not in self.proven:
+            self.calls.add(call)
 
     def first_in(self, args: Iterable[Any]) -> int | None:
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
