@@ -197,10 +197,10 @@ def train_in_trouble(options: dict):
 
     model = DistributedDataParallel(net())
     optimizer = steppe.RWSAM(sgd(model), rho=0.3, **options)
-    trouble = {1: (1, "by_example"), 2: (0, "weighted")}  # step: rank, what fails there
+    trouble = {1: (1, "norms"), 2: (0, "weighted")}  # step: rank, what fails there
     seen = []
     for step in range(4):
-        rank, method = trouble.get(step, (None, "norms"))
+        rank, method = trouble.get(step, (None, "weighted"))
         real = getattr(Recorded, method)
         if rank == distributed.get_rank():
             setattr(Recorded, method, _no_memory)

@@ -171,16 +171,12 @@ class Recorded:
             squares = squared_norms(matrices.values(), small.values())
             return self.to_own_mean(parts, squares) * squares.clamp_min(0).sqrt()
 
-    def by_example(self) -> Tensor:
-        """Return ``norm(grad f_i)``, shape ``(n,)``; :meth:`weighted` may follow, if it was collected by example."""
-        return self.norms(MicroBatches(self.n, 1))
-
     def to_own_mean(self, parts: MicroBatches, like: Tensor) -> Tensor:
         """Return what turns contributions into gradients of each micro-batch's mean loss, shape ``(k,)``."""
         return self.n / self.loss_scale / parts.sizes(like)
 
     def weighted(self, p: Tensor) -> Vector:
-        """Return ``sum_i p_i grad f_i`` on the perturbed parameters, after :meth:`by_example`, without a pass."""
+        """Return ``sum_i p_i grad f_i`` on the perturbed parameters, if they were collected by example."""
         assert self.collected is not None
         (matrices, small), self.collected = self.collected, None
         made: list[Tensor | None] = [None] * len(self.parameters)
