@@ -200,13 +200,17 @@ def core_imports_more_than_torch() -> set[str]:
 
 
 def looks_behind_the_scenes() -> set[str]:
-    """Nothing scans memory, walks the stack or counts the references of a storage."""
+    """Nothing scans memory, counts the references of a storage, or walks the stack.
+
+    Shared passes read one frame: the place in the code that calls a torch function, to tell what has been verified.
+    """
+    allowed = {("factored.sites", "_getframe")}
     forbidden = {"get_objects", "get_referrers", "_getframe", "currentframe"}
     return {
         f"{module} uses {node.attr}"
         for module, tree in modules().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in forbidden
+        if isinstance(node, ast.Attribute) and node.attr in forbidden and (module, node.attr) not in allowed
     }
 
 
