@@ -357,6 +357,25 @@ def test_functional_sam_refuses_a_criterion_that_is_trained(named: bool) -> None
         runs.clear()
 
 
+def test_a_function_with_trained_parameters_is_refused_before_anything_is_changed() -> None:
+    torch.manual_seed(0)
+    scale = nn.Parameter(torch.ones(3))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    x, y = torch.randn(6, 5), torch.arange(6) % 3
+    criterion = lambda out, t: nn.functional.cross_entropy(out * scale, t, reduction="none")  # noqa: E731
+    both = [steppe.Batch.supervised(model, criterion, x[i : i + 3], y[i : i + 3]) for i in (0, 3)]
+    before, random = [t.clone() for t in model.state_dict().values()], torch.get_rng_state()
+    for options, batch in (({}, both[0]), ({"m": 2}, both[0]), ({"m": 2, "sampled": 1}, both)):
+        with pytest.raises(TypeError, match="criterion must use no parameter"):
+            steppe.FunctionalSAM(torch.optim.SGD([*model.parameters(), scale]), **options).step(batch)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+        assert torch.equal(random, torch.get_rng_state())
+    opt = steppe.FunctionalSAM(torch.optim.SGD(model.parameters()), 0.1)  # where it is not trained
+    for k in (1, 2):
+        opt.step(both[0])
+        assert (opt.telemetry.passes, int(model[1].num_batches_tracked)) == (2, k)
+
+
 def test_functional_sam_refuses_a_loss_that_only_has_a_criterion() -> None:
     w = world()
 
@@ -454,10 +473,12 @@ def test_a_base_without_the_state_that_is_read_is_refused(method: type[Sharpness
     class Unknown(torch.optim.SGD):
         pass
 
-    opt = method(Unknown(w.parameters(), lr=0.1))  # known by its first step
+    opt, runs = method(Unknown(w.parameters(), lr=0.1)), []  # known by its first step
     opt.step(w.batch)
-    with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
+    w.model.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(TypeError, match=r"needs a base optimizer that keeps .* got Unknown that does not"):
         opt.step(w.batch)
+    assert not runs  # before any pass
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "NAdam", *KEPT])

@@ -161,7 +161,7 @@ class Stepper:
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
     guess: Guess = field(default_factory=Guess)
-    added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
+    checked: bool = False  # whether what a first batch tells of its loss has been looked at
 
     def __post_init__(self) -> None:
         check_state(self.base, declared(self.rule).base_state)
@@ -196,10 +196,12 @@ class Stepper:
         """Run a step's passes; what is left is the move.
 
         Raises:
-            TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
+            TypeError: the rule looks at single examples and the closure is no ``Batch``, or it reads what the base
+                does not keep; nothing has been changed.
         """
         f = self.oracle(closure, scaler)
-        self.added_up = check_batch(f, self.rule, self.added_up)
+        check_state(self.base, f.reads, begun=f.step > 0)
+        self.checked = check_batch(f, self.rule, self.checked)
         if f.passes.ranks.unprepared:
             f.passes.prepare_static_graph()
         if self.gradient_noise:

@@ -222,7 +222,6 @@ class Preconditioned:
 
     Raises:
         ValueError: ``damping`` is not above 0.
-        TypeError: in ``step``, where the base has stepped and keeps no second moment.
     """
 
     damping: float = 1e-8
@@ -234,8 +233,6 @@ class Preconditioned:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         v = f.base_state("exp_avg_sq") + f.base_state("square_avg")
-        if f.step and not v.present():
-            raise TypeError("Preconditioned needs a base optimizer that keeps exp_avg_sq or square_avg: Adam, RMSprop")
         if v.present():
             d = d.map(self._precondition, v)
         return d / (d.norm() + TINY)

@@ -150,20 +150,12 @@ class Momentum:
     ``v`` is ``momentum_buffer`` (SGD, Muon) or ``exp_avg`` (Adam and its relatives), as the base's last step left it.
     Before the base's first step there is none, and nothing is perturbed. Where only some of several base optimizers
     keep it, the parameters of the others are not perturbed, and the optimizer warns once.
-
-    Raises:
-        TypeError: in ``step``, where the base has stepped and keeps no momentum.
     """
 
     declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"momentum_buffer", "exp_avg"}))
 
     def __call__(self, f: Oracle) -> Vector:
-        v = f.base_state("momentum_buffer") + f.base_state("exp_avg")
-        if f.step and not v.present():
-            raise TypeError(
-                "Momentum needs a base optimizer that keeps a momentum_buffer or exp_avg: SGD with momentum, Muon, Adam"
-            )
-        return -1.0 * v
+        return -1.0 * (f.base_state("momentum_buffer") + f.base_state("exp_avg"))
 
 
 @dataclass(frozen=True)
