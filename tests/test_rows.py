@@ -2,8 +2,8 @@
 
 The numbers of the authors' code were made by running it on ``(3 x^2 + 4 y^2) / 2`` from (1, 1) with lr 0.1 and rho 0.5,
 in float64: XSAM (Cccjl219/XSAM 15f9c6f), Momentum-SAM (MarlonBecker/MSAM 780fa4f, the weights without their
-perturbation), Lookbehind (chandar-lab/Lookbehind-SAM) and Eigen-SAM (RitianLuo/EigenSAM, with the eigenvector that five
-steps of power iteration from g give).
+perturbation), Lookbehind (chandar-lab/Lookbehind-SAM), Eigen-SAM (RitianLuo/EigenSAM, with the eigenvector that five
+steps of power iteration from g give) and X-SAM (huang5467/X-SAM f69c21b, from -g_adv, as the sign is of no meaning).
 """
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
-from steppe import Oracle, SharpnessAware, Update
+from steppe import BothWeighted, ByClass, EigenCorrected, Oracle, Rule, SharpnessAware, Stale, Update
 from steppe.engine.checks import KEPT, check_state
 from steppe.engine.parameters import Parameters, Radii
 from steppe.pieces.protocol import Declaration
@@ -26,6 +26,7 @@ AUTHORS = {
     "XSAM": (sgd, lambda b: steppe.XSAM(b, 0.5, every=1), [(0.6299358139, 0.4266305744), (0.3478488781, 0.1049955477)]),
     "Lookbehind": (sgd, lambda b: steppe.LookbehindSAM(b, 0.5), [(0.5671379684, 0.3579393584), (0.2279735003, 0.0169436976)]),
     "Eigen-SAM": (sgd, lambda b: steppe.EigenSAM(b, 0.5), [(0.6208128911, 0.4291871088), (0.3365812565, 0.1041616780), (0.1065966065, -0.0449693894)]),
+    "X-SAM": (sgd, lambda b: SharpnessAware(b, Rule(combine=EigenCorrected()), 0.5), [(0.9399064925, 0.9001248273), (0.8783670465, 0.8014505103), (0.8152163594, 0.7041731363)]),
 }  # fmt: skip
 
 
@@ -47,6 +48,37 @@ def test_the_authors_numbers(name: str) -> None:
     base, make, path = AUTHORS[name]
     for found, expected in zip(on_quadratic(make, base, len(path)), path, strict=True):
         torch.testing.assert_close(found, vector(*expected), rtol=0, atol=1e-9)
+
+
+def test_focal_sam_as_its_authors() -> None:
+    """The numbers were made by running scongl/Focal-SAM 86c13c6 on the same weights, data and counts."""
+    model = nn.Linear(2, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.1, -0.2], [0.3, 0.4], [-0.5, 0.6]], dtype=torch.float64))
+    x = torch.tensor([[1, 2], [-1, 0.5], [0.3, -0.7], [2, -1]], dtype=torch.float64)
+    batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, torch.tensor([0, 1, 2, 0]))
+    opt = SharpnessAware(sgd(model), BothWeighted(ByClass((5, 3, 2))), 0.5)
+    for row in ((0.14845912999216712, -0.16315165827152095), (0.1944272791866089, -0.12641922299653582)):
+        opt.step(batch)
+        torch.testing.assert_close(model.weight[0].detach(), vector(*row), rtol=0, atol=1e-12)
+    assert opt.telemetry.passes == 3
+
+
+@pytest.mark.parametrize("y", [torch.zeros(4), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int32)])
+def test_weights_by_class_need_class_numbers(y: Tensor) -> None:
+    model = nn.Linear(2, 3)
+    batch = steppe.Batch.supervised(model, lambda out, t: out.sum(1), torch.ones(4, 2), y)
+    with pytest.raises(TypeError, match="targets are class numbers"):
+        SharpnessAware(sgd(model), BothWeighted(ByClass((1, 1, 1)))).step(batch)
+    for counts in ((), (0, 0), (2, -1)):
+        with pytest.raises(ValueError, match="counts must hold"):
+            ByClass(counts)
+
+
+def test_async_sam_ascends_by_the_gradient_of_the_step_before() -> None:
+    path = on_quadratic(lambda b: SharpnessAware(b, Rule(Stale()), 0.5), steps=2)
+    torch.testing.assert_close(path[0], vector(0.61, 0.44))  # SAM: there is no step before
+    torch.testing.assert_close(path[1], path[0] - 0.1 * A @ (path[0] + 0.5 * vector(0.6, 0.8)))
 
 
 def test_lookbehind_with_a_share_for_every_tensor_as_its_authors() -> None:

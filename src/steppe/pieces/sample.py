@@ -144,6 +144,20 @@ class Smoothed:
 
 
 @dataclass(frozen=True)
+class Stale:
+    """``g`` of the step before, at the weights there; first ``g``: AsyncSAM (arXiv 2503.11147), on one device."""
+
+    of: Callable[[Oracle], Vector] = Mean()
+
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"stale"}))
+
+    def __call__(self, f: Oracle) -> Vector:
+        g = self.of(f)
+        f.remember("stale", g)
+        return f.recall("stale", default=g).where(t is not None for t in g.tensors)
+
+
+@dataclass(frozen=True)
 class Momentum:
     """``-v``, the base optimizer's momentum: Momentum-SAM (arXiv 2401.12033). No pass.
 
