@@ -1,5 +1,7 @@
 """A small ResNet with batch norm on Fashion-MNIST at 14 x 14: the task on which sampled m-SAM is held against m-SAM."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from steppe.lab.models.resnet import Residual
 
 TEST = 3000  # of the 10,000 test images: an evaluation after every epoch should not cost more than the epoch
 WIDTH = 8
+Norm = Callable[[int], nn.Module]
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -18,18 +21,20 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (images - mean) / spread, raw.labels, (test - mean) / spread, raw.test_labels[:TEST]
 
 
-def model(example: Tensor, classes: int) -> nn.Sequential:
+def model(example: Tensor, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
     """Return eight layers in three residual blocks, about 20,000 parameters."""
-    blocks = [_block(WIDTH, WIDTH, 1), _block(WIDTH, 2 * WIDTH, 2), _block(2 * WIDTH, 4 * WIDTH, 2)]
+    shapes = ((WIDTH, WIDTH, 1), (WIDTH, 2 * WIDTH, 2), (2 * WIDTH, 4 * WIDTH, 2))
+    blocks = [_block(norm, *shape) for shape in shapes]
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * WIDTH, classes))
-    return nn.Sequential(*_conv(example.shape[0], WIDTH, 3, 1), nn.ReLU(), *blocks, *head)
+    return nn.Sequential(*_conv(norm, example.shape[0], WIDTH, 3, 1), nn.ReLU(), *blocks, *head)
 
 
-def _conv(fan_in: int, fan_out: int, size: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(fan_out)]
+def _conv(norm: Norm, fan_in: int, fan_out: int, size: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False), norm(fan_out)]
 
 
-def _block(fan_in: int, fan_out: int, stride: int) -> Residual:
-    branch = nn.Sequential(*_conv(fan_in, fan_out, 3, stride), nn.ReLU(), *_conv(fan_out, fan_out, 3, 1))
+def _block(norm: Norm, fan_in: int, fan_out: int, stride: int) -> Residual:
+    first, second = (fan_in, fan_out, 3, stride), (fan_out, fan_out, 3, 1)
+    branch = nn.Sequential(*_conv(norm, *first), nn.ReLU(), *_conv(norm, *second))
     same = stride == 1 and fan_in == fan_out
-    return Residual(branch, nn.Identity() if same else nn.Sequential(*_conv(fan_in, fan_out, 1, stride)))
+    return Residual(branch, nn.Identity() if same else nn.Sequential(*_conv(norm, fan_in, fan_out, 1, stride)))

@@ -232,14 +232,19 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Task:
-    """Data, split by the seed, and a perceptron."""
+    """Data, split by the seed, and a model."""
 
     data: Callable[[], Data]
     size: int  # of the training set
     noise: float
     lr: float  # the best of SGD's on validation data
     epochs: int
-    hidden: tuple[int, ...] = (256, 256)
+    model: Callable[[Tensor, int], nn.Module]  # of an example and the number of classes
+
+
+def perceptron(*hidden: int) -> Callable[[Tensor, int], nn.Module]:
+    """Return the model of a task: these hidden layers."""
+    return lambda example, classes: mlp([len(example), *hidden, classes])
 
 
 def digits() -> Data:
@@ -285,9 +290,9 @@ def texts(folder: Path) -> Callable[[], Data]:
 def tasks(fortunes: Path) -> dict[str, Task]:
     """Return the tasks by name."""
     return {
-        "digits, 40 % noise": Task(digits, 600, 0.4, 0.05, 40),
-        "MNIST-1D": Task(mnist_1d, 3000, 0.0, 0.4, 30, (256, 256, 256)),
-        "texts": Task(texts(fortunes), 2000, 0.0, 0.1, 12),
+        "digits, 40 % noise": Task(digits, 600, 0.4, 0.05, 40, perceptron(256, 256)),
+        "MNIST-1D": Task(mnist_1d, 3000, 0.0, 0.4, 30, perceptron(256, 256, 256)),
+        "texts": Task(texts(fortunes), 2000, 0.0, 0.1, 12, perceptron(256, 256)),
     }
 
 
@@ -301,7 +306,7 @@ def train(task: Task, data: Data, variant: Variant, rho: float, rate: float, see
     classes = int(data[1].max()) + 1
     y = noisy(y, task.noise, classes, seed)
     torch.manual_seed(seed)
-    model = mlp([x.shape[1], *task.hidden, classes])
+    model = task.model(x[0], classes)
     lr, per_epoch = rate * task.lr, task.size // variant.batch
     base = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     steps = task.epochs * per_epoch
@@ -313,6 +318,7 @@ def train(task: Task, data: Data, variant: Variant, rho: float, rate: float, see
         optimizer.step(steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x[on], y[on]))
         passes += getattr(optimizer, "telemetry", steppe.Telemetry(forwards=1, backwards=1)).passes
         schedule.step()
+    model.eval()
     with torch.no_grad():
         wrong = 100 * (model(data[0][rest]).argmax(1) != data[1][rest]).float()
     half = len(rest) // 2

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import logging
 import warnings
 import weakref
@@ -304,6 +305,52 @@ def test_a_hook_on_all_modules_is_noticed() -> None:
                     hook.remove()
         found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+
+
+LATER: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    "a flag": (lambda s, h: h - h.mean(0) if s.step >= 3 else h, lambda losses, _: losses),
+    "a flag, detached": (lambda s, h: h - h.detach().mean(0) if s.step >= 3 else h, lambda losses, _: losses),
+    "a number that was zero": (lambda s, h: h - float(s.step >= 3) * h.mean(0), lambda losses, _: losses),
+    "another function": (
+        lambda s, h: (torch.cumsum if s.step >= 3 else torch.softmax)(h, 0 if s.step >= 3 else 1),
+        lambda losses, _: losses,
+    ),
+    "the loss": (lambda s, h: h, lambda losses, step: losses / losses.detach().mean() if step >= 3 else losses),
+    "a branch on the batch": (
+        lambda s, h: h.sin() if s.step < 3 or h.mean() > 0 else h.cos(),
+        lambda losses, _: losses,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_code_that_first_runs_later_is_verified_then(name: str) -> None:
+    middle, change = LATER[name]
+    found = []
+    for parallel in ("auto", False):
+        torch.manual_seed(0)
+        model = Two(middle)
+        opt = steppe.SAM(sgd(model), 0.3, m=2, parallel=parallel)
+        for model.step in range(6):
+            loss = lambda model, data: change(cross_entropy(model, data), model.step)  # noqa: E731
+            opt.step(steppe.Batch(model, loss, vectors()))
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+
+
+def test_code_that_always_changes_ends_in_the_loop_with_a_warning() -> None:
+    def always_new(s: nn.Module, h: Tensor) -> Tensor:
+        exec(f"def made{(i := next(numbers))}(h):\n return torch.tanh(h)", made := {"torch": torch})
+        return made[f"made{i}"](h)
+
+    numbers = itertools.count(1)
+    torch.manual_seed(0)
+    model = Two(always_new)
+    opt = steppe.SAM(sgd(model), 0.2, m=4)
+    take = lambda: opt.step(steppe.Batch(model, cross_entropy, vectors()))  # noqa: E731
+    take(), take()  # each of which may be bad luck
+    with pytest.warns(UserWarning, match="other things than those that were verified"):
+        take()
 
 
 class Buffered(nn.Module):

@@ -200,13 +200,17 @@ def core_imports_more_than_torch() -> set[str]:
 
 
 def looks_behind_the_scenes() -> set[str]:
-    """Nothing scans memory, walks the stack or counts the references of a storage."""
+    """Nothing scans memory, counts the references of a storage, or walks the stack.
+
+    Shared passes read one frame: the place in the code that calls a torch function, to tell what has been verified.
+    """
+    allowed = {("factored.sites", "_getframe")}
     forbidden = {"get_objects", "get_referrers", "_getframe", "currentframe"}
     return {
         f"{module} uses {node.attr}"
         for module, tree in modules().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in forbidden
+        if isinstance(node, ast.Attribute) and node.attr in forbidden and (module, node.attr) not in allowed
     }
 
 
@@ -277,8 +281,9 @@ def test_lines_are_counted_without_the_docstring() -> None:
     assert list(functions(tree)) == [("A.f", 2)]
 
 
-def test_the_core_needs_torch_alone() -> None:
-    block = f"import sys; [sys.modules.__setitem__(m, None) for m in {EXTRAS}]"
-    code = block + "; import steppe; steppe.SAM; assert 'steppe.lab' not in sys.modules"
+def test_the_core_measuring_and_theory_need_torch_alone() -> None:
+    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {EXTRAS}]; import steppe; steppe.SAM"
+    code += "; assert not {'steppe.measure', 'steppe.sde', 'steppe.toy'} & {*sys.modules}"  # the core knows none
+    code += "; from steppe import measure, sde, toy; measure.minimum; assert 'steppe.lab' not in sys.modules"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

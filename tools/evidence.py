@@ -7,6 +7,7 @@ without a folder it writes the tables between the marks of the pages.
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from marks import between
@@ -27,6 +28,7 @@ NAMES = {
     "FSAM": "F-SAM",
     "LateSAM": "late SAM",
 }
+BASE, SMALLER = "tuned base", "base, quarter of the batch"
 KEPT = ("train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay", "optimizer")
 Record = dict[str, Any]
 
@@ -111,7 +113,8 @@ def decimals(found: Record) -> int:
     return 1 if found["metric"].endswith("%") else 3
 
 
-def _difference(pair: tuple[Paired, float] | None, digits: int) -> str:
+def difference(pair: tuple[Paired, float] | None, digits: int) -> str:
+    """Return the interval of a difference, bold where it is clear; nothing for none."""
     if pair is None:
         return ""
     test, p = pair
@@ -139,7 +142,7 @@ def table(study: str) -> str:
     columns = [against(rows, rows[i]) for i in (0, 1)]
     for i, row in enumerate(rows):
         cells = [label(row["name"]), _error(row, digits)]
-        cells += [_difference(column[i], digits) for column in columns]
+        cells += [difference(column[i], digits) for column in columns]
         cells.append(", ".join(f"{mean(errors):.{digits}f}" for errors in row.get("near_errors", [])))
         cells += [
             f"{row['as_good']}" if row["as_good"] is not None else "",
@@ -157,28 +160,29 @@ def short(study: str, names: tuple[str, ...]) -> str:
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row, pair in zip(rows, against(rows, rows[0]), strict=True):
         if label(row["name"]) in names:
-            cells = [label(row["name"]), _error(row, digits), _difference(pair, digits), f"{row['passes']:.0f}"]
+            cells = [label(row["name"]), _error(row, digits), difference(pair, digits), f"{row['passes']:.0f}"]
             lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def overview(studies: dict[str, str]) -> str:
-    """Return one table of all studies: errors of the base, then what each method changed of them."""
-    found = {name: record(name)["methods"] for name in studies}
-    names = list(dict.fromkeys(label(row["name"]) for rows in found.values() for row in rows[2:]))
-    lines = [["", *studies.values()], ["---", *["---:"] * len(studies)]]
-    digits = {name: decimals(record(name)) for name in studies}
-    lines.append(["base, tuned", *(f"{mean(rows[0]['errors']):.{digits[name]}f}" for name, rows in found.items())])
-    for title in ["base at a quarter of the batch", *names]:
-        cells = []
-        for study, rows in found.items():
-            tests = against(rows, rows[0])
-            places = (
-                [1] if title.startswith("base") else [i for i, row in enumerate(rows) if label(row["name"]) == title]
-            )
-            cells.append(_change(tests[places[0]], digits[study]) if places and places[0] < len(rows) else "")
-        lines.append([title, *cells])
+def overview(studies: dict[str, str], other: int) -> str:
+    """Return one table of all studies: what each method changed of the errors of the first row, or of the second."""
+    found = {name: record(name) for name in studies}
+    names = list(dict.fromkeys(_title(i, row) for each in found.values() for i, row in enumerate(each["methods"])))
+    reference = names.pop(other)
+    lines = [["", reference, *names], ["---", *["---:"] * (1 + len(names))]]
+    for study, title in studies.items():
+        digits, rows = decimals(found[study]), found[study]["methods"]
+        changes = {_title(i, row): _change(test, digits)
+                   for i, (row, test) in enumerate(zip(rows, against(rows, rows[other]), strict=True))}  # fmt: skip
+        cells = [title, f"{mean(rows[other]['errors']):.{digits}f}", *(changes.get(name, "") for name in names)]
+        lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _title(place: int, row: Record) -> str:
+    """Return the name of a row in tables of all studies, whose bases differ."""
+    return (BASE, SMALLER)[place] if place < 2 else label(row["name"])
 
 
 def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
@@ -188,28 +192,90 @@ def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
     return f"**{text}**" if pair[1] < 0.05 else text
 
 
+def summary(studies: dict[str, str]) -> str:
+    """Return for each method in how many studies it is clearly better, not clear, clearly worse than each baseline.
+
+    The mean change is that of the error in per cent of the baseline's, with an interval over the studies, each of which
+    is one number. So the interval holds the luck of the searches too.
+    """
+    counts: dict[str, tuple[list[list[int]], list[list[float]]]] = {}
+    for study in studies:
+        rows = record(study)["methods"]
+        for other in (0, 1):
+            reference = mean(rows[other]["errors"])
+            for i, (row, pair) in enumerate(zip(rows, against(rows, rows[other]), strict=True)):
+                if pair is not None:
+                    clear, changes = counts.setdefault(_title(i, row), ([[0] * 3, [0] * 3], [[], []]))
+                    clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
+                    changes[other].append(100 * pair[0].difference / reference)
+    heads = [head for name in (BASE, SMALLER) for head in (f"against the {name}", "mean change, 95 % CI")]
+    lines = [["", "studies", *heads], ["---", *["---:"] * 5]]
+    for name in [SMALLER, *(name for name in counts if name not in (BASE, SMALLER)), BASE]:
+        clear, changes = counts[name]
+        cells = [name, f"{max(map(len, changes))}"]
+        for other in (0, 1):
+            cells += (
+                ["{} / {} / {}".format(*clear[other]), _over_studies(changes[other])] if changes[other] else ["", ""]
+            )
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _over_studies(changes: list[float]) -> str:
+    test = paired(changes, [0.0] * len(changes))
+    text = f"{test.difference:+.0f} % ({test.low:+.0f} to {test.high:+.0f})"
+    return (f"**{text}**" if test.low > 0 or test.high < 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
 def with_tables(text: str) -> str:
     """Return the page's text with every table made again from the records."""
     studies = titles(text)
-    text = between(text, "overview", overview(studies))
+    text = between(text, "summary", summary(studies))
+    for i, name in enumerate(("base", "smaller batch")):
+        text = between(text, f"overview {name}", overview(studies, i))
     for study in studies:
         text = between(text, f"study {study}", table(study))
     return text
 
 
-def radii(studies: dict[str, str]) -> str:
-    """Return the radius that every search chose, and those of its three best trials, lowest to highest."""
-    lines = [["method", *studies.values()], ["---", *["---:"] * len(studies)]]
-    found = {name: {label(row["name"]): row for row in record(name)["methods"]} for name in studies}
-    for title in dict.fromkeys(title for rows in found.values() for title in rows):
-        cells = [_radius(rows.get(title)) for rows in found.values()]
-        if any(cells):
-            lines.append([title, *cells])
+def luck(first: str, second: str) -> str:
+    """Return what two searches of the same methods on one task found, with the same final seeds."""
+    before, after = ({row["name"]: row for row in record(study)["methods"]} for study in (first, second))
+    digits = decimals(record(first))
+    lines = [["method", "first search", "its next two", "second search", "second minus first, 95 % CI", "chosen"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
+    for name in (name for name in before if name in after):
+        test = paired(after[name]["errors"], before[name]["errors"])
+        near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
+        cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
+        lines.append([*cells, difference((test, test.p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def radii(studies: dict[str, str]) -> str:
+    """Return the radii that the searches chose: by method how far they lie apart, and one by one."""
+    found = {name: {label(row["name"]): row for row in record(name)["methods"] if "rho" in row["chosen"]}
+             for name in studies}  # fmt: skip
+    methods = list(dict.fromkeys(method for rows in found.values() for method in rows))
+    lines = [["method", "studies", "lowest", "median", "highest", "within a factor of 2 of the others' median"]]
+    lines.append(["---", *["---:"] * 5])
+    for method in methods:
+        chosen_radii = [rows[method]["chosen"]["rho"] for rows in found.values() if method in rows]
+        ends = [f"{each:.2g}" for each in (min(chosen_radii), median(chosen_radii), max(chosen_radii))]
+        lines.append([method, f"{len(chosen_radii)}", *ends, f"{_near_the_others(chosen_radii)}"])
+    every = [["", *methods], ["---", *["---:"] * len(methods)]]
+    every += [[studies[name], *(_radius(rows.get(method)) for method in methods)] for name, rows in found.items()]
+    return "\n".join("".join(f"| {' | '.join(cells)} |\n" for cells in each) for each in (lines, every))
+
+
+def _near_the_others(radii: list[float]) -> int:
+    """Return how many radii lie within a factor of two of the median of the other studies' radii."""
+    others = [median(radii[:i] + radii[i + 1 :]) for i in range(len(radii))]
+    return sum(0.5 <= each / other <= 2 for each, other in zip(radii, others, strict=True))
+
+
 def _radius(row: Record | None) -> str:
-    if row is None or "rho" not in row["chosen"]:
+    if row is None:
         return ""
     near = sorted(trial["rho"] for trial in row["best_trials"])
     size = next((f", {key} {row['chosen'][key]}" for key in ("m", "ascent") if key in row["chosen"]), "")

@@ -68,6 +68,8 @@ _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
 _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
+_RESNET = {"epochs": 10, "lr": 0.1}
+_DEARER = _DEAR | {"trials": 10, "near": 4, "search_seeds": 1}
 
 STUDIES = {
     "digits-clean": Study("Digits, clean", "digits", _DIGITS | {"noise": 0.0}, search_seeds=3),
@@ -125,13 +127,32 @@ STUDIES = {
     "fashion-noise": Study(
         "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
     ),
-    "fashion-vit": Study(
-        "Fashion-MNIST 14 x 14, clean, ViT, AdamW",
+    "fashion-noise-20": Study(
+        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.2}, **_DEAR
+    ),
+    "resnet-noise": Study(
+        "Fashion-MNIST 14 x 14, 2,000 examples, 40 % noise, ResNet, batch norm",
+        "tasks:fashion_resnet",
+        _RESNET | {"noise": 0.4},
+        **_DEARER,
+    ),
+    "resnet-clean": Study(
+        "Fashion-MNIST 14 x 14, 2,000 examples, clean, ResNet, batch norm", "tasks:fashion_resnet", _RESNET, **_DEARER
+    ),
+    "vit": Study(
+        "Fashion-MNIST 14 x 14, 2,000 examples, clean, ViT, AdamW",
         "tasks:fashion_vit",
-        {"epochs": 20, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
-        **_DEAR,
+        {"epochs": 12, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
+        **_DEARER,
     ),
 }
+for _name, _noise in {"clean": 0.0, "noise-20": 0.2, "noise": 0.4}.items():
+    STUDIES[f"fashion28-{_name}"] = Study(
+        f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
+        "tasks:fashion_28",
+        {"epochs": 16, "lr": 0.1, "noise": _noise},
+        **_DEARER,
+    )
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
 _FEW = ("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM")
@@ -171,7 +192,7 @@ def main() -> None:
     if given.study is None:
         print("\n".join(f"{name:20}{study.title}" for name, study in STUDIES.items()))
         return
-    sys.path.append(str(HERE))  # a study's task is tasks:NAME
+    sys.path += [str(HERE), str(HERE.parents[1])]  # a study's task is tasks:NAME, its ResNet is that of the benchmarks
     if given.near:
         near(given.out / given.study)
         return

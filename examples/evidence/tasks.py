@@ -1,6 +1,6 @@
 """The tasks of the evidence that steppe does not bring itself: ``steppe compare --task tasks:mnist1d``.
 
-Run from this folder, or put it on PYTHONPATH. ``texts`` looks for ``fortunes.pt`` in $STEPPE_TEXT, which
+Put this folder and the repository's root on PYTHONPATH. ``texts`` looks for ``fortunes.pt`` in $STEPPE_TEXT, which
 ``encode_fortunes.py`` writes.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.near_sgd_resnet import model as resnet
 from torch import Tensor, nn
 
 from steppe.lab.data import find
@@ -39,21 +40,31 @@ def mnist1d() -> dict[str, Any]:
 
 def fashion() -> dict[str, Any]:
     """Return Fashion-MNIST (Debian's dataset-fashion-mnist) at 14 x 14: 1,000 and 3,000 examples, a small CNN."""
-    return _clothes(partial(cnn, 1, 8, 10))
+    return _clothes(1000, 14, partial(cnn, 1, 8, 10))
+
+
+def fashion_28() -> dict[str, Any]:
+    """Return 2,000 examples at 28 x 28, the same CNN."""
+    return _clothes(2000, 28, partial(cnn, 1, 8, 10))
+
+
+def fashion_resnet() -> dict[str, Any]:
+    """Return 2,000 examples at 14 x 14, a ResNet of eight layers with batch norm."""
+    return _clothes(2000, 14, partial(resnet, torch.zeros(1, 14, 14), 10))
 
 
 def fashion_vit() -> dict[str, Any]:
-    """Return the same with a vision transformer of two blocks of width 48, patches of 7 x 7."""
-    return _clothes(partial(build, "vit-48x2-p7", torch.zeros(1, 14, 14), 10))
+    """Return 2,000 examples at 14 x 14, a vision transformer of two blocks of width 48, patches of 7 x 7."""
+    return _clothes(2000, 14, partial(build, "vit-48x2-p7", torch.zeros(1, 14, 14), 10))
 
 
-def _clothes(model: Callable[[], nn.Module]) -> dict[str, Any]:
+def _clothes(count: int, side: int, model: Callable[[], nn.Module]) -> dict[str, Any]:
     found = mnist(find("fashion-mnist"))
-    images = [nn.functional.avg_pool2d(part[:count].float(), 2)
-              for part, count in ((found.inputs, 1000), (found.test_inputs, 3000))]  # fmt: skip
+    images = [nn.functional.avg_pool2d(part[:size].float(), 28 // side)
+              for part, size in ((found.inputs, count), (found.test_inputs, 3000))]  # fmt: skip
     spread, mean = torch.std_mean(images[0])
     train, test = ((part - mean) / spread for part in images)
-    return {"train": (train, found.labels[:1000]), "test": (test, found.test_labels[:3000]), "model": model}
+    return {"train": (train, found.labels[:count]), "test": (test, found.test_labels[:3000]), "model": model}
 
 
 def diabetes() -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_the_last_trials_are_near_the_best_of_the_others(folder, tmp_path):
         assert len(points) == 5
         assert all(0.5 < point["values"]["lr"] / first["chosen"]["lr"] < 2 for point in points[3:])
         assert stage["chosen"] == min(points, key=lambda point: point["error"])["values"]
-    assert "the last 2 near the best of the others" in tables.notes(tables.read(tmp_path / "c"))[0]
+    assert "the last 2 near the best of the others" in tables.notes(tables.read(tmp_path / "c"))[1]
     with pytest.raises(LabError, match="near must be a number of trials below all 3, not 3"):
         replace(ASKED, near=3)
 
@@ -255,6 +255,20 @@ def test_where_a_search_ended_at_an_edge_a_wider_one_is_proposed(folder):
     at_edges = replace(found, each=[replace(one, edges=each) for one, each in zip(found.each, ends, strict=True)])
     assert tables.notes(at_edges)[-3] == (
         "To search wider, into another --out: --space lr=0.000781..3.2 --space rho=0.00125..8."
+    )
+
+
+def test_the_notes_begin_with_what_is_clear(folder):
+    found = tables.read(folder)
+    tested = [one for one in found.each if one.row.paired]
+    assert len(tested) == 3
+    for one, change, p in zip(tested, (-1.0, 2.0, -3.0), (0.04, 0.049, 0.05), strict=True):
+        row = replace(one.row, p=p, paired=replace(one.row.paired, difference=change))
+        found = replace(found, each=[replace(each, row=row) if each is one else each for each in found.each])
+    better, worse, unclear = (one.name for one in tested)
+    assert tables.notes(found)[0] == (
+        f"Clearly better than SGD: {better}; clearly worse: {worse}; not clear: {unclear}. "
+        "Clear is a Holm-corrected p below 0.05."
     )
 
 

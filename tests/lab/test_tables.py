@@ -4,12 +4,13 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from steppe.lab import tables
 from steppe.lab.statistics import paired
-from steppe.lab.summary import pairs
+from steppe.lab.summary import pairs, summarise
 
 from .test_report import folder, found  # noqa: F401 - fixtures
 
@@ -40,3 +41,14 @@ def test_plain_data_is_json_and_whole(found):  # noqa: F811
         100 * found.of(row.method)[2].test_error for row in found.rows
     ]
     assert data["baseline"] == "SGD"
+
+
+def test_a_metric_of_ones_own_is_named_and_is_no_share(found):  # noqa: F811
+    records = {run: replace(record, metric="absolute error") for run, record in found.records.items()}
+    text = tables.markdown(summarise(found.plan, records, []))
+    assert "| absolute error |" in text
+    assert "Test absolute error at the last epoch" in text
+    assert "error %" not in text
+    assert "per cent" not in text
+    small = tables.interval(paired([0.011, 0.013, 0.012], [0.01, 0.01, 0.01]))
+    assert small == "\N{MINUS SIGN}0.000484 to +0.00448"

@@ -73,13 +73,16 @@ class SharedPasses:
         needs_g, pool = f.needs_g, known(f.batch().model).pool
         within, collector = (None, None) if reweighted else (parts, by_part(parts, f))
         recorded = record(f, plan, pool, within, collector, needs_g)
+        plan.covers(recorded.first)
         if reweighted:
             _reweight(recorded, parts, rule)
         second = second_pass(f, recorded, parts, rule.geometry.radial)  # type: ignore[attr-defined]
         if needs_g:
             f.g = recorded.g
         with f.passes.away_from_w():
-            return f.passes.gradient(under=black_boxes(f.batch().model, second))
+            g_adv = f.passes.gradient(under=black_boxes(f.batch().model, second))
+        plan.covers(second)
+        return g_adv
 
     def _worth(self, f: Oracle, m: int | None, weights: str) -> bool:
         """Return whether to try: one micro-batch, or two on a CPU, gain only where factors save multiplications.
@@ -130,6 +133,7 @@ class SharedPasses:
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
             recorded = record(f, plan, known(f.batch().model).pool, None, _by_example, needs_g)
+            plan.covers(recorded.first)
             return recorded.by_example(), recorded
 
         return self._tried(f, None, run)
@@ -171,7 +175,13 @@ class SharedPasses:
         Raises:
             ValueError: the model does not factor; the message says why. The engine is one with ``parallel=True``.
         """
-        made = self._tried(f, None, lambda plan: record(f, plan, known(f.batch().model).pool))
+
+        def run(plan: SharingPlan) -> Recorded:
+            recorded = record(f, plan, known(f.batch().model).pool)
+            plan.covers(recorded.first)
+            return recorded
+
+        made = self._tried(f, None, run)
         assert made is not None
         return made
 
@@ -217,6 +227,8 @@ class SharedPasses:
             if not (again and prove(entry, f, batch, m, structure)):
                 if self.parallel is True:
                     raise refusal(entry.plan.reason or reason)
+                if not entry.plan.reason:
+                    entry.fail(reason, f.step)
                 return None
         return None
 

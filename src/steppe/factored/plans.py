@@ -66,6 +66,8 @@ class Entry:
         self.rehearsals += 1
         if not plan.reason:
             self.plan = plan
+            for known in self.proven:
+                plan.calls.update(known.calls if known.structure == plan.structure else ())
             others = [p for p in self.proven if p.structure != plan.structure]
             self.proven = [*others[1 - STRUCTURES :], plan]
         elif plan.final or not self.proven:

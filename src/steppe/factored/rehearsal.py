@@ -126,7 +126,7 @@ class Rehearsal:
                 raise Differs(f"examples influence one another at {first.label(site)}")
             known.append(place)
         first.check()
-        return first, g, SharingPlan(tracked, first.structure(), tuple(known), mixes=first.mixes)
+        return first, g, SharingPlan(tracked, first.structure(), tuple(known), mixes=first.mixes, calls=first.calls)
 
     def two_backwards(self, first: FirstPass) -> tuple[list[Tensor | None], Tensor]:
         """Run one forward, and the backward of the mean and of a sum whose random weights tell examples apart.
@@ -217,7 +217,9 @@ class Rehearsal:
         second = second_pass(trial, recorded, parts, Euclidean().radial)
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():
-            return trial.passes.gradient(weights=weights, under=black_boxes(self.model, second))
+            made = trial.passes.gradient(weights=weights, under=black_boxes(self.model, second))
+        plan.calls.update(recorded.first.calls | second.calls)
+        return made
 
     def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:
         """Return the same of micro-batch ``k`` by itself."""

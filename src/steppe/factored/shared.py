@@ -1,7 +1,7 @@
 """The two shared passes over a batch, as a plan allows them: what the first records, and the second that follows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from steppe.factored.gradients import TensorPool, squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.sites import Site
+from steppe.factored.sites import Interception, Site
 from steppe.factored.tracked import NotProven, Tracked
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class SharingPlan:
         final: whether the reason holds for every batch.
         mixes: whether examples of a micro-batch influence one another, as in batch normalisation.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
+        calls: the calls of torch functions that its rehearsals have made, by function and place in the code. A pass
+            that makes another one runs a part of the model or the loss that has not been proven.
     """
 
     tracked: Tracked
@@ -43,6 +45,7 @@ class SharingPlan:
     final: bool = True
     mixes: bool = False
     cost: float = 1.0
+    calls: set[Any] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def single(self) -> bool:
@@ -63,6 +66,15 @@ class SharingPlan:
             site.layout = place.layout(n, site.leading)
             if site.layout is None:
                 raise NotProven(structure)
+
+    def covers(self, *passes: Interception) -> None:
+        """Raise where passes made calls that no rehearsal has made.
+
+        Raises:
+            NotProven: they did; a rehearsal on this batch makes them.
+        """
+        if any(one.calls for one in passes):
+            raise NotProven(self.structure)
 
 
 def record(
@@ -85,6 +97,7 @@ def record(
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
     first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, parts, pool)
+    first.proven = plan.calls
     collecting = collector(first) if collector else None
     first.on_delta = None if collecting is None else _collecting(collecting, plan)
     try:
@@ -135,7 +148,9 @@ def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Call
     for site in recorded.first.sites:
         site.free()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
-    return SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
+    second = SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
+    second.proven = recorded.first.proven
+    return second
 
 
 def _with(radius: float, found: Mapping[int, T], rho: Sequence[float]) -> list[T]:

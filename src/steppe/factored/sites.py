@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,7 @@ from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, un
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
 
 
@@ -99,6 +102,8 @@ class Interception(TorchFunctionMode):
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
+        self.proven: Set[Any] = frozenset()  # the calls of torch functions that a rehearsal has made
+        self.calls: set[Any] = set()  # others
         self.recomputing = False  # whether activation checkpointing runs a part of it again, in the backward pass
 
     def __torch_function__(
@@ -106,6 +111,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         arguments = (*args, *kwargs.values())
+        self.called(func, arguments, sys._getframe(1))
         transformed = peek_interpreter_stack() is not None
         layer = None if transformed or (self.derived and self.derives(arguments) is not None) else self.layers.get(func)
         if layer is not None:
@@ -120,6 +126,13 @@ class Interception(TorchFunctionMode):
             raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
         with self.understood():
             return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
+
+    def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
+        """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
+        numbers = tuple([bool(a) for a in arguments if type(a) in NUMBERS])
+        call = func, frame.f_code, frame.f_lasti, numbers  # code made anew is equal code
+        if call not in self.proven:
+            self.calls.add(call)
 
     def first_in(self, arguments: Iterable[Any]) -> int | None:
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""

@@ -48,7 +48,7 @@ class NotProven(Unsure):
     """A forward pass does other things than those that were proven."""
 
     def __init__(self, structure: tuple[Any, ...]) -> None:
-        super().__init__("the forward pass is not one that was proven")
+        super().__init__("the forward pass does other things than those that were verified")
         self.structure = structure
 
 

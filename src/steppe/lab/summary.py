@@ -12,7 +12,7 @@ from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one method; errors are in per cent."""
+    """The numbers of one method; errors that are shares are in per cent."""
 
     method: Method
     rule: str
@@ -48,6 +48,11 @@ class Summary:
     rows: list[Row]
     problems: list[str]
     context: Context = field(default_factory=Context)
+
+    @property
+    def metric(self) -> str:
+        """Return the name of what the records measure."""
+        return next((record.metric for record in self.records.values()), "error %")
 
     def of(self, method: Method) -> list[Record]:
         """Return a method's records in the order of their seeds."""

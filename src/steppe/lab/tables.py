@@ -12,7 +12,7 @@ from steppe.lab.statistics import Paired
 from steppe.lab.summary import Row, Summary, pairs
 
 HEADERS = (
-    "method", "n", "error %", "sd", "paper %", "difference", "95 % CI", "p (Holm)", "passes", "seconds", "collapsed"
+    "method", "n", "{metric}", "sd", "paper %", "difference", "95 % CI", "p (Holm)", "passes", "seconds", "collapsed"
 )  # fmt: skip
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -22,18 +22,32 @@ def number(value: float, form: str) -> str:
     return NONE if math.isnan(value) else format(value, form).replace("-", MINUS)
 
 
+def value(one: float, sign: str = "", least: float = 0.1) -> str:
+    """Return a number with two decimals, or with three digits below ``least``, where that says too little."""
+    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= least else f"{sign}.3g")
+
+
+def mean_value(one: float) -> str:
+    """Return a mean: of a loss below 1 two decimals say too little."""
+    return value(one, least=1.0)
+
+
 def interval(test: Paired) -> str:
     """Return a formatted confidence interval."""
-    return NONE if math.isnan(test.low) else f"{number(test.low, '+.2f')} to {number(test.high, '+.2f')}"
+    if math.isnan(test.low):
+        return NONE
+    if abs(test.high - test.low) >= 0.1:
+        return f"{number(test.low, '+.2f')} to {number(test.high, '+.2f')}"
+    return f"{value(test.low, '+')} to {value(test.high, '+')}"
 
 
 def _cells(row: Row) -> list[str]:
     """Return the texts of a row, one for each of ``HEADERS``."""
     test = row.paired
-    compared = ["baseline" if row.baseline else NONE if test is None else number(test.difference, "+.2f")]
+    compared = ["baseline" if row.baseline else NONE if test is None else value(test.difference, "+")]
     compared += ["", ""] if test is None else [interval(test), number(row.p, ".2g")]
     paper = NONE if row.paper is None else number(row.paper, ".2f")
-    middle = [str(row.n), number(row.mean, ".2f"), number(row.sd, ".2f"), paper]
+    middle = [str(row.n), mean_value(row.mean), value(row.sd), paper]
     collapsed = f"{row.collapsed} of {row.n}" if row.collapsed else ""
     return [str(row.method), *middle, *compared, number(row.passes, ".0f"), number(row.seconds, ".1f"), collapsed]
 
@@ -43,7 +57,8 @@ def table(found: Summary) -> tuple[list[str], list[list[str]]]:
     absent = set() if any(row.collapsed for row in found.rows) else {"collapsed"}
     absent |= set() if any(row.paper is not None for row in found.rows) else {"paper %"}
     kept = [i for i, header in enumerate(HEADERS) if header not in absent]
-    return [HEADERS[i] for i in kept], [[texts[i] for i in kept] for texts in map(_cells, found.rows)]
+    headers = [HEADERS[i].format(metric=found.metric) for i in kept]
+    return headers, [[texts[i] for i in kept] for texts in map(_cells, found.rows)]
 
 
 def title(found: Summary) -> str:
@@ -60,8 +75,8 @@ def caption(found: Summary) -> str:
     paper = f"Paper: the published error, on {found.context.recipe['setting']}. " if known else ""
     split = "Validation" if found.plan.settings.validation else "Test"
     return (
-        f"{split} error at the last epoch in per cent: mean and standard deviation (sd) over n seeds. {paper}"
-        f"Difference: method minus {found.plan.reference} in percentage points, paired by seed over the seeds "
+        f"{split} {found.metric} at the last epoch: mean and standard deviation (sd) over n seeds. {paper}"
+        f"Difference: method minus {found.plan.reference}, paired by seed over the seeds "
         "both have, with the 95 % confidence interval of its mean (each interval on its own, not adjusted) and the "
         f"two-sided p-value of the paired t-test, Holm-corrected over the {comparisons} comparisons of this table. "
         "Passes: gradient passes over the training set per run. "

@@ -118,14 +118,14 @@ def best_epochs(found: Summary) -> list[list[str]]:
         scale = 100.0 if records[0].metric.endswith("%") else 1.0
         means = [scale * mean([float(v or 0.0) for v in column]) for column in zip(*curves, strict=True)]
         best = min(range(len(means)), key=means.__getitem__)
-        rows.append([str(row.method), fair.value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
-        rows[-1] += [f"{records[0].epochs}", fair.value(means[best])]
+        rows.append([str(row.method), tables.mean_value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
+        rows[-1] += [f"{records[0].epochs}", tables.mean_value(means[best])]
     return rows
 
 
 def _pair(pair: summary.Pair) -> list[str]:
     test = pair.paired
-    numbers = [tables.number(test.difference, "+.2f"), tables.interval(test), tables.number(pair.p, ".2g")]
+    numbers = [tables.value(test.difference, "+"), tables.interval(test), tables.number(pair.p, ".2g")]
     return [str(pair.method), str(pair.other), *numbers]
 
 

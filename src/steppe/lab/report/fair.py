@@ -14,10 +14,10 @@ from steppe.lab.report.figures import Figure, axes, curve, look
 from steppe.lab.runs import SEARCH
 from steppe.lab.spaces import edge
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired, mean, spread
+from steppe.lab.statistics import mean, spread
 from steppe.lab.summary import Row, Summary
 from steppe.lab.sweep.space import Range, filled, shown
-from steppe.lab.tables import NONE, interval, number
+from steppe.lab.tables import NONE, interval, mean_value, number, value
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = (
@@ -31,6 +31,7 @@ CHOSEN = (
     "fixed {metric}",
     "fixed difference",
 )
+CLEAR = 0.05  # a corrected p-value below it is called clear
 WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
 _EQUAL = {
@@ -112,18 +113,7 @@ def _row(found: Summary | None, method: Method) -> Row | None:
 def _difference(row: Row | None) -> str:
     if row is None or (row.paired is None and not row.baseline):
         return NONE
-    return "baseline" if row.paired is None else f"{value(row.paired.difference, '+')} [{_interval(row.paired)}]"
-
-
-def value(one: float, sign: str = "") -> str:
-    """Return a number with two decimals, or with three digits where that says nothing."""
-    return number(one, f"{sign}.2f" if one == 0 or abs(one) >= 0.1 else f"{sign}.3g")
-
-
-def _interval(test: Paired) -> str:
-    if math.isnan(test.low):
-        return NONE
-    return interval(test) if abs(test.high - test.low) >= 0.1 else f"{value(test.low, '+')} to {value(test.high, '+')}"
+    return "baseline" if row.paired is None else f"{value(row.paired.difference, '+')} [{interval(row.paired)}]"
 
 
 def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
@@ -132,9 +122,9 @@ def table(found: Outcomes) -> tuple[list[str], list[list[str]]]:
     for one in found.each:
         if one.row is not None:
             row = one.row
-            difference = [value(row.paired.difference, "+"), _interval(row.paired)] if row.paired else ["baseline", ""]
+            difference = [value(row.paired.difference, "+"), interval(row.paired)] if row.paired else ["baseline", ""]
             p = number(row.p, ".2g") if row.paired else ""
-            numbers = [str(row.n), value(row.mean), value(row.sd), *difference, p]
+            numbers = [str(row.n), mean_value(row.mean), value(row.sd), *difference, p]
             rows.append([one.name, *numbers, number(row.passes, ".0f"), number(row.seconds, ".1f")])
     return _named(HEADERS, found), rows
 
@@ -145,15 +135,14 @@ def chosen(found: Outcomes) -> tuple[list[str], list[list[str]]]:
     for one in found.each:
         values = ", ".join(f"{key} {each:g}" for key, each in one.chosen.items())
         spent = [str(one.trials), number(one.passes, ".0f"), number(one.seconds, ".1f")]
-        fixed = [value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
+        fixed = [mean_value(one.fixed.mean) if one.fixed else NONE, _difference(one.fixed)]
         alike = NONE if one.as_good is None else str(one.as_good)
         rows.append([one.name, values, ", ".join(one.edges), alike, *spent, *fixed])
     return _named(CHOSEN, found), rows
 
 
 def _named(headers: tuple[str, ...], found: Outcomes) -> list[str]:
-    metric = next((record.metric for record in found.found.records.values()), "error %")
-    return [header.format(metric=metric) for header in headers]
+    return [header.format(metric=found.found.metric) for header in headers]
 
 
 def figures(found: Outcomes) -> list[Figure]:
@@ -202,12 +191,14 @@ def notes(found: Outcomes) -> list[str]:
     asked = found.asks.asked
     held = f"{100 * asked.validation:g} % of the training examples"
     lines = [
+        *_verdict(found),
         f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
         f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
         "early, and none reports its best epoch.",
-        "The test set was used for the final runs alone; nothing was chosen by it.",
+        "The test set was used for the final runs alone; nothing was chosen by it. All seeds share it: an interval "
+        "covers neither the choice of the test set nor the luck of a search.",
     ]
     if asked.settings.noise:
         kind = "clean" if asked.clean else "as noisy as the training labels"
@@ -222,6 +213,18 @@ def notes(found: Outcomes) -> list[str]:
         "Fixed: the same methods at the settings' learning rate, their default parameters and the longest training, "
         "as a comparison without a search has them.",
     ]
+
+
+def _verdict(found: Outcomes) -> list[str]:
+    """Return which methods are clearly better than the baseline, clearly worse, and neither."""
+    tested = [(one.name, one.row.paired.difference, one.row.p) for one in found.each if one.row and one.row.paired]
+    better = [name for name, difference, p in tested if p < CLEAR and difference < 0]
+    worse = [name for name, difference, p in tested if p < CLEAR and difference > 0]
+    unclear = [name for name, _, _ in tested if name not in better + worse]
+    base = next((one.name for one in found.each if one.row and one.row.baseline), "the baseline")
+    parts = {f"Clearly better than {base}": better, "clearly worse": worse, "not clear": unclear}
+    texts = "; ".join(f"{title}: {', '.join(names) or 'none'}" for title, names in parts.items())
+    return [f"{texts}. Clear is a Holm-corrected p below {CLEAR}."] if tested else []
 
 
 def _minutes(found: Outcomes) -> list[str]:

@@ -58,7 +58,7 @@ def learning(found: Summary) -> list[Figure]:
     if not found.rows:
         return []
     caption = "Mean over seeds and a band of one standard deviation."
-    metric = next(iter(found.records.values())).metric
+    metric = found.metric
     error, loss = _bands(found, "test_error", 100.0 if metric.endswith("%") else 1.0), _bands(found, "train_loss", 1.0)
     return [
         Figure("test-error", "Test error by epoch", caption, error, axes("epoch", f"test {metric}")),
