@@ -3,8 +3,7 @@
 import json
 import math
 import platform
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from torch import nn
 import steppe
 from steppe.lab.models import mlp
 from tests.cases import sgd
+from tests.processes import Forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,31 +68,31 @@ def test_steps_near_sgd_are_measured(tmp_path: Path) -> None:
     assert "| mlp | `ascent=m` |" in table.tables(tmp_path)
 
 
-KEEPING = """
-import resource, sys, torch
-from benchmarks import record
-torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    record.steady_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):  # the heap takes a few to settle
-    torch.ones(2**24)
-before = faults()
-for _ in range(8):
-    torch.ones(2**24)
-print(record.KEPT, faults() - before)
-"""
+def touch_memory(keep: bool) -> None:
+    torch.set_num_threads(1)
+    if keep:
+        record.steady_memory()
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    for _ in range(12):  # the heap takes a few to settle
+        torch.ones(2**24)
+    before = faults()
+    for _ in range(8):
+        torch.ones(2**24)
+    print(record.KEPT, faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
     found = {}
-    for how in ("keep", "leave"):
-        ran = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True, cwd=ROOT)
-        kept, faults = ran.stdout.split()
-        assert kept == str(how == "keep")
-        found[how] = int(faults)
-    assert found["keep"] * 8 < found["leave"]  # 64 MiB eight times, page by page
+    for keep in (True, False):
+        output, _ = Forked(touch_memory, keep).end()
+        kept, faults = output.split()
+        assert kept == str(keep)
+        found[keep] = int(faults)
+    assert found[True] * 8 < found[False]  # 64 MiB eight times, page by page
 
 
 def test_a_way_predicted_too_slow_is_left_out() -> None:

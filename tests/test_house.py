@@ -281,8 +281,9 @@ def test_lines_are_counted_without_the_docstring() -> None:
     assert list(functions(tree)) == [("A.f", 2)]
 
 
-def test_the_core_needs_torch_alone() -> None:
-    block = f"import sys; [sys.modules.__setitem__(m, None) for m in {EXTRAS}]"
-    code = block + "; import steppe; steppe.SAM; assert 'steppe.lab' not in sys.modules"
+def test_the_core_measuring_and_theory_need_torch_alone() -> None:
+    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {EXTRAS}]; import steppe; steppe.SAM"
+    code += "; assert not {'steppe.measure', 'steppe.sde', 'steppe.toy'} & {*sys.modules}"  # the core knows none
+    code += "; from steppe import measure, sde, toy; measure.minimum; assert 'steppe.lab' not in sys.modules"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

@@ -1,7 +1,6 @@
 """The plugin that runs other projects' tests: its stand-ins look like their classes, and make steppe optimizers."""
 
-import subprocess
-import sys
+from tests.processes import Forked
 
 SCRIPT = """
 import tools.in_place as plugin, torch, steppe
@@ -18,4 +17,5 @@ assert plugin.made == {"SGD": 1} and len(plugin.refused) == 1
 
 def test_stand_ins_are_steppe_optimizers() -> None:
     """In a process of its own, whose torch it changes."""
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+    output, code = Forked(exec, SCRIPT, {}).end()
+    assert code == 0, output

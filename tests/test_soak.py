@@ -42,8 +42,8 @@ from tests.cases import (
     named,
     same_bits,
 )
-from tests.distributed.pool import processes
 from tests.models import Branches, Faulty
+from tests.processes import processes
 from tests.reference import Base, Problem
 
 LONGER = int(os.environ.get("STEPPE_SOAK", "1"))

@@ -8,19 +8,12 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
-
-def processes() -> BaseContext:
-    """Return the context of processes for which torch is imported once, and which are then forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.models", "pytest", "steppe"])
-    return context
+from tests.processes import processes
 
 
 class Pool:

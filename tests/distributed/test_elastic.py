@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests.processes import Forked
 
 pytest.importorskip("lightning_fabric", reason="the optional package lightning-fabric is not installed")
 pytest.importorskip("sklearn")
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from steppe.lab import single, spec
-from steppe.lab.hardware import Hardware
-from steppe.lab.runs import Run
-from steppe.lab.settings import Settings
 
-torch.set_num_threads(1)
-folder, attempt = Path(sys.argv[1]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+def train(folder: Path) -> None:
+    from steppe.lab import single, spec
+    from steppe.lab.hardware import Hardware
+    from steppe.lab.runs import Run
+    from steppe.lab.settings import Settings
 
-def watch(session, line):  # the first process calls it
-    with (folder / f"steps-{attempt}").open("a") as seen:
-        seen.write(f"{session.step} ")
-    if attempt == "0" and session.step >= 25:
-        os.kill(os.getpid(), signal.SIGKILL)
+    torch.set_num_threads(1)
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
-run = Run(spec.parse("FSAM(rho=0.05)"), 0, Settings(train_size=256, batch_size=64, epochs=14, model="mlp-16"))
-single.run(run, folder / "killed", Hardware(), 10, watch=watch)
-single.run(run, folder / "whole", Hardware())
-"""
+    def watch(session, line) -> None:  # the first process calls it
+        with (folder / f"steps-{attempt}").open("a") as seen:
+            seen.write(f"{session.step} ")
+        if attempt == "0" and session.step >= 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = Run(spec.parse("FSAM(rho=0.05)"), 0, Settings(train_size=256, batch_size=64, epochs=14, model="mlp-16"))
+    single.run(run, folder / "killed", Hardware(), 10, watch=watch)
+    single.run(run, folder / "whole", Hardware())
+
+
+def launch(folder: Path) -> None:
+    """Do what ``torchrun --standalone --nproc-per-node 2 --max-restarts 1`` does, by processes that are forked."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
+    config = LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **where)
+    elastic_launch(config, train)(folder)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,14 +50,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_killed_worker_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     """Every attempt gets a store of its own: in a shared one, gloo may read the addresses of the attempt before."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "--max-restarts", "1", script, tmp_path]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    output, code = Forked(launch, tmp_path).end(300)
+    assert code == 0, output
     steps = [(tmp_path / f"steps-{attempt}").read_text().split() for attempt in (0, 1)]
     assert int(steps[0][-1]) >= 25
     assert int(steps[1][0]) > 20  # step 20 has the last checkpoint before

@@ -1,9 +1,6 @@
 """Small comparisons that take a moment, and a data folder in the idx format."""
 
 import gzip
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -12,11 +9,13 @@ from pathlib import Path
 import torch
 from typer.testing import CliRunner
 
+from steppe import cli
 from steppe.lab import spec
 from steppe.lab.commands.group import app
 from steppe.lab.runs import Plan, Run, finish, open_for
 from steppe.lab.settings import Settings
 from steppe.lab.train import Session
+from tests.processes import Forked
 
 TINY = Settings(train_size=256, batch_size=64, epochs=3, model="mlp-16")
 
@@ -35,35 +34,29 @@ def trained(folder: Path, *methods: str, seeds: int = 2, settings: Settings = TI
     return plan
 
 
-def steppe_cli(*arguments, env=None):
+def steppe_cli(*arguments, env=None, charset="utf-8"):
     """Call the command line in this process."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], env=env, prog_name="steppe", terminal_width=200)
+    runner = CliRunner(charset=charset)
+    return runner.invoke(app, [str(a) for a in arguments], env=env, prog_name="steppe", terminal_width=200)
 
 
-class Process:
+class Process(Forked):
     """The command line in a process group of its own."""
 
     def __init__(self, *arguments):
-        command = [sys.executable, "-m", "steppe", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # a shell's background job hands down an ignored Ctrl-C
-        heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        self.process = subprocess.Popen(command, **heard, **pipes)
+        super().__init__(_command, [str(a) for a in arguments])
 
     def until(self, holds):
         deadline = time.monotonic() + 90
         while not holds():
             assert time.monotonic() < deadline, "not in time"
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.is_alive(), self.end()
             time.sleep(0.01)
 
-    def interrupt(self):
-        """Press a terminal's Ctrl-C, which reaches every process of the group."""
-        os.killpg(self.process.pid, signal.SIGINT)
 
-    def end(self):
-        """Return output and exit code once every process that could write to the pipe is gone."""
-        return self.process.communicate(timeout=60)[0], self.process.returncode
+def _command(arguments):
+    sys.argv = ["steppe", *arguments]
+    cli.main()
 
 
 def write_idx(path: Path, data: torch.Tensor) -> None:

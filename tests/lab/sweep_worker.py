@@ -1,9 +1,7 @@
-"""A process of a search whose runs take a moment and are logged: `python sweep_worker.py URL LOG SECONDS`."""
+"""A process of a search whose runs take a moment and are logged."""
 
 import os
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 from steppe.lab.settings import Settings
@@ -39,8 +37,7 @@ def logged(log, seconds):
     return train
 
 
-if __name__ == "__main__":
-    url, log, seconds = sys.argv[1:]
-    work.train = logged(Path(log), float(seconds))
-    site = work.Worksite(url, "test", Path(log).parent, heartbeat=1)
+def search_two_stages(url, log, seconds):
+    work.train = logged(log, seconds)
+    site = work.Worksite(url, "test", log.parent, heartbeat=1)
     print(work.search(TWO_STAGES, site)[0])

@@ -1,8 +1,7 @@
 """Two processes through Lightning Fabric, on the CPU, against one process."""
 
 import os
-import subprocess
-import sys
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,50 +13,53 @@ from steppe.lab.errors import LabError
 from steppe.lab.hardware import Hardware
 from steppe.lab.record import Record
 from steppe.lab.train import Session
+from tests.processes import Forked
 
 from .helpers import TINY, run
 
 pytest.importorskip("lightning_fabric", reason="the optional package lightning-fabric is not installed")
 
-SCRIPT = """
-import os, sys
-from pathlib import Path
-import torch
-from steppe.lab import single, spec
-from steppe.lab.hardware import Hardware
-from steppe.lab.runs import Run
-from steppe.lab.settings import Settings
-torch.set_num_threads(1)
-settings = Settings(train_size=255, batch_size=64, epochs=14, model="mlp-16")
-def stop(session, line):
+SETTINGS = replace(TINY, train_size=255, epochs=14)  # 42 steps; evaluations whose examples two do not share equally
+METHODS = {"fsdp-wsam": "WSAM(rho=0.1)"}  # the others have SGD
+
+
+def as_rank(rank: int, port: int, folder: Path, names: tuple[str, ...]) -> None:
+    """Train one run after another, as a process of torchrun's."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {name: str(value) for name, value in (numbers | where).items()}
+    torch.set_num_threads(1)
+    for name in names:
+        strategy = "fsdp" if name.startswith("fsdp") else "ddp"
+        options = {"watch": leave} if name == "cut" else {}
+        asked = run(METHODS.get(name, "SGD"), settings=SETTINGS)
+        single.run(asked, folder / name.removesuffix("-on"), Hardware(strategy=strategy), 10, **options)
+
+
+def leave(session: Session, line: dict) -> None:
     if session.step >= 25:
         os._exit(7)
-for name in sys.argv[2:]:
-    strategy = "fsdp" if name.startswith("fsdp") else "ddp"
-    options = {"watch": stop} if name == "cut" else {}
-    run = Run(spec.parse("WSAM(rho=0.1)" if name == "fsdp-wsam" else "SGD"), 0, settings)
-    single.run(run, Path(sys.argv[1]) / name.removesuffix("-on"), Hardware(strategy=strategy), 10, **options)
-"""
-SETTINGS = replace(TINY, train_size=255, epochs=14)  # 42 steps; evaluations whose examples two do not share equally
 
 
 def two(folder: Path, *names: str) -> int:
-    """Run serially under torchrun, in one start of two processes."""
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(
-        [*command, folder / "script.py", folder, *names], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert ran.returncode == 0 or "cut" in names, ran.stderr
-    return ran.returncode
+    """Run serially in two processes; return the exit code of the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = (Forked(as_rank, rank, port, folder, names) for rank in (0, 1))
+    output, code = first.end(300)
+    if code:
+        second.kill()
+    assert code == 0 or "cut" in names, output
+    second.end()
+    return code
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Whole runs with DDP and FSDP2, and one that a process left at step 25."""
     folder = tmp_path_factory.mktemp("two")
-    assert two(folder, "ddp", "fsdp", "fsdp-wsam", "cut") != 0
+    assert two(folder, "ddp", "fsdp", "fsdp-wsam", "cut") == 7
     return folder
 
 
@@ -66,9 +68,9 @@ def weights(folder):
     return torch.load(next((folder / "weights").iterdir()), weights_only=True)
 
 
-@pytest.mark.parametrize(("name", "method"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-wsam", "WSAM(rho=0.1)")])
-def test_two_processes_compute_what_one_computes(tmp_path, made, name, method):
-    alone = single.run(run(method, settings=SETTINGS), tmp_path / "one")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-wsam"])
+def test_two_processes_compute_what_one_computes(tmp_path, made, name):
+    alone = single.run(run(METHODS.get(name, "SGD"), settings=SETTINGS), tmp_path / "one")
     together = files.load(next((made / name / "runs").iterdir()), Record)
     a, b = weights(tmp_path / "one"), weights(made / name)
     assert a.keys() == b.keys()

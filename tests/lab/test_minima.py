@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ METHODS = ("SGD", "SAM(rho=0.2)")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A small comparison, of a net small enough to measure in a moment."""
-    trained(tmp_path, *METHODS)
+    trained(tmp_path, *METHODS, seeds=1)
     monkeypatch.setattr(minima, "STEPS", (-1.0, 0.0, 1.0))
     return tmp_path
 
@@ -63,6 +64,7 @@ def test_compare_keeps_weights(tmp_path):
 
 
 def test_the_command_measures_every_run_once_and_reports(folder):
+    trained(folder, *METHODS)
     out = command(folder)
     assert out.exit_code == 0, out.output
     assert "4 runs to measure, 0 already measured" in out.output
@@ -77,7 +79,7 @@ def test_the_command_measures_every_run_once_and_reports(folder):
 
 
 def test_what_is_recorded_is_the_minimum(folder):
-    one, task = run("SAM(rho=0.2)", seed=1), tasks.load(TINY, 1)
+    one, task = run("SAM(rho=0.2)"), tasks.load(TINY, 0)
     ended = files.load(runs.path_of(folder, one), Record)
     found = minima.measured(folder, one, ended)
     assert minima.read(folder, one) == found
@@ -96,37 +98,39 @@ def test_what_is_recorded_is_the_minimum(folder):
 def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
     measured, seen = minima.measured, []
 
-    def stop_at_third(*arguments):
-        if len(seen) == 2:
+    def stop_at_second(*arguments):
+        if seen:
             raise KeyboardInterrupt
         seen.append(arguments)
         return measured(*arguments)
 
-    monkeypatch.setattr(minima, "measured", stop_at_third)
+    monkeypatch.setattr(minima, "measured", stop_at_second)
     out = command(folder)
     assert out.exit_code == 130
     assert "kept" in out.output
-    assert len(list((folder / "minima").glob("*.json"))) == 2
+    assert len(list((folder / "minima").glob("*.json"))) == 1
     monkeypatch.setattr(minima, "measured", measured)
-    assert "2 runs to measure, 2 already measured" in command(folder).output
+    assert "1 runs to measure, 1 already measured" in command(folder).output
 
 
 def test_a_run_that_cannot_be_measured_does_not_stop_the_others(folder):
-    weights_of(folder, run("SGD", seed=1)).unlink()
+    weights_of(folder, run("SGD")).unlink()
     out = command(folder)
     assert out.exit_code == 1
-    assert "SGD seed 1" in out.output
-    assert len(list((folder / "minima").glob("*.json"))) == 3
+    assert "SGD seed 0" in out.output
+    assert len(list((folder / "minima").glob("*.json"))) == 1
     assert "1 finished runs are not measured" in (folder / "summary.md").read_text()
 
 
 def test_damaged_records_are_told(folder):
-    command(folder)
     path = runs.path_of(folder, run("SGD"), "minima")
+    path.parent.mkdir()
     for damage in ("{", json.dumps({"format": 1, "method": "SGD"})):
         path.write_text(damage)
         with pytest.raises(LabError, match="is damaged"):
             minima.read(folder, run("SGD"))
+    other = run("SAM(rho=0.2)")
+    minima.measured(folder, other, files.load(runs.path_of(folder, other), Record))
     report.write(folder)
     assert "is damaged" in (folder / "summary.md").read_text()
 
@@ -136,3 +140,15 @@ def test_a_directory_without_runs_is_an_error(tmp_path):
     runs.open_for(tmp_path / "empty", runs.Plan(TINY, (run("SGD").method,), 1))
     out = command(tmp_path / "empty")
     assert "holds no finished run" in out.output
+
+
+def test_a_run_that_has_diverged_is_told_and_one_of_few_examples_is_measured(tmp_path):
+    few = replace(TINY, train_size=100, batch_size=50)  # one subset of m-sharpness, whose error is unknown
+    trained(tmp_path / "few", "SGD", seeds=1, settings=few)
+    assert command(tmp_path / "few").exit_code == 0
+    assert minima.read(tmp_path / "few", run("SGD", settings=few)).minimum.sharpness_error is None
+    diverged = replace(TINY, lr=1e6)
+    trained(tmp_path / "diverged", "SGD", seeds=1, settings=diverged)
+    out = command(tmp_path / "diverged")
+    assert out.exit_code == 1
+    assert "SGD seed 0: its training loss is not finite" in out.output

@@ -111,13 +111,15 @@ MISTAKES = {
     "compare --fixed --space rho=1,2": ["--fixed makes no search", "--space"],
     "compare --equal steps": ["equal must be one of passes, seconds, epochs"],
     "compare --validation 1": ["validation must be a share"],
+    "compare --fixed --baseline ASAM": ["baseline ASAM is none of the methods"],
     "compare --baseline SAMM": ["baseline 'SAMM' is none of the methods", "did you mean SAM?"],
     "compare --storage nonsense --method SAM --quick": ["cannot open storage nonsense"],
     "compare --storage postgresql://me:secret@host/db": ["STEPPE_STORAGE", "~/.pgpass"],
     # data, models, numbers
     "compare --data cifar": ["unknown data 'cifar'", "did you mean cifar10?"],
     "compare --data fashion_mnist": ["unknown data", "did you mean fashion-mnist?"],
-    "compare --data cifar10": ["no cifar10 in", "--data-dir"],
+    "compare --data cifar10": ["no cifar10 in data/cifar10, data: unpack", "--data-dir"],
+    "compare --data-dir nowhere": ["data-dir goes with --data fashion-mnist"],
     "compare --data fashion-mnist --data-dir nowhere": ["no fashion-mnist in", "nowhere", "--data-dir"],
     "compare --data fashion-mnist --data-dir ../damaged": ["no t10k-labels-idx1-ubyte"],
     "compare --data cifar10 --quick": ["--quick is for digits"],
@@ -126,9 +128,12 @@ MISTAKES = {
     "run SAM --optimizer lion": ["optimizer must be one of sgd, adamw"],
     "run SAM --batch-size 0": ["batch-size must be a positive integer"],
     "run SAM --batch-size 5000": ["batch size 5000 exceeds"],
+    "compare --train-size 1797": ["train-size 1797 exceeds the 1796 examples"],
     "run SAM --train-size 99999": ["train-size 99999 exceeds"],
     "run SAM --lr nan": ["lr must be a positive number"],
     "run SAM --momentum -1": ["momentum must be"],
+    "run SAM --augment crop": ["augment crop is for images"],
+    "run SAM --warmup -1": ["warmup must be a number of steps"],
     "run SAM --noise 40": ["noise must be a number in [0, 1]"],
     "run SAM --device gpu": ["device must be one of auto, cpu, cuda, mps"],
     "run SAM --precision fp16": ["precision must be one of fp32, bf16"],
@@ -173,18 +178,18 @@ def test_a_mistake_is_one_line_that_says_what_to_write(here, words):
 # ---- the system says no
 
 
-def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))  # bytes; a full disk says it with another number
-
-
 def test_a_full_disk_is_one_line(tmp_path):
-    words = [sys.executable, "-m", "steppe", *map(str, FIXED), "--out", str(tmp_path / "r")]
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited)
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, free[1]))  # bytes; a full disk says it with another number
+    try:
+        done = steppe_cli(*FIXED, "--out", tmp_path / "r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
     run, report = done.stderr.strip().splitlines()
     assert run.startswith("SGD seed 0 failed: cannot write ")
     assert report.startswith("error: cannot write ")
     assert run.endswith("File too large")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert not list((tmp_path / "r").rglob("*.tmp"))
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,7 @@ from steppe.lab.errors import LabError
 from steppe.lab.hardware import Hardware
 from steppe.lab.record import Record
 from steppe.lab.train import Session, train
+from tests.processes import Forked
 
 from .helpers import TINY, run
 
@@ -88,25 +87,21 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path):
     assert single.run(asked, tmp_path / "cut", watch=stop_at(0)) == cut  # finished: nothing is trained again
 
 
-KILL = """
-import os, signal, sys
-import torch
-from steppe.lab import single, spec
-from steppe.lab.runs import Run
-from steppe.lab.settings import Settings
-torch.set_num_threads(1)
-sync, count, deadly = os.fsync, 0, int(sys.argv[2])
-def fsync(handle):
-    global count
-    count += 1
-    if count == deadly:
-        os.truncate(handle, os.fstat(handle).st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(handle)
-os.fsync = fsync
-settings = Settings(train_size=256, batch_size=64, epochs=30, model="mlp-16")
-single.run(Run(spec.parse("SAM(rho=0.1, m=16)"), 0, settings), __import__("pathlib").Path(sys.argv[1]), save_every=10)
-"""
+def run_until_sync(asked, folder, deadly):
+    """Train until a file has been half written, and be killed there."""
+    torch.set_num_threads(1)
+    sync, count = os.fsync, 0
+
+    def fsync(handle):
+        nonlocal count
+        count += 1
+        if count == deadly:
+            os.truncate(handle, os.fstat(handle).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(handle)
+
+    os.fsync = fsync
+    single.run(asked, folder, save_every=10)
 
 
 def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path):
@@ -114,8 +109,8 @@ def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     # two syncs a file, content and folder: config.json, metrics.jsonl, then checkpoints
     for deadly in (11, 9):
-        killed = subprocess.run([sys.executable, "-c", KILL, cut, str(deadly)], capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        output, code = Forked(run_until_sync, asked, cut, deadly).end()
+        assert code == -signal.SIGKILL, output
     assert list((cut / "checkpoints").glob(".*.tmp"))  # half a file
     assert 0 < checkpoint.read(path(cut, asked, "checkpoints"))["step"] < 120
     with path(cut, asked, "metrics").open("a") as file:
@@ -217,3 +212,9 @@ def test_a_device_that_is_not_there_is_told():
     with pytest.raises(LabError, match="device cuda is missing: "):
         Hardware(device="cuda").open()
     assert Hardware(device="auto").open().device.type in ("cpu", "mps")
+
+
+def test_auto_is_an_accelerator_for_all_but_an_mlp(monkeypatch):
+    monkeypatch.setattr("steppe.lab.hardware.found", lambda: ["cuda", "cpu"])
+    assert [Hardware("auto").chosen(model).device for model in ("mlp-64", "cnn-8", "my:net")] == ["cpu", "cuda", "cuda"]
+    assert Hardware("mps").chosen("mlp-64").device == "mps"

@@ -1,14 +1,10 @@
 """Searches: what is tried, that each point is trained once whatever dies, and that the test set stays out of it."""
 
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +19,10 @@ from steppe.lab.sweep import space, study, work
 from steppe.lab.sweep.space import Search, Stage
 from steppe.lab.sweep.study import POINT, Grid, open_storage, shown
 from steppe.lab.sweep.work import Worksite
+from tests.processes import Forked
 
 from .helpers import TINY, steppe_cli, write_images
-from .sweep_worker import LRS, TWO_STAGES, result
+from .sweep_worker import LRS, TWO_STAGES, result, search_two_stages
 
 VALID = replace(TINY, validation=0.25, test_seed=0)
 BASE = Stage("base", "SGD", {"lr": (0.05, 0.1), "weight_decay": (1e-4, 1e-3)})
@@ -233,28 +230,6 @@ def test_a_storage_that_cannot_be_opened_is_told_without_its_password():
 # ---- several processes, one of them killed
 
 
-class Worker:
-    """A process that works through `TWO_STAGES`."""
-
-    def __init__(self, url, log):
-        command = [sys.executable, "-m", "tests.lab.sweep_worker", url, str(log), "0.2"]
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, **pipes)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.end()
-
-    def end(self):
-        return self.process.communicate(timeout=300)[0], self.process.returncode
-
-
 def lines(log, word):
     text = log.read_text() if log.exists() else ""
     return [line.split(maxsplit=2) for line in text.splitlines() if line.startswith(word)]
@@ -267,12 +242,12 @@ def killed_in_the_middle_of_a_point(worker, log):
         started = [point for _, who, point in lines(log, "start") if who == pid]
         ended = [point for _, who, point in lines(log, "end") if who == pid]
         if ended and len(started) == len(ended) + 1:
-            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.kill()
             worker.end()
             if len([1 for _, who, _ in lines(log, "end") if who == pid]) == len(ended):
                 return started[-1]
             raise AssertionError("the point ended before the kill")
-        assert worker.process.poll() is None, worker.end()[0]
+        assert worker.process.is_alive(), worker.end()[0]
         time.sleep(0.005)
     raise AssertionError("no point was under way in time")
 
@@ -280,9 +255,9 @@ def killed_in_the_middle_of_a_point(worker, log):
 def test_workers_share_a_study_one_is_killed_nothing_is_lost_and_nothing_runs_twice(tmp_path, monkeypatch):
     """On SQLite, or on the empty database that STEPPE_TEST_STORAGE names."""
     url, log = os.environ.get("STEPPE_TEST_STORAGE", f"sqlite:///{tmp_path / 'study.db'}"), tmp_path / "log"
-    with Worker(url, log) as first, Worker(url, log) as second, Worker(url, log) as third:
-        lost = killed_in_the_middle_of_a_point(first, log)
-        outputs = [worker.end() for worker in (second, third)]
+    first, *others = [Forked(search_two_stages, url, log, 0.2) for _ in range(3)]
+    lost = killed_in_the_middle_of_a_point(first, log)
+    outputs = [worker.end(300) for worker in others]
     assert [code for _, code in outputs] == [0, 0], outputs
     assert [output for output, _ in outputs] == ["{'lr': 0.05, 'rho': 0.1}\n"] * 2
 

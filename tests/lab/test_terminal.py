@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -119,13 +118,10 @@ def test_other_encodings_get_hyphens_and_question_marks():
 
 def test_a_report_in_cp1252(tmp_path):
     trained(tmp_path, "SGD", "SAM(rho=0.1)")
-    plain = {**os.environ, "PYTHONIOENCODING": "cp1252", "COLUMNS": "100"}
     for words in (["report", str(tmp_path)], ["--help"], ["compar"]):
-        done = subprocess.run([sys.executable, "-m", "steppe", *words], capture_output=True, env=plain)
-        told = (done.stdout + done.stderr).decode("cp1252")
-        assert done.returncode == (2 if words == ["compar"] else 0), told
-        assert "Traceback" not in told
-        assert "Difference: method minus SGD" in told or words[0] != "report"
+        done = steppe_cli(*words, env={"COLUMNS": "100"}, charset="cp1252")
+        assert done.exit_code == (2 if words == ["compar"] else 0), done.output
+        assert "Difference: method minus SGD" in done.stdout or words[0] != "report"
 
 
 def test_no_color(monkeypatch):

@@ -38,10 +38,20 @@ def test_a_loss_without_classes_has_no_error():
     assert own.error is None
 
 
+def test_one_subset_has_no_error_and_what_is_not_finite_is_an_error():
+    model = net()
+    row = minimum(model, CRITERION, data(), sharpness=WorstCase(0.1, m=None))
+    assert (row.sharpness > 0, row.sharpness_error) == (True, None)
+    steep = lambda model, x: 1e30 * model(x).squeeze(1)  # noqa: E731 - the square of its gradient is above float32
+    with pytest.raises(FloatingPointError, match="trace_V of the minimum: not finite"):
+        minimum(nn.Linear(4, 1), steep, torch.randn(4, 4))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bfloat16_model_is_measured_as_its_float32_copy(compiled):
     low, (x, y) = net(torch.bfloat16), data(dtype=torch.bfloat16)
     model = torch.compile(low, backend="aot_eager") if compiled else low
-    row = minimum(model, CRITERION, (x, y))
-    expected = minimum(copy.deepcopy(low).float(), CRITERION, (x.float(), y))
+    ball = WorstCase(0.05, m=8)
+    row = minimum(model, CRITERION, (x, y), sharpness=ball)
+    expected = minimum(copy.deepcopy(low).float(), CRITERION, (x.float(), y), sharpness=ball)
     assert dataclasses.astuple(row)[:-3] == pytest.approx(dataclasses.astuple(expected)[:-3], rel=1e-4)

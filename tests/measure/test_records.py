@@ -2,8 +2,6 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,13 +40,3 @@ def test_the_benchmark_finds_the_top_eigenvalue():
     exact = eigenpairs(Hessian(Problem(model, CRITERION, xy)), tol=1e-4).value
     assert rows[-1]["value"] == pytest.approx(exact, rel=1e-3)
     assert [row["phase"] for row in rows[:2]] == ["3 images", "6 images"]
-
-
-def test_measuring_and_theory_need_torch_alone():
-    blocked = ("numpy", "scipy", "sklearn", "matplotlib", "plotly", "rich", "typer")
-    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {blocked}]"
-    code += "; from steppe import measure, sde, toy; measure.minimum; assert 'steppe.lab' not in sys.modules"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    bare = [sys.executable, "-W", "ignore", "-c", "import sys, steppe; assert 'steppe.measure' not in sys.modules"]
-    assert subprocess.run(bare).returncode == 0  # the core does not know it

@@ -7,7 +7,7 @@ the model in DDP or FSDP2. A single process works without Fabric, whose import t
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ class Hardware:
         for name in ("devices", "nodes"):
             if getattr(self, name) < 1:
                 raise LabError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+
+    def chosen(self, model: str) -> "Hardware":
+        """Return it with ``auto`` decided for a model: the cpu for an MLP, whose steps are too short for another."""
+        if self.device != "auto":
+            return self
+        return replace(self, device="cpu" if model.startswith("mlp") else found()[0])
 
     def open(self) -> "Process":
         """Launch every process and return this one.

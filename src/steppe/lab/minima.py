@@ -55,8 +55,10 @@ def trained(folder: Path, run: Run, ended: Record, task: tasks.Task) -> nn.Modul
     """Return a finished run's model.
 
     Raises:
-        LabError: its weights are missing, or their training loss is not the recorded one.
+        LabError: its loss is not finite, its weights are missing, or their training loss is not the recorded one.
     """
+    if ended.train_loss is None:
+        raise LabError("its training loss is not finite: there is no minimum to measure")
     path = path_of(folder, run, "weights")
     if not path.exists():
         raise LabError(
@@ -66,7 +68,7 @@ def trained(folder: Path, run: Run, ended: Record, task: tasks.Task) -> nn.Modul
     model = built(run, task)
     model.load_state_dict(torch.load(path, weights_only=True))
     loss, _ = evaluate(model, task.inputs, task.labels[:SEEN], own=task.own)
-    if ended.train_loss is None or abs(loss - ended.train_loss) > RTOL * max(abs(ended.train_loss), RTOL):
+    if not abs(loss - ended.train_loss) <= RTOL * max(abs(ended.train_loss), RTOL):
         raise LabError(f"{path} does not belong to its record: training loss {loss:.6g}, recorded {ended.train_loss}")
     return model
 

@@ -1,5 +1,6 @@
 """The measurements of one minimum as one row of a table."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,8 +25,9 @@ class Minimum:
     answers (``None`` if the loss is no criterion on class labels); ``g_norm``, the norm of the mean loss's gradient.
     Of the Hessian: ``top``, its largest eigenvalue, with ``top_residual``, ``norm(H v - top v)``; ``trace`` with its
     standard error. ``trace_V`` is the trace of the gradient covariance (population). ``sharpness`` is the mean rise of
-    the loss in the ball of ``measure`` (an expression), with its standard error over the subsets. ``converged`` says
-    whether eigenvalue and trace met their tolerances, ``products`` how many Hessian-vector products they took.
+    the loss in the ball of ``measure`` (an expression), with its standard error over the subsets (``None`` for one
+    subset). ``converged`` says whether eigenvalue and trace met their tolerances, ``products`` how many Hessian-vector
+    products they took.
     """
 
     n: int
@@ -38,7 +40,7 @@ class Minimum:
     trace_error: float
     trace_V: float
     sharpness: float
-    sharpness_error: float
+    sharpness_error: float | None
     measure: str
     converged: bool
     products: int
@@ -64,6 +66,7 @@ def minimum(
 
     Raises:
         ValueError: see :class:`Problem` and :func:`gradient_noise`.
+        FloatingPointError: a measured number is not finite, as at weights that have diverged.
 
     Example:
         >>> row = measure.minimum(model, nn.CrossEntropyLoss(reduction="none"), (inputs, targets))
@@ -75,7 +78,7 @@ def minimum(
     trace = hutch_pp(H, tol=tol, most=400, seed=seed)
     noise = gradient_noise(problem)
     ball = sharpness(problem)
-    return Minimum(
+    found = Minimum(
         n=problem.n,
         loss=float(problem.losses().double().mean()),
         error=_error(problem),
@@ -86,11 +89,14 @@ def minimum(
         trace_error=trace.error,
         trace_V=noise.trace,
         sharpness=ball.value,
-        sharpness_error=ball.error,
+        sharpness_error=ball.error if len(ball.rises) > 1 else None,
         measure=repr(sharpness),
         converged=top.converged and trace.converged,
         products=top.products + trace.products,
     )
+    if bad := [name for name, value in vars(found).items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise FloatingPointError(f"{', '.join(bad)} of the minimum: not finite")
+    return found
 
 
 def _error(problem: Problem) -> float | None:

@@ -66,7 +66,7 @@ SearchMinutes = Annotated[
 ]
 Near = Annotated[int, typer.Option(min=0, help="How many of the trials are drawn near the best of the others.")]
 SearchDraw = Annotated[int, typer.Option(min=0, help="Another number: other trials and other seeds of the searches.")]
-Clean = Annotated[bool, typer.Option(help="Keep the held-out labels free of --noise.")]
+Clean = Annotated[bool, typer.Option("--clean-validation", help="Keep the held-out labels free of --noise.")]
 IsFixed = Annotated[bool, typer.Option("--fixed", help="Compare at the given parameters, without a search.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so long, keep everything, exit with 75.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/compare-DATA")]
@@ -92,7 +92,7 @@ def compare(
     fixed: IsFixed = False,
     baseline: Baseline = None,
     storage: Storage = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     precision: Precision = "fp32",
     workers: Workers = None,
     minutes: Minutes = None,
@@ -100,7 +100,7 @@ def compare(
     quick: Quick = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Compare methods with an equal search for each, then final seeds, on one task; write a report.
+    r"""Compare methods with an equal search for each, then final seeds, on one task; write a report.
 
     The base optimizer is always there: tuned, for as many passes (or seconds), and at a quarter of the batch size. The
     same command continues a directory; with --fixed, methods and seeds may be added to it.
@@ -108,20 +108,18 @@ def compare(
     Examples:
 
         steppe compare --quick
-
-        steppe compare --task mytask:cars --method SAM --method 'SAM(m={m}, sampled=1)'
-
+        steppe compare --task mytask:cars --method 'SAM(m={m}, sampled=1)'
         steppe compare --noise 0 --method WSAM --trials 30 --space rho=0.02..2
-
-        steppe compare --fixed --method SGD --method 'SAM(rho=0.5)' --method 'WSAM(rho=0.5, gamma=0.9)' --seeds 10
-
-        until steppe compare --data cifar10 --model wrn28-10 --device cuda --minutes 9; do test $? = 75 || break; done
+        steppe compare --fixed --seeds 10 --method SGD \
+            --method 'SAM(rho=0.5)' --method 'WSAM(rho=0.5, gamma=0.9)'
+        until steppe compare --data cifar10 --minutes 9
+            do test $? = 75 || break; done
     """
     from steppe.lab import presets
 
     source = source_of(data, task)
     folder = out or _folder(source, fixed, quick)
-    common = (folder, workers, Console(stderr=as_json), _hardware(device, precision), _until(minutes))
+    common = (folder, workers, Console(stderr=as_json), _until(minutes), device, precision)
     searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
     searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
     searching |= {"validation": validation, "clean": clean_validation or None}
@@ -140,11 +138,11 @@ def _printed(code: int, folder: Path, baseline: str | None) -> int:
     return code
 
 
-def _hardware(device: str, precision: str) -> "Hardware":
+def _hardware(device: str, precision: str, model: str) -> "Hardware":
     """Return the hardware after a look whether it is there."""
     from steppe.lab.hardware import Hardware
 
-    asked = Hardware(device=device, precision=precision)
+    asked = Hardware(device=device, precision=precision).chosen(model)
     asked.open()
     return asked
 
@@ -177,14 +175,15 @@ def compared(
     folder: Path,
     workers: int | None,
     console: Console,
-    hardware: "Hardware | None" = None,
     until: float = float("inf"),
+    device: str = "cpu",
+    precision: str = "fp32",
 ) -> int:
     """Train the runs that a directory lacks, and report; return the exit code."""
     from steppe.lab.compare import compare
-    from steppe.lab.hardware import CPU
 
-    return _reported(folder, console, None, lambda: compare(folder, plan, workers, hardware or CPU, console, until))
+    hardware = _hardware(device, precision, plan.settings.model)
+    return _reported(folder, console, None, lambda: compare(folder, plan, workers, hardware, console, until))
 
 
 def searched(
@@ -192,8 +191,9 @@ def searched(
     folder: Path,
     workers: int | None,
     console: Console,
-    hardware: "Hardware",
     until: float,
+    device: str,
+    precision: str,
     storage: str | None,
     baseline: str | None,
 ) -> int:
@@ -201,7 +201,7 @@ def searched(
     from steppe.lab import fair
     from steppe.lab.sweep.study import open_storage
 
-    known = fair.everyone(asked)
+    hardware, known = _hardware(device, precision, asked.settings.model), fair.everyone(asked)
     if baseline is not None and baseline not in known:
         raise unknown(f"baseline {baseline!r} is none of the methods", baseline, known)
     if storage is not None:

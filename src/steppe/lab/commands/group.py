@@ -4,6 +4,7 @@ import codecs
 import os
 import sys
 from importlib import import_module
+from inspect import cleandoc
 from shutil import get_terminal_size
 from typing import Annotated, Any
 
@@ -103,13 +104,21 @@ def _tolerate(stream: Any) -> None:
 
 
 def _markup() -> Any:
-    """Return how help is set: in boxes, which would cut words in a narrow terminal, or as plain paragraphs there."""
-    return "rich" if get_terminal_size().columns >= 80 else None
+    """Return how help is set: in boxes, whose columns need room, or as plain paragraphs in a narrow terminal."""
+    return "rich" if get_terminal_size().columns >= 100 else None
+
+
+def _set(text: str) -> str:
+    """Return a help text whose prose breaks where the terminal ends and whose examples keep their lines."""
+    keep = "" if _markup() else "\b\n"  # how Typer's plain help is told
+    paragraphs = cleandoc(text).split("\n\n")
+    return "\n\n".join(keep + one if one.startswith(" ") else one.replace("\n", " ") for one in paragraphs)
 
 
 def _loaded(name: str) -> Any:
     one = typer.Typer(add_completion=False, rich_markup_mode=_markup())
-    one.command(name)(getattr(import_module(COMMANDS[name][0]), name))
+    command = getattr(import_module(COMMANDS[name][0]), name)
+    one.command(name, help=_set(command.__doc__))(command)
     return typer.main.get_command(one)
 
 

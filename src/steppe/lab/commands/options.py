@@ -37,7 +37,8 @@ OwnTask = Annotated[str | None, typer.Option(help="Your task, module:function; t
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, mps, or auto: an accelerator if there is one.", autocompletion=completed(names.DEVICES)
+        help="cpu, cuda, mps, or auto: an accelerator if there is one, for all but an MLP.",
+        autocompletion=completed(names.DEVICES),
     ),
 ]
 Precision = Annotated[str, typer.Option(help="fp32 or bf16.", autocompletion=completed(names.PRECISIONS))]
@@ -60,7 +61,9 @@ Storage = Annotated[
         show_default="SQLite in OUT",
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one a core")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one a core; one on an accelerator")
+]
 
 
 def source_of(data: str, task: str | None) -> str:

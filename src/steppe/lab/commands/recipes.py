@@ -29,12 +29,13 @@ def recipes(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the papers' studies, or show one with its protocol and what is known of it.
+    """List the papers' studies.
+
+    With the name of one, show it with its protocol and what is known of it.
 
     Examples:
 
         steppe recipes
-
         steppe recipes label_noise
     """
     from steppe.lab.recipes import RECIPES, listing, named
@@ -58,15 +59,15 @@ def reproduce(
     workers: Workers = None,
     out: Out = None,
 ) -> None:
-    """Run a recipe: its search on a validation split, its comparison on the test set, a report for each study.
+    r"""Run a recipe: its search on a validation split, its comparison on the test set, a report for each study.
 
     The same command continues where it was stopped.
 
     Examples:
 
         steppe reproduce label_noise --study noise-0.4
-
-        steppe reproduce wsam_classification --scale paper --data-dir ~/data --storage postgresql://lab@host/sweeps
+        steppe reproduce wsam_classification --scale paper \
+            --storage postgresql://lab@host/sweeps
     """
     from steppe.lab.commands.compare import compared
     from steppe.lab.commands.report import minima_measured
@@ -106,8 +107,7 @@ def sweep(
     Examples:
 
         steppe sweep wsam_classification
-
-        steppe sweep label_noise --study noise-0.4 --space rho=0.1,0.2,0.3 --seeds 3
+        steppe sweep label_noise --study noise-0.4 --space rho=0.1,0.2
     """
     from steppe.lab.errors import LabError
     from steppe.lab.recipes.reproduce import choose, searched

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def report(folder: Folder, baseline: Baseline = None, as_json: AsJSON = False) -> None:
-    """Rebuild a directory's report.html, summary.md and summary.csv from its records alone.
+    """Rebuild a directory's report.html, summary.md and summary.csv.
+
+    They are made from its records alone.
 
     Examples:
 
         steppe report runs/compare-digits
-
-        steppe report runs/label_noise-laptop/noise-0.4 --baseline 'SAM(rho=0.5)' --json
+        steppe report runs/compare-digits --baseline 'SAM(m=16)' --json
     """
     if as_json:
         print_json(folder, baseline)

@@ -47,15 +47,16 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/DATA-METHOD-sSEED")] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Train one model with one method on one task; the same command continues it, also after kill -9.
+    r"""Train one model with one method on one task.
+
+    The same command continues it, also after kill -9.
 
     Examples:
 
-        steppe run "SAM(rho=0.2)"
-
-        steppe run "WSAM(rho=0.1, gamma=0.9)" --data cifar10 --data-dir ~/data --noise 0.4 --device cuda
-
-        torchrun --nproc-per-node 8 --no-python steppe run "SAM(rho=0.05)" --data cifar10 --data-dir ~/data
+        steppe run 'SAM(rho=0.2)'
+        steppe run 'WSAM(rho=0.1, gamma=0.9)' --data cifar10 --noise 0.4
+        torchrun --nproc-per-node 8 --no-python \
+            steppe run 'SAM(rho=0.05)' --data cifar10 --data-dir ~/data
     """
     import torch
 
@@ -63,7 +64,7 @@ def run(
     from steppe.lab.hardware import Hardware
 
     asked = presets.planned(source_of(data, task), given, [method], seeds=1, first=seed).runs()[0]
-    hardware = Hardware(device, devices, nodes, strategy, precision)
+    hardware = Hardware(device, devices, nodes, strategy, precision).chosen(asked.settings.model)
     if threads or asked.settings.model.startswith("mlp"):  # small products wait for their threads
         torch.set_num_threads(threads or 1)
     console, folder = Console(stderr=as_json), out or single.folder_of(asked)
