@@ -141,4 +141,5 @@ class Recurrent:
     record = evaluate = run
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add nothing: the gradients of the copies are those of the micro-batches."""
+        """Add the gradients of the copies, which are those of the micro-batches."""
+        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]

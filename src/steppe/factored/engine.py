@@ -15,7 +15,7 @@ from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import WEIGHTED, Collector, Recorded
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import FirstPass
-from steppe.factored.plans import Entry, entry_for, known, prove, refusal
+from steppe.factored.plans import Entry, entry_for, prove, refusal
 from steppe.factored.shared import SharingPlan, by_part, record, second_pass
 from steppe.factored.tracked import CannotFactor, NotProven
 from steppe.factored.verify import described
@@ -70,9 +70,9 @@ class SharedPasses:
 
     def _g_adv(self, f: Oracle, plan: SharingPlan, rule: Rule, parts: MicroBatches, reweighted: bool) -> Vector:
         """Return the mean over micro-batches of the gradients at ``w + eps_k``, from both passes."""
-        needs_g, pool = f.needs_g, known(f.batch().model).pool
+        needs_g = f.needs_g
         within, collector = (None, None) if reweighted else (parts, by_part(parts, f))
-        recorded = record(f, plan, pool, within, collector, needs_g)
+        recorded = record(f, plan, within, collector, needs_g)
         plan.covers(recorded.first)
         if reweighted:
             _reweight(recorded, parts, rule)
@@ -85,12 +85,14 @@ class SharedPasses:
         return g_adv
 
     def _worth(self, f: Oracle, m: int | None, weights: str) -> bool:
-        """Return whether to try: one micro-batch, or two on a CPU, gain only where factors save multiplications.
+        """Return whether to try: two micro-batches on a CPU gain only where factors save multiplications, or if asked.
+
+        One micro-batch is plain SAM, which gains only there.
 
         Plain SAM on a whole batch runs as it is: its memory is that of a closure, and nothing need be proven.
         """
-        few = 1 if f.passes.parameters.devices else 2
-        if m is not None and (len(f.batch()) > few * m or self.parallel is True):
+        n, few = len(f.batch()), 1 if f.passes.parameters.devices else 2
+        if m is not None and n > m and (n > few * m or self.parallel is True):
             return True
         if m is None and (weights == "uniform" or f.needs_g):
             return False
@@ -132,7 +134,7 @@ class SharedPasses:
         """Return ``norm(grad f_i)`` of one batch's examples, and what the first pass has recorded."""
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
-            recorded = record(f, plan, known(f.batch().model).pool, None, _by_example, needs_g)
+            recorded = record(f, plan, None, _by_example, needs_g)
             plan.covers(recorded.first)
             return recorded.by_example(), recorded
 
@@ -177,7 +179,7 @@ class SharedPasses:
         """
 
         def run(plan: SharingPlan) -> Recorded:
-            recorded = record(f, plan, known(f.batch().model).pool)
+            recorded = record(f, plan)
             plan.covers(recorded.first)
             return recorded
 

@@ -22,7 +22,6 @@ from steppe.engine.vector import Vector, wide
 from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import relative_cost, weighted_sum
 from steppe.factored.draws import Draws
-from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches, Place, places
@@ -213,7 +212,7 @@ class Rehearsal:
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
         parts = MicroBatches(self.n, self.m)
-        recorded = record(trial, plan, TensorPool(), self.parts, by_part(parts, trial))
+        recorded = record(trial, plan, self.parts, by_part(parts, trial))
         second = second_pass(trial, recorded, parts, Euclidean().radial)
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():

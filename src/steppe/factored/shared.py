@@ -12,7 +12,7 @@ from torch import Tensor
 from steppe.engine.oracle import Oracle
 from steppe.factored.black_box import black_boxes
 from steppe.factored.collect import TWO_PASSES, Collector, Recorded
-from steppe.factored.gradients import TensorPool, squared_norms, uncast
+from steppe.factored.gradients import squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
 from steppe.factored.passes import FirstPass, SecondPass
@@ -80,7 +80,6 @@ class SharingPlan:
 def record(
     f: Oracle,
     plan: SharingPlan,
-    pool: TensorPool,
     parts: MicroBatches | None = None,
     collector: Callable[[FirstPass], Collector] | None = None,
     needs_g: bool = False,
@@ -90,13 +89,12 @@ def record(
     Args:
         f: the oracle, of one batch.
         plan: a proven plan.
-        pool: the memory of gradients that are held whole.
         parts: the micro-batches within which examples may influence one another; ``None`` where none may.
         collector: makes a collector of gradients, which works and frees factors during the backward pass.
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, parts, pool)
+    first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, parts)
     first.proven = plan.calls
     collecting = collector(first) if collector else None
     first.on_delta = None if collecting is None else _collecting(collecting, plan)

@@ -90,12 +90,12 @@ class Tracked:
 
     def index(self, t: object) -> int | None:
         """Return the index of a tracked parameter, ``None`` for anything else."""
-        return self.parameters.get(id(t)) if isinstance(t, Tensor) else None
+        return self.parameters.get(id(t))
 
     def first_in(self, args: Iterable[Any]) -> int | None:
         """Return the index of the first tracked parameter among arguments, also inside lists."""
         for a in args:
-            index = self.first_in(a) if isinstance(a, list | tuple) else self.index(a)
+            index = self.first_in(a) if isinstance(a, list | tuple) else self.parameters.get(id(a))
             if index is not None:
                 return index
         return None
