@@ -91,6 +91,8 @@ def test_a_vanishing_rho_tends_to_the_base_optimizer(case: Case) -> None:
         opt._stepper.rule = opt.rule.rule  # between its SAM steps it adds what was remembered, at full length
     if case.name.endswith("SANER"):
         pytest.skip("half of the entries are smaller at w + eps, however short eps is")
+    if case.name == "X-SAM":
+        pytest.skip("its update has the length 1")
     for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
         opt.step(a)
         plain.step(b)
@@ -200,7 +202,7 @@ def test_the_loss_returned_is_the_one_at_w(case: Case) -> None:
     expected = on.losses().mean()
     if case.name == "n-SAM, sharpest":
         expected = w.batch.losses().mean()
-    if case.name == "sampled ascent":  # its pass at w is over the subset alone
+    if case.name in ("sampled ascent", "AsyncSAM, from a part"):  # its pass at w is over the subset alone
         expected = sampling.batch_of(sampling.drawn(w.batch, 4, 1, 0, 0)[0]).losses().mean()
     torch.testing.assert_close(opt.step(w.batch), expected.detach())
 

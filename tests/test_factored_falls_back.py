@@ -130,7 +130,7 @@ def test_parallel_true_gives_the_error_itself() -> None:
 
 
 @pytest.mark.usefixtures("rehearsed_once")
-@pytest.mark.parametrize("broken", ["by_example", "weighted"])
+@pytest.mark.parametrize("broken", ["norms", "weighted"])
 def test_rw_sam_without_memory_takes_the_probe(broken: str, monkeypatch) -> None:
     _, opt, batches = warm(lambda base: steppe.RWSAM(base, 0.3))
     from steppe.factored.collect import Recorded

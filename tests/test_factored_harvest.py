@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steppe
-from steppe.factored import engine, shared
+from steppe.factored import shared
 from steppe.factored.collect import Collector, Cost
 from steppe.factored.gradients import Factors, Whole
 from steppe.factored.maps import Dense, Use
@@ -180,8 +180,7 @@ def test_what_was_recorded_is_let_go_of_as_backward_goes(method: str, whole: boo
             alive.append(any(isinstance(g, Factors) for g in self.matrices.values()))
 
     monkeypatch.setattr(Cost, "whole", lambda *_: whole)
-    for module in (engine, shared):
-        monkeypatch.setattr(module, "Collector", Watched)
+    monkeypatch.setattr(shared, "Collector", Watched)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 3))
     options = {"m": 3} if method == "SAM" else {}
     opt = getattr(steppe, method)(sgdm(model), 0.1, parallel=True, **options)

@@ -2,8 +2,8 @@
 
 The numbers of the authors' code were made by running it on ``(3 x^2 + 4 y^2) / 2`` from (1, 1) with lr 0.1 and rho 0.5,
 in float64: XSAM (Cccjl219/XSAM 15f9c6f), Momentum-SAM (MarlonBecker/MSAM 780fa4f, the weights without their
-perturbation), Lookbehind (chandar-lab/Lookbehind-SAM) and Eigen-SAM (RitianLuo/EigenSAM, with the eigenvector that five
-steps of power iteration from g give).
+perturbation), Lookbehind (chandar-lab/Lookbehind-SAM), Eigen-SAM (RitianLuo/EigenSAM, with the eigenvector that five
+steps of power iteration from g give) and X-SAM (huang5467/X-SAM f69c21b, from -g_adv, as the sign is of no meaning).
 """
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
-from steppe import Oracle, SharpnessAware, Update
+from steppe import BothWeighted, ByClass, EigenCorrected, Oracle, Rule, SharpnessAware, Stale, Update
 from steppe.engine.checks import KEPT, check_state
 from steppe.engine.parameters import Parameters, Radii
 from steppe.pieces.protocol import Declaration
@@ -26,6 +26,7 @@ AUTHORS = {
     "XSAM": (sgd, lambda b: steppe.XSAM(b, 0.5, every=1), [(0.6299358139, 0.4266305744), (0.3478488781, 0.1049955477)]),
     "Lookbehind": (sgd, lambda b: steppe.LookbehindSAM(b, 0.5), [(0.5671379684, 0.3579393584), (0.2279735003, 0.0169436976)]),
     "Eigen-SAM": (sgd, lambda b: steppe.EigenSAM(b, 0.5), [(0.6208128911, 0.4291871088), (0.3365812565, 0.1041616780), (0.1065966065, -0.0449693894)]),
+    "X-SAM": (sgd, lambda b: SharpnessAware(b, Rule(combine=EigenCorrected()), 0.5), [(0.9399064925, 0.9001248273), (0.8783670465, 0.8014505103), (0.8152163594, 0.7041731363)]),
 }  # fmt: skip
 
 
@@ -47,6 +48,37 @@ def test_the_authors_numbers(name: str) -> None:
     base, make, path = AUTHORS[name]
     for found, expected in zip(on_quadratic(make, base, len(path)), path, strict=True):
         torch.testing.assert_close(found, vector(*expected), rtol=0, atol=1e-9)
+
+
+def test_focal_sam_as_its_authors() -> None:
+    """The numbers were made by running scongl/Focal-SAM 86c13c6 on the same weights, data and counts."""
+    model = nn.Linear(2, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.1, -0.2], [0.3, 0.4], [-0.5, 0.6]], dtype=torch.float64))
+    x = torch.tensor([[1, 2], [-1, 0.5], [0.3, -0.7], [2, -1]], dtype=torch.float64)
+    batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x, torch.tensor([0, 1, 2, 0]))
+    opt = SharpnessAware(sgd(model), BothWeighted(ByClass((5, 3, 2))), 0.5)
+    for row in ((0.14845912999216712, -0.16315165827152095), (0.1944272791866089, -0.12641922299653582)):
+        opt.step(batch)
+        torch.testing.assert_close(model.weight[0].detach(), vector(*row), rtol=0, atol=1e-12)
+    assert opt.telemetry.passes == 3
+
+
+@pytest.mark.parametrize("y", [torch.zeros(4), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int32)])
+def test_weights_by_class_need_class_numbers(y: Tensor) -> None:
+    model = nn.Linear(2, 3)
+    batch = steppe.Batch.supervised(model, lambda out, t: out.sum(1), torch.ones(4, 2), y)
+    with pytest.raises(TypeError, match="targets are class numbers"):
+        SharpnessAware(sgd(model), BothWeighted(ByClass((1, 1, 1)))).step(batch)
+    for counts in ((), (0, 0), (2, -1)):
+        with pytest.raises(ValueError, match="counts must hold"):
+            ByClass(counts)
+
+
+def test_async_sam_ascends_by_the_gradient_of_the_step_before() -> None:
+    path = on_quadratic(lambda b: SharpnessAware(b, Rule(Stale()), 0.5), steps=2)
+    torch.testing.assert_close(path[0], vector(0.61, 0.44))  # SAM: there is no step before
+    torch.testing.assert_close(path[1], path[0] - 0.1 * A @ (path[0] + 0.5 * vector(0.6, 0.8)))
 
 
 def test_lookbehind_with_a_share_for_every_tensor_as_its_authors() -> None:
@@ -357,6 +389,25 @@ def test_functional_sam_refuses_a_criterion_that_is_trained(named: bool) -> None
         runs.clear()
 
 
+def test_a_function_with_trained_parameters_is_refused_before_anything_is_changed() -> None:
+    torch.manual_seed(0)
+    scale = nn.Parameter(torch.ones(3))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    x, y = torch.randn(6, 5), torch.arange(6) % 3
+    criterion = lambda out, t: nn.functional.cross_entropy(out * scale, t, reduction="none")  # noqa: E731
+    both = [steppe.Batch.supervised(model, criterion, x[i : i + 3], y[i : i + 3]) for i in (0, 3)]
+    before, random = [t.clone() for t in model.state_dict().values()], torch.get_rng_state()
+    for options, batch in (({}, both[0]), ({"m": 2}, both[0]), ({"m": 2, "sampled": 1}, both)):
+        with pytest.raises(TypeError, match="criterion must use no parameter"):
+            steppe.FunctionalSAM(torch.optim.SGD([*model.parameters(), scale]), **options).step(batch)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+        assert torch.equal(random, torch.get_rng_state())
+    opt = steppe.FunctionalSAM(torch.optim.SGD(model.parameters()), 0.1)  # where it is not trained
+    for k in (1, 2):
+        opt.step(both[0])
+        assert (opt.telemetry.passes, int(model[1].num_batches_tracked)) == (2, k)
+
+
 def test_functional_sam_refuses_a_loss_that_only_has_a_criterion() -> None:
     w = world()
 
@@ -454,10 +505,12 @@ def test_a_base_without_the_state_that_is_read_is_refused(method: type[Sharpness
     class Unknown(torch.optim.SGD):
         pass
 
-    opt = method(Unknown(w.parameters(), lr=0.1))  # known by its first step
+    opt, runs = method(Unknown(w.parameters(), lr=0.1)), []  # known by its first step
     opt.step(w.batch)
-    with pytest.raises(TypeError, match="needs a base optimizer that keeps"):
+    w.model.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(TypeError, match=r"needs a base optimizer that keeps .* got Unknown that does not"):
         opt.step(w.batch)
+    assert not runs  # before any pass
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "NAdam", *KEPT])

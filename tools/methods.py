@@ -16,7 +16,7 @@ import steppe.methods
 
 ROOT = Path(__file__).parents[1]
 PAGE, INIT = ROOT / "docs" / "methods.md", ROOT / "src" / "steppe" / "api.py"
-SLOTS = ("combine", "geometry", "rules", "sample", "select", "weights", "which")
+SLOTS = ("combine", "eigen", "geometry", "rules", "sample", "select", "weights", "which")
 
 
 def call(method: type[steppe.SharpnessAware]) -> str:

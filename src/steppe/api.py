@@ -52,10 +52,10 @@ from steppe.pieces.combine import (
     SurrogateGap,
     Weighted,
 )
+from steppe.pieces.eigen import Eigen, EigenCorrected
 from steppe.pieces.geometry import (
     Accumulated,
     Adaptive,
-    Eigen,
     Euclidean,
     Fisher,
     LossBudget,
@@ -76,23 +76,24 @@ from steppe.pieces.sample import (
     OnFull,
     Reweighted,
     Smoothed,
+    Stale,
     Subset,
 )
 from steppe.pieces.select import All, Sharpest
-from steppe.pieces.weights import EffectiveSize, Exact, FiniteDifference, Softmax
+from steppe.pieces.weights import ByClass, EffectiveSize, Exact, FiniteDifference, Softmax
 from steppe.pieces.which import Everything, Matrices, Named
 from steppe.rule import Every, Micro, Plain, Rule, WhereSteep
 from steppe.telemetry import Telemetry
 
 __all__ = [
     "AESAM", "ASAM", "ESAM", "FSAM", "GAM", "GCSAM", "GSAM", "LESAM", "METHODS", "NSAM", "RWSAM", "SAM", "SANER",
-    "SSAM", "USAM", "WSAM", "XSAM", "Accumulated", "Adaptive", "All", "Batch", "Batches", "BothWeighted", "Centralised",
-    "Coupled", "CoupledWSAM", "Damped", "Declaration", "EffectiveSize", "Eigen", "EigenSAM", "Euclidean", "Every",
-    "Everything", "Exact", "Filtered", "FiniteDifference", "Fisher", "FisherSAM", "Friendly", "Functional",
-    "FunctionalSAM", "GradientNorm", "Joint", "LightSAM", "LookSAM", "Lookbehind", "LookbehindSAM", "LossBudget",
-    "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Momentum", "MomentumSAM", "Named", "OnFull", "Oracle",
-    "Perturbed", "Plain", "Preconditioned", "PreconditionedSAM", "RememberOrthogonal", "Rescaled", "ReuseOrthogonal",
-    "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "SearchedSlerp", "Sharpest", "SharpnessAware", "Slerp",
-    "Smoothed", "Softmax", "Subset", "SurrogateGap", "Telemetry", "Unified", "UnifiedSAM", "Unnormalised", "Update",
-    "VaSSO", "Vector", "Weighted", "WhereSteep", "ZSharp", "schedule",
+    "SSAM", "USAM", "WSAM", "XSAM", "Accumulated", "Adaptive", "All", "Batch", "Batches", "BothWeighted", "ByClass",
+    "Centralised", "Coupled", "CoupledWSAM", "Damped", "Declaration", "EffectiveSize", "Eigen", "EigenCorrected",
+    "EigenSAM", "Euclidean", "Every", "Everything", "Exact", "Filtered", "FiniteDifference", "Fisher", "FisherSAM",
+    "Friendly", "Functional", "FunctionalSAM", "GradientNorm", "Joint", "LightSAM", "LookSAM", "Lookbehind",
+    "LookbehindSAM", "LossBudget", "Masked", "Matrices", "Mean", "MeanBatch", "Micro", "Momentum", "MomentumSAM",
+    "Named", "OnFull", "Oracle", "Perturbed", "Plain", "Preconditioned", "PreconditionedSAM", "RememberOrthogonal",
+    "Rescaled", "ReuseOrthogonal", "Reweighted", "ReweightedSharpness", "Rule", "Scaled", "SearchedSlerp", "Sharpest",
+    "SharpnessAware", "Slerp", "Smoothed", "Softmax", "Stale", "Subset", "SurrogateGap", "Telemetry", "Unified",
+    "UnifiedSAM", "Unnormalised", "Update", "VaSSO", "Vector", "Weighted", "WhereSteep", "ZSharp", "schedule",
 ]  # fmt: skip

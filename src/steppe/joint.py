@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from steppe.engine import checks
-from steppe.engine.state import load_all
+from steppe.engine.state import load_all, switch
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Joint(Optimizer):
     def train(self) -> None:
         """Set schedule-free optimizers to training mode."""
         for base in self.bases:
-            getattr(base, "train", _nothing)()
+            switch(base, "train")
 
     def eval(self) -> None:
         """Set schedule-free optimizers to evaluation mode."""
         for base in self.bases:
-            getattr(base, "eval", _nothing)()
+            switch(base, "eval")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every optimizer."""
@@ -186,7 +186,3 @@ def as_one(base: object) -> Optimizer:
 def _is_plain(saved: dict[str, Any]) -> bool:
     """Tell whether a checkpoint has the states of parameters and the groups, and nothing else."""
     return saved.keys() == {"state", "param_groups"} and all(isinstance(i, int) for i in saved["state"])
-
-
-def _nothing() -> None:
-    """Stand in for a method that an optimizer does not have."""

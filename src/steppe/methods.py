@@ -25,10 +25,10 @@ from steppe.pieces.combine import (
     SurrogateGap,
     Weighted,
 )
+from steppe.pieces.eigen import Eigen
 from steppe.pieces.geometry import (
     Accumulated,
     Adaptive,
-    Eigen,
     Fisher,
     LossBudget,
     Preconditioned,
@@ -542,7 +542,7 @@ class EigenSAM(SharpnessAware):
     Source: Luo et al., arXiv 2501.12666; the authors' code.
 
     Args:
-        alpha: the length of the second term, at least 0.
+        alpha: the weight of the second term, at least 0.
         every: how many steps apart ``v`` is renewed.
         power: how many steps of power iteration, two passes each.
     """

@@ -286,9 +286,7 @@ class SharpnessAware(Facade):
 
     def _report(self, f: Oracle, pending: Pending | Skipped) -> None:
         log, skip = f.passes.log, isinstance(pending, Skipped)
-        counts = {"steps": steps_of(self.param_groups), "skipped": self.telemetry.skipped + skip}
-        seen = log.telemetry(rho=f.rho.largest(), was_skipped=skip, **counts)
-        self.telemetry = seen.following(self.telemetry)
+        self.telemetry = self._stepper.report(f, self.telemetry, skip)
         if skip and f.passes.scale is None:  # a scaler looks for its scale by overflows
             self._warn_once("a gradient is not finite: this step is skipped; telemetry.skipped counts")
         elif not skip and not log.any_gradient:

@@ -17,6 +17,7 @@ from steppe.engine.guess import Guess
 from steppe.engine.memory import Memory
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.outgrown import Outgrown
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
 from steppe.engine.parts import check_batch
 from steppe.engine.passes import Closure
@@ -27,7 +28,9 @@ from steppe.engine.weights import NotFinite
 from steppe.factored.engine import SharedPasses
 from steppe.factored.statistics import gradient_statistics
 from steppe.pieces.protocol import declared
-from steppe.rule import Plain, rule_at
+from steppe.pieces.sample import pieces_of
+from steppe.rule import Micro, Plain, rule_at
+from steppe.telemetry import Telemetry
 from steppe.two_calls import HalfStep, no_closure
 
 
@@ -145,6 +148,7 @@ class Stepper:
         full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
         ranks, modules, state, scaling: find the replicas, modules, memory and loss scale of a step.
         guess: tells of a run that has learnt nothing.
+        outgrown: tells of a correction that is longer than ``g`` while the loss rises, where micro-batches are sampled.
     """
 
     base: torch.optim.Optimizer
@@ -161,10 +165,13 @@ class Stepper:
     state: RuleState
     scaling: Scaling = field(default_factory=Scaling)
     guess: Guess = field(default_factory=Guess)
-    added_up: bool = False  # whether it has been checked that the parts of a batch add up to it
+    outgrown: Outgrown | None = None
+    checked: bool = False  # whether what a first batch tells of its loss has been looked at
 
     def __post_init__(self) -> None:
         check_state(self.base, declared(self.rule).base_state)
+        if any(isinstance(piece, Micro) and piece.sampled for piece in pieces_of(self.rule)):
+            self.outgrown = Outgrown()
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
@@ -196,10 +203,12 @@ class Stepper:
         """Run a step's passes; what is left is the move.
 
         Raises:
-            TypeError: the rule looks at single examples and the closure is no ``Batch``; nothing has been changed.
+            TypeError: the rule looks at single examples and the closure is no ``Batch``, or it reads what the base
+                does not keep; nothing has been changed.
         """
         f = self.oracle(closure, scaler)
-        self.added_up = check_batch(f, self.rule, self.added_up)
+        check_state(self.base, f.reads, begun=f.step > 0)
+        self.checked = check_batch(f, self.rule, self.checked)
         if f.passes.ranks.unprepared:
             f.passes.prepare_static_graph()
         if self.gradient_noise:
@@ -233,6 +242,14 @@ class Stepper:
             return self.finish(half.see(), half.f)
         finally:
             half.leave()
+
+    def report(self, f: Oracle, last: Telemetry, skipped: bool) -> Telemetry:
+        """Return what the step has seen, with the running means of the steps before."""
+        counts = {"steps": steps_of(self.base.param_groups), "skipped": last.skipped + skipped}
+        seen = f.passes.log.telemetry(rho=f.rho.largest(), was_skipped=skipped, **counts).following(last)
+        if self.outgrown is not None:
+            self.outgrown.see(f, seen)
+        return seen
 
     def finish(self, update: Update | None, f: Oracle) -> Pending | Skipped:
         """Hand an update whose gradients are finite on all ranks to the parameters."""

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
-from steppe.engine import sampling
+from steppe.engine import outgrown, sampling
 from steppe.pieces.protocol import Declaration
 from tests.cases import same_bits, scaler
 from tests.models import Branches
@@ -197,10 +197,10 @@ def train_in_trouble(options: dict):
 
     model = DistributedDataParallel(net())
     optimizer = steppe.RWSAM(sgd(model), rho=0.3, **options)
-    trouble = {1: (1, "by_example"), 2: (0, "weighted")}  # step: rank, what fails there
+    trouble = {1: (1, "norms"), 2: (0, "weighted")}  # step: rank, what fails there
     seen = []
     for step in range(4):
-        rank, method = trouble.get(step, (None, "norms"))
+        rank, method = trouble.get(step, (None, "weighted"))
         real = getattr(Recorded, method)
         if rank == distributed.get_rank():
             setattr(Recorded, method, _no_memory)
@@ -731,6 +731,28 @@ def test_every_rank_draws_its_own_sample(two_ranks, sync: str, part: dict, passe
     assert mine == theirs
     assert my_draws != their_draws
     assert len(my_draws) == 3 * passes * 2  # steps, passes, examples
+
+
+def readings(sync: str) -> tuple[float, ...]:
+    """What every rank reads of a run, from data of its own."""
+    model = DistributedDataParallel(net())
+    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=2, sampled=1, sync=sync)
+    outgrown.EVERY, before = 1, outgrown.EVERY
+    try:
+        losses = [opt.step(batch_of(model, *map(share, data(k)))) for k in range(3)]
+    finally:
+        outgrown.EVERY = before
+    told = opt._stepper.outgrown
+    return float(losses[0]), *told.losses, *told.ratios
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_replicas_judge_the_correction_by_the_same_numbers(two_ranks, sync: str) -> None:
+    (mine, *ours), (other, *theirs) = two_ranks(readings, sync)
+    assert len(ours) == 6
+    assert ours == theirs
+    assert mine != other
+    assert ours[0] == pytest.approx((mine + other) / 2)
 
 
 def train_on_a_subset(sync: str) -> tuple[list[float], list[float]]:

@@ -171,25 +171,29 @@ KEPT = {
 }
 
 
-def check_state(base: torch.optim.Optimizer, reads: frozenset[str]) -> None:
-    """Refuse a base of torch's own that keeps nothing of what the rule reads; of others the first step tells.
+def check_state(base: torch.optim.Optimizer, reads: frozenset[str], begun: bool = False) -> None:
+    """Refuse a base that keeps nothing of what the rule reads.
+
+    Of torch's own it is known before the first step, of others (``begun``) after it.
 
     Raises:
-        TypeError: it is one of those, or SGD without momentum.
+        TypeError: it keeps nothing of that; SGD without momentum is one.
     """
     parts = getattr(base, "bases", (base,))
-    if reads and not any(_may_keep(part, reads) for part in parts):
+    if reads and not any(_may_keep(part, reads, begun) for part in parts):
         kinds = " and ".join(sorted({type(part).__name__ for part in parts}))
         raise TypeError(
             f"this method needs a base optimizer that keeps {' or '.join(sorted(reads))}, got {kinds} that does not"
         )
 
 
-def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str]) -> bool:
+def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str], begun: bool) -> bool:
+    if any(reads & state.keys() for state in base.state.values()):
+        return True
     name = type(base).__name__
     kept = KEPT.get(name) if f"{type(base).__module__}.".startswith("torch.optim.") else None
-    if kept is None or any(reads & state.keys() for state in base.state.values()):
-        return True
+    if begun or kept is None:
+        return not begun
     if name == "SGD" and not any(group["momentum"] for group in base.param_groups):
         return False
     return bool(reads & kept)

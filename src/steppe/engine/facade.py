@@ -8,7 +8,7 @@ from steppe.engine.checks import STEP, check_call, warn
 from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState, forget_foreign, saves_as_torch
+from steppe.engine.state import RuleState, forget_foreign, saves_as_torch, switch
 from steppe.pieces.protocol import declared
 
 
@@ -121,11 +121,11 @@ class Facade(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Set a schedule-free base to training mode; nothing for other bases."""
-        getattr(self.base, "train", _nothing)()
+        switch(self.base, "train")
 
     def eval(self) -> None:
         """Set a schedule-free base to evaluation mode; nothing for other bases."""
-        getattr(self.base, "eval", _nothing)()
+        switch(self.base, "eval")
 
     # ---- checkpoints
 
@@ -203,7 +203,3 @@ class Facade(torch.optim.Optimizer):
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
-
-
-def _nothing() -> None:
-    """Stand in for a method that a base does not have."""

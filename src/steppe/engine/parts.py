@@ -4,15 +4,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.checks import warn
 from steppe.engine.oracle import AnyRule, Oracle
+from steppe.engine.outputs import at_outputs, recording
 from steppe.engine.passes import PARTS
 from steppe.engine.replay import is_compiled
 from steppe.mean_batch import MeanBatch
 from steppe.pieces.protocol import declared
+from steppe.pieces.rules import Functional
 from steppe.pieces.sample import pieces_of
 from steppe.rule import Micro
 
@@ -20,18 +22,19 @@ from steppe.rule import Micro
 def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     """Refuse a closure that the rule cannot look into, also where only another step's rule does.
 
-    A mean over parts of the batch is compared with the mean over the batch, once.
+    A mean over parts of the batch is compared with the mean over the batch, once. Where the rule needs the gradient at
+    the model's outputs, a first forward tells once whether the criterion is a function of these alone.
 
     Args:
         f: the oracle of the step.
         rule: the optimizer's rule.
-        known: whether the means have been compared before.
+        known: whether this has been done before.
 
     Returns:
-        Whether they have been compared by now.
+        Whether it has been done by now.
 
     Raises:
-        TypeError: the rule looks at parts, or at single examples, and the closure does not know them.
+        TypeError: the rule looks at parts, at single examples or at outputs, and the closure does not know them.
         ValueError: the batch weighs nothing.
     """
     needs = declared(rule)
@@ -42,12 +45,30 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     batch = f.batch(repr(rule) if needs.examples else PARTS)
     if needs.examples:
         batch.require_losses(repr(rule))
-    first = chunks_of(batch)[0]
-    if not known and isinstance(first, MeanBatch) and any(isinstance(piece, Micro) for piece in pieces_of(rule)):
+    first, kinds = chunks_of(batch)[0], {type(piece) for piece in pieces_of(rule)}
+    if not known and isinstance(first, MeanBatch) and Micro in kinds:
         with f.passes.trial(), f.passes.ranks.apart():
             _compare(first)
         return True
+    if not known and Functional in kinds:
+        _check_outputs(f, first)
+        return True
     return known
+
+
+def _check_outputs(f: Oracle, batch: Batch) -> None:
+    """Refuse a batch whose loss is not a function of the model's outputs; one forward."""
+    outputs: list[Tensor] = []
+    recorded, refused = recording(batch, outputs, f.passes.parameters), None
+    with f.passes.trial(), f.passes.ranks.apart():
+        try:
+            with torch.set_grad_enabled(not f.passes.parameters.sharded):  # else a compiled model is compiled again
+                recorded.losses()
+            at_outputs(batch, outputs, f.passes.parameters)
+        except TypeError as error:  # raised when random numbers and running statistics are back
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 def _check_weight(f: Oracle) -> None:

@@ -90,12 +90,14 @@ def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[tuple[Oracle, float]]:
     if f.knows_g or apart or not (all(len(on) == len(chunk) for chunk, on in draws) or f.adds()):
         f.g = f.g  # takes its pass
         return [(f.part(batch), share) for batch, share in f.passes.weighed([batch_of(draw) for draw in draws])]
-    log, whole, g, parts = f.passes.log, f.batch().weight, Vector([None] * len(f.w.tensors)), []
+    log, whole, seen, parts = f.passes.log, f.batch().weight, 0.0, []
+    g = Vector([None] * len(f.w.tensors))
     for batch, chosen in _cut(f.batch(), draws):
         part, share = f.part(batch), batch.weight / whole
         if not share:
             continue
-        g = g + share * part.g
+        seen += share
+        g = g.lerp(part.g, share / seen)
         if chosen:
             parts.append((part, share))
             log.count("loss", share * part.passes.log.numbers["loss"])

@@ -227,3 +227,9 @@ def forget_foreign(state: dict[str, Any]) -> None:
             state["state"][p] = {name: value for name, value in kept.items() if name not in foreign}
             if not state["state"][p]:
                 del state["state"][p]  # an empty state would keep Adam from initialising
+
+
+def switch(optimizer: Optimizer, mode: str) -> None:
+    """Set an optimizer to ``train`` or ``eval`` mode where it has modes, as those without a schedule do."""
+    if hasattr(optimizer, mode):
+        getattr(optimizer, mode)()

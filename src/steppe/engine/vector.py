@@ -25,7 +25,7 @@ def wide(t: Tensor) -> Tensor:
 
 def is_sharded(t: Tensor) -> bool:
     """Tell whether a tensor is spread over ranks (a ``DTensor``)."""
-    return hasattr(t, "full_tensor")
+    return type(t) is not Tensor and hasattr(t, "full_tensor")
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
 
 def shift_all_(ws: list[Tensor], ts: list[Tensor], c: Scalar, finite: Tensor | None = None) -> None:
     """Set every ``w <- w + c t`` in place as :func:`shift_` does, in one call where types and devices are the same."""
-    alike = {(t.dtype, t.device) for t in (*ws, *ts)}
-    if finite is None and len(alike) == 1 and ws[0].dtype not in LOW and isinstance(c, Tensor):
+    types = {(t.dtype, t.device) for t in (*ws, *ts)}
+    if finite is None and len(types) == 1 and ws[0].dtype not in LOW and isinstance(c, Tensor):
         torch._foreach_addcmul_(ws, ts, [c.to(ws[0].device)] * len(ws))
         return
     for w, t in zip(ws, ts, strict=True):
@@ -138,7 +138,10 @@ class Vector:
 
     def lerp(self, other: Vector, c: float) -> Vector:
         """Return ``self + c (other - self)``, in one pass over the memory."""
-        pairs = zip(self.materialised(), other.materialised(), strict=True)
+        xs, ys = self.materialised(), other.materialised()
+        if alike(xs, ys):
+            return Vector(torch._foreach_lerp(xs, ys, c))  # type: ignore[arg-type]
+        pairs = zip(xs, ys, strict=True)
         return Vector([_sum(x, 1 - c, y, c) if x is None or y is None else _lerp(x, y, c) for x, y in pairs])
 
     def __mul__(self, other: Scalar | Vector) -> Vector:
@@ -152,6 +155,9 @@ class Vector:
         return self * (1.0 / c)
 
     def __add__(self, other: Vector) -> Vector:
+        c, d = self.scale, other.scale
+        if not isinstance(c, Tensor) and not isinstance(d, Tensor) and alike(self.tensors, other.tensors):
+            return Vector(_sum_all(self.present(), c, other.present(), d))
         pairs = zip(self.tensors, other.tensors, strict=True)
         return Vector([_sum(a, self.scale, b, other.scale) for a, b in pairs])
 
@@ -191,6 +197,25 @@ def _add(fresh: Tensor, y: Tensor, c: Scalar) -> Tensor:
     return fresh.addcmul_(wide(y), c.to(fresh.device)) if isinstance(c, Tensor) else fresh.add_(wide(y), alpha=c)
 
 
+def alike(*lists: Sequence[Tensor | None]) -> bool:
+    """Tell whether all are plain tensors of one wide type on one device, so that one call serves the whole list."""
+    tensors = [t for ts in lists for t in ts]
+    if {type(t) for t in tensors} != {Tensor}:
+        return False
+    return len({(t.dtype, t.device) for t in tensors} | {t.dtype for t in tensors} & LOW) == 1  # type: ignore[union-attr]
+
+
+def _sum_all(xs: list[Tensor], cx: float, ys: list[Tensor], cy: float) -> tuple[Tensor, ...]:
+    """Return every ``cx x + cy y`` of lists that are :func:`alike`, without a third list."""
+    if _is_one(cx):
+        return torch._foreach_add(xs, ys, alpha=cy)
+    if _is_one(cy):
+        return torch._foreach_add(ys, xs, alpha=cx)
+    scaled = torch._foreach_mul(xs, cx)
+    torch._foreach_add_(scaled, ys, alpha=cy)
+    return scaled
+
+
 def _lerp(x: Tensor, y: Tensor, c: float) -> Tensor:
     x, y = wide(x), wide(y)
     return torch.lerp(x, y, c) if x.dtype == y.dtype else _plus(x * (1 - c), y, c)
@@ -199,11 +224,11 @@ def _lerp(x: Tensor, y: Tensor, c: float) -> Tensor:
 def _sum_over_shards(values: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
     """Return the sum of one number per tensor over all shards; one all-reduce for tensors sharded alike."""
     first = values[0].device
-    alike: dict[Any, list[Tensor]] = {}
+    groups: dict[Any, list[Tensor]] = {}
     for value, t in zip(values, of, strict=True):
         layout = (t.device_mesh, t.placements) if is_sharded(t) else None  # type: ignore[attr-defined]
-        alike.setdefault(layout, []).append(value)
-    sums = [_over_ranks(torch.stack([v.to(first) for v in group]).sum(), layout) for layout, group in alike.items()]
+        groups.setdefault(layout, []).append(value)
+    sums = [_over_ranks(torch.stack([v.to(first) for v in group]).sum(), layout) for layout, group in groups.items()]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
@@ -227,11 +252,14 @@ def norm_of(entries: Iterable[Tensor | None], like: Vector) -> Tensor:
 def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
+    total: Tensor
+    if alike(tensors):
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_gathered(tensors), 2)))
+        return total
     types = {t.dtype for t in tensors}
     kind = {"dtype": _sum_type(types)} if len(types) > 1 or types & LOW else {}
     sharded = any(map(is_sharded, tensors))
-    norms = torch._foreach_norm(list(map(local, tensors)) if sharded else _gathered(tensors), 2, **kind)
-    total: Tensor
+    norms = torch._foreach_norm(list(map(local, tensors)) if sharded else tensors, 2, **kind)
     if sharded:
         total = _sum_over_shards([n.square() for n in norms], tensors).sqrt()
     else:
@@ -241,8 +269,9 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 def _gathered(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors, on a CPU with more than ``MANY`` small ones as one: the norm of each costs 2 microseconds."""
-    first = tensors[0]
-    small = [t.numel() <= SMALL and t.dtype == first.dtype and t.device.type == "cpu" for t in tensors]
+    if len(tensors) <= MANY or tensors[0].device.type != "cpu":
+        return tensors
+    small = [t.numel() <= SMALL for t in tensors]
     if sum(small) <= MANY:
         return tensors
     together = torch.cat([t.reshape(-1) for t, k in zip(tensors, small, strict=True) if k])

@@ -6,13 +6,14 @@ and BackPACK (arXiv 1912.10985). Norms come from Gram matrices, ``norm(G_k)^2 = 
 any ``G_k`` ("ghost norms": Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679). A second pass
 evaluates each micro-batch at ``W + eps_k``: m-SAM in two passes for every ``m``, exact to rounding.
 
-From the top: :mod:`~steppe.factored.engine` answers the oracle; :mod:`~steppe.factored.verify` checks a model on real
-data, and :mod:`~steppe.factored.plans` remembers the verdict; :mod:`~steppe.factored.passes` intercepts torch functions
-in the two passes; :mod:`~steppe.factored.layers` says what each function records and how it is perturbed;
+From the top: :mod:`~steppe.factored.engine` answers the oracle; :mod:`~steppe.factored.rehearsal` proves a model on
+real data, and :mod:`~steppe.factored.plans` remembers the verdict; :mod:`~steppe.factored.shared` runs the two passes
+of :mod:`~steppe.factored.passes`; :mod:`~steppe.factored.sites` finds every use of a parameter;
+:mod:`~steppe.factored.layers` says what each torch function records and how it is perturbed;
 :mod:`~steppe.factored.maps` and :mod:`~steppe.factored.gradients` are the mathematics.
 """
 
-from steppe.factored.black_box import register_factored
+from steppe.factored.composites import register_factored
 from steppe.factored.statistics import GradientStatistics, gradient_statistics
 
 __all__ = ["GradientStatistics", "gradient_statistics", "register_factored"]

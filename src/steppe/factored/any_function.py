@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import Interception, Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor, name_of
+from steppe.factored.sites import CannotFactor, Interception, name_of
 
 Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
 
@@ -68,9 +67,8 @@ class AnyFunction:
         product = self.transposed_product(passing, func, args, kwargs)
         if product is not NotImplemented:
             return product
-        tensors = list(_tensors((args, kwargs)))
-        others = [t for t in tensors if passing.tracked.index(t) is None and id(t) not in passing.derived]
-        n, func = passing.tracked.n, SAME.get(func, func)
+        tensors, n = list(_tensors((args, kwargs))), passing.tracked.n
+        others = [t for t in tensors if passing.first_in([t]) is None]
         repeated = func in REPEATS and func(*args, **kwargs).shape[0] == n != tensors[0].shape[:1].numel()
         if any(_has_examples(t, n) for t in others) or repeated:
             return self.by_part(passing, func, args, kwargs)
@@ -92,27 +90,25 @@ class AnyFunction:
     def derive(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the function's value, and note how to make it for other parameters."""
         result, tracked, known = func(*args, **kwargs), passing.tracked, dict(passing.derived)
-        found: list[int] = []
+        differentiable = torch.is_grad_enabled()
+        found: list[int] = []  # the parameters
         for t in _tensors((args, kwargs)):
             index = tracked.index(t)
-            found += known[id(t)].parameters if id(t) in known else [] if index is None else [index]
-        several = isinstance(result, tuple | list)
-
-        def value(t: Tensor, values: Values) -> Tensor:
-            index = tracked.index(t)
-            if index is not None:
-                return values[index]
-            if id(t) in known and id(t) not in values:
-                values[id(t)] = known[id(t)].make(values)
-            return values.get(id(t), t)
-
-        differentiable = torch.is_grad_enabled()
+            found += [index] if index is not None else known[id(t)].parameters if id(t) in known else []
 
         def make(values: Values) -> Any:
-            own = lambda t: value(t, values)  # noqa: E731
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                return func(*_mapped(own, args), **_mapped(own, kwargs))
+            def value(t: Tensor) -> Tensor:
+                index = tracked.index(t)
+                if index is not None:
+                    return values[index]
+                if id(t) in known and id(t) not in values:
+                    values[id(t)] = known[id(t)].make(values)
+                return values.get(id(t), t)
 
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                return func(*_mapped(value, args), **_mapped(value, kwargs))
+
+        several = isinstance(result, tuple | list)
         for i, t in enumerate(result if several else [result]):
             if not isinstance(t, Tensor):
                 raise CannotFactor(f"{tracked.names[found[0]]} is used by {name_of(func)}, not as a tensor")
@@ -120,6 +116,7 @@ class AnyFunction:
                 one = (lambda values, i=i: make(values)[i]) if several else make
                 matrix = func in TRANSPOSES and tracked.index(args[0]) is not None and t.dim() == 2
                 passing.derived[id(t)] = Derived(t, tuple(dict.fromkeys(found)), one, matrix)
+                passing.made_of[id(t)] = found[0]
         return result
 
     def by_part(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,14 +124,19 @@ class AnyFunction:
         parts = passing.parts or MicroBatches(passing.tracked.n, 1)
         values: dict[int, Tensor] = {}  # by index of a parameter: its copies
         own: dict[int, Tensor] = {}  # by id of an argument: its value for each micro-batch
+
+        def copies(index: int) -> Tensor:
+            if index not in values:
+                values[index] = passing.copies_by_part(self, passing.tracked.tensors[index], index, parts)
+            return values[index]
+
         for t in _tensors((args, kwargs)):
             index = passing.tracked.index(t)
             if index is not None:  # also where it has as many rows as there are examples
-                own[id(t)] = self.copies(passing, values, index, parts)
+                own[id(t)] = copies(index)
             elif id(t) in passing.derived:
                 derived = passing.derived[id(t)]
-                copies = {i: self.copies(passing, values, i, parts) for i in derived.parameters}
-                own[id(t)] = self.mapped(derived.make, copies)
+                own[id(t)] = _for_each(derived.make, {i: copies(i) for i in derived.parameters})
         tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
         examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
         made = []
@@ -147,43 +149,37 @@ class AnyFunction:
                 found = func(*_mapped(own_of, args), **_mapped(own_of, kwargs))
                 return found if examples else found[:m]  # else it is repeated for n examples
 
-            made.append(self.mapped(call, chunks))
+            made.append(_for_each(call, chunks))
         if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
             raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
         return parts.cat([t.flatten(0, 1) for t in made])
 
-    def mapped(self, call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
-        """Return the results for all micro-batches.
 
-        Raises:
-            CannotFactor: ``vmap`` cannot run the function.
-        """
-        try:
-            return vmap(call, randomness="different")(chunks)
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "atching rule" not in str(error):
-                raise
-            raise CannotFactor(f"a function of parameters and examples: {error}") from error
+def _for_each(call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
+    """Return the results for all micro-batches.
 
-    def copies(self, passing: Interception, values: dict[int, Tensor], index: int, parts: MicroBatches) -> Tensor:
-        """Return the copies of a parameter for each micro-batch; those of one call are the same."""
-        if index not in values:
-            values[index] = passing.copies_by_part(self, passing.tracked.tensors[index], index, parts)
-        return values[index]
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add nothing: the gradients of the copies are those of the micro-batches."""
+    Raises:
+        CannotFactor: ``vmap`` cannot run the function.
+    """
+    warn: Any = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    warn(False)  # vmap runs some functions one by one, such as a weight norm
+    try:
+        return vmap(call, randomness="different")(chunks)
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "atching rule" not in str(error):
+            raise
+        raise CannotFactor(f"a function of parameters and examples: {error}") from error
+    finally:
+        warn(True)
 
 
 def _tensors(args: Any) -> Iterable[Tensor]:
     """Yield the tensors among arguments, also inside tuples, lists and dicts."""
     if isinstance(args, Tensor):
         yield args
-    elif isinstance(args, tuple | list):
-        for a in args:
+    elif isinstance(args, tuple | list | dict):
+        for a in args.values() if isinstance(args, dict) else args:
             yield from _tensors(a)
-    elif isinstance(args, dict):
-        yield from _tensors(list(args.values()))
 
 
 def _mapped(f: Callable[[Tensor], Tensor], args: Any) -> Any:
@@ -206,46 +202,3 @@ def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
     q = len(t) // n
     rows = t[examples.start * q : examples.stop * q]
     return rows.reshape(-1, m * q, *t.shape[1:])
-
-
-# ---- functions that vmap cannot run at once, written with those that it can
-
-
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return ``g v / norm(v)``, with a norm for each index of a dimension, in functions that ``vmap`` runs at once."""
-    return v * (g / v.square().sum([d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True).sqrt())
-
-
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x_i W_oij y_j + b_o``, in functions that ``vmap`` runs at once."""
-    out = torch.einsum("...i,oij,...j->...o", x, weight, y)
-    return out if bias is None else out + bias
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Return ``softmax(q k^T scale + mask) v``, whose mask may have a gradient."""
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        bias = attn_mask.dtype != torch.bool
-        scores = scores + attn_mask if bias else scores.masked_fill(~attn_mask, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout_p) @ v
-
-
-SAME: dict[Any, Any] = {
-    torch._weight_norm: weight_norm,
-    F.bilinear: bilinear,
-    F.scaled_dot_product_attention: attention,
-}

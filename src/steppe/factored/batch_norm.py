@@ -20,8 +20,7 @@ from steppe.engine.vector import wide
 from steppe.factored.elementwise import NormLayer
 from steppe.factored.gradients import no_view
 from steppe.factored.passes import FirstPass
-from steppe.factored.sites import Interception, Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor, Mixes, Unsure
+from steppe.factored.sites import CannotFactor, Interception, Matrices, Site, Small, Unsure
 
 
 @dataclass
@@ -55,7 +54,7 @@ class BatchNorm:
             return getattr(self.affine, passing.method)(passing, func, *args, **kwargs)
         parts, channels = passing.parts, x.shape[1]
         if parts is None or len(x) != parts.n:
-            raise Mixes("the gradients of single examples are not defined: batch normalisation mixes examples")
+            raise CannotFactor("the gradients of single examples are not defined: batch normalisation mixes examples")
         if min(m for *_, m in parts.spans) * x[0, 0].numel() == 1:
             raise Unsure("batch normalisation has one value per channel in a micro-batch")
         passing.mixes = True

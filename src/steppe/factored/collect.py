@@ -13,8 +13,7 @@ from steppe.factored.gradients import Factors, Gradient, Rows, Whole, squared_no
 from steppe.factored.maps import Conv, Lookup, Use
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import FirstPass
-from steppe.factored.sites import Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor
+from steppe.factored.sites import CannotFactor, Matrices, Site, Small
 
 
 @dataclass(frozen=True)
@@ -172,16 +171,12 @@ class Recorded:
             squares = squared_norms(matrices.values(), small.values())
             return self.to_own_mean(parts, squares) * squares.clamp_min(0).sqrt()
 
-    def by_example(self) -> Tensor:
-        """Return ``norm(grad f_i)``, shape ``(n,)``; :meth:`weighted` may follow, if it was collected by example."""
-        return self.norms(MicroBatches(self.n, 1))
-
     def to_own_mean(self, parts: MicroBatches, like: Tensor) -> Tensor:
         """Return what turns contributions into gradients of each micro-batch's mean loss, shape ``(k,)``."""
         return self.n / self.loss_scale / parts.sizes(like)
 
     def weighted(self, p: Tensor) -> Vector:
-        """Return ``sum_i p_i grad f_i`` on the perturbed parameters, after :meth:`by_example`, without a pass."""
+        """Return ``sum_i p_i grad f_i`` on the perturbed parameters, if they were collected by example."""
         assert self.collected is not None
         (matrices, small), self.collected = self.collected, None
         made: list[Tensor | None] = [None] * len(self.parameters)

@@ -11,8 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.sites import Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor, Tracked
+from steppe.factored.sites import CannotFactor, Matrices, Site, Small, Tracked
 
 
 def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:

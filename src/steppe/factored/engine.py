@@ -11,14 +11,12 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.replay import RandomState, Snapshot
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
-from steppe.factored.black_box import black_boxes
-from steppe.factored.collect import WEIGHTED, Collector, Recorded
+from steppe.factored.collect import TWO_PASSES, WEIGHTED, Recorded
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.passes import FirstPass
-from steppe.factored.plans import Entry, entry_for, known, prove, refusal
-from steppe.factored.shared import SharingPlan, by_part, record, second_pass
-from steppe.factored.tracked import CannotFactor, NotProven
-from steppe.factored.verify import described
+from steppe.factored.plans import Entry, entry_for, known, prove
+from steppe.factored.rehearsal import described
+from steppe.factored.shared import NotProven, SharingPlan, record, running, second_pass
+from steppe.factored.sites import CannotFactor
 from steppe.pieces.protocol import declared
 from steppe.rule import Rule
 
@@ -52,7 +50,7 @@ class SharedPasses:
         by_example = getattr(f.passes.closure, "per_example", True)
         weights = example_weighting(rule) if type(rule) is Rule and by_example else None
         if weights is None and self.parallel is True and m is not None:
-            raise refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
+            raise _refusal(f"micro-batches of {rule!r} run in a loop{'' if by_example else ' on a MeanBatch'}")
         if type(rule) is not Rule or weights is None or not self._worth(f, m, weights):
             return None
         n = len(f.batch())
@@ -64,23 +62,23 @@ class SharedPasses:
             if m is not None and self.parallel == "auto":
                 self.entry(f, f.batch(), proven_for).warn(m, parts.k)
             return None
-        self.entry(f, f.batch(), proven_for).succeed()
+        self.entry(f, f.batch(), proven_for).failed.clear()
         f.passes.log.compare(f.g if f.needs_g else None, g_adv)
         return rule.combine(f, g_adv)
 
     def _g_adv(self, f: Oracle, plan: SharingPlan, rule: Rule, parts: MicroBatches, reweighted: bool) -> Vector:
         """Return the mean over micro-batches of the gradients at ``w + eps_k``, from both passes."""
-        needs_g, pool = f.needs_g, known(f.batch().model).pool
-        within, collector = (None, None) if reweighted else (parts, by_part(parts, f))
-        recorded = record(f, plan, pool, within, collector, needs_g)
-        plan.covers(recorded.first)
+        needs_g = f.needs_g
         if reweighted:
+            recorded = _recorded(f, plan, needs_g=needs_g)
             _reweight(recorded, parts, rule)
+        else:
+            recorded = _recorded(f, plan, parts, (parts, TWO_PASSES), needs_g)
         second = second_pass(f, recorded, parts, rule.geometry.radial)  # type: ignore[attr-defined]
         if needs_g:
             f.g = recorded.g
         with f.passes.away_from_w():
-            g_adv = f.passes.gradient(under=black_boxes(f.batch().model, second))
+            g_adv = f.passes.gradient(under=running(f.batch().model, second))
         plan.covers(second)
         return g_adv
 
@@ -115,8 +113,6 @@ class SharedPasses:
         Those of accumulated batches are held one batch at a time, in additional passes; the weighted gradient is then
         an ordinary pass over all of them.
         """
-        if not self.parallel:
-            return None
         with f.passes.ranks.within():
             if isinstance(f.passes.closure, Batches):
                 norms = self._norms_by_batch(f, f.passes.closure)
@@ -132,9 +128,9 @@ class SharedPasses:
         """Return ``norm(grad f_i)`` of one batch's examples, and what the first pass has recorded."""
 
         def run(plan: SharingPlan) -> tuple[Tensor, Recorded]:
-            recorded = record(f, plan, known(f.batch().model).pool, None, _by_example, needs_g)
-            plan.covers(recorded.first)
-            return recorded.by_example(), recorded
+            by_example = MicroBatches(len(f.batch()), 1)
+            recorded = _recorded(f, plan, None, (by_example, WEIGHTED), needs_g)
+            return recorded.norms(by_example), recorded
 
         return self._tried(f, None, run)
 
@@ -145,7 +141,7 @@ class SharedPasses:
         (_, recorded), self._recorded = self._recorded, None
         d = self._agreed(f, self._tried(f, None, lambda _: recorded.weighted(weights)))
         if d is not None:
-            self.entry(f, f.batch()).succeed()
+            self.entry(f, f.batch()).failed.clear()
         return d
 
     def _agreed(self, f: Oracle, found: T | None) -> T | None:
@@ -165,7 +161,7 @@ class SharedPasses:
                 norms = self.norms_of_examples(part)
                 if norms is None:
                     break
-                entry.succeed()
+                entry.failed.clear()
                 found.append(norms[0])
         return torch.cat(found) if len(found) == len(entries) else None
 
@@ -175,13 +171,7 @@ class SharedPasses:
         Raises:
             ValueError: the model does not factor; the message says why. The engine is one with ``parallel=True``.
         """
-
-        def run(plan: SharingPlan) -> Recorded:
-            recorded = record(f, plan, known(f.batch().model).pool)
-            plan.covers(recorded.first)
-            return recorded
-
-        made = self._tried(f, None, run)
+        made = self._tried(f, None, lambda plan: _recorded(f, plan))
         assert made is not None
         return made
 
@@ -197,7 +187,7 @@ class SharedPasses:
             self._entries[asked] = batch, entry_for(f, batch, m)
         return self._entries[asked][1]
 
-    def _tried(self, f: Oracle, m: int | None, run: Callable[[SharingPlan], T]) -> T | None:
+    def _tried(self, f: Oracle, m: int | None, run: Callable[[SharingPlan], T], again: bool = True) -> T | None:
         """Return what a proven plan gives; ``None`` where the loop has to, from the same random numbers.
 
         Raises:
@@ -206,30 +196,27 @@ class SharedPasses:
         """
         batch = f.batch("its examples' gradients")
         entry = self.entry(f, batch, m)
+        if not self._allowed(entry.plan):
+            return None
         before, buffers = RandomState.now(f.passes.parameters.devices), Snapshot(batch.modules())
-        counted = f.passes.counted
-        entry.begin(len(batch))
-        for again in (True, False):
-            if not self._allowed(entry.plan):
-                return None
-            structure = None
-            try:
-                return run(entry.plan)
-            except NotProven as error:
-                structure, reason = error.structure, str(error)
-            except Exception as error:  # an error of the model itself: the loop will raise it again
-                self._fail(f, entry, error)
-            before.restore()
-            buffers.restore()
-            f.passes.counted = counted
-            if structure is None:
-                return None
-            if not (again and prove(entry, f, batch, m, structure)):
-                if self.parallel is True:
-                    raise refusal(entry.plan.reason or reason)
-                if not entry.plan.reason:
-                    entry.fail(reason, f.step)
-                return None
+        counted, structure = f.passes.counted, None
+        try:
+            return run(entry.plan)
+        except NotProven as error:
+            structure, reason = error.structure, str(error)
+        except Exception as error:  # an error of the model itself: the loop will raise it again
+            self._fail(f, entry, error)
+        before.restore()  # here the error, and with it what was recorded, is gone
+        buffers.restore()
+        f.passes.counted = counted
+        if structure is None:
+            return None
+        if again and prove(entry, f, batch, m, structure):
+            return self._tried(f, m, run, again=False)
+        if self.parallel is True:
+            raise _refusal(entry.plan.reason or reason)
+        if not entry.plan.reason:
+            entry.fail(reason, f.step)
         return None
 
     def adds(self, f: Oracle, batch: Batch) -> bool:
@@ -237,27 +224,19 @@ class SharedPasses:
         return batch.per_example and not self.entry(f, batch).plan.reason
 
     def _allowed(self, plan: SharingPlan) -> bool:
-        """Return whether micro-batches may share passes.
-
-        Raises:
-            ValueError: they may not, and ``parallel=True`` was asked for; the message says why.
-        """
-        if not plan.reason:
-            return True
-        if self.parallel is True:
-            raise refusal(plan.reason)
-        return False
+        """Return whether micro-batches may share passes; raise why not where ``parallel=True`` was asked for."""
+        if plan.reason and self.parallel is True:
+            raise _refusal(plan.reason)
+        return not plan.reason
 
     def _fail(self, f: Oracle, entry: Entry, error: Exception) -> None:
         """Note an error in the shared passes, or raise it where ``parallel=True`` excludes the loop."""
-        if isinstance(error, CannotFactor) and error.final:
-            entry.fail(str(error))
-        elif self.parallel is True:
+        final = isinstance(error, CannotFactor) and error.final
+        if self.parallel is True and not final:
             raise error
-        else:
-            entry.fail(described(error), f.step)
+        entry.fail(str(error) if final else described(error), None if final else f.step)
         if self.parallel is True:
-            raise refusal(str(error)) from error
+            raise _refusal(str(error)) from error
 
 
 def example_weighting(rule: Rule) -> str | None:
@@ -266,8 +245,15 @@ def example_weighting(rule: Rule) -> str | None:
     return declared(rule.sample).weights if shareable else None
 
 
-def _by_example(first: FirstPass) -> Collector:
-    return Collector(first, MicroBatches(first.tracked.n, 1), WEIGHTED)
+def _recorded(f: Oracle, plan: SharingPlan, *options: Any, **named: Any) -> Recorded:
+    """Return the first pass of a step, with the options of :func:`record`; it may do nothing but what was proven."""
+    recorded = record(f, plan, known(f.batch().model).pool, *options, **named)
+    plan.covers(recorded.first)
+    return recorded
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"parallel must be 'auto' or False here: {reason}")
 
 
 def _reweight(recorded: Recorded, parts: MicroBatches, rule: Rule) -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from steppe.factored.any_function import AnyFunction
 from steppe.factored.batch_norm import BatchNorm
-from steppe.factored.composites import Attention, Bag, Recurrent
+from steppe.factored.composites import Composite, Recurrent, attention, bag
 from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
 from steppe.factored.passes import FirstPass, SecondPass
 from steppe.factored.patches import ConvSpec
-from steppe.factored.sites import ANY, Matrices, Site, Small
-from steppe.factored.tracked import CannotFactor
+from steppe.factored.sites import ANY, CannotFactor, Matrices, Site, Small
 
 
 @dataclass
@@ -198,13 +197,13 @@ LAYERS: dict[Any, Any] = {
     torch.conv2d: MatrixLayer(conv(2)),
     torch.conv3d: MatrixLayer(conv(3)),
     F.embedding: MatrixLayer(embedding),
-    F.embedding_bag: Bag(),
+    F.embedding_bag: Composite(F.embedding_bag, bag),
     F.layer_norm: NormLayer((2, 3), channels_first=False),
     F.rms_norm: NormLayer((2, None), channels_first=False),
     F.group_norm: GroupNormLayer(),
     F.instance_norm: NormLayer((3, 4), channels_first=True),
     F.batch_norm: BatchNorm(),
-    F.multi_head_attention_forward: Attention(),
+    F.multi_head_attention_forward: Composite(F.multi_head_attention_forward, attention),
     **dict.fromkeys((torch.add, torch.sub, torch.mul, torch.div, torch.true_divide), _elementwise),
     **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide), _elementwise),
     **dict.fromkeys((Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__), _elementwise),

@@ -15,10 +15,12 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from steppe.engine.vector import wide
 from steppe.factored.gradients import Gradient, TensorPool
-from steppe.factored.microbatches import Layout, MicroBatches
-from steppe.factored.sites import Interception, Site
-from steppe.factored.tracked import CannotFactor, OtherPath, Tracked
+from steppe.factored.microbatches import Layout, MicroBatches, Place, places
+from steppe.factored.sites import CannotFactor, Interception, Site, Tracked, Unsure
+
+OTHER_PATH = "the second forward pass uses other parameters than the first"  # it decides by the data of the whole batch
 
 
 class FirstPass(Interception):
@@ -115,15 +117,37 @@ class FirstPass(Interception):
         Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
         is more than one example, or micro-batch where its examples influence one another: one fits any layout.
         """
-        uses = [
-            (getattr(site.layer, "key", site.layer), site.weight, site.bias, len(site.leading)) for site in self.sites
-        ]
+        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
         return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
 
     @property
     def independent(self) -> int:
         """How many examples, or micro-batches, do not influence one another."""
         return self.parts.k if self.parts is not None and self.mixes else self.tracked.n
+
+    def place(self, site: Site, weights: Tensor) -> Place | None:
+        """Return where examples lie, if the second of two backwards is the first times their weights.
+
+        Raises:
+            Unsure: there is no gradient to tell, or it fits two places.
+        """
+        if len(site.deltas) != 2:
+            raise CannotFactor(f"{self.label(site)} has no gradient in this pass, or several")
+        a, b = (wide(d.reshape(prod(site.leading), -1)) for d in site.deltas)
+        if site.parts is not None and not a.any() and not b.any():
+            return Place(0)  # of copies it is known
+        if not a.norm() > 0 or not a.isfinite().all():
+            raise Unsure(f"the gradient at {self.label(site)} is zero or not finite for this batch")
+        low = any(wide(d) is not d for d in site.deltas)
+        weights = weights if site.parts is None else weights[site.parts.starts]
+        found = []
+        for layout, place in places(len(weights), site.leading).items():
+            w = wide(weights)[layout.example_of_row(len(a), a.device), None]
+            if (b - w * a).norm() < (0.3 if low else 1e-2) * b.norm():
+                found.append(place)
+        if len(found) > 1 and self.independent > 1:
+            raise Unsure(f"examples may lie in two ways at {self.label(site)}, and this batch fits both")
+        return found[0] if found else None
 
     def check(self) -> None:
         """Raise where a site has no gradient, or several, or its input was changed in place."""
@@ -181,14 +205,14 @@ class SecondPass(Interception):
         """Return the site that the first pass recorded here."""
         site = self.sites[self.count] if self.count < len(self.sites) else None
         if site is None or (site.layer, site.weight, site.bias) != (layer, weight, bias):
-            raise OtherPath
+            raise Unsure(OTHER_PATH)
         self.count += 1
         return site
 
     def check(self) -> None:
         """Raise where parameters of the first pass have not been used."""
         if self.count < len(self.sites):
-            raise OtherPath
+            raise Unsure(OTHER_PATH)
 
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""

@@ -4,6 +4,7 @@ import logging
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from steppe.batch import Batch
+from steppe.batch import Batch, Batches
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
-from steppe.engine.replay import Snapshot, capturing
+from steppe.engine.replay import Snapshot, capturing, is_compiled
+from steppe.engine.vector import is_sharded
 from steppe.factored.gradients import TensorPool
+from steppe.factored.rehearsal import rehearsed
 from steppe.factored.shared import SharingPlan
-from steppe.factored.tracked import Tracked
-from steppe.factored.verify import has_global_hooks, has_hooks, rehearsed
+from steppe.factored.sites import Tracked
 
 log = logging.getLogger("steppe")
 
@@ -41,7 +43,7 @@ class Entry:
 
     Attributes:
         plan: where examples lie in the last pass, or why passes are not shared.
-        proven: the plans of other passes that the model has made, the last used last.
+        proven: the plans of other passes that the model has made, by structure, the last used last.
         uses: how many steps have asked.
         rehearsals: how many have rehearsed.
         failed: the steps that failed since the shared passes last succeeded.
@@ -49,45 +51,41 @@ class Entry:
     """
 
     plan: SharingPlan
-    proven: list[SharingPlan] = field(default_factory=list)
+    proven: OrderedDict[Hashable, SharingPlan] = field(default_factory=OrderedDict)
     uses: int = 0
     rehearsals: int = 0
     failed: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
+
+    def rehearse(self, f: Oracle, batch: Batch, m: int | None) -> bool:
+        """Rehearse, and return whether passes are shared; a proven model may meet a batch that cannot tell."""
+        reason = _unsupported(f.passes.parameters, batch)
+        plan = SharingPlan(self.plan.tracked, reason=reason) if reason else rehearsed(f, batch, m)
+        self.rehearsals += 1
+        if not plan.reason:
+            before = self.proven.get(plan.structure)
+            plan.calls.update(before.calls if before else ())
+            self.proven[plan.structure] = plan
+            self.recall(plan.structure)
+            if len(self.proven) > STRUCTURES:
+                self.proven.popitem(last=False)
+        elif plan.final or not self.proven:
+            self.plan = plan
+            self.log(plan.reason, always=plan.final)
+        return not self.plan.reason
+
+    def recall(self, structure: Hashable) -> bool:
+        """Return to a plan that was proven for a pass, if there is one for this structure."""
+        if structure in self.proven:
+            self.proven.move_to_end(structure)
+            self.plan = self.proven[structure]
+        return structure in self.proven
 
     def due(self) -> bool:
         """Return whether to rehearse again, because data may change what a model does, or may tell at last."""
         if self.plan.reason and self.plan.final:
             return False
         return self.uses in AGAIN or self.uses % 1024 == 0
-
-    def learn(self, plan: SharingPlan) -> None:
-        """Take over a new verdict, unless a proven model has met a batch that cannot tell."""
-        self.rehearsals += 1
-        if not plan.reason:
-            self.plan = plan
-            for known in self.proven:
-                plan.calls.update(known.calls if known.structure == plan.structure else ())
-            others = [p for p in self.proven if p.structure != plan.structure]
-            self.proven = [*others[1 - STRUCTURES :], plan]
-        elif plan.final or not self.proven:
-            self.plan = plan
-            self.log(plan.reason, always=plan.final)
-
-    def recall(self, structure: tuple[Any, ...]) -> bool:
-        """Return to a plan that was proven for another pass, if there is one for this structure."""
-        return self._return_to([p for p in self.proven if p.structure == structure and p is not self.plan])
-
-    def begin(self, n: int) -> None:
-        """Return to the last plan for single examples where ``n`` is 1, and for several where it is not."""
-        if not self.plan.reason and self.plan.single is not (n == 1):
-            self._return_to([p for p in self.proven if p.single is (n == 1)])
-
-    def _return_to(self, known: list[SharingPlan]) -> bool:
-        for plan in known[-1:]:
-            self.plan = plan
-            self.proven = [*(p for p in self.proven if p is not plan), plan]
-        return bool(known)
 
     def fail(self, reason: str, step: int | None = None) -> None:
         """Note that this step, or with ``None`` every later step, runs in a loop."""
@@ -121,10 +119,6 @@ class Entry:
         news = kind not in self.said
         self.said.add(kind)
         return news
-
-    def succeed(self) -> None:
-        """Forget the failed steps."""
-        self.failed.clear()
 
 
 @dataclass
@@ -176,57 +170,74 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
             )
         entry = Entry(SharingPlan(Tracked.of(f, batch), reason="it changes too often to be rehearsed", final=False))
         if of_model.may_rehearse():
-            entry.learn(rehearsed(f, batch, m))
+            entry.rehearse(f, batch, m)
         of_model.entries[key] = entry
         if len(of_model.entries) > ENTRIES:
             of_model.entries.popitem(last=False)
     elif entry.due() and not captured:
-        entry.learn(rehearsed(f, batch, m))
+        entry.rehearse(f, batch, m)
     of_model.entries.move_to_end(key)
     entry.uses += 1
     return entry
 
 
-def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: tuple[Any, ...]) -> bool:
+def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: Hashable) -> bool:
     """Return whether a pass with another structure than the last is proven, if need be by a rehearsal."""
-    if entry.recall(structure):
+    if structure != entry.plan.structure and entry.recall(structure):
         return True
-    if not capturing(f.passes.parameters.devices) and known(batch.model).may_rehearse():
-        entry.learn(rehearsed(f, batch, m))
-        return not entry.plan.reason
-    return False
+    may = not capturing(f.passes.parameters.devices) and known(batch.model).may_rehearse()
+    return may and entry.rehearse(f, batch, m)
 
 
-def refusal(reason: str) -> ValueError:
-    """Return the error for ``parallel=True`` where micro-batches cannot share passes."""
-    return ValueError(f"parallel must be 'auto' or False here: {reason}")
+def _unsupported(parameters: Parameters, batch: Batch) -> str:
+    """Return why no pass over the batch can be shared; nothing if it may be."""
+    if isinstance(batch, Batches):
+        return "the batch is accumulated: the factors of one batch are held at a time"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for module in batch.modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and distributed:
+            return "SyncBatchNorm averages statistics over the processes"
+        if module._backward_hooks or module._backward_pre_hooks or _global_hooks():
+            return f"{type(module).__name__} has backward hooks"
+        if is_compiled(module):
+            return "the model is compiled"
+        if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
+            return f"{module.original_name} is TorchScript"
+    if any(map(is_sharded, batch.model.parameters())):
+        return "parameters are sharded"
+    if len({p.device for p in parameters.tensors}) > 1:
+        return "parameters are on several devices"
+    return "parameters have gradient hooks" if any(map(_has_hooks, parameters.tensors)) else ""
 
 
-def _key(parameters: Parameters, batch: Batch) -> Any:
-    """Return what may change how a model runs, but for its data."""
+def _global_hooks() -> bool:
+    return bool(global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
+
+
+def _has_hooks(p: Tensor) -> bool:
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+# ---- what may change how a model runs, but for its data
+
+
+def _key(parameters: Parameters, batch: Batch) -> tuple[Any, ...]:
     modules, own = batch.modules(), Snapshot.run
     pre_hooks = global_hooks._global_forward_pre_hooks.items()
+    replaced = [vars(m)["forward"] for m in modules if "forward" in vars(m)]
     return (
         tuple(map(id, parameters.tensors)),
         tuple(parameters.movable),
         tuple([(m.training, type(m)) for m in modules]),
-        tuple([_replaced(vars(m)["forward"]) for m in modules if "forward" in vars(m)]),
+        tuple([(id(forward), getattr(forward, "__code__", None)) for forward in replaced]),  # none keeps a module alive
         (*global_hooks._global_forward_hooks, *[n for n, hook in pre_hooks if getattr(hook, "__func__", 0) is not own]),
         tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")),
-        tuple([_hooks(m) for m in modules if m._forward_hooks or m._forward_pre_hooks]),
+        tuple([hooks for m in modules if (hooks := (*m._forward_hooks, *m._forward_pre_hooks))]),
         any([m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl for m in modules]),  # noqa: C419
-        has_global_hooks(),
-        any(map(has_hooks, parameters.tensors)),
+        _global_hooks(),
+        any(map(_has_hooks, parameters.tensors)),
         fingerprint(getattr(batch.loss, "criterion", batch.loss)),
     )
-
-
-def _replaced(forward: Any) -> tuple[Any, ...]:
-    return id(forward), getattr(forward, "__code__", None)  # neither keeps the module alive
-
-
-def _hooks(module: nn.Module) -> tuple[int, ...]:
-    return (*module._forward_hooks, *module._forward_pre_hooks)  # their numbers
 
 
 def fingerprint(loss: Any, depth: int = 2) -> Any:
@@ -244,10 +255,9 @@ def fingerprint(loss: Any, depth: int = 2) -> Any:
         return type(loss)
     if isinstance(loss, MethodType):
         return fingerprint(loss.__func__, depth), fingerprint(loss.__self__, depth)
-    held: list[Any]
     if isinstance(loss, FunctionType):
-        held = [*map(_content, loss.__closure__ or ()), *(loss.__defaults__ or ())]
         shared = map(loss.__globals__.get, loss.__code__.co_names)
+        held = [*map(_content, loss.__closure__ or ()), *(loss.__defaults__ or ())]
         held += [v for v in shared if isinstance(v, bool | int | float | str | FunctionType)]
         return (loss.__code__, *[fingerprint(v, depth - 1) for v in held])
     if isinstance(loss, partial):

@@ -1,12 +1,12 @@
-"""The passes of a rehearsal: where examples lie, then the update of m-SAM made both ways, shared and serial."""
+"""The rehearsal: the update of m-SAM both ways, shared and serial, on real micro-batches; the result is a plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from math import prod
 from operator import add
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,86 @@ from steppe.engine.nested import Data
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import Passes
-from steppe.engine.replay import frozen_statistics, generator
-from steppe.engine.vector import Vector, wide
-from steppe.factored.black_box import black_boxes
-from steppe.factored.collect import relative_cost, weighted_sum
-from steppe.factored.draws import Draws
+from steppe.engine.replay import RandomState, frozen_statistics, generator
+from steppe.engine.vector import Vector
+from steppe.factored.collect import TWO_PASSES, relative_cost
+from steppe.factored.conditions import Draws, InFloat32, no_cast, noise_added
 from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
-from steppe.factored.microbatches import MicroBatches, Place, places
+from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import FirstPass
-from steppe.factored.rounding import Found, InFloat32, Rounding, differences
-from steppe.factored.shared import SharingPlan, by_part, record, second_pass
-from steppe.factored.sites import Site
-from steppe.factored.tracked import CannotFactor, Differs, Tracked, Unsure
-from steppe.factored.unseen import Kernels
+from steppe.factored.rounding import Differs, Rounding
+from steppe.factored.shared import NotProven, SharingPlan, record, running, second_pass
+from steppe.factored.sites import CannotFactor, Tracked, Unsure
+from steppe.factored.unseen import Kernels, watch
 from steppe.pieces.geometry import Euclidean
 from steppe.pieces.protocol import Declaration
 from steppe.rule import Rule
 
+T = TypeVar("T")
+
 TRIED = 4  # micro-batches of each order that are made both ways
 VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
+
+
+def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
+    """Return the plan for micro-batches of ``m``, proven on this batch, or why there is none.
+
+    With ``m=None`` it is for the gradients of single examples, which may not influence one another at all.
+
+    The update of SAM on micro-batches is made by shared passes and by the serial loop, on the batch as it is and on a
+    random permutation of its examples. The two have to agree to :class:`~steppe.factored.rounding.Rounding` in the
+    losses at ``w`` and at ``w + eps_k`` and in the update, summed over at most ``TRIED`` micro-batches of each order:
+    the first, the last, which may be smaller, and random ones.
+
+    The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
+    In half precision the second comparison is made in float32, for a forward and two backwards more. Weights,
+    gradients, buffers and random streams are restored bit for bit. State of the model that is not in a buffer sees the
+    additional passes.
+    """
+    tracked = Tracked.of(f, batch)
+    before = RandomState.now(f.passes.parameters.devices)
+    try:
+        watch()
+        with f.passes.ranks.apart(), noise_added(batch.model), Draws(len(batch)) as draws:
+            rehearsal = Rehearsal(f, batch, m, draws)
+            plan = rehearsal.plan(tracked)
+            rehearsal.prove(plan, permuted=False)
+            if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, tracked)):
+                rehearsal.prove(plan, permuted=True)
+            return plan
+    except NotProven:
+        return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
+    except CannotFactor as error:
+        return SharingPlan(tracked, reason=str(error), final=error.final)
+    except Exception as error:  # the model itself fails: the loop will raise the same error
+        return SharingPlan(tracked, reason=described(error), final=False)
+    finally:
+        before.restore()
+
+
+def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tracked: Tracked) -> bool:
+    """Prove a model of low precision in float32; return whether it can be run so.
+
+    Raises:
+        Differs: it can, and examples influence one another.
+    """
+    try:
+        exact = InFloat32(f.passes.parameters.tensors)
+        with no_cast(exact.devices):
+            rehearsal = Rehearsal(f, batch, m, draws, exact)
+            rehearsal.prove(rehearsal.plan(tracked), permuted=True)
+    except Differs:
+        raise
+    except Exception:  # by an operation that has one dtype alone
+        return False
+    return True
+
+
+def described(error: Exception) -> str:
+    """Return an error as one line of the log."""
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass
@@ -47,9 +106,9 @@ class _Heard:
     loss: Loss
     scale: float
     draws: Draws
+    exact: InFloat32 | None
     part: slice | None = None  # the examples of the part
     losses: list[Tensor] = field(default_factory=list)
-    exact: InFloat32 | None = None
 
     def __call__(self, model: nn.Module, data: Data) -> Tensor:
         self.draws.begin(self.part)
@@ -67,10 +126,10 @@ class Rehearsal:
 
     def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: InFloat32 | None = None) -> None:
         self.n, self.m, self.seed, self.exact = len(batch), m or 1, f.step, exact
-        self.parts = None if m is None else MicroBatches(self.n, m)
-        self.tensors, self.model = f.passes.parameters.tensors, batch.model
-        self.tensors = [exact.copy(p) for p in self.tensors] if exact else self.tensors
-        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws, exact=exact)
+        self.parts = MicroBatches(self.n, self.m)
+        self.within = None if m is None else self.parts  # examples of one may influence one another
+        self.tensors = [exact.copy(p) if exact else p for p in f.passes.parameters.tensors]
+        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws, exact)
         self.batch = copy(batch)
         self.batch.loss, self.batch.scaler = self.heard, None
         self.ranks = replace(f.passes.ranks, begun=True)
@@ -81,85 +140,66 @@ class Rehearsal:
 
     def plan(self, tracked: Tracked) -> SharingPlan:
         """Find where examples lie, and how far rounding goes."""
-        first, g, plan = self.recorded(tracked.of_tensors(self.tensors))
+        first, plan = self.placed(tracked.of_tensors(self.tensors))
         seen = [*(d for site in first.sites for d in site.deltas), *self.heard.losses[-1:]]
         rounding = Rounding.of(seen, exact=self.exact is not None)
         self.rounding = rounding.of_model(self.first_part, self.tensors, self.heard.scale)
         plan.apply(first)
-        whole = torch.ones(self.n, device=first.sites[0].deltas[0].device)
-        self.check_close(weighted_sum(first, whole, self.tensors), g, first.tracked, self.rounding.gradients)
         return replace(plan, cost=relative_cost(first))
-
-    def prove(self, plan: SharingPlan, permuted: bool) -> None:
-        """Make the update both ways, on the batch or on a permutation of its examples."""
-        random = generator(self.seed, self.n)
-        batch = self.batch.subset(torch.randperm(self.n, generator=random)) if permuted else self.batch
-        self.check_both_ways(batch, plan, self.chosen(random), self.rounding)
-
-    def first_part(self) -> Found:
-        """Return the losses of the first micro-batch by itself, at ``w`` and ``w + eps``, and its update."""
-        self.heard.losses.clear()
-        trial = Oracle(self.batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
-        with frozen_statistics(self.batch.modules()):
-            update = self.serial(trial, self.batch.split(self.m)[0], 0)
-        return torch.cat(self.heard.losses), update.materialised()
 
     # ---- where examples lie
 
-    def recorded(self, tracked: Tracked) -> tuple[FirstPass, list[Tensor | None], SharingPlan]:
-        """Return a first pass, the gradient of its mean, and the plan that follows from it, if that is right."""
+    def placed(self, tracked: Tracked) -> tuple[FirstPass, SharingPlan]:
+        """Return a first pass, and the plan that follows from it, if both ways agree."""
         for _ in range(3):
-            first = FirstPass(tracked, LAYERS, self.parts)
-            g, weights = self.two_backwards(first)
+            first = FirstPass(tracked, LAYERS, self.within)
+            weights = self.two_backwards(first)
             if not first.sites:
                 raise CannotFactor("no perturbed parameter takes part in the loss")
-            found = [_place(site, weights, first) for site in first.sites]
-            sites = [site for site, place in zip(first.sites, found, strict=True) if place is None]
-            misfits = {site.lookup for site in sites if isinstance(site.map, Lookup)}
-            if not misfits - tracked.unbatched:
+            found = {id(site): first.place(site, weights) for site in first.sites}
+            misfits = [site for site in first.sites if found[id(site)] is None]
+            lookups = {site.lookup for site in misfits if isinstance(site.map, Lookup)}
+            if lookups <= tracked.unbatched:
                 break
-            tracked = replace(tracked, unbatched=tracked.unbatched | misfits)  # repeat positions for every example
-        known = []
-        for site, place in zip(first.sites, found, strict=True):
+            tracked = replace(tracked, unbatched=tracked.unbatched | lookups)  # repeat positions for every example
+        if misfits:
+            raise Differs(f"examples influence one another at {first.label(misfits[0])}")
+        for site in first.sites:
             del site.deltas[1:]
-            if place is None:
-                raise Differs(f"examples influence one another at {first.label(site)}")
-            known.append(place)
         first.check()
-        return first, g, SharingPlan(tracked, first.structure(), tuple(known), mixes=first.mixes, calls=first.calls)
+        known = tuple(place for place in found.values() if place is not None)
+        return first, SharingPlan(tracked, first.structure(), known, calls=first.calls)
 
-    def two_backwards(self, first: FirstPass) -> tuple[list[Tensor | None], Tensor]:
+    def two_backwards(self, first: FirstPass) -> Tensor:
         """Run one forward, and the backward of the mean and of a sum whose random weights tell examples apart.
 
         Returns:
-            The gradient of the mean, at a loss scale that keeps it well within float16, and the weights.
+            The weights.
         """
-        parameters = [(first.tracked.names[i], p) for i, p in first.tracked.tensors.items()]
-        passes = Passes(self.batch, self.parameters)
-        with passes.one(away=True):
-            kernels = Kernels(first, parameters)
-            with kernels, black_boxes(self.model, first):
+        with Passes(self.batch, self.parameters).one(away=True):
+            kernels = Kernels(first)
+            with kernels, running(self.batch.model, first):
                 losses = self.batch.losses()
             kernels.check()
             if not losses.isfinite().all():
                 raise Unsure("the losses of this batch are not finite")
             order = torch.randperm(first.independent, generator=generator(self.seed, 0))
             weights = 2.0 ** (order % 5 - 4)  # powers of two commute with rounding, TF32's too
-            weights = (self.parts.spread(weights) if self.parts is not None and first.mixes else weights).to(losses)
-            g, smaller = self.first_backward(losses, first)
+            weights = (self.parts.spread(weights) if self.within is not None and first.mixes else weights).to(losses)
+            smaller = self.first_backward(losses, first)
             (losses @ weights * (smaller / self.n)).backward()
         self.heard.scale *= smaller
-        return g, weights
+        return weights
 
-    def first_backward(self, losses: Tensor, first: FirstPass) -> tuple[list[Tensor | None], float]:
-        """Return the gradient of the mean, and what the losses have to be multiplied by for it to fit in float16."""
+    def first_backward(self, losses: Tensor, first: FirstPass) -> float:
+        """Run the backward of the mean, and return what has to multiply the losses for it to fit well in float16."""
         smaller = 1.0
         while True:
             (losses.mean() * smaller).backward(retain_graph=True)
-            g = [None if p.grad is None else p.grad.detach().clone() for p in self.tensors]
-            fits = all(float(t.abs().max()) < 1e3 for t in g if t is not None and t.numel())
-            if fits or self.heard.scale * smaller <= 1:
-                return g, smaller
+            if self.heard.scale * smaller <= 1 or all(
+                float(p.grad.abs().max()) < 1e3 for p in self.tensors if p.grad is not None and p.numel()
+            ):
+                return smaller
             smaller = max(1 / self.heard.scale, smaller / 64)
             drop(self.tensors)
             for site in first.sites:
@@ -167,57 +207,47 @@ class Rehearsal:
 
     # ---- both ways
 
-    def chosen(self, random: torch.Generator) -> list[int]:
-        """Return the micro-batches to make both ways: the first, the last, and random ones."""
-        k = MicroBatches(self.n, self.m).k
+    def prove(self, plan: SharingPlan, permuted: bool) -> None:
+        """Make the update both ways, on the batch or on a permutation of its examples, and raise unless they agree."""
+        random, n, m, k = generator(self.seed, self.n), self.n, self.m, self.parts.k
+        batch = self.batch.subset(torch.randperm(n, generator=random)) if permuted else self.batch
         others = (torch.randperm(k, generator=random) + k - 1) % k  # any order
-        return list(dict.fromkeys([0, k - 1, *others.tolist()]))[:TRIED]
-
-    def check_both_ways(self, batch: Batch, plan: SharingPlan, chosen: Sequence[int], rounding: Rounding) -> None:
-        """Raise unless shared passes and the serial loop give the same losses and the same update."""
-        self.heard.losses.clear()
-        trial = Oracle(batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
-        rows = torch.cat([torch.arange(k * self.m, min(self.n, (k + 1) * self.m)) for k in chosen])
-        before = self.buffers()
-        with frozen_statistics(batch.modules()):
-            ours = self.shared(trial, plan, rows)
-            after = self.buffers()
-        together = self.heard.losses.copy()
-        self.heard.losses.clear()
-        trial.passes.counted, parts = False, batch.split(self.m)
-        with frozen_statistics(batch.modules()):  # which micro-batches change one after another
-            theirs = reduce(add, [self.serial(trial, parts[k], k) for k in chosen])
-        alone = [torch.cat(self.heard.losses[i::2]) for i in range(len(together))]
-        for whole, single in zip(together, alone, strict=True):
-            self.check_losses(whole[rows.to(whole.device)], single, alone[0], rounding)
+        chosen = list(dict.fromkeys([0, k - 1, *others.tolist()]))[:TRIED]  # the first, the last, and random ones
+        rows = torch.cat([torch.arange(j * m, min(n, (j + 1) * m)) for j in chosen])
+        trial, parts, before = self.oracle(batch), batch.split(m), self.buffers()
+        (ours, after), together = self.hear(lambda: (self.shared(trial, plan, rows), self.buffers()))
+        trial.passes.counted = False
+        theirs, alone = self.hear(lambda: reduce(add, [self.serial(trial, parts[j], j) for j in chosen]))
+        by_pass = [torch.cat(alone[i::2]) for i in range(len(together))]
+        for whole, single in zip(together, by_pass, strict=True):
+            self.rounding.check_losses(whole[rows.to(whole.device)], single, by_pass[0], self.heard.scale)
         if not all(map(torch.equal, before, after)):
-            self.check_buffers(parts, after, rounding.losses)
-        self.check_close(ours.materialised(), theirs.materialised(), plan.tracked, rounding.gradients)
+            self.rounding.check_buffers(after, self.buffers_of_loop(parts))
+        self.rounding.check_gradients(ours.materialised(), theirs.materialised(), plan.tracked.names)
 
-    def buffers(self) -> list[Tensor]:
-        """Return copies of the model's buffers."""
-        return [b.clone() for m in self.batch.modules() for b in m._buffers.values() if b is not None]
+    def first_part(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the losses of the first micro-batch by itself, at ``w`` and ``w + eps``, and its update."""
+        trial = self.oracle(self.batch)
+        update, losses = self.hear(lambda: self.serial(trial, self.batch.split(self.m)[0], 0))
+        return torch.cat(losses), update.materialised()
 
-    def check_buffers(self, parts: Sequence[Batch], ours: Sequence[Tensor], bound: float) -> None:
-        """Raise unless the forwards of all micro-batches leave the same buffers, such as running statistics."""
-        with frozen_statistics(self.batch.modules()), torch.no_grad():
-            for k, part in enumerate(parts):
-                with self.drawing(part, k):
-                    part.losses()
-            theirs = self.buffers()
-        for a, b in zip(ours, theirs, strict=True):
-            error = 1.0 if a.shape != b.shape else _distance(a, b)
-            exact = not b.is_floating_point()  # such as a counter
-            _judge(f"a buffer differs by {error:.0e} from what the serial loop leaves", error, 0.0 if exact else bound)
+    def oracle(self, batch: Batch) -> Oracle:
+        """Return an oracle whose passes count as nobody's."""
+        return Oracle(batch, self.parameters, declares=Declaration(g=False), ranks=self.ranks)
+
+    def hear(self, run: Callable[[], T]) -> tuple[T, list[Tensor]]:
+        """Return what a function returns, and the losses of its passes; running statistics are restored."""
+        self.heard.losses.clear()
+        with frozen_statistics(self.batch.modules()):
+            return run(), self.heard.losses.copy()
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
-        parts = MicroBatches(self.n, self.m)
-        recorded = record(trial, plan, TensorPool(), self.parts, by_part(parts, trial))
-        second = second_pass(trial, recorded, parts, Euclidean().radial)
+        recorded = record(trial, plan, TensorPool(), self.within, (self.parts, TWO_PASSES))
+        second = second_pass(trial, recorded, self.parts, Euclidean().radial)
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():
-            made = trial.passes.gradient(weights=weights, under=black_boxes(self.model, second))
+            made = trial.passes.gradient(weights=weights, under=running(self.batch.model, second))
         plan.calls.update(recorded.first.calls | second.calls)
         return made
 
@@ -225,6 +255,18 @@ class Rehearsal:
         """Return the same of micro-batch ``k`` by itself."""
         with self.drawing(part, k):
             return len(part) / self.n * Rule()(trial.part(part)).grad
+
+    def buffers_of_loop(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """Return the buffers after the forwards of all micro-batches."""
+        with frozen_statistics(self.batch.modules()), torch.no_grad():
+            for k, part in enumerate(parts):
+                with self.drawing(part, k):
+                    part.losses()
+            return self.buffers()
+
+    def buffers(self) -> list[Tensor]:
+        """Return copies of the model's buffers."""
+        return [b.clone() for m in self.batch.modules() for b in m._buffers.values() if b is not None]
 
     @contextmanager
     def drawing(self, part: Batch, k: int) -> Iterator[None]:
@@ -234,67 +276,3 @@ class Rehearsal:
             yield
         finally:
             self.heard.part = None
-
-    def check_losses(self, ours: Tensor, theirs: Tensor, at_w: Tensor, rounding: Rounding) -> None:
-        """Raise unless losses are the same; where they have risen by ``eps``, so far as that is."""
-        if not (ours.isfinite().all() and theirs.isfinite().all()):
-            raise Unsure("the losses of this batch are not finite")
-        size = float(theirs.abs().mean()) + self.heard.scale
-        error, rise = (float((t - theirs).abs().max()) / size for t in (ours, at_w))
-        bound = rounding.losses + rise * rounding.gradients
-        reason = "the loss of an example depends on the other examples of its batch, or on chance"
-        _judge(f"{reason}: it differs by {error:.0e}", error, bound)
-
-    def check_close(
-        self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], tracked: Tracked, bound: float
-    ) -> None:
-        """Raise unless gradients are the same."""
-        for i, error in enumerate(differences(ours, theirs)):
-            name = tracked.names.get(i)
-            if name is not None and (ours[i] is None) != (theirs[i] is None):
-                raise CannotFactor(f"{name} takes part in a way that was not recorded")
-            if error is None:
-                continue
-            if not error < float("inf"):
-                raise Unsure("a gradient of this batch is not finite")
-            name = name or f"parameter {i}"
-            _judge(f"shared passes and the serial loop differ by {error:.0e} in the gradient of {name}", error, bound)
-
-
-def _judge(reason: str, error: float, bound: float) -> None:
-    if not error <= bound:  # or it is no number
-        raise Differs(reason, final=not error <= 30 * bound)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two buffers, relative to ``b``'s largest number; infinities may be equal."""
-    a, b = (t.to(torch.float64 if t.is_floating_point() else torch.int64).flatten() for t in (a, b))
-    other = (a != b) & ~(a.isnan() & b.isnan())
-    if not other.any():
-        return 0.0
-    return float((a[other] - b[other]).abs().max() / (b[b.isfinite()].abs().max() + 1 if b.isfinite().any() else 1))
-
-
-def _place(site: Site, weights: Tensor, first: FirstPass) -> Place | None:
-    """Return where examples lie, if the second backward is the first times their weights.
-
-    Raises:
-        Unsure: there is no gradient to tell, or it fits two places.
-    """
-    if len(site.deltas) != 2:
-        raise CannotFactor(f"{first.label(site)} has no gradient in this pass, or several")
-    a, b = (wide(d.reshape(prod(site.leading), -1)) for d in site.deltas)
-    if site.parts is not None and not a.any() and not b.any():
-        return Place(0)  # of copies it is known
-    if not a.norm() > 0 or not a.isfinite().all():
-        raise Unsure(f"the gradient at {first.label(site)} is zero or not finite for this batch")
-    low = any(wide(d) is not d for d in site.deltas)
-    weights = weights if site.parts is None else weights[site.parts.starts]
-    found = []
-    for layout, place in places(len(weights), site.leading).items():
-        w = wide(weights)[layout.example_of_row(len(a), a.device), None]
-        if (b - w * a).norm() < (0.3 if low else 1e-2) * b.norm():
-            found.append(place)
-    if len(found) > 1 and first.independent > 1:
-        raise Unsure(f"examples may lie in two ways at {first.label(site)}, and this batch fits both")
-    return found[0] if found else None

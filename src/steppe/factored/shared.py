@@ -1,25 +1,32 @@
 """The two shared passes over a batch, as a plan allows them: what the first records, and the second that follows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.engine.oracle import Oracle
-from steppe.factored.black_box import black_boxes
-from steppe.factored.collect import TWO_PASSES, Collector, Recorded
+from steppe.factored.batch_norm import update_running_statistics
+from steppe.factored.collect import Collector, Cost, Recorded
+from steppe.factored.composites import registered_modules
 from steppe.factored.gradients import TensorPool, squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.sites import Interception, Site
-from steppe.factored.tracked import NotProven, Tracked
+from steppe.factored.sites import Interception, Site, Tracked, Unsure
 
-T = TypeVar("T")
+
+class NotProven(Unsure):
+    """A forward pass does other things than those that were proven."""
+
+    def __init__(self, structure: tuple[Any, ...]) -> None:
+        super().__init__("the forward pass does other things than those that were verified")
+        self.structure = structure
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,6 @@ class SharingPlan:
         places: where examples lie, for every site.
         reason: why micro-batches cannot share passes; empty where they can.
         final: whether the reason holds for every batch.
-        mixes: whether examples of a micro-batch influence one another, as in batch normalisation.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
         calls: the calls of torch functions that its rehearsals have made, by function and place in the code. A pass
             that makes another one runs a part of the model or the loss that has not been proven.
@@ -43,14 +49,8 @@ class SharingPlan:
     places: tuple[Place, ...] = ()
     reason: str = ""
     final: bool = True
-    mixes: bool = False
     cost: float = 1.0
     calls: set[Any] = field(default_factory=set, compare=False, repr=False)
-
-    @property
-    def single(self) -> bool:
-        """Whether it is for a batch of one example."""
-        return bool(self.structure and self.structure[-1])
 
     def apply(self, first: FirstPass) -> None:
         """Give the sites of a pass their layouts.
@@ -67,22 +67,33 @@ class SharingPlan:
             if site.layout is None:
                 raise NotProven(structure)
 
-    def covers(self, *passes: Interception) -> None:
-        """Raise where passes made calls that no rehearsal has made.
-
-        Raises:
-            NotProven: they did; a rehearsal on this batch makes them.
-        """
-        if any(one.calls for one in passes):
+    def covers(self, passing: Interception) -> None:
+        """Raise where a pass made calls that no rehearsal has made; a rehearsal on this batch makes them."""
+        if passing.calls:
             raise NotProven(self.structure)
+
+
+@contextmanager
+def running(model: nn.Module, passing: Interception) -> Iterator[None]:
+    """Surround the forward of a pass; running statistics are updated at its end."""
+    passing.running = True
+    try:
+        with registered_modules(model, passing), passing:
+            yield
+        if isinstance(passing, SecondPass):
+            passing.check()
+        else:
+            update_running_statistics(model, passing)
+    finally:
+        passing.running = False
 
 
 def record(
     f: Oracle,
     plan: SharingPlan,
     pool: TensorPool,
-    parts: MicroBatches | None = None,
-    collector: Callable[[FirstPass], Collector] | None = None,
+    within: MicroBatches | None = None,
+    collected: tuple[MicroBatches, Cost] | None = None,
     needs_g: bool = False,
 ) -> Recorded:
     """Run the first pass and return what it has recorded.
@@ -91,22 +102,22 @@ def record(
         f: the oracle, of one batch.
         plan: a proven plan.
         pool: the memory of gradients that are held whole.
-        parts: the micro-batches within which examples may influence one another; ``None`` where none may.
-        collector: makes a collector of gradients, which works and frees factors during the backward pass.
+        within: the micro-batches within which examples may influence one another; ``None`` where none may.
+        collected: the micro-batches whose gradients are made, and their factors freed, during the backward pass.
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(plan.tracked.of_size(len(batch)), LAYERS, parts, pool)
+    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within, pool)
     first.proven = plan.calls
-    collecting = collector(first) if collector else None
-    first.on_delta = None if collecting is None else _collecting(collecting, plan)
+    collector = Collector(first, *collected, f.rho.values) if collected else None
+    first.on_delta = None if collector is None else _collecting(collector, plan)
     try:
         wrt = None if needs_g else [False] * len(parameters.tensors)
-        g = f.passes.gradient(wrt=wrt, under=black_boxes(batch.model, first))
+        g = f.passes.gradient(wrt=wrt, under=running(batch.model, first))
         first.check()
         plan.apply(first)
         scale = batch.loss_scale(parameters.tensors[0].detach())
-        gradients = None if collecting is None else collecting.gradients()
+        gradients = None if collector is None else collector.gradients()
         return Recorded(first, len(batch), parameters.tensors, g, scale, gradients)
     finally:
         first.on_delta = None  # breaks the reference cycle that would keep the gradients
@@ -123,20 +134,15 @@ def _collecting(collector: Collector, plan: SharingPlan) -> Callable[[Site], Non
     return collect
 
 
-def by_part(parts: MicroBatches, f: Oracle) -> Callable[[FirstPass], Collector]:
-    """Return what makes a collector of the micro-batches' gradients."""
-    return lambda first: Collector(first, parts, TWO_PASSES, f.rho.values)
-
-
 def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Callable[[Tensor], Tensor]) -> SecondPass:
     """Return the second pass, with ``eps_k = rho radial(norm(G_k)) G_k`` for every micro-batch."""
     rho = f.rho.values
     matrices, small = recorded.collected or recorded.of(parts, rho=rho)
     with torch.no_grad():
-        squares = {
-            radius: squared_norms(_with(radius, matrices, rho), _with(radius, small, rho))
-            for radius in sorted({rho[i] for i in (*matrices, *small)})
-        }
+        squares = {}  # norm(G_k)^2 over the parameters of each radius
+        for radius in sorted({rho[i] for i in (*matrices, *small)}):
+            gradients = [g for i, g in matrices.items() if rho[i] == radius]
+            squares[radius] = squared_norms(gradients, [t for i, t in small.items() if rho[i] == radius])
         total = reduce(add, squares.values()).clamp_min(0)
         per_mean = recorded.to_own_mean(parts, total)
         norms = per_mean * total.sqrt()
@@ -151,10 +157,6 @@ def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Call
     second = SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
     second.proven = recorded.first.proven
     return second
-
-
-def _with(radius: float, found: Mapping[int, T], rho: Sequence[float]) -> list[T]:
-    return [value for i, value in found.items() if rho[i] == radius]
 
 
 def _log(f: Oracle, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:

@@ -1,25 +1,96 @@
-"""One use of perturbed parameters, and the interception of torch functions that finds them all."""
+"""The perturbed parameters, one use of them, and the interception of torch functions that finds all uses."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.overrides import TorchFunctionMode
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from steppe.batch import Batch
+from steppe.engine.oracle import Oracle
 from steppe.factored.microbatches import Layout, MicroBatches
-from steppe.factored.tracked import HARMLESS, CannotFactor, Tracked, name_of, unwrapped
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
 NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
+
+
+class CannotFactor(Exception):  # noqa: N818
+    """The micro-batch gradients of a model cannot be factored; the message says why.
+
+    Args:
+        reason: the message.
+        final: whether that holds for every batch.
+    """
+
+    def __init__(self, reason: str, final: bool = True) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+class Unsure(CannotFactor):
+    """This batch cannot tell whether a model factors; the message says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, final=False)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The perturbed parameters of a model.
+
+    Attributes:
+        parameters: id of the parameter -> index.
+        names: index -> name.
+        n: how many examples the batch has.
+        tensors: index -> parameter.
+        unbatched: the lookups, by order, whose indices belong to no example, such as position embeddings.
+    """
+
+    parameters: Mapping[int, int]
+    names: Mapping[int, str]
+    n: int
+    tensors: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
+    unbatched: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, f: Oracle, batch: Batch) -> Tracked:
+        """Return the parameters of the batch's model that have a radius above 0 and require a gradient."""
+        names = {id(p): name for name, p in batch.model.named_parameters()}
+        radii = zip(f.passes.parameters.tensors, f.rho.values, strict=True)
+        tensors = {i: p for i, (p, rho) in enumerate(radii) if rho and p.requires_grad}
+        known = {i: names.get(id(p), f"parameter {i}") for i, p in tensors.items()}
+        return cls({id(p): i for i, p in tensors.items()}, known, len(batch), tensors)
+
+    def of_tensors(self, tensors: Sequence[Tensor]) -> Tracked:
+        """Return the same with other tensors in the place of the parameters."""
+        other = {i: tensors[i] for i in self.tensors}
+        return replace(self, parameters={id(p): i for i, p in other.items()}, tensors=other)
+
+    def index(self, t: object) -> int | None:
+        """Return the index of a tracked parameter, ``None`` for anything else."""
+        return self.parameters.get(id(t))
+
+    def first_in(self, args: Iterable[Any]) -> int | None:
+        """Return the index of the first tracked parameter among arguments, also inside lists."""
+        return first_in(self.parameters, args)
+
+
+def first_in(known: Mapping[int, int], args: Iterable[Any]) -> int | None:
+    """Return the index of the first argument that is known by its id, also inside lists."""
+    for a in args:
+        index = first_in(known, a) if isinstance(a, list | tuple) else known.get(id(a))
+        if index is not None:
+            return index
+    return None
 
 
 @dataclass
@@ -78,7 +149,25 @@ class Site:
         return t.reshape(*leading, *t.shape[1:])
 
 
-class Interception(TorchFunctionMode):
+class Mode(TorchFunctionMode):
+    """An interception that also surrounds what activation checkpointing computes again in the backward pass."""
+
+    count = lookups = 0  # of what it counts so far, and of the lookups
+    recomputing = False
+
+    @contextmanager
+    def again(self, place: tuple[int, int]) -> Iterator[None]:
+        """Surround what is computed again from a place, ``(count, lookups)``, on: the same happens, in order."""
+        before, active = (self.count, self.lookups), self in _get_current_function_mode_stack()
+        (self.count, self.lookups), self.recomputing = place, True
+        try:
+            with nullcontext() if active else self:
+                yield
+        finally:
+            (self.count, self.lookups), self.recomputing = before, False
+
+
+class Interception(Mode):
     """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
 
     A layer has ``record`` for the first pass, ``collect`` for the gradients of its uses, and ``evaluate`` for the
@@ -96,15 +185,14 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
-        self.count, self.lookups = 0, 0  # of the sites, and of the lookups, so far
         self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
+        self.made_of: dict[int, int] = {}  # by id, the index of one of their parameters
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
         self.proven: Set[Any] = frozenset()  # the calls of torch functions that a rehearsal has made
         self.calls: set[Any] = set()  # others
-        self.recomputing = False  # whether activation checkpointing runs a part of it again, in the backward pass
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -113,13 +201,14 @@ class Interception(TorchFunctionMode):
         arguments = (*args, *kwargs.values())
         self.called(func, arguments, sys._getframe(1))
         transformed = peek_interpreter_stack() is not None
-        layer = None if transformed or (self.derived and self.derives(arguments) is not None) else self.layers.get(func)
+        derived = bool(self.made_of) and first_in(self.made_of, arguments) is not None
+        layer = None if transformed or derived else self.layers.get(func)
         if layer is not None:
             with self.understood():
                 made = getattr(layer, self.method)(self, func, *args, **kwargs)
             if made is not NotImplemented:
                 return made
-        index = self.first_in(map(unwrapped, arguments) if transformed else arguments)
+        index = self.first_in(map(_unwrapped, arguments) if transformed else arguments)
         if index is None or name_of(func) in HARMLESS:
             return func(*args, **kwargs)
         if transformed:
@@ -134,39 +223,15 @@ class Interception(TorchFunctionMode):
         if call not in self.proven:
             self.calls.add(call)
 
-    def first_in(self, arguments: Iterable[Any]) -> int | None:
+    def first_in(self, args: Iterable[Any]) -> int | None:
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
-        arguments = list(arguments)
-        index = self.tracked.first_in(arguments)
-        return index if index is not None or not self.derived else self.derives(arguments)
-
-    def derives(self, arguments: Iterable[Any]) -> int | None:
-        """Return the index of a parameter from which, with no examples, an argument is made; also inside lists."""
-        for a in arguments:
-            known = self.derived.get(id(a))
-            index = known.parameters[0] if known else self.derives(a) if isinstance(a, list | tuple) else None
-            if index is not None:
-                return index
-        return None
+        args = list(args)
+        index = self.tracked.first_in(args)
+        return first_in(self.made_of, args) if index is None else index
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
         raise NotImplementedError
-
-    def place(self) -> tuple[int, int]:
-        """Return where the pass is, for :meth:`again`."""
-        return self.count, self.lookups
-
-    @contextmanager
-    def again(self, place: tuple[int, int]) -> Iterator[None]:
-        """Surround what activation checkpointing computes again from a place on: the same uses, in order."""
-        before = self.recomputing, self.count, self.lookups
-        self.recomputing, (self.count, self.lookups) = True, place
-        try:
-            with self:
-                yield
-        finally:
-            self.recomputing, self.count, self.lookups = before
 
     @contextmanager
     def understood(self) -> Iterator[None]:
@@ -176,3 +241,25 @@ class Interception(TorchFunctionMode):
             yield
         finally:
             self.inside -= 1
+
+
+HARMLESS = {
+    *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "layout", "grad", "is_sparse"),
+    *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"),
+    *("is_complex", "data_ptr", "__len__", "is_nested", "is_mkldnn", "is_quantized", "is_meta", "__hash__", "names"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+}  # functions that do not use a parameter's value
+
+
+def _unwrapped(t: Any) -> Any:
+    """Return what a tensor inside ``torch.func`` stands for."""
+    while isinstance(t, Tensor) and is_functorch_wrapped_tensor(t):
+        t = get_unwrapped(t)
+    return t
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """Return the name of a torch function, or of the property that it reads."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name

@@ -15,30 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steppe.factored.passes import FirstPass
-from steppe.factored.sites import Interception
-from steppe.factored.tracked import HARMLESS, CannotFactor, name_of
+from steppe.factored.sites import HARMLESS, CannotFactor, Interception, Mode, name_of
 
-Span = tuple[int, int, str]  # the first byte of a tensor, the byte after its last, its name
+Spans = list[tuple[int, int, str]]  # of tensors: the first byte, the byte after the last, the name
 
 
-def spans(tensors: Iterable[tuple[str, Tensor]]) -> list[Span]:
+def spans(tensors: Iterable[tuple[str, Tensor]]) -> Spans:
     """Return the memory of every tensor."""
-    return [(*_span(t), name) for name, t in tensors if t.numel()]
+    found = []
+    for name, t in tensors:
+        if t.numel() and t.layout == torch.strided and t.device.type != "meta":
+            reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            found.append((t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size(), name))
+    return found
 
 
-def _span(t: Tensor) -> tuple[int, int]:
-    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
-
-
-def shares_memory(t: Any, known: Iterable[Span]) -> str | None:
-    """Return the name of a tensor whose memory ``t`` shares; ``None`` without one, or where ``t`` has no memory."""
-    if type(t) is not Tensor and not isinstance(t, torch.nn.Parameter):
-        return None
-    if t.layout != torch.strided or t.device.type == "meta" or not t.numel():
-        return None
-    start, end = _span(t)
-    return next((name for a, b, name in known if start < b and a < end), None)
+def shares_memory(args: Any, known: Spans) -> str | None:
+    """Return the name of a known tensor whose memory one of some arguments shares; ``None`` without one."""
+    leaves = [("", t) for t in tree_leaves(args) if type(t) is Tensor or isinstance(t, torch.nn.Parameter)]
+    seen = spans(leaves)
+    return next((name for start, end, _ in seen for a, b, name in known if start < b and a < end), None)
 
 
 class Kernels(TorchDispatchMode):
@@ -46,21 +42,15 @@ class Kernels(TorchDispatchMode):
 
     A kernel that reads the memory of a perturbed parameter while no layer is at work belongs to a use that no torch
     function shows: by TorchScript, by ``torch.func``, by a function with a backward of its own, through an alias.
-
-    Args:
-        first: the pass.
-        parameters: name and tensor of the perturbed parameters.
     """
 
-    def __init__(self, first: FirstPass, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, first: FirstPass) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.first, self.known = first, spans(parameters)
-        self.found = ""
+        self.first, self.known, self.found = first, _parameters(first), ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if not self.first.inside and not self.found and name_of(func).partition(".")[0] not in HARMLESS:
-            names = (shares_memory(t, self.known) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            name = next(filter(None, names), None)
+            name = shares_memory((args, kwargs), self.known)
             if name is not None:
                 self.found = f"{name} is used by {func} out of sight: by a script, an alias or a function of its own"
         return func(*args, **(kwargs or {}))
@@ -69,6 +59,10 @@ class Kernels(TorchDispatchMode):
         """Raise where there was such a use."""
         if self.found:
             raise CannotFactor(self.found)
+
+
+def _parameters(passing: Interception) -> Spans:
+    return spans((passing.tracked.names[i], p) for i, p in passing.tracked.tensors.items())
 
 
 def watch() -> None:
@@ -98,9 +92,11 @@ def _watched(around: Callable[..., Any], call: Callable[..., Any]) -> Callable[.
 
 
 def _script(call: Callable[..., Any], script: Any, *args: Any, **kwargs: Any) -> Any:
-    for mode in _passes():
-        if not mode.inside:
-            _refuse(mode, script, tree_leaves((args, kwargs)))
+    for passing in _passes():
+        with torch._C.DisableTorchFunction():
+            name = None if passing.inside else shares_memory((args, kwargs), _parameters(passing))
+        if name is not None:
+            raise CannotFactor(f"{name} is used by the TorchScript function {script.name}")
     return call(script, *args, **kwargs)
 
 
@@ -110,18 +106,9 @@ def _compiled_as_it_runs(call: Callable[..., Any], *args: Any, **kwargs: Any) ->
     return call(*args, **kwargs)
 
 
-def _checkpoint(
-    call: Callable[..., Any],
-    function: Callable[..., Any],
-    preserve_rng_state: bool,
-    context_fn: Any,
-    determinism_check: str,
-    debug: bool,
-    early_stop: bool,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    modes = [(mode, mode.place()) for mode in _get_current_function_mode_stack() if hasattr(mode, "again")]
+def _checkpoint(call: Callable[..., Any], function: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    stack = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Mode)]
+    modes = [(mode, (mode.count, mode.lookups)) for mode in stack]
 
     def again(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -129,19 +116,11 @@ def _checkpoint(
                 stack.enter_context(mode.again(place))
             return function(*args, **kwargs)
 
-    early_stop = early_stop and not modes  # else all is computed again: the inputs of all layers are needed
-    run = again if modes else function
-    return call(run, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs)
+    if not modes:
+        return call(function, *rest, **kwargs)
+    *options, _ = rest[:5]  # not to stop early: the inputs of all layers are needed
+    return call(again, *options, False, *rest[5:], **kwargs)
 
 
 def _passes() -> list[Interception]:
     return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Interception)]
-
-
-def _refuse(passing: Interception, script: Any, args: Iterable[Any]) -> None:
-    with torch._C.DisableTorchFunction():
-        known = spans((passing.tracked.names[i], p) for i, p in passing.tracked.tensors.items())
-        for t in args:
-            name = shares_memory(t, known)
-            if name is not None:
-                raise CannotFactor(f"{name} is used by the TorchScript function {script.name}")

@@ -12,7 +12,6 @@ from steppe.engine import checks
 from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
-from steppe.pieces.weights import FiniteDifference
 from steppe.pieces.which import Matrices, Which
 from steppe.schedule import Schedule, scheduled
 
@@ -222,7 +221,6 @@ class Preconditioned:
 
     Raises:
         ValueError: ``damping`` is not above 0.
-        TypeError: in ``step``, where the base has stepped and keeps no second moment.
     """
 
     damping: float = 1e-8
@@ -234,62 +232,9 @@ class Preconditioned:
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         v = f.base_state("exp_avg_sq") + f.base_state("square_avg")
-        if f.step and not v.present():
-            raise TypeError("Preconditioned needs a base optimizer that keeps exp_avg_sq or square_avg: Adam, RMSprop")
         if v.present():
             d = d.map(self._precondition, v)
         return d / (d.norm() + TINY)
 
     def _precondition(self, d: Tensor, v: Tensor) -> Tensor:
         return torch.where(v > 0, d / (v.sqrt() + self.damping), 0.0)
-
-
-@dataclass(frozen=True)
-class Eigen:
-    """``d / norm(d) + alpha sign(<d, v>) v'``: Eigen-SAM (arXiv 2501.12666).
-
-    ``v`` is the eigenvector of the batch's Hessian whose eigenvalue is largest in size, by ``power`` steps of power
-    iteration at steps 0, ``every``, 2 ``every``, ..., each two passes, which begin at the ``v`` before, and first at
-    ``d``. ``v'`` is its part orthogonal to ``d``. As in the authors' code the sum is not normalised again. (There the
-    first ``v`` is random and comes at step ``every``, and the Hessian is that of evaluation mode.)
-
-    Micro-batches and ranks search each by itself and remember the mean of their ``v``, whose signs are made alike
-    before: by the ``v`` remembered, and first by a fixed random vector. The mean is used at length 1.
-
-    Args:
-        alpha: the length of the second term, at least 0.
-        every: how many steps apart ``v`` is renewed.
-        power: how many steps of power iteration.
-
-    Raises:
-        ValueError: ``alpha`` is negative, ``every`` or ``power`` is no positive integer.
-    """
-
-    alpha: float = 0.2
-    every: int = 100
-    power: int = 5
-
-    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"eigenvector"}))
-
-    def __post_init__(self) -> None:
-        checks.non_negative("alpha", self.alpha)
-        checks.positive_integer("every", self.every)
-        checks.positive_integer("power", self.power)
-
-    def __call__(self, f: Oracle, d: Vector) -> Vector:
-        unit = d / (d.norm() + TINY)
-        v = f.recall("eigenvector", default=unit).where(t is not None for t in d.tensors)
-        v = v / (v.norm() + TINY)  # of micro-batches and ranks the mean of several
-        if f.step % self.every == 0:
-            v = self.search(f, v)
-            f.remember("eigenvector", v)
-        along = unit.dot(v)
-        return unit + self.alpha * along.sign() * (v - along * unit)
-
-    def search(self, f: Oracle, v: Vector) -> Vector:
-        """Return ``v`` after ``power`` steps; micro-batches and ranks give it the same sign."""
-        for _ in range(self.power):
-            Hv = f.movable(f.hvp(v))
-            v = Hv / (Hv.norm() + TINY)
-        side = v.dot(f.recall("eigenvector", default=FiniteDifference().direction(f.movable(f.w), 0)))
-        return torch.where(side < 0, -1.0, 1.0) * v

@@ -144,26 +144,32 @@ class Smoothed:
 
 
 @dataclass(frozen=True)
+class Stale:
+    """``g`` of the step before, at the weights there; first ``g``: AsyncSAM (arXiv 2503.11147), on one device."""
+
+    of: Callable[[Oracle], Vector] = Mean()
+
+    declares: ClassVar[Declaration] = Declaration(remembers=frozenset({"stale"}))
+
+    def __call__(self, f: Oracle) -> Vector:
+        g = self.of(f)
+        f.remember("stale", g)
+        return f.recall("stale", default=g).where(t is not None for t in g.tensors)
+
+
+@dataclass(frozen=True)
 class Momentum:
     """``-v``, the base optimizer's momentum: Momentum-SAM (arXiv 2401.12033). No pass.
 
     ``v`` is ``momentum_buffer`` (SGD, Muon) or ``exp_avg`` (Adam and its relatives), as the base's last step left it.
     Before the base's first step there is none, and nothing is perturbed. Where only some of several base optimizers
     keep it, the parameters of the others are not perturbed, and the optimizer warns once.
-
-    Raises:
-        TypeError: in ``step``, where the base has stepped and keeps no momentum.
     """
 
     declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"momentum_buffer", "exp_avg"}))
 
     def __call__(self, f: Oracle) -> Vector:
-        v = f.base_state("momentum_buffer") + f.base_state("exp_avg")
-        if f.step and not v.present():
-            raise TypeError(
-                "Momentum needs a base optimizer that keeps a momentum_buffer or exp_avg: SGD with momentum, Muon, Adam"
-            )
-        return -1.0 * v
+        return -1.0 * (f.base_state("momentum_buffer") + f.base_state("exp_avg"))
 
 
 @dataclass(frozen=True)
