@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from steppe.engine.vector import Vector, norm_of, shift_, shift_all_
 from steppe.pieces.weights import _signs, generator
@@ -54,6 +55,25 @@ def test_products_are_remembered_by_what_they_are_of() -> None:
     assert float(x.dot(x)) == 14.0
     for k in range(50):  # other vectors at the same places in memory
         assert float(x.dot(vector([float(k), 0.0], [0.0]))) == k
+
+
+def test_one_call_for_all_entries_gives_what_single_calls_give() -> None:
+    """Plain tensors of one type take the fast path; a ``None``, a Parameter or another type take the other."""
+    g = torch.Generator().manual_seed(0)
+    xs, ys = ([torch.randn(n, 3, generator=g) for n in (2, 5, 1)] for _ in "xy")
+    for cx, cy in ((1.0, 1.0), (0.3, 1.0), (1.0, -2.0), (0.3, -2.0)):
+        fast = (cx * Vector(xs)) + (cy * Vector(ys))
+        slow = (cx * Vector([*xs, None])) + (cy * Vector([*ys, None]))
+        for a, b, x, y in zip(fast.tensors, slow.tensors, xs, ys, strict=False):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            torch.testing.assert_close(a, cx * x + cy * y)
+    for a, b in zip(Vector(xs).lerp(Vector(ys), 0.3).tensors, xs, strict=True):
+        assert a.shape == b.shape
+    whole = torch.cat([x.flatten() for x in xs])
+    assert float(Vector(xs).norm()) == pytest.approx(float(whole.norm()))
+    assert float(Vector([nn.Parameter(xs[0]).detach(), *xs[1:]]).norm()) == pytest.approx(float(whole.norm()))
+    mixed = Vector([xs[0], xs[1].double(), xs[2].bfloat16()])
+    assert (mixed + mixed).tensors[1].dtype == mixed.norm().dtype == torch.float64
 
 
 def test_the_norm_of_entries_that_are_not_kept() -> None:

@@ -14,7 +14,7 @@ from steppe.engine.replay import capturing
 from steppe.telemetry import Telemetry
 
 READINGS = 10  # in a row
-RISE = 0.03  # of the first loss: three times the largest that a good run had (docs/records/warnings.json)
+RISE = 0.03  # of the first loss, which is about three times what trial runs that went well had
 
 
 @dataclass

@@ -18,7 +18,11 @@ from steppe.schedule import Schedule, scheduled
 
 @dataclass(frozen=True)
 class Euclidean:
-    """``d / norm(d)``, the norm over all perturbed parameters together (SAM, arXiv 2010.01412, equation 2)."""
+    """``d / norm(d)``, the norm over all perturbed parameters together (SAM, arXiv 2010.01412, equation 2).
+
+    1e-12 is added to the norm, as in most SAM code, so a shorter ``d`` gives less than length 1: half at 1e-12, nothing
+    far below. A loss whose gradients are so small has to be scaled up; in float32 their squares underflow too.
+    """
 
     declares: ClassVar[Declaration] = Declaration(radial=True)
 
