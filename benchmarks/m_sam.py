@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import steppe
 from benchmarks import record
@@ -22,6 +24,8 @@ from benchmarks.models import CASES, Case
 from benchmarks.timing import Timer, interleave
 from benchmarks.vmap_sam import VmapSAM
 from steppe.factored import plans
+from steppe.factored.passes import FirstPass
+from steppe.factored.sites import Interception
 
 WAYS = ("serial", "vmap", "parallel", "rw_exact", "rw_difference")
 Step = Callable[[], object]
@@ -130,19 +134,44 @@ def prepared(bench: Bench, args: argparse.Namespace) -> tuple[list[tuple[dict[st
     return ready, left_out
 
 
-def let_go() -> None:
-    """Free the memory that held gradients keep for the next step, so that the next step is seen to allocate it."""
-    for known in plans._known.values():
-        known.pool.free.clear()
-
-
 def timed(bench: Bench, way: str, m: int | None, row: dict[str, Any], args: argparse.Namespace) -> Timer:
     """Return a warmed-up timer; the row gets the peak memory."""
     timer = Timer(bench.step(way, m), bench.device)
     timer.prepare(args.rounds, args.time_limit)
-    let_go()
     row["peak"] = peak(timer.step, bench.device)
     return timer
+
+
+def outside_operators(step: Step, steps: int = 5) -> float:
+    """Return the share of a step that passes outside torch's operators: in Python, and in what calls it."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        start = perf_counter()
+        for _ in range(steps):
+            step()
+        seconds = perf_counter() - start
+    inside = sum(e.self_cpu_time_total for e in profiled.key_averages() if e.key.startswith("aten::"))
+    return round(1 - inside / 1e6 / seconds, 4)
+
+
+def calls(step: Step) -> dict[str, int]:
+    """Return how many torch functions shared passes intercept in a step, and how many uses of parameters they see."""
+    found = {"functions": 0, "sites": 0}
+    seen, watched = Interception.__torch_function__, FirstPass.watch
+
+    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found["functions"] += 1
+        return seen(self, *args, **kwargs)
+
+    def site(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found["sites"] += 1
+        return watched(self, *args, **kwargs)
+
+    Interception.__torch_function__, FirstPass.watch = function, site  # type: ignore[method-assign, assignment]
+    try:
+        step()
+    finally:
+        Interception.__torch_function__, FirstPass.watch = seen, watched  # type: ignore[method-assign]
+    return found
 
 
 def measure(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -153,9 +182,11 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, A
     reference = timed(bench, "sam", None, sam, args)
     ready, left_out = prepared(bench, args)
     interleave(reference, [timer for _, timer in ready])
-    rows = [about | row | timer.row() for row, timer in [(sam, reference), *ready]]
-    for row in rows:
-        row["peak_ratio"] = round(row["peak"] / sam["peak"], 4)
+    rows = []
+    for row, timer in [(sam, reference), *ready]:
+        row["outside"] = outside_operators(timer.step)
+        row |= calls(timer.step) if row["way"] == "parallel" else {}
+        rows.append(about | row | timer.row() | {"peak_ratio": round(row["peak"] / sam["peak"], 4)})
     return rows + [about | row for row in left_out]
 
 

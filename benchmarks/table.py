@@ -13,6 +13,7 @@ RECORDS = Path(__file__).parent / "records"
 BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 WAYS = {"serial": "serial loop", "vmap": "`vmap`", "parallel": "steppe, two passes"}
 PROBES = {"rw_exact": "exact norms", "rw_difference": "finite difference"}
+PYTHON_AT = 8  # the m at which the share of Python is shown
 UNLIKE = """\
 The two do not do the same work. steppe takes norms that show a gradient that is not finite before anything changes:
 one more than the other package in SAM, WSAM and Coupled-WSAM, two in F-SAM, three in ASAM; one norm takes {norms}.
@@ -66,6 +67,18 @@ def sam_itself(rows: list[Row]) -> str:
     return markdown(["model", "size", "SAM's step", "SAM's memory", *(f"RW-SAM, {p}" for p in PROBES.values())], lines)
 
 
+def by_python(rows: list[Row]) -> str:
+    """Return the table of what shared passes intercept, and of the share of a step that Python takes."""
+    found = {(row["model"], row["way"], row["m"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        shared = found.get((model, "parallel", PYTHON_AT)) or {}
+        if "functions" in shared:
+            both = [f"{100 * row['outside']:.0f} %" for row in (found[model, "sam", None], shared)]
+            lines.append([model, f"m = {PYTHON_AT}", str(shared["functions"]), str(shared["sites"]), *both])
+    return markdown(["model", "m-SAM", "functions", "uses of parameters", "outside, SAM", "outside, m-SAM"], lines)
+
+
 def where(data: dict[str, Any]) -> str:
     """Name the machine and the settings that matter."""
     m, s = data["machine"], data["settings"]
@@ -84,6 +97,8 @@ def m_sam(data: dict[str, Any]) -> str:
         f"Step time of m-SAM as a ratio to SAM's, median (range) of at most {data['settings']['rounds']} "
         f"rounds:\n\n{by_m(rows, list(WAYS), ratio)}\n"
         f"Peak memory of m-SAM beyond the parameters, as a ratio to SAM's:\n\n{by_m(rows, list(WAYS), memory)}\n"
+        "How many torch functions a step in shared passes intercepts, how many uses of parameters it records, and "
+        f"which share of a step's time passes outside torch's operators, by its profiler:\n\n{by_python(rows)}\n"
     )
 
 

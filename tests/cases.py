@@ -273,7 +273,7 @@ COMBINATIONS = [
         looks_inside=True,
     ),
     Case("AsyncSAM", composed(Rule(Stale()))),
-    Case("AsyncSAM, from a part", composed(Rule(Subset(4, Stale()))), passes=(1.4, 1.4), looks_inside=True),
+    Case("sampled ascent, AsyncSAM", composed(Rule(Subset(4, Stale()))), passes=(1.4, 1.4), looks_inside=True),
     Case("Focal-SAM", composed(BothWeighted(ByClass((5, 3, 2)))), passes=(3, 3), looks_inside=True),
     Case("X-SAM", composed(Rule(combine=EigenCorrected(0.3, Eigen(every=2, power=2)))), passes=(6, 6), low=False),
     Case("micro of every", composed(Micro(5, Every(2, Rule(geometry=Euclidean())))), looks_inside=True),

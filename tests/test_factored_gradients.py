@@ -1,19 +1,16 @@
 """How micro-batches' gradients are held: whole in blocks, as factors with biases, by the rows of a table."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
 
 import steppe
-from steppe.factored import plans
 from steppe.factored.collect import Cost
-from steppe.factored.gradients import Factors, Rows, TensorPool, Whole, squared_norms
+from steppe.factored.gradients import Factors, Rows, Whole, squared_norms
 from steppe.factored.maps import Dense, Lookup, Use
 from steppe.factored.microbatches import MicroBatches
 from tests.cases import sgd, sgdm
-from tests.factored_models import EXAMPLES, Example, loss
+from tests.factored_models import EXAMPLES, Example
 from tests.test_factored import N, assert_equal, ends
 
 HEIGHT, WIDTH, Q = 7, 3, 4
@@ -131,49 +128,18 @@ def test_a_bias_is_a_column_of_ones() -> None:
     torch.testing.assert_close(riding.input_gradient(Dense(), d, x, W[:, :4], s), dx)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def test_memory_goes_back_to_the_pool() -> None:
-    pool, parts = TensorPool(), MicroBatches(N, 4)
-    dense = Use(Dense(), torch.randn(N, 1, 2), torch.randn(N, 1, 3))
-    one = Whole([dense], parts, pool)
-    two = Whole([dense], parts, pool)  # while the first is in use
-    places = {G.data_ptr() for h in (one, two) for G in h.chunks}
-    assert len(places) == 2
-    del one, two
-    gc.collect()
-    three = Whole([Use(Dense(), dense.x, 2 * dense.delta)], parts, pool)
-    assert three.chunks[0].data_ptr() in places
-    torch.testing.assert_close(three.chunks[0], 2 * torch.stack([
-        (dense.delta[i : i + 4].flatten(0, 1).mT @ dense.x[i : i + 4].flatten(0, 1)) for i in (0, 4, 8)
-    ]))  # fmt: skip
-
-
-def test_steps_do_not_fill_the_pool(monkeypatch) -> None:
-    monkeypatch.setattr(Cost, "whole", lambda *_: True)
-    example = EXAMPLES["gpt"]
-    model = example.model(torch.float32)
-    opt = steppe.SAM(sgdm(model), 0.3, m=5, parallel=True)
-
-    def free() -> int:
-        return sum(map(len, plans.known(model).pool.free.values()))
-
-    counts = []
-    for k in range(4):
-        opt.step(example.batch(model, N, torch.float32, seed=k))
-        gc.collect()
-        counts.append(free())
-    assert 0 < counts[2] == counts[3]
-    assert loss(model, example.data(N)).isfinite().all()
-
-
 # --------------------------------------------------------------------------------------------------------- worth it?
 
 
 @pytest.mark.parametrize(
     ("m", "parallel", "expected"),
-    [(4, "auto", [N, N]), (6, "auto", [6] * 4), (6, True, [N, N]), (N, "auto", [N, N]), (4, False, [4] * 6)],
+    [
+        (4, "auto", [N, N]),
+        (6, "auto", [6] * 4),
+        (6, True, [N, N]),
+        (N, "auto", [N, N]),
+        (4, False, [4] * 6),
+    ],
 )
 def test_two_parts_run_one_after_the_other_on_a_cpu(
     m: int, parallel: bool | str, expected: list[int], rehearsed_once

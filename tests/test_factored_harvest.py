@@ -140,7 +140,7 @@ def test_weights_are_perturbed_once() -> None:
     W, s = torch.randn(3, 5), torch.rand(4)
     expected = W + s[:, None, None] * G.chunks[0].clone()
     for _ in range(2):  # forward, backward
-        torch.testing.assert_close(torch.cat(G.weights(W, s, W.dtype)), expected)
+        torch.testing.assert_close(torch.cat(list(G.weights(W, s, W.dtype))), expected)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

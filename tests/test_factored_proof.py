@@ -496,21 +496,6 @@ def test_every_length_shares_the_plan_of_one() -> None:
     torch.testing.assert_close(*found, rtol=0, atol=1e-11)
     assert rehearsed == [0, 1, 2, 8]
     assert len(entry.proven) == 1
-    assert plans.known(model).pool.free == {}
-
-
-def test_the_pool_holds_what_the_last_steps_used() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()
-    opt = steppe.SAM(sgd(model), 0.2, m=2, parallel=True)
-    held = []
-    for n in (64, 64, *range(32, 8, -2)):
-        x = torch.randn(n, 40, 6, dtype=torch.float64)
-        loss = lambda m, d: F.cross_entropy(m(d[0]).mean(1), d[1], reduction="none")  # noqa: E731
-        opt.step(steppe.Batch(model, loss, (x, torch.randint(3, (n,)))))
-        held.append(sum(t.numel() for free in plans.known(model).pool.free.values() for t in free))
-    assert max(held) > 0
-    assert held[-1] <= max(held) / 2
 
 
 def test_a_loss_that_is_always_new_is_rarely_rehearsed() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import CannotFactor, Interception, name_of
+from steppe.factored.sites import CannotFactor, Interception, Matrices, Site, Small, name_of
 
 Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
 
@@ -153,6 +153,10 @@ class AnyFunction:
         if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
             raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
         return parts.cat([t.flatten(0, 1) for t in made])
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """Add the gradients of the copies, which are those of the micro-batches."""
+        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]
 
 
 def _for_each(call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:

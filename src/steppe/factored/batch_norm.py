@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from steppe.engine.vector import wide
-from steppe.factored.elementwise import NormLayer
+from steppe.factored.elementwise import NormLayer, collect_both, scale_and_shift
 from steppe.factored.gradients import no_view
 from steppe.factored.passes import FirstPass
 from steppe.factored.sites import CannotFactor, Interception, Matrices, Site, Small, Unsure
@@ -52,17 +52,23 @@ class BatchNorm:
         x, running, w, b, training, momentum, eps = self.read(*args, **kwargs)
         if not training:
             return getattr(self.affine, passing.method)(passing, func, *args, **kwargs)
-        parts, channels = passing.parts, x.shape[1]
-        if parts is None or len(x) != parts.n:
+        parts = passing.parts
+        if parts is None or x.shape[0] != parts.n:
             raise CannotFactor("the gradients of single examples are not defined: batch normalisation mixes examples")
         if min(m for *_, m in parts.spans) * x[0, 0].numel() == 1:
             raise Unsure("batch normalisation has one value per channel in a micro-batch")
         passing.mixes = True
-        scale, shift = (self.copies(passing, p, x.new_full((channels,), start)) for p, start in ((w, 1.0), (b, 0.0)))
+        both = scale_and_shift(x, w, b)
+        index = [passing.tracked.index(p) for p in both]
+        if index == [None, None]:
+            copies = torch.stack(both).expand(parts.k, -1, -1)
+        else:
+            copies = passing.scale_and_shift(self, both, index, parts.k, parts)
         found: list[tuple[Tensor, Tensor]] = []  # means and variances
-        chunks = zip(parts.spans, parts.split(scale), parts.split(shift), strict=True)
-        made = [Normalise.apply(x[first:last], w_k, b_k, eps, found) for (first, last, _), w_k, b_k in chunks]  # type: ignore[no-untyped-call]
-        if None not in running and isinstance(passing, FirstPass) and not passing.recomputing:
+        chunks = zip(parts.spans, parts.split(copies), strict=True)
+        made = [Normalise.apply(x[first:last], c, eps, found) for (first, last, _), c in chunks]  # type: ignore[no-untyped-call]
+        kept = running[0] is not None and running[1] is not None
+        if kept and isinstance(passing, FirstPass) and not passing.recomputing:
             mean, var = map(parts.cat, zip(*found, strict=True))
             passing.statistics.append(Statistics(*running, momentum, mean, var))
         return parts.cat(made)
@@ -83,27 +89,20 @@ class BatchNorm:
         """Return the arguments of ``torch.nn.functional.batch_norm``."""
         return input, (running_mean, running_var), weight, bias, training, momentum, eps
 
-    def copies(self, passing: Interception, p: Tensor | None, without: Tensor) -> Tensor:
-        """Return scale or shift for every micro-batch, ``(k, C)``."""
-        assert passing.parts is not None
-        index = passing.tracked.index(p)
-        if p is None or index is None:
-            return (without if p is None else p).expand(passing.parts.k, -1)
-        return passing.copies_by_part(self, p, index, passing.parts)
-
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add nothing: the gradients of the copies are those of the micro-batches."""
+        """Add the gradients of the copies, which are those of the micro-batches."""
+        collect_both(site, site.deltas[0], small)
 
 
 class Normalise(torch.autograd.Function):
     """Normalises ``k`` micro-batches of one size, below each other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, eps: float, found: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the output, and append means and unbiased variances to ``found``; all of them are ``(k, C)``."""
-        values = _by_channel(x, len(w))
+    def forward(ctx: Any, x: Tensor, both: Tensor, eps: float, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the output for scale and shift, ``(k, 2, C)``, and append means and unbiased variances, ``(k, C)``."""
+        values, (w, b) = _by_channel(x, both.shape[0]), both.unbind(1)
         count, dtype = values.shape[1] * values.shape[3], wide(values[:0]).dtype
-        mean = values.sum(3, dtype=dtype).sum(1) / count
+        mean = values.sum((1, 3), dtype=dtype) / count
         centred = values - _along(mean)
         square = torch.linalg.vector_norm(centred, dim=3).square().sum(1)
         r = (square / count + eps).rsqrt()
@@ -115,19 +114,19 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the input, and of ``w`` and ``b`` for each micro-batch."""
+        """Return the gradients of the input, and of scale and shift for each micro-batch."""
         centred, r, w = ctx.saved_tensors
-        shape, dtype, d = d.shape, d.dtype, _by_channel(d, len(w)).to(centred.dtype)
-        count = centred.shape[1] * centred.shape[3]
-        db, dw = d.sum(3).sum(1), (d * centred).sum(3).sum(1) * r
-        dx = torch.addcmul(_along(-r * w * db / count), centred, _along(-r * r * w * dw / count))
-        dx.addcmul_(d, _along(r * w))
-        return dx.to(dtype).reshape(shape), dw.to(w.dtype), db.to(w.dtype), None, None
+        shape, dtype, d = d.shape, d.dtype, _by_channel(d, r.shape[0]).to(centred.dtype)
+        count, rw = centred.shape[1] * centred.shape[3], r * w
+        db, dw = d.sum((1, 3)), (d * centred).sum((1, 3)) * r
+        dx = torch.addcmul(_along(rw * db / -count), centred, _along(rw * r * dw / -count))
+        dx.addcmul_(d, _along(rw))
+        return dx.to(dtype).reshape(shape), torch.stack((dw, db), 1).to(w.dtype), None, None
 
 
 def _by_channel(x: Tensor, k: int) -> Tensor:
     """Return ``(k m, C, ...)`` as ``(k, m, C, positions)``."""
-    return x.reshape(k, len(x) // k, x.shape[1], -1)
+    return x.reshape(k, x.shape[0] // k, x.shape[1], -1)
 
 
 def _along(t: Tensor) -> Tensor:
@@ -150,6 +149,7 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
     calls: dict[int, list[Statistics]] = {}
     for call in passing.statistics:
         calls.setdefault(id(call.running_mean), []).append(call)
+    known: dict[Any, tuple[Tensor, Tensor | float]] = {}  # the weights, which are the same for most modules
     with torch.no_grad():
         for key, found in calls.items():
             module = owners.get(key)
@@ -158,17 +158,23 @@ def update_running_statistics(model: nn.Module, passing: Interception) -> None:
                 raise CannotFactor("running statistics are kept by something else than a module of torch")
             if len({call.momentum for call in found}) > 1 and getattr(module, "momentum", 0) is not None:
                 raise CannotFactor("running statistics are updated with several momenta")
+            T = len(found) * found[0].mean.shape[0]
             if counter is not None:
-                counter += len(found) * (len(found[0].mean) - 1)  # its module has counted one batch a call
+                counter += T - len(found)  # its module has counted one batch a call
             for buffer, name in ((found[0].running_mean, "mean"), (found[0].running_var, "var")):
-                sequence = torch.stack([getattr(call, name) for call in found], 1).flatten(0, 1)  # micro-batches first
-                weights = _weights(found[0].momentum, sequence[:, 0], module, counter).to(buffer.dtype)
-                buffer.mul_(1 - weights.sum()).add_(weights @ sequence.to(buffer.dtype))
+                each = [getattr(call, name) for call in found]
+                sequence = each[0] if len(each) == 1 else torch.stack(each, 1).flatten(0, 1)  # micro-batches first
+                own = counter is not None and module.momentum is None
+                which = (id(module) if own else found[0].momentum, T, buffer.dtype, buffer.device)
+                if which not in known:
+                    known[which] = _weights(T, buffer, counter if own else None, found[0].momentum)
+                weights, kept = known[which]
+                buffer.mul_(kept).add_(weights @ sequence.to(buffer.dtype))
 
 
-def _weights(momentum: float, like: Tensor, module: nn.Module, counter: Tensor | None) -> Tensor:
-    """Return the weights of a sequence of statistics in the running ones, shape ``(T,)``."""
-    if counter is not None and module.momentum is None:
-        return torch.ones_like(like) / counter
-    later = torch.arange(len(like) - 1, -1, -1, device=like.device)
-    return momentum * (1 - momentum) ** later.to(like)
+def _weights(T: int, like: Tensor, counter: Tensor | None, momentum: float) -> tuple[Tensor, Tensor | float]:
+    """Return the weights of ``T`` statistics in the running ones, shape ``(T,)``, and that of the running ones."""
+    if counter is not None:
+        weights = like.new_ones(T) / counter
+        return weights, 1 - weights.sum()
+    return like.new_tensor([momentum * (1 - momentum) ** (T - 1 - t) for t in range(T)]), (1 - momentum) ** T

@@ -77,11 +77,8 @@ class Collector:
 
     def take(self, site: Site) -> None:
         """Add the contribution of one use."""
-        if site.parts is not None and site.weight is not None:
-            found = self.by_example if site.parts.m == 1 else self.by_part
-            found.setdefault(site.weight, []).append(site.deltas[0])
-            return
-        site.layer.collect(site, self.uses, self.by_example)
+        of_parts = site.parts is not None and site.parts.m > 1
+        site.layer.collect(site, self.uses, self.by_part if of_parts else self.by_example)
         if site.weight is not None and len(self.uses.get(site.weight, ())) == self.counts[site.weight]:
             self.matrices[site.weight] = self._made(site.weight, self.uses.pop(site.weight))
 
@@ -97,7 +94,7 @@ class Collector:
                     self.by_example.setdefault(use.bias, []).append(delta)
             b = None
         if whole:
-            return Whole(uses, self.parts, self.first.pool)
+            return Whole(uses, self.parts)
         if all(isinstance(use.map, Lookup) for use in uses):
             return Rows(uses, self.parts)
         return Factors(uses, self.parts, b)
@@ -143,9 +140,9 @@ def _by_part(by_example: Small, parts: MicroBatches) -> dict[int, Tensor]:
         return {i: parts.sums(t) for i, t in total.items()}
     if not total:
         return {}
-    sums = parts.sums(torch.cat([t.reshape(len(t), -1) for t in total.values()], 1))
+    sums = parts.sums(torch.cat([t.reshape(t.shape[0], -1) for t in total.values()], 1))
     split = sums.split([t[0].numel() for t in total.values()], 1)
-    return {i: s.reshape(len(s), *t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
+    return {i: s.reshape(-1, *t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
 
 
 @dataclass
@@ -194,7 +191,7 @@ class Recorded:
         """Multiply the loss of every example, and so its gradients, by ``c_i``."""
         for site in self.first.sites:
             delta = site.by_example(site.deltas[0])
-            site.deltas[0] = site.by_row(delta * c.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1)), site.leading)
+            site.deltas[0] = site.by_row(delta * c.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1)))
 
 
 def _uses(first: FirstPass) -> tuple[Matrices, Small]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steppe.engine.functional import functional
 from steppe.factored.any_function import AnyFunction
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import ANY, CannotFactor, Interception
+from steppe.factored.sites import ANY, CannotFactor, Interception, Matrices, Site, Small
 
 
 class Composite:
@@ -127,6 +127,10 @@ class Recurrent:
         return (torch.cat(outputs, examples), *(torch.cat(h, 1) for h in last))
 
     record = evaluate = run
+
+    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
+        """Add the gradients of the copies, which are those of the micro-batches."""
+        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]
 
 
 # ---- modules that are registered

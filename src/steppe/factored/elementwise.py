@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.sites import CannotFactor, Matrices, Site, Small, Tracked
+from steppe.factored.sites import Matrices, Site, Small, Tracked
 
 
 def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
@@ -94,17 +94,14 @@ class GroupNormLayer:
 
     def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Normalise with a copy of scale and shift for every example."""
-        x, groups, parameters, eps = self.read(*args, **kwargs)
-        index = [passing.tracked.index(p) for p in parameters]
-        if all(i is None for i in index):
+        x, groups, both, eps = self.read(*args, **kwargs)
+        index = [passing.tracked.index(p) for p in both]
+        if index == [None, None]:
             return NotImplemented
-        n = len(x)
-        rows = [
-            (p.expand(n, -1) if i is None else passing.copies(self, p, i, n)).flatten()
-            for p, i in zip(parameters, index, strict=True)
-        ]
-        scale, shift = (*rows, None)[:2]
-        return F.group_norm(x.reshape(1, -1, *x.shape[2:]), n * groups, scale, shift, eps).reshape(x.shape)
+        n, channels, *size = x.shape
+        scale, shift = passing.scale_and_shift(self, both, index, n, None).unbind(1)
+        y = F.group_norm(x.reshape(1, n * channels, *size), n * groups, scale.flatten(), shift.flatten(), eps)
+        return y.reshape(x.shape)
 
     record = evaluate = run
 
@@ -113,13 +110,23 @@ class GroupNormLayer:
         x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> tuple[Tensor, int, list[Tensor], float]:
         """Return the arguments of ``torch.nn.functional.group_norm``."""
-        if weight is None and bias is not None:
-            raise CannotFactor("group normalisation with a shift and no scale has no factored form")
-        return x, num_groups, [p for p in (weight, bias) if p is not None], eps
+        return x, num_groups, scale_and_shift(x, weight, bias), eps
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """Add the gradients of the copies."""
-        small.setdefault(site.weight, []).append(site.sums(site.deltas[0]))  # type: ignore[arg-type]
+        collect_both(site, site.sums(site.deltas[0]), small)
+
+
+def scale_and_shift(x: Tensor, w: Tensor | None, b: Tensor | None) -> list[Tensor]:
+    """Return both, or ones and zeros for each channel."""
+    return [x.new_ones(x.shape[1]) if w is None else w, x.new_zeros(x.shape[1]) if b is None else b]
+
+
+def collect_both(site: Site, gradients: Tensor, small: Small) -> None:
+    """Add the gradients of scale and shift, ``(n or k, 2, C)``."""
+    for i, t in zip((site.weight, site.bias), gradients.unbind(1), strict=True):
+        if i is not None:
+            small.setdefault(i, []).append(t)
 
 
 class Elementwise:

@@ -13,7 +13,7 @@ from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.factored.collect import TWO_PASSES, WEIGHTED, Recorded
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.plans import Entry, entry_for, known, prove
+from steppe.factored.plans import Entry, entry_for, prove
 from steppe.factored.rehearsal import described
 from steppe.factored.shared import NotProven, SharingPlan, record, running, second_pass
 from steppe.factored.sites import CannotFactor
@@ -83,12 +83,14 @@ class SharedPasses:
         return g_adv
 
     def _worth(self, f: Oracle, m: int | None, weights: str) -> bool:
-        """Return whether to try: one micro-batch, or two on a CPU, gain only where factors save multiplications.
+        """Return whether to try: two micro-batches on a CPU gain only where factors save multiplications, or if asked.
+
+        One micro-batch is plain SAM, which gains only there.
 
         Plain SAM on a whole batch runs as it is: its memory is that of a closure, and nothing need be proven.
         """
-        few = 1 if f.passes.parameters.devices else 2
-        if m is not None and (len(f.batch()) > few * m or self.parallel is True):
+        n, few = len(f.batch()), 1 if f.passes.parameters.devices else 2
+        if m is not None and n > m and (n > few * m or self.parallel is True):
             return True
         if m is None and (weights == "uniform" or f.needs_g):
             return False
@@ -247,7 +249,7 @@ def example_weighting(rule: Rule) -> str | None:
 
 def _recorded(f: Oracle, plan: SharingPlan, *options: Any, **named: Any) -> Recorded:
     """Return the first pass of a step, with the options of :func:`record`; it may do nothing but what was proven."""
-    recorded = record(f, plan, known(f.batch().model).pool, *options, **named)
+    recorded = record(f, plan, *options, **named)
     plan.covers(recorded.first)
     return recorded
 

@@ -4,7 +4,7 @@ Each kind offers the same: ``squares``, the norms; ``weighted``, a weighted sum;
 evaluate a map at ``W + s_k G_k``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -16,74 +16,45 @@ from torch.autograd.function import once_differentiable
 from steppe.engine.vector import wide
 from steppe.factored.maps import Conv, Dense, Map, Use, add_product, as_one, dot, weight_gradient
 from steppe.factored.microbatches import MicroBatches
-
-
-class TensorPool:
-    """Memory that is handed from the gradients of one step to those of the next.
-
-    A CPU's allocator returns large tensors to the system, which maps them again page by page, zeroed. The pool saves
-    6 % of a step on convolutional nets at m = 1. Accelerators keep pools already.
-
-    A tensor that two steps in a row have not taken is freed, so that what is held does not grow with the number of
-    shapes.
-    """
-
-    def __init__(self) -> None:
-        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._older: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}  # given back before the last step
-
-    def begin(self) -> None:
-        """Begin a step."""
-        self.free, self._older = {}, self.free
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor with arbitrary content."""
-        key = torch.Size(shape), dtype
-        free = (self.free.get(key) or self._older.get(key)) if device.type == "cpu" else None
-        return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
-
-    def give(self, t: Tensor) -> None:
-        """Take back a tensor that nothing else refers to."""
-        if t.device.type == "cpu":
-            self.free.setdefault((t.shape, t.dtype), []).append(t)
+from steppe.factored.sites import Site
 
 
 class Whole:
     """``G_k`` in memory; the second pass turns it into ``W + s_k G_k``, in place where the dtypes allow."""
 
-    def __init__(self, uses: Sequence[Use], parts: MicroBatches, pool: TensorPool | None = None) -> None:
-        self.parts, self.pool = parts, pool or TensorPool()
+    def __init__(self, uses: Sequence[Use], parts: MicroBatches) -> None:
+        self.parts = parts.in_blocks(uses[0].map.block(uses[0].x, min(parts.m, parts.n)))
         self.chunks: list[Tensor] = []  # (k of the chunk, height, width)
         self._perturbed = 0  # chunks
-        dtype = reduce(torch.promote_types, (use.delta.dtype for use in uses))
-        for chunk in zip(*(parts.zip(use.delta, use.x) for use in uses), strict=True):
-            G = self.pool.take((len(chunk[0][0]), *uses[0].shape[1:]), dtype, chunk[0][0].device)
-            for j, (use, (delta, x)) in enumerate(zip(uses, chunk, strict=True)):
-                use.map.write(G, delta, x, add=j > 0)
+        norms = []
+        for chunk in zip(*(self.parts.zip(use.delta, use.x) for use in uses), strict=True):
+            G = _sum(use.map.gradients(delta, x) for use, (delta, x) in zip(uses, chunk, strict=True))
+            norms.append(torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=wide(G[:0]).dtype))
             self.chunks.append(G)
-        norms = [torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=wide(G[:0]).dtype) for G in self.chunks]
         self.squares = parts.cat(norms).square()  # norm(G_k)^2, shape (k,), in at least float32
-
-    def __del__(self) -> None:
-        for G in self.chunks:
-            self.pool.give(G)
 
     def weighted(self, c: Tensor) -> Tensor:
         """Return ``sum_k c_k G_k`` over micro-batches of one example each."""
-        (G,) = self.chunks
-        return (c.to(G.dtype) @ G.flatten(1)).reshape(G.shape[1:])
+        sums = (c_k.to(G.dtype) @ G.flatten(1) for c_k, G in zip(self.parts.split(c), self.chunks, strict=True))
+        return _sum(sums).reshape(self.chunks[0].shape[1:])
 
-    def weights(self, W: Tensor, s: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def weights(self, W: Tensor, s: Tensor, dtype: torch.dtype) -> Iterable[Tensor]:
         """Return ``W + s_k G_k`` by chunk, ``(k, height, width)``; ``W`` and ``s`` are those of the first call."""
-        W = W.reshape(self.chunks[0].shape[1:])
-        scales = self.parts.split(s.to(W.dtype)[:, None, None])
-        if self.chunks[0].dtype != W.dtype:
-            mixed = zip(self.chunks, scales, strict=True)
-            return [torch.addcmul(W, G.to(W.dtype), s_k).to(dtype) for G, s_k in mixed]
-        for G, s_k in list(zip(self.chunks, scales, strict=True))[self._perturbed :]:
-            torch.addcmul(W, G, s_k, out=G)
-            self._perturbed += 1
-        return [P.to(dtype) for P in self.chunks]
+        if self._perturbed == len(self.chunks):
+            return self.chunks if self.chunks[0].dtype == dtype else [P.to(dtype) for P in self.chunks]
+        return self._perturb(W, s, dtype)
+
+    def _perturb(self, W: Tensor, s: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield each chunk when it is made, while it is in a CPU's cache."""
+        W, scales = W.reshape(self.chunks[0].shape[1:]), self.parts.split(s.to(W.dtype)[:, None, None])
+        for i, (G, s_k) in enumerate(zip(self.chunks, scales, strict=True)):
+            if G.dtype != W.dtype:
+                yield torch.addcmul(W, G.to(W.dtype), s_k).to(dtype)
+                continue
+            if i >= self._perturbed:
+                torch.addcmul(W, G, s_k, out=G)
+                self._perturbed += 1
+            yield G.to(dtype)
 
     def apply(
         self, map: Map, x: Tensor, W: Tensor, s: Tensor, b: Tensor | None = None, b_eps: Tensor | None = None
@@ -214,30 +185,41 @@ Gradient = Whole | Factors | Rows
 
 
 class PerturbedMap(torch.autograd.Function):
-    """``y_k = B(x_k, W + s_k G_k) + b + b_eps_k``: gradients flow to ``x`` through it, to ``W`` and ``b`` unchanged."""
+    """``y_k = B(x_k, W + s_k G_k) + b + b_eps_k``: gradients flow to ``x`` through it, to ``W`` and ``b`` unchanged.
+
+    The site tells which rows of ``x`` and ``y`` belong to which example; ``b_eps`` is ``(k, height)``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, b_eps: Tensor | None, map: Map, gradient: Gradient, s: Tensor
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        b_eps: Tensor | None,
+        site: Site,
+        map: Map,
+        gradient: Gradient,
+        s: Tensor,
     ) -> Tensor:
-        """Return the output for ``x`` by example, ``(n, q, ...)``; ``b_eps`` is ``(k, height)``."""
+        """Return the output for ``x``, whose examples lie as at the site."""
         ctx.save_for_backward(x, W)
-        ctx.map, ctx.gradient, ctx.s = map, gradient, s
-        y = gradient.apply(map, x, W, s, b, b_eps)
-        return no_view(y)
+        ctx.site, ctx.map, ctx.gradient, ctx.s = site, map, gradient, s
+        return no_view(site.by_row(gradient.apply(map, site.by_example(x), W, s, b, b_eps)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``x``, ``W`` and ``b``."""
         (x, W), needed, dx, dW, db = ctx.saved_tensors, ctx.needs_input_grad, None, None, None
+        x, d = ctx.site.by_example(x), ctx.site.by_example(d)
         if needed[0]:
-            dx = ctx.gradient.input_gradient(ctx.map, d, x, W, ctx.s)
+            dx = ctx.site.by_row(ctx.gradient.input_gradient(ctx.map, d, x, W, ctx.s))
         if needed[1]:
             dW = weight_gradient(ctx.map, d, x).reshape(W.shape).to(W.dtype)
         if needed[2]:
             db = d.sum([i for i in range(d.dim()) if i != 2], dtype=W.dtype)
-        return dx, dW, db, None, None, None, None
+        return dx, dW, db, *[None] * 5
 
 
 def no_view(y: Tensor) -> Tensor:
@@ -251,7 +233,7 @@ def squared_norms(gradients: Iterable[Gradient], small: Iterable[Tensor]) -> Ten
     factored = [g for g in gradients if isinstance(g, Factors)]
     found = [g.squares for g in gradients if not isinstance(g, Factors)]
     if small:
-        found.append(wide(torch.cat([t.reshape(len(t), -1) for t in small], 1)).square().sum(1))
+        found.append(wide(torch.cat([t.reshape(t.shape[0], -1) for t in small], 1)).square().sum(1))
     if factored:
         found.append(_squares_of_factors(factored))
     return _sum(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,18 +82,28 @@ def conv(dims: int) -> Callable[..., Call | None]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Call | None:
-        def each(v: Any) -> tuple[int, ...]:
-            return (v,) * dims if isinstance(v, int) else tuple(v) * (dims // len(v))
-
-        if isinstance(padding, str):
-            reach = [d * (size - 1) for d, size in zip(each(dilation), weight.shape[2:], strict=True)]
-            if padding == "same" and any(r % 2 for r in reach):
-                raise CannotFactor("a convolution with padding='same' and an even kernel has no factored form")
-            padding = tuple(r // 2 for r in reach) if padding == "same" else 0
-        spec = ConvSpec(each(stride), each(padding), each(dilation), groups, weight.shape)
-        return Call(Conv(spec), input, input.shape[:1], weight, bias) if input.dim() == dims + 2 else None
+        if input.dim() != dims + 2:
+            return None
+        options = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)]
+        return Call(conv_of(*options, groups, weight.shape), input, input.shape[:1], weight, bias)
 
     return read
+
+
+@lru_cache
+def conv_of(stride: Any, padding: Any, dilation: Any, groups: int, shape: torch.Size) -> Conv:
+    """Return a convolution; one number stands for all dimensions."""
+    dims = len(shape) - 2
+
+    def each(v: Any) -> tuple[int, ...]:
+        return (v,) * dims if isinstance(v, int) else v * (dims // len(v))
+
+    if isinstance(padding, str):
+        reach = [d * (size - 1) for d, size in zip(each(dilation), shape[2:], strict=True)]
+        if padding == "same" and any(r % 2 for r in reach):
+            raise CannotFactor("a convolution with padding='same' and an even kernel has no factored form")
+        padding = tuple(r // 2 for r in reach) if padding == "same" else 0
+    return Conv(ConvSpec(each(stride), each(padding), each(dilation), groups, shape))
 
 
 def embedding(
@@ -142,8 +153,11 @@ class MatrixLayer:
             return first.layers[ANY].derive(first, func, args, kwargs)
         given, call = call.x, call.batched(first.tracked.n)
         x = call.x.flatten(0, -2) if isinstance(call.map, Dense) and call.x.dim() > 2 else call.x
-        y = func(*(x if a is given else a for a in args), **{k: x if a is given else a for k, a in kwargs.items()})
-        shape = torch.Size((*call.leading, *y.shape[1 if isinstance(call.map, Conv) else -1 :]))
+        if x is not given:
+            args = tuple([x if a is given else a for a in args])
+            kwargs = {key: x if a is given else a for key, a in kwargs.items()}
+        y = func(*args, **kwargs)
+        shape = (*call.leading, *y.shape[1 if isinstance(call.map, Conv) else -1 :])
         kept = None if weight is None else call.x.detach()
         if kept is not None and kept.is_floating_point():
             kept = kept.to(y.dtype)
@@ -172,9 +186,8 @@ class MatrixLayer:
         x = call.x.to(low(call.x)) if call.x.is_floating_point() else call.x
         if weight is not None:
             b_eps = second.small.get(bias)  # none where it is kept with that of the weight
-            at = (call.map, *second.matrices[weight])
-            y = PerturbedMap.apply(site.by_example(x), call.W, call.b, b_eps, *at)  # type: ignore[no-untyped-call]
-            return site.by_row(y, call.leading)
+            at = (site, call.map, *second.matrices[weight])
+            return PerturbedMap.apply(x, call.W, call.b, b_eps, *at)  # type: ignore[no-untyped-call]
         y = call.map.apply(x.reshape(1, -1, *x.shape[len(call.leading) :]), call.W[None])
         y = y.reshape(*call.leading, *y.shape[2:])
         rows = second.rows_of(site, call.b, bias, call.leading)  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steppe.factored.microbatches import MicroBatches
 from steppe.factored.patches import ConvSpec, from_patches, patches
 
 Times = Callable[[Tensor, Tensor], None]  # (y, x): adds a product with the rows of x to the rows of y, in place
@@ -38,13 +37,14 @@ class Dense:
         """Return the gradient of the input."""
         return torch.bmm(d, P.mT if self.turned else P)
 
-    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
-        """Write the gradients of the weights to ``G``, or add them."""
+    def gradients(self, d: Tensor, x: Tensor) -> Tensor:
+        """Return the gradients of the weights, ``(k, height, width)``."""
         left, right = self.factors(x, d)
-        if G.dtype == left.dtype:
-            torch.baddbmm(G, left.mT, right, beta=int(add), out=G)
-        else:  # under autocast, beside a lookup
-            G.add_(left.mT @ right) if add else G.copy_(left.mT @ right)
+        return torch.bmm(left.mT, right)
+
+    def block(self, x: Tensor, m: int) -> int | None:
+        """Return how many micro-batches share a call: all."""
+        return None
 
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Return left and right, ``(n, rows, height)`` and ``(n, rows, width)``."""
@@ -73,37 +73,32 @@ class Conv:
 
     def apply(self, x: Tensor, P: Tensor, b: Tensor | None = None) -> Tensor:
         """Return the output for ``x``, ``(k, inputs, C, ...)``, with ``b`` of ``(k, height)``."""
-        made = []
-        for at in self.blocks(x):
-            weights, bias = P[at].reshape(-1, *self.spec.shape[1:]), None if b is None else b[at].flatten()
-            made.append(apart(self.spec.forward(side_by_side(x[at]), weights, len(P[at]), bias), len(P[at])))
-        return MicroBatches.cat(made)
+        k, bias = x.shape[0], None if b is None else b.flatten()
+        return apart(self.spec.forward(side_by_side(x), self._below(P), k, bias), k)
 
     def input_gradient(self, d: Tensor, x: Tensor, P: Tensor) -> Tensor:
         """Return the gradient of the input."""
-        made = []
-        for at in self.blocks(x):
-            weights, k = P[at].reshape(-1, *self.spec.shape[1:]), len(P[at])
-            like = x.new_empty(x.shape[1], k * x.shape[2], *x.shape[3:])  # for its shape alone
-            made.append(apart(self.spec.backward(side_by_side(d[at]), like, weights, [True, False], k)[0], k))
-        return MicroBatches.cat(made)
+        k, inputs, channels, *size = x.shape
+        like = x.new_empty(inputs, k * channels, *size)  # for its shape alone
+        return apart(self.spec.backward(side_by_side(d), like, self._below(P), [True, False], k)[0], k)
 
-    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
-        """Write the gradients of the weights to ``G``, or add them."""
-        for at in self.blocks(x):
-            made = self.spec.weight_gradient(side_by_side(d[at]), side_by_side(x[at]), len(x[at])).reshape(G[at].shape)
-            G[at].add_(made) if add else G[at].copy_(made)
+    def gradients(self, d: Tensor, x: Tensor) -> Tensor:
+        """Return the gradients of the weights, ``(k, height, width)``."""
+        k, (height, *rest) = x.shape[0], self.spec.shape
+        like = d.new_empty(k * height, *rest)  # for its shape alone
+        made: Tensor = self.spec.backward(side_by_side(d), side_by_side(x), like, [False, True], k)[1]
+        return made.reshape(k, height, -1)
 
-    def blocks(self, x: Tensor) -> list[slice]:
-        """Return the micro-batches that share a call, as a group each: all on an accelerator.
+    def block(self, x: Tensor, m: int) -> int | None:
+        """Return how many micro-batches share a call, as a group each: all on an accelerator.
 
-        On a CPU, one from 8 inputs on, because groups copy their inputs: that saves 8 % of a step on a small CNN at
-        ``m = 8``. Else as many as have a megabyte of weights, which saves 9 % there at ``m = 1``.
+        On a CPU, as many as have 32 examples and 4 MiB of weights: smaller calls waste time, and larger ones memory.
         """
-        k, step = len(x), len(x)
-        if x.device.type == "cpu":
-            step = 1 if x.shape[1] >= 8 else max(1, (1 << 20) // (self.spec.shape.numel() * x.element_size()))
-        return [slice(i, i + step) for i in range(0, k, step)]
+        weights = self.spec.shape.numel() * x.element_size()
+        return max(1, min(32 // m, (4 << 20) // weights)) if x.device.type == "cpu" else None
+
+    def _below(self, P: Tensor) -> Tensor:
+        return P.reshape(-1, *self.spec.shape[1:])
 
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output's gradient by position, and the patch of the input (channels last) at each position."""
@@ -111,17 +106,17 @@ class Conv:
 
     def shape(self, x: Tensor, d: Tensor) -> tuple[int, int, int]:
         """Return the positions of an example, and height and width of ``W``."""
-        return d[0, :, 0].numel(), self.spec.shape[0], self.spec.shape[1:].numel()
+        return d.shape[1] * d.shape[3:].numel(), self.spec.shape[0], self.spec.shape[1:].numel()
 
     def add_output(self, y: Tensor, x: Tensor, times: Times) -> None:
         """Add ``times`` the patches of ``x`` to the positions of ``y``."""
-        rows = y.new_zeros(len(y), y[0, :, 0].numel(), y.shape[2])
+        rows = y.new_zeros(y.shape[0], y.shape[1] * y.shape[3:].numel(), y.shape[2])
         times(rows, self._patches(x))
         y += rows.reshape(*y.shape[:2], -1, y.shape[2]).mT.reshape(y.shape)
 
     def add_input_gradient(self, dx: Tensor, d: Tensor, times: Times) -> None:
         """Add ``times`` the positions of the output's gradient to the patches of the input's."""
-        rows = d.new_zeros(len(d), d[0, :, 0].numel(), self.spec.shape[1:].numel())
+        rows = d.new_zeros(d.shape[0], d.shape[1] * d.shape[3:].numel(), self.spec.shape[1:].numel())
         times(rows, self._positions(d))
         size = dx.flatten(0, 1).shape
         dx += from_patches(rows.reshape(size[0], -1, rows.shape[-1]), size, self.spec).reshape(dx.shape)
@@ -132,18 +127,17 @@ class Conv:
 
     def _patches(self, x: Tensor) -> Tensor:
         rows = patches(x.flatten(0, 1), self.spec)
-        return rows.reshape(len(x), -1, rows.shape[-1])
+        return rows.reshape(x.shape[0], -1, rows.shape[-1])
 
 
 def side_by_side(x: Tensor) -> Tensor:
     """Return ``(k, inputs, C, ...)`` as ``(inputs, k C, ...)``: the channels of the micro-batches side by side."""
-    return x[0] if len(x) == 1 else x.transpose(0, 1).flatten(1, 2)
+    return x[0] if x.shape[0] == 1 else x.transpose(0, 1).flatten(1, 2)
 
 
 def apart(y: Tensor, k: int) -> Tensor:
     """Invert :func:`side_by_side`."""
-    made: Tensor = y[None] if k == 1 else y.unflatten(1, (k, -1)).transpose(0, 1)
-    return made
+    return y[None] if k == 1 else y.reshape(y.shape[0], k, -1, *y.shape[2:]).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -163,11 +157,17 @@ class Lookup:
         """Return the output for indices ``x``, ``(k, rows)``."""
         return P.gather(1, x[..., None].expand(-1, -1, P.shape[2]))
 
-    def write(self, G: Tensor, d: Tensor, x: Tensor, add: bool = False) -> None:
-        """Write the gradients of the tables to ``G``, or add them."""
-        rows = torch.arange(len(x), device=x.device)[:, None] * self.height + x
-        made = torch.ops.aten.embedding_dense_backward(self.factors(x, d)[1], rows, len(x) * self.height, -1, False)
-        G.add_(made.view_as(G)) if add else G.copy_(made.view_as(G))
+    def gradients(self, d: Tensor, x: Tensor) -> Tensor:
+        """Return the gradients of the tables, ``(k, height, width)``."""
+        k = x.shape[0]
+        rows = torch.arange(k, device=x.device)[:, None] * self.height + x
+        right = self.factors(x, d)[1]
+        made: Tensor = torch.ops.aten.embedding_dense_backward(right, rows, k * self.height, -1, False)
+        return made.view(k, self.height, -1)
+
+    def block(self, x: Tensor, m: int) -> int | None:
+        """Return how many micro-batches share a call: all."""
+        return None
 
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices, for one-hot rows, and the output's gradient, which is 0 at the padding."""
@@ -224,10 +224,7 @@ def as_one(t: Tensor) -> Tensor:
 
 def weight_gradient(map: Map, d: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of the whole batch, ``(height, width)``."""
-    _, height, width = map.shape(x, d)
-    G = d.new_empty(1, height, width)
-    map.write(G, as_one(d), as_one(x))
-    return G[0]
+    return map.gradients(as_one(d), as_one(x))[0]
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from math import prod
 
@@ -20,7 +20,7 @@ class Layout:
     def by_example(self, t: Tensor) -> Tensor:
         """Return ``(rows, ...)`` as ``(n, rows / n, ...)``; a view where an example's rows are neighbours."""
         rest = t.shape[1:]
-        if len(t) == self.n * self.inner:
+        if t.shape[0] == self.n * self.inner:
             return t.reshape(self.n, self.inner, *rest)
         return t.reshape(-1, self.n, self.inner, *rest).transpose(0, 1).reshape(self.n, -1, *rest)
 
@@ -72,28 +72,40 @@ def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
 class MicroBatches:
     """``n`` examples in micro-batches of ``m``, in order; the last one has the remainder.
 
-    Tensors by example are processed in one or two chunks of equal micro-batches: the full ones, and the last.
+    Tensors by example are processed in chunks of equal micro-batches: the full ones, and the last.
+
+    Attributes:
+        n: the number of examples.
+        m: the size of a micro-batch.
+        block: how many micro-batches a chunk has at most; ``None`` for any number.
     """
 
     n: int
     m: int
+    block: int | None = None
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """For each chunk: its first example, its last example + 1, the size of its micro-batches."""
         m = min(self.m, self.n)
         whole = self.n // m * m
-        return [(0, whole, m)] + ([(whole, self.n, self.n - whole)] if whole < self.n else [])
+        step = whole if self.block is None else m * self.block
+        full = [(a, min(a + step, whole), m) for a in range(0, whole, step)]
+        return full + ([(whole, self.n, self.n - whole)] if whole < self.n else [])
 
     @cached_property
     def starts(self) -> list[int]:
         """The first example of each micro-batch."""
         return list(range(0, self.n, self.m))
 
-    @property
+    @cached_property
     def k(self) -> int:
         """The number of micro-batches."""
         return -(-self.n // self.m)
+
+    def in_blocks(self, block: int | None) -> "MicroBatches":
+        """Return the same in chunks of at most so many micro-batches."""
+        return self if block is None or block >= self.k else _in_blocks(self.n, self.m, block)
 
     def sizes(self, like: Tensor) -> Tensor:
         """Return the number of examples in each micro-batch, shape ``(k,)``."""
@@ -105,7 +117,7 @@ class MicroBatches:
         """Return ``(n, q, ...)`` as a list of ``(parts, m q, ...)``; views where ``t`` is contiguous."""
         q, *rest = t.shape[1:]
         if len(self.spans) == 1:
-            return [t.reshape(self.k, self.spans[0][2] * q, *rest)]
+            return [t.reshape(self.k, self.n // self.k * q, *rest)]
         return [t[a:b].reshape((b - a) // m, m * q, *rest) for a, b, m in self.spans]
 
     def zip(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -115,7 +127,13 @@ class MicroBatches:
 
     def join(self, chunks: Sequence[Tensor], q: int) -> Tensor:
         """Invert :meth:`chunks`."""
-        return self.cat([c.reshape(-1, q, *c.shape[2:]) for c in chunks])
+        rest = chunks[0].shape[2:]
+        if len(chunks) == 1:
+            return chunks[0].reshape(-1, q, *rest)
+        joined = chunks[0].new_empty(self.n, q, *rest)
+        for part, chunk in zip(self.chunks(joined), chunks, strict=True):
+            part.copy_(chunk)
+        return joined
 
     def split(self, t: Tensor) -> list[Tensor]:
         """Return ``(k, ...)`` as a list of chunks."""
@@ -137,3 +155,8 @@ class MicroBatches:
     def cat(chunks: Sequence[Tensor]) -> Tensor:
         """Concatenate chunks along the first dimension; one chunk is not copied."""
         return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
+
+
+@lru_cache
+def _in_blocks(n: int, m: int, block: int) -> MicroBatches:
+    return MicroBatches(n, m, block)

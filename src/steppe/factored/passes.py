@@ -6,7 +6,7 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from steppe.engine.vector import wide
-from steppe.factored.gradients import Gradient, TensorPool
+from steppe.factored.gradients import Gradient
 from steppe.factored.microbatches import Layout, MicroBatches, Place, places
 from steppe.factored.sites import CannotFactor, Interception, Site, Tracked, Unsure
 
@@ -30,7 +30,6 @@ class FirstPass(Interception):
         tracked: the perturbed parameters.
         layers: torch function -> layer.
         parts: the micro-batches within which examples may influence one another.
-        pool: the memory of gradients that are held whole.
     """
 
     method = "record"
@@ -40,10 +39,8 @@ class FirstPass(Interception):
         tracked: Tracked,
         layers: Mapping[Any, Any],
         parts: MicroBatches | None = None,
-        pool: TensorPool | None = None,
     ) -> None:
         super().__init__(tracked, layers, parts)
-        self.pool = pool
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -56,7 +53,16 @@ class FirstPass(Interception):
         self.mixes |= self.parts is not None  # the gradients are those of whole micro-batches
         return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
 
-    def watch(self, y: Tensor, site: Site, shape: torch.Size | None = None) -> Tensor:
+    def scale_and_shift(
+        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    ) -> Tensor:
+        """Return copies of scale and shift for each row or micro-batch, with one hook on their gradient."""
+        self.mixes |= self.parts is not None and parts is not None
+        copies = torch.stack(tuple(both)).expand(rows, -1, -1)
+        weight, bias = index
+        return self.watch(copies + self._zero(copies), Site(layer, weight, bias, None, (rows,), parts=parts))
+
+    def watch(self, y: Tensor, site: Site, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
 
         ``y`` must be no view, because a change in place would drop the hook. Where nothing before ``y`` requires a
@@ -68,18 +74,25 @@ class FirstPass(Interception):
         if not torch.is_grad_enabled():
             raise CannotFactor(f"{self.label(site)} is used without gradients, or under checkpoint(use_reentrant=True)")
         if not y.requires_grad:
-            zero = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-            y = y + self._zeros.setdefault((y.device, y.dtype), zero)
+            y = y + self._zero(y)
         site.version = 0 if site.kept is None else site.kept._version
         if self.recomputing:
             self._give(site)
         else:
-            y.register_hook(lambda grad: self._store(site, grad.detach().reshape(shape or grad.shape)))
+            reshaped = shape is not None and shape != y.shape
+            y.register_hook(lambda d: self._store(site, d.detach().reshape(shape) if reshaped else d.detach()))
             if _checkpointed():
                 site.kept, site.awaited = None, True
             self.sites.append(site)
         self.count += 1
         return y
+
+    def _zero(self, like: Tensor) -> Tensor:
+        """Return a zero that requires a gradient."""
+        key = like.device, like.dtype
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+        return self._zeros[key]
 
     def _give(self, site: Site) -> None:
         """Give the site of the forward pass its input, which activation checkpointing has computed again."""
@@ -217,6 +230,22 @@ class SecondPass(Interception):
     def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
         """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
         return self.rows_of(self.next(layer, index, None), p, index, (rows,))
+
+    def scale_and_shift(
+        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    ) -> Tensor:
+        """Return ``p + eps_k`` of scale and shift for each row or micro-batch."""
+        weight, bias = index
+        site = self.next(layer, weight, bias)
+        own = zip(both, index, strict=True)
+        copies = torch.stack(
+            [p.expand(self.parts.k, -1) if i is None else p + self.small[i].to(p.dtype) for p, i in own], 1
+        )
+        if parts is not None:
+            return copies
+        assert site.layout is not None
+        copies = self.parts.spread(copies)
+        return copies if rows == self.parts.n else copies[site.layout.example_of_row(rows, copies.device)]
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return ``p + eps_k`` for each micro-batch, ``(k, *p.shape)``."""

@@ -31,13 +31,7 @@ class ConvSpec:
         """Return the gradients of input and weight that ``mask`` asks for."""
         zero = [0] * len(self.stride)
         where = (self.stride, self.padding, self.dilation, False, zero, k * self.groups, [*mask, False])
-        return torch.ops.aten.convolution_backward(delta, x, W, None, *where)
-
-    def weight_gradient(self, delta: Tensor, x: Tensor, k: int = 1) -> Tensor:
-        """Return the gradients of the weights of ``k`` micro-batches side by side, below each other."""
-        W = delta.new_empty(k * self.shape[0], *self.shape[1:])  # for its shape alone
-        made: Tensor = self.backward(delta, x, W, [False, True], k)[1]
-        return made
+        return torch.ops.aten.convolution_backward.default(delta, x, W, None, *where)
 
     def positions(self, size: Sequence[int]) -> list[int]:
         """Return the size of the output for that of an input."""
@@ -52,15 +46,15 @@ def patches(x: Tensor, spec: ConvSpec) -> Tensor:
     first, *strides, channel = padded.stride()
     steps = [s * by for s, by in zip(strides, spec.stride, strict=True)]
     taps = [s * by for s, by in zip(strides, spec.dilation, strict=True)]
-    shape = (len(x), *spec.positions(x.shape[2:]), *spec.shape[2:], x.shape[1])
+    shape = (x.shape[0], *spec.positions(x.shape[2:]), *spec.shape[2:], x.shape[1])
     seen = padded.as_strided(shape, (first, *steps, *taps, channel))
-    return seen.reshape(len(x), -1, spec.shape[1:].numel())
+    return seen.reshape(x.shape[0], -1, spec.shape[1:].numel())
 
 
 def from_patches(rows: Tensor, size: torch.Size, spec: ConvSpec) -> Tensor:
     """Apply the transpose of :func:`patches`: add every entry to where it was read; ``size`` is the shape of ``x``."""
     padded = _padded(size, rows, spec)
-    rows = rows.reshape(len(rows), *spec.positions(size[2:]), *spec.shape[2:], size[1])
+    rows = rows.reshape(rows.shape[0], *spec.positions(size[2:]), *spec.shape[2:], size[1])
     for tap, at in _taps(rows, spec):
         padded[at] += rows[tap]
     return _inside(padded, spec).movedim(-1, 1)

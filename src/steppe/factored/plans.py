@@ -20,7 +20,6 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters
 from steppe.engine.replay import Snapshot, capturing, is_compiled
 from steppe.engine.vector import is_sharded
-from steppe.factored.gradients import TensorPool
 from steppe.factored.rehearsal import rehearsed
 from steppe.factored.shared import SharingPlan
 from steppe.factored.sites import Tracked
@@ -127,13 +126,11 @@ class Known:
 
     Attributes:
         entries: by what may change how it runs, the last used last.
-        pool: the memory of gradients that are held whole, from step to step.
         steps: how many steps have asked.
         surprises: how many rehearsals were made because something was new.
     """
 
     entries: OrderedDict[Any, Entry] = field(default_factory=OrderedDict)
-    pool: TensorPool = field(default_factory=TensorPool)
     steps: int = 0
     surprises: int = 0
 
@@ -159,7 +156,6 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
     """
     of_model = known(batch.model)
     of_model.steps += 1
-    of_model.pool.begin()
     key = (m, *_key(f.passes.parameters, batch))
     entry = of_model.entries.get(key)
     captured = capturing(f.passes.parameters.devices)

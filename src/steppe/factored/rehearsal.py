@@ -21,7 +21,6 @@ from steppe.engine.replay import RandomState, frozen_statistics, generator
 from steppe.engine.vector import Vector
 from steppe.factored.collect import TWO_PASSES, relative_cost
 from steppe.factored.conditions import Draws, InFloat32, no_cast, noise_added
-from steppe.factored.gradients import TensorPool
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches
@@ -243,7 +242,7 @@ class Rehearsal:
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
         """Return the sum over some micro-batches of ``size / n`` times the gradient at ``w + eps_k``."""
-        recorded = record(trial, plan, TensorPool(), self.within, (self.parts, TWO_PASSES))
+        recorded = record(trial, plan, self.within, (self.parts, TWO_PASSES))
         second = second_pass(trial, recorded, self.parts, Euclidean().radial)
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():

@@ -14,7 +14,7 @@ from steppe.engine.oracle import Oracle
 from steppe.factored.batch_norm import update_running_statistics
 from steppe.factored.collect import Collector, Cost, Recorded
 from steppe.factored.composites import registered_modules
-from steppe.factored.gradients import TensorPool, squared_norms, uncast
+from steppe.factored.gradients import squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
 from steppe.factored.passes import FirstPass, SecondPass
@@ -91,7 +91,6 @@ def running(model: nn.Module, passing: Interception) -> Iterator[None]:
 def record(
     f: Oracle,
     plan: SharingPlan,
-    pool: TensorPool,
     within: MicroBatches | None = None,
     collected: tuple[MicroBatches, Cost] | None = None,
     needs_g: bool = False,
@@ -101,13 +100,12 @@ def record(
     Args:
         f: the oracle, of one batch.
         plan: a proven plan.
-        pool: the memory of gradients that are held whole.
         within: the micro-batches within which examples may influence one another; ``None`` where none may.
         collected: the micro-batches whose gradients are made, and their factors freed, during the backward pass.
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within, pool)
+    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within)
     first.proven = plan.calls
     collector = Collector(first, *collected, f.rho.values) if collected else None
     first.on_delta = None if collector is None else _collecting(collector, plan)

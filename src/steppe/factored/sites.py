@@ -135,18 +135,18 @@ class Site:
     def by_example(self, t: Tensor) -> Tensor:
         """Return a tensor with this site's leading dimensions as ``(n, q, ...)``."""
         assert self.layout is not None
-        return self.layout.by_example(t.reshape(-1, *t.shape[len(self.leading) :]))
+        return self.layout.by_example(t if len(self.leading) == 1 else t.flatten(0, len(self.leading) - 1))
 
     def sums(self, t: Tensor) -> Tensor:
         """Return the sums over the rows of each example: ``(n, ...)``."""
         t = self.by_example(t)
         return t[:, 0] if t.shape[1] == 1 else t.sum(1)
 
-    def by_row(self, t: Tensor, leading: Iterable[int]) -> Tensor:
+    def by_row(self, t: Tensor) -> Tensor:
         """Invert :meth:`by_example`."""
         assert self.layout is not None
         t = self.layout.by_row(t)
-        return t.reshape(*leading, *t.shape[1:])
+        return t if len(self.leading) == 1 else t.reshape(*self.leading, *t.shape[1:])
 
 
 class Mode(TorchFunctionMode):
@@ -204,8 +204,11 @@ class Interception(Mode):
         derived = bool(self.made_of) and first_in(self.made_of, arguments) is not None
         layer = None if transformed or derived else self.layers.get(func)
         if layer is not None:
-            with self.understood():
+            self.inside += 1
+            try:
                 made = getattr(layer, self.method)(self, func, *args, **kwargs)
+            finally:
+                self.inside -= 1
             if made is not NotImplemented:
                 return made
         index = self.first_in(map(_unwrapped, arguments) if transformed else arguments)
@@ -228,6 +231,12 @@ class Interception(Mode):
         args = list(args)
         index = self.tracked.first_in(args)
         return first_in(self.made_of, args) if index is None else index
+
+    def scale_and_shift(
+        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    ) -> Tensor:
+        """Return scale and shift of each row or micro-batch, ``(rows, 2, C)``; the one or the other may be fixed."""
+        raise NotImplementedError
 
     def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
         """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
