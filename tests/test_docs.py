@@ -47,6 +47,13 @@ def test_the_tables_of_settings_are_those_of_the_code() -> None:
     assert settings_page.with_tables(text) == text
 
 
+def test_the_page_of_the_command_line_is_its_help() -> None:
+    pytest.importorskip("typer")
+    import cli_page
+
+    assert cli_page.PAGE.read_text() == cli_page.page()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE))
     made = {"changelog.md", *(f"notebooks/{path.stem}.md" for path in DOCS.glob("notebooks/*.ipynb"))}

@@ -1,23 +1,20 @@
 """Write docs/reference/cli.md, the help of every command: ``python tools/cli_page.py``."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from steppe.lab.commands import COMMANDS
+from steppe.lab.commands.group import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
+PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 
-def help_of(*command: str) -> str:
-    """Return what ``steppe COMMAND --help`` prints, 100 columns wide, without colours."""
-    plain = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    found = subprocess.run(
-        [sys.executable, "-m", "steppe", *command, "--help"], capture_output=True, text=True, check=True, env=plain
-    )
-    shown = found.stdout.replace("python -m steppe", "steppe").strip("\n")
-    return "\n".join(line.rstrip() for line in shown.splitlines())
+def help_of(name: str) -> str:
+    """Return what ``steppe NAME --help`` prints, 100 columns wide, without colours."""
+    shown = CliRunner().invoke(app, [name, "--help"], prog_name="steppe", env=PLAIN).output
+    return "\n".join(line.rstrip() for line in shown.strip("\n").splitlines())
 
 
 def page() -> str:

@@ -196,11 +196,14 @@ def summary(studies: dict[str, str]) -> str:
     """Return for each method in how many studies it is clearly better, not clear, clearly worse than each baseline.
 
     The mean change is that of the error in per cent of the baseline's, with an interval over the studies, each of which
-    is one number. So the interval holds the luck of the searches too.
+    is one number. So the interval holds the luck of the searches too. The time of an epoch is the median of its ratio.
     """
     counts: dict[str, tuple[list[list[int]], list[list[float]]]] = {}
+    times: dict[str, list[float]] = {}
     for study in studies:
         rows = record(study)["methods"]
+        for i, row in enumerate(rows):
+            times.setdefault(_title(i, row), []).append(row["epoch_ms"] / rows[0]["epoch_ms"])
         for other in (0, 1):
             reference = mean(rows[other]["errors"])
             for i, (row, pair) in enumerate(zip(rows, against(rows, rows[other]), strict=True)):
@@ -209,15 +212,13 @@ def summary(studies: dict[str, str]) -> str:
                     clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
                     changes[other].append(100 * pair[0].difference / reference)
     heads = [head for name in (BASE, SMALLER) for head in (f"against the {name}", "mean change, 95 % CI")]
-    lines = [["", "studies", *heads], ["---", *["---:"] * 5]]
+    lines = [["", "studies", *heads, "time of an epoch"], ["---", *["---:"] * 6]]
     for name in [SMALLER, *(name for name in counts if name not in (BASE, SMALLER)), BASE]:
         clear, changes = counts[name]
-        cells = [name, f"{max(map(len, changes))}"]
-        for other in (0, 1):
-            cells += (
-                ["{} / {} / {}".format(*clear[other]), _over_studies(changes[other])] if changes[other] else ["", ""]
-            )
-        lines.append(cells)
+        cells = [name, f"{len(times[name])}"]
+        for count, found in zip(clear, changes, strict=True):
+            cells += ["{} / {} / {}".format(*count), _over_studies(found)] if found else ["", ""]
+        lines.append([*cells, f"{median(times[name]):.1f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -231,6 +232,7 @@ def with_tables(text: str) -> str:
     """Return the page's text with every table made again from the records."""
     studies = titles(text)
     text = between(text, "summary", summary(studies))
+    text = between(text, "luck", luck("digits-noise", "digits-noise-2"))
     for i, name in enumerate(("base", "smaller batch")):
         text = between(text, f"overview {name}", overview(studies, i))
     for study in studies:
@@ -244,11 +246,12 @@ def luck(first: str, second: str) -> str:
     digits = decimals(record(first))
     lines = [["method", "first search", "its next two", "second search", "second minus first, 95 % CI", "chosen"]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
-    for name in (name for name in before if name in after):
-        test = paired(after[name]["errors"], before[name]["errors"])
+    names = [name for name in before if name in after]
+    tests = [paired(after[name]["errors"], before[name]["errors"]) for name in names]
+    for name, test, p in zip(names, tests, holm([test.p for test in tests]), strict=True):
         near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
         cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
-        lines.append([*cells, difference((test, test.p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
+        lines.append([*cells, difference((test, p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

@@ -1,12 +1,12 @@
 """The cheap forms of m-SAM with one thing changed at a time: size and number of the draws, clipping, the batch, ...
 
     python examples/evidence/ablations.py RESULTS.jsonl           # trains what the file lacks, a line a run
-    python tools/ablations.py RESULTS.jsonl                       # the record and the tables of docs/results.md
+    python tools/ablation_tables.py RESULTS.jsonl                       # the record and the tables of docs/results.md
 
 Every arm trains at one learning rate for one length. Its radius is chosen on validation examples with clean labels, of
 all radii with the first seed, then of the two best with all seeds. So the gains are larger than in the studies, where
 everything is tuned: here the question is what makes the effect.
-``tools/ablations.py`` knows which arms answer which question. MNIST-1D needs the package ``mnist1d``.
+``tools/ablation_tables.py`` knows which arms answer which question. MNIST-1D needs the package ``mnist1d``.
 """
 
 import argparse
@@ -97,8 +97,8 @@ _CHEAP = {name: _FORMS[name] for name in ("SGD", "SAM", "sampled, m = 16", "asce
 _RESNET = partial(Task, fashion, 1000, 0.4, 0.1, 20)
 
 TASKS = {
-    "digits, 40 % noise": (Task(digits, 600, 0.4, 0.05, 60, perceptron(256, 256)), NOISY, 3),
-    "MNIST-1D": (Task(mnist_1d, 3000, 0.0, 0.4, 30, perceptron(256, 256, 256)), RATES, 3),
+    "digits, 40 % noise": (Task(digits, 600, 0.4, 0.05, 60, perceptron(256, 256)), NOISY, 5),
+    "MNIST-1D": (Task(mnist_1d, 3000, 0.0, 0.4, 20, perceptron(256, 256, 256)), RATES, 3),
     "ResNet, batch norm": (_RESNET(resnet), _CHEAP, 3),
     "ResNet, group norm": (_RESNET(partial(resnet, norm=group_norm)), _CHEAP, 3),
 }

@@ -80,7 +80,7 @@ STUDIES = {
         _DIGITS | {"noise": 0.4, "search_draw": 1},
         search_seeds=3,
         near=12,
-        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})"),
+        methods=("SAM", "SAM(m={m}, sampled=1)"),
     ),
     "letters": Study(
         "Letters of the fortunes, small GPT, AdamW",

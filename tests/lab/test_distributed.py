@@ -90,7 +90,8 @@ def test_two_processes_resume_bit_for_bit(made):
 
 
 def test_a_batch_must_be_shared_equally():
-    process = replace(Hardware().open(), world=3)
+    process = replace(Hardware().open(), rank=1, world=3)
+    assert process.share(torch.arange(6)).tolist() == [1, 4]
     with pytest.raises(LabError, match="batch size 64 is no multiple of the 3 processes"):
         Session(run("SGD"), process)
 

@@ -1,5 +1,6 @@
 """The studies of examples/evidence, their tasks, and the tables that are made of their records."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from .helpers import steppe_cli
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tools"), str(ROOT / "examples" / "evidence")]
 
+import ablation_tables  # noqa: E402
 import evidence  # noqa: E402
 import studies  # noqa: E402
 import tasks  # noqa: E402
@@ -34,6 +36,15 @@ def test_the_tables_of_the_page_are_those_of_the_records():
         path.stem for path in evidence.RECORDS.glob("evidence_*.json")
     }
     assert set(SHOWN) <= set(studies.STUDIES)
+
+
+def test_the_tables_of_the_ablations_are_those_of_the_record():
+    assert ablation_tables.with_tables(PAGE) == PAGE
+    arms = json.loads(ablation_tables.RECORD.read_text())[ablation_tables.DIGITS]
+    first, other = (torch.tensor(arms[name]["errors"]).double() for name in ("SAM", "SGD"))
+    low, high = stats.ttest_rel(first, other).confidence_interval(0.95)
+    shown = next(line for line in PAGE.splitlines() if line.startswith(f"| SAM | {first.mean():.1f} ± "))
+    assert f"{low:.2f} to {high:.2f}".replace("-", "\N{MINUS SIGN}") in shown
 
 
 @pytest.mark.parametrize("study", SHOWN[:2])
