@@ -142,7 +142,7 @@ def timed(bench: Bench, way: str, m: int | None, row: dict[str, Any], args: argp
     return timer
 
 
-def outside_operators(step: Step, steps: int = 5) -> float:
+def outside_operators(step: Step, steps: int = 3) -> float:
     """Return the share of a step that passes outside torch's operators: in Python, and in what calls it."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         start = perf_counter()
@@ -156,21 +156,21 @@ def outside_operators(step: Step, steps: int = 5) -> float:
 def calls(step: Step) -> dict[str, int]:
     """Return how many torch functions shared passes intercept in a step, and how many uses of parameters they see."""
     found = {"functions": 0, "sites": 0}
-    seen, watched = Interception.__torch_function__, FirstPass.watch
+    called, watched = Interception.called, FirstPass.watch
 
-    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def function(self: Any, *args: Any) -> None:
         found["functions"] += 1
-        return seen(self, *args, **kwargs)
+        called(self, *args)
 
-    def site(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def site(self: Any, *args: Any) -> Any:
         found["sites"] += 1
-        return watched(self, *args, **kwargs)
+        return watched(self, *args)
 
-    Interception.__torch_function__, FirstPass.watch = function, site  # type: ignore[method-assign, assignment]
+    Interception.called, FirstPass.watch = function, site  # type: ignore[method-assign, assignment]
     try:
         step()
     finally:
-        Interception.__torch_function__, FirstPass.watch = seen, watched  # type: ignore[method-assign]
+        Interception.called, FirstPass.watch = called, watched  # type: ignore[method-assign]
     return found
 
 
@@ -184,8 +184,8 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, A
     interleave(reference, [timer for _, timer in ready])
     rows = []
     for row, timer in [(sam, reference), *ready]:
-        row["outside"] = outside_operators(timer.step)
-        row |= calls(timer.step) if row["way"] == "parallel" else {}
+        if row["way"] in ("sam", "parallel"):
+            row |= {"outside": outside_operators(timer.step)} | (calls(timer.step) if row["m"] else {})
         rows.append(about | row | timer.row() | {"peak_ratio": round(row["peak"] / sam["peak"], 4)})
     return rows + [about | row for row in left_out]
 

@@ -187,39 +187,11 @@ class Recorded:
                 made[i] = (c.to(t.dtype) @ t.reshape(len(t), -1)).reshape(self.parameters[i].shape)
         return Vector(made) / self.loss_scale
 
-    def mean(self) -> Vector:
-        """Return the gradient of the mean loss on the perturbed parameters, without a backward pass."""
-        ones = self.parameters[0].new_ones(self.n)
-        return Vector(weighted_sum(self.first, ones, self.parameters)) / self.loss_scale
-
     def scale(self, c: Tensor) -> None:
         """Multiply the loss of every example, and so its gradients, by ``c_i``."""
         for site in self.first.sites:
             delta = site.by_example(site.deltas[0])
             site.deltas[0] = site.by_row(delta * c.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1)))
-
-
-def weighted_sum(first: FirstPass, c: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return ``sum_i c_i G_i`` over examples from the sites of a pass, by parameter."""
-    matrices, small = _uses(first)
-    found: dict[int, list[Tensor]] = {}
-    with torch.no_grad():
-        for site in first.sites:
-            if site.parts is None:
-                continue
-            by_part: Small = {}
-            site.layer.collect(site, matrices, by_part)
-            for i, (t,) in by_part.items():
-                found.setdefault(i, []).append(c[site.parts.starts].to(t.dtype) @ t.reshape(t.shape[0], -1))
-        for i, uses in matrices.items():
-            found.setdefault(i, []).extend(use.weighted(c) for use in uses)
-            for use in uses:
-                if use.bias is not None:
-                    small.setdefault(use.bias, []).append(use.delta.sum(1))
-        for i, of_uses in small.items():
-            found.setdefault(i, []).extend(c.to(t.dtype) @ t.reshape(len(t), -1) for t in of_uses)
-        total = {i: reduce(torch.add, (t.reshape(parameters[i].shape) for t in ts)) for i, ts in found.items()}
-    return [total.get(i) for i in range(len(parameters))]
 
 
 def _uses(first: FirstPass) -> tuple[Matrices, Small]:

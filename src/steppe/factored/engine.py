@@ -167,13 +167,13 @@ class SharedPasses:
                 found.append(norms[0])
         return torch.cat(found) if len(found) == len(entries) else None
 
-    def recorded(self, f: Oracle) -> Recorded:
-        """Return the first pass of one batch, with the factors of its examples' gradients.
+    def recorded(self, f: Oracle, needs_g: bool) -> Recorded:
+        """Return the first pass of one batch, with the factors of its examples' gradients, and with ``g`` if asked.
 
         Raises:
             ValueError: the model does not factor; the message says why. The engine is one with ``parallel=True``.
         """
-        made = self._tried(f, None, lambda plan: _recorded(f, plan))
+        made = self._tried(f, None, lambda plan: _recorded(f, plan, needs_g=needs_g))
         assert made is not None
         return made
 

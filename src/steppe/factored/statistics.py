@@ -78,12 +78,13 @@ def _norms(f: Oracle, engine: SharedPasses, chunks: Sequence[Batch], m: int) -> 
     """Return norm and size of every micro-batch, and the norm of the mean gradient."""
     norms, sizes, mean = [], [], None
     for share, part in f.parts(chunks):
-        recorded = engine.recorded(part)
+        recorded = engine.recorded(part, needs_g=len(chunks) > 1)
         parts = MicroBatches(recorded.n, m)
         norms.append(recorded.norms(parts))
         sizes.append(parts.sizes(norms[-1]))
         if len(chunks) == 1:  # no gradient need be formed
             return norms[0], sizes[0], recorded.norms(MicroBatches(recorded.n, recorded.n))[0]
-        mean = share * recorded.mean() if mean is None else mean + share * recorded.mean()
+        g = share * recorded.g / recorded.loss_scale
+        mean = g if mean is None else mean + g
     assert mean is not None
     return torch.cat(norms), torch.cat(sizes), mean.norm()
