@@ -18,7 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import steppe
 from steppe.factored import plans
-from steppe.factored.rounding import Rounding
+from steppe.factored.rehearsal import Rehearsal
+from steppe.factored.rounding import Differs, Rounding
 from tests.cases import flat, sgd
 from tests.random_programs import trial
 
@@ -436,6 +437,30 @@ def test_low_precision_does_not_hide_what_examples_do_to_one_another(how: str, c
 
 def saturated(model: nn.Module, data: Any) -> Tensor:
     return cross_entropy(model, (torch.tanh(data[0]), data[1]))
+
+
+@pytest.mark.parametrize(("between", "shares"), [(lambda s, h: F.relu(h), True), (groups(2), False)])
+def test_float64_decides_where_float32_cannot_tell(monkeypatch, between: Any, shares: bool) -> None:
+    prove = Rehearsal.prove
+
+    def proves_nothing_in_float32(self: Rehearsal, plan: Any, permuted: bool) -> None:
+        if self.exact is None:
+            raise Differs("a unit may have moved across a kink", final=False)
+        prove(self, plan, permuted)
+
+    monkeypatch.setattr(Rehearsal, "prove", proves_nothing_in_float32)
+    torch.manual_seed(0)
+    model, calls = Two(between).float(), []
+    before = flat(model)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    opt = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, m=3)
+    x, y = vectors()
+    for _ in range(4):  # of which the first three rehearse
+        calls.clear()
+        opt.step(steppe.Batch(model, cross_entropy, (x.float(), y)))
+    assert (len(calls) == 2) is shares
+    assert flat(model).dtype == torch.float32
+    assert not torch.equal(flat(model), before)
 
 
 def test_what_is_not_finite_says_nothing_of_the_model() -> None:

@@ -82,6 +82,13 @@ STUDIES = {
         near=12,
         methods=("SAM", "SAM(m={m}, sampled=1)"),
     ),
+    "digits-noise-seconds": Study(
+        "Digits, 40 % noise, at equal time",
+        "digits",
+        _DIGITS | {"noise": 0.4, "equal": "seconds"},
+        trials=24,
+        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
+    ),
     "letters": Study(
         "Letters of the fortunes, small GPT, AdamW",
         "tasks:letters",

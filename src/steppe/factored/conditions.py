@@ -1,4 +1,4 @@
-"""What a rehearsal holds still: random numbers, rounding to low precision, and weights of zero.
+"""What a rehearsal holds still: random numbers, rounding, and weights of zero.
 
 Shared passes draw once for the whole batch, and the serial loop for every micro-batch: the same distribution, other
 numbers. To compare the two, dropout is turned off, and all other draws of the whole batch (drop path, noise on
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from steppe.batch import Batch
+from steppe.engine.nested import mapped
 from steppe.engine.vector import LOW
 from steppe.factored.sites import CannotFactor, Mode
 
+LARGEST = 100_000_000  # numbers of a model that is copied
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 RANDOM = {
     *(torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.randint_like),
@@ -139,6 +143,33 @@ class InFloat32(Mode):
         if type(a) in (tuple, list):
             return type(a)(map(self._wide, a))
         return torch.float32 if isinstance(a, torch.dtype) and a in LOW else a
+
+
+class InFloat64(nullcontext[None]):
+    """A copy of a model and its batch in float64, where rounding hardly ever moves a unit across the kink of a ReLU.
+
+    Attributes:
+        batch: the batch of the copies; its loss is the same.
+
+    Raises:
+        CannotFactor: the model has more than ``LARGEST`` numbers, or copying it would talk to other processes.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        wraps = torch.nn.parallel.DistributedDataParallel
+        model = batch.model.module if isinstance(batch.model, wraps) else batch.model
+        if sum(p.numel() for p in model.parameters()) > LARGEST or any(isinstance(m, wraps) for m in model.modules()):
+            raise CannotFactor("the model is not copied")
+        self._copies: dict[int, Any] = {}
+        self.batch = copy(batch)
+        self.batch.model = deepcopy(model, self._copies).double()
+        self.batch.data = mapped(lambda t: t.double() if t.is_floating_point() else t, batch.data)
+
+    def copy(self, p: Tensor) -> Tensor:
+        """Return what stands for a parameter."""
+        found: Tensor = self._copies[id(p)]
+        return found
 
 
 @contextmanager

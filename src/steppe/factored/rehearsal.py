@@ -20,7 +20,7 @@ from steppe.engine.passes import Passes
 from steppe.engine.replay import RandomState, frozen_statistics, generator
 from steppe.engine.vector import Vector
 from steppe.factored.collect import TWO_PASSES, relative_cost
-from steppe.factored.conditions import Draws, InFloat32, no_cast, noise_added
+from steppe.factored.conditions import Draws, InFloat32, InFloat64, no_cast, noise_added
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches
@@ -50,7 +50,8 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     the first, the last, which may be smaller, and random ones.
 
     The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
-    In half precision the second comparison is made in float32, for a forward and two backwards more. Weights,
+    In half precision the second comparison is made in float32, for a forward and two backwards more. Where float32
+    cannot tell a difference from rounding, all of it is made again in float64, on a copy of the model. Weights,
     gradients, buffers and random streams are restored bit for bit. State of the model that is not in a buffer sees the
     additional passes.
     """
@@ -61,9 +62,13 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         with f.passes.ranks.apart(), noise_added(batch.model), Draws(len(batch)) as draws:
             rehearsal = Rehearsal(f, batch, m, draws)
             plan = rehearsal.plan(tracked)
-            rehearsal.prove(plan, permuted=False)
-            if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, tracked)):
-                rehearsal.prove(plan, permuted=True)
+            try:
+                rehearsal.prove(plan, permuted=False)
+                if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, tracked)):
+                    rehearsal.prove(plan, permuted=True)
+            except Differs as error:
+                if error.final or rehearsal.rounding.low or not _proven_in_float64(f, batch, m, draws, tracked):
+                    raise
             return plan
     except NotProven:
         return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
@@ -93,6 +98,19 @@ def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tra
     return True
 
 
+def _proven_in_float64(f: Oracle, batch: Batch, m: int | None, draws: Draws, tracked: Tracked) -> bool:
+    """Return whether a copy of the model in float64 can be proven, where rounding flips no ReLU."""
+    try:
+        exact = InFloat64(batch)
+        rehearsal = Rehearsal(f, exact.batch, m, draws, exact)
+        plan = rehearsal.plan(tracked)
+        rehearsal.prove(plan, permuted=False)
+        rehearsal.prove(plan, permuted=True)
+    except Exception:  # it cannot be copied, or is too large, has one dtype alone, or differs there too
+        return False
+    return True
+
+
 def described(error: Exception) -> str:
     """Return an error as one line of the log."""
     return f"{type(error).__name__}: {error}"
@@ -105,7 +123,7 @@ class _Heard:
     loss: Loss
     scale: float
     draws: Draws
-    exact: InFloat32 | None
+    exact: InFloat32 | InFloat64 | None
     part: slice | None = None  # the examples of the part
     losses: list[Tensor] = field(default_factory=list)
 
@@ -120,10 +138,12 @@ class _Heard:
 class Rehearsal:
     """The passes of a rehearsal; none of them counts as one of the step's.
 
-    The losses are scaled here as under the batch's scaler, which is not told. With ``exact`` the model runs in float32.
+    The losses are scaled here as under the batch's scaler, which is not told. With ``exact`` the model runs in another precision.
     """
 
-    def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: InFloat32 | None = None) -> None:
+    def __init__(
+        self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: InFloat32 | InFloat64 | None = None
+    ) -> None:
         self.n, self.m, self.seed, self.exact = len(batch), m or 1, f.step, exact
         self.parts = MicroBatches(self.n, self.m)
         self.within = None if m is None else self.parts  # examples of one may influence one another
