@@ -126,7 +126,8 @@ def images(tmp_path_factory):
 def test_a_study_is_a_command(name, images):
     study = studies.STUDIES[name]
     chosen = dict(parse(f"{key}={text}") for key, text in study.spaces.items())
-    given = {key: value for key, value in study.given.items() if key not in ("search_draw", "device", "precision")}
+    others = {"search_draw", "equal", "device", "precision"}
+    given = {key: value for key, value in study.given.items() if key not in others}
     small = {} if study.data == "digits" else {"data_dir": str(images), "train_size": 40, "batch_size": 16}
     asked = presets.asked(study.data, given | small, list(study.methods), study.seeds, spaces=chosen)
     fair.contestants(replace(asked, equal="epochs"), {})  # refuses what cannot be searched

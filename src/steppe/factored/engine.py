@@ -83,17 +83,16 @@ class SharedPasses:
         return g_adv
 
     def _worth(self, f: Oracle, m: int | None, weights: str) -> bool:
-        """Return whether to try: two micro-batches on a CPU gain only where factors save multiplications, or if asked.
+        """Return whether to try: one micro-batch, or two on a CPU, gain only where factors save multiplications.
 
-        One micro-batch is plain SAM, which gains only there.
-
-        Plain SAM on a whole batch runs as it is: its memory is that of a closure, and nothing need be proven.
+        Two share passes where they are asked to. Plain SAM on a whole batch runs as it is: its memory is that of a
+        closure, and nothing need be proven.
         """
-        n, few = len(f.batch()), 1 if f.passes.parameters.devices else 2
-        if m is not None and n > m and (n > few * m or self.parallel is True):
+        if m is None:
+            if weights == "uniform" or f.needs_g:
+                return False
+        elif len(f.batch()) > (m if f.passes.parameters.devices or self.parallel is True else 2 * m):
             return True
-        if m is None and (weights == "uniform" or f.needs_g):
-            return False
         return self._cheaper_than_sam(f, m if weights == "uniform" else None)
 
     def _cheaper_than_sam(self, f: Oracle, m: int | None) -> bool:

@@ -34,6 +34,7 @@ from steppe.pieces.protocol import Declaration
 from steppe.rule import Rule
 
 T = TypeVar("T")
+Exact = InFloat32 | InFloat64
 
 TRIED = 4  # micro-batches of each order that are made both ways
 VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
@@ -123,7 +124,7 @@ class _Heard:
     loss: Loss
     scale: float
     draws: Draws
-    exact: InFloat32 | InFloat64 | None
+    exact: Exact | None
     part: slice | None = None  # the examples of the part
     losses: list[Tensor] = field(default_factory=list)
 
@@ -138,12 +139,11 @@ class _Heard:
 class Rehearsal:
     """The passes of a rehearsal; none of them counts as one of the step's.
 
-    The losses are scaled here as under the batch's scaler, which is not told. With ``exact`` the model runs in another precision.
+    The losses are scaled here as under the batch's scaler, which is not told. With ``exact`` the model runs in another
+    precision.
     """
 
-    def __init__(
-        self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: InFloat32 | InFloat64 | None = None
-    ) -> None:
+    def __init__(self, f: Oracle, batch: Batch, m: int | None, draws: Draws, exact: Exact | None = None) -> None:
         self.n, self.m, self.seed, self.exact = len(batch), m or 1, f.step, exact
         self.parts = MicroBatches(self.n, self.m)
         self.within = None if m is None else self.parts  # examples of one may influence one another
