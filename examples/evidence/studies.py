@@ -15,7 +15,7 @@ everything; the same command goes on. So a study for a GPU runs in slices:
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,6 @@ STUDIES = {
         search_seeds=3,
         near=12,
         methods=("SAM", "SAM(m={m}, sampled=1)"),
-    ),
-    "digits-noise-seconds": Study(
-        "Digits, 40 % noise, at equal time",
-        "digits",
-        _DIGITS | {"noise": 0.4, "equal": "seconds"},
-        trials=24,
-        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
     ),
     "letters": Study(
         "Letters of the fortunes, small GPT, AdamW",
@@ -159,6 +152,16 @@ for _name, _noise in {"clean": 0.0, "noise-20": 0.2, "noise": 0.4}.items():
         "tasks:fashion_28",
         {"epochs": 16, "lr": 0.1, "noise": _noise},
         **_DEARER,
+    )
+
+for _name in ("digits-noise", "mnist1d", "texts"):
+    STUDIES[f"{_name}-seconds"] = replace(
+        STUDIES[_name],
+        title=f"{STUDIES[_name].title}, at equal time",
+        given=STUDIES[_name].given | {"equal": "seconds"},
+        trials=24,
+        search_seeds=2,
+        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
     )
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
