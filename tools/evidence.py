@@ -231,13 +231,19 @@ def _over_studies(changes: list[float]) -> str:
 def with_tables(text: str) -> str:
     """Return the page's text with every table made again from the records."""
     studies = titles(text)
-    text = between(text, "summary", summary(studies))
+    by_passes = at_equal_passes(studies)
+    text = between(text, "summary", summary(by_passes))
     text = between(text, "luck", luck("digits-noise", "digits-noise-2"))
     for i, name in enumerate(("base", "smaller batch")):
-        text = between(text, f"overview {name}", overview(studies, i))
+        text = between(text, f"overview {name}", overview(by_passes, i))
     for study in studies:
         text = between(text, f"study {study}", table(study))
     return text
+
+
+def at_equal_passes(studies: dict[str, str]) -> dict[str, str]:
+    """Return the studies whose longest runs cost alike in passes; in others they take the same time."""
+    return {name: title for name, title in studies.items() if record(name)["search"]["equal"] == "passes"}
 
 
 def luck(first: str, second: str) -> str:
@@ -256,7 +262,8 @@ def luck(first: str, second: str) -> str:
 
 
 def radii(studies: dict[str, str]) -> str:
-    """Return the radii that the searches chose: by method how far they lie apart, and one by one."""
+    """Return the radii that the searches at equal passes chose: by method how far they lie apart, and one by one."""
+    studies = at_equal_passes(studies)
     found = {name: {label(row["name"]): row for row in record(name)["methods"] if "rho" in row["chosen"]}
              for name in studies}  # fmt: skip
     methods = list(dict.fromkeys(method for rows in found.values() for method in rows))

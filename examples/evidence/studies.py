@@ -154,15 +154,14 @@ for _name, _noise in {"clean": 0.0, "noise-20": 0.2, "noise": 0.4}.items():
         **_DEARER,
     )
 
-for _name in ("digits-noise", "mnist1d", "texts"):
-    STUDIES[f"{_name}-seconds"] = replace(
-        STUDIES[_name],
-        title=f"{STUDIES[_name].title}, at equal time",
-        given=STUDIES[_name].given | {"equal": "seconds"},
-        trials=24,
-        search_seeds=2,
-        methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
-    )
+STUDIES["digits-noise-seconds"] = replace(
+    STUDIES["digits-noise"],
+    title="Digits, 40 % noise, at equal time",
+    given=_DIGITS | {"noise": 0.4, "equal": "seconds"},
+    trials=24,
+    search_seeds=2,
+    methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
+)
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
 _FEW = ("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM")
@@ -200,7 +199,7 @@ def main() -> None:
     options.add_argument("--near", action="store_true", help="train the next two trials of a study that is done")
     given, more = options.parse_known_args()
     if given.study is None:
-        print("\n".join(f"{name:20}{study.title}" for name, study in STUDIES.items()))
+        print("\n".join(f"{name:24}{study.title}" for name, study in STUDIES.items()))
         return
     sys.path += [str(HERE), str(HERE.parents[1])]  # a study's task is tasks:NAME, its ResNet is that of the benchmarks
     if given.near:
