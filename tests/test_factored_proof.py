@@ -579,3 +579,28 @@ def test_a_model_that_amplifies_rounding_has_wider_bounds_and_chance_has_not() -
         assert rounding.of_model(lambda a=amplified: run(a), [w], 1.0).losses == pytest.approx(expected)
     assert rounding.of_model(lambda: run(1e3, 1.0), [w], 1.0) == rounding
     assert w.item() == 1.0
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias on its scores, as in T5 and Swin: more heads and tokens than the kernels' least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.head, self.bias = nn.Linear(16, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(1, 2, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.q(x).unflatten(2, (2, 8)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias)
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_learned_bias_of_attention_shares_passes() -> None:
+    found = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        model = Biased().double()
+        opt = steppe.SAM(sgd(model), 0.3, m=3, parallel=parallel)
+        for _ in range(3):
+            opt.step(steppe.Batch(model, cross_entropy, (torch.randn(12, 5, 16).double(), torch.randint(3, (12,)))))
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)

@@ -137,6 +137,7 @@ class AnyFunction:
             elif id(t) in passing.derived:
                 derived = passing.derived[id(t)]
                 own[id(t)] = _for_each(derived.make, {i: copies(i) for i in derived.parameters})
+        func = attention if func is F.scaled_dot_product_attention else func
         tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
         examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
         made = []
@@ -206,3 +207,25 @@ def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
     q = len(t) // n
     rows = t[examples.start * q : examples.stop * q]
     return rows.reshape(-1, m * q, *t.shape[1:])
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return ``softmax(q k^T scale + mask) v``; under ``vmap`` torch's own has no gradient for a mask on a CPU."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        bias = attn_mask.dtype != torch.bool
+        scores = scores + attn_mask if bias else scores.masked_fill(~attn_mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
