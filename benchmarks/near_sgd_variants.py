@@ -11,9 +11,9 @@ import argparse
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -299,22 +299,31 @@ def tasks(fortunes: Path) -> dict[str, Task]:
 # ---- a run
 
 
+def split(data: Data, size: int, noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``size`` random inputs, their labels with noise, and the indices of the other examples."""
+    order = torch.randperm(len(data[1]), generator=stream(seed, "split"))
+    on, classes = order[:size], int(data[1].max()) + 1
+    return data[0][on], noisy(data[1][on], noise, classes, seed), order[size:]
+
+
+def batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Yield the indices of batches without end, in a new order every epoch; a short last batch is dropped."""
+    random = stream(seed, "order")
+    while True:
+        yield from torch.randperm(n, generator=random).split(size)[: n // size]
+
+
 def train(task: Task, data: Data, variant: Variant, rho: float, rate: float, seed: int) -> dict[str, Any]:
     """Return validation error, test error (in per cent) and passes of one run; the halves of the rest are the two."""
-    order = torch.randperm(len(data[1]), generator=stream(seed, "split"))
-    x, y, rest = data[0][order[: task.size]], data[1][order[: task.size]], order[task.size :]
-    classes = int(data[1].max()) + 1
-    y = noisy(y, task.noise, classes, seed)
+    x, y, rest = split(data, task.size, task.noise, seed)
     torch.manual_seed(seed)
-    model = task.model(x[0], classes)
-    lr, per_epoch = rate * task.lr, task.size // variant.batch
+    model = task.model(x[0], int(data[1].max()) + 1)
+    lr, steps = rate * task.lr, task.epochs * (task.size // variant.batch)
     base = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    steps = task.epochs * per_epoch
     optimizer = variant.make(base, rho, lr, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    random, passes = stream(seed, "order"), 0.0
-    epochs = (torch.randperm(task.size, generator=random).split(variant.batch)[:per_epoch] for _ in range(task.epochs))
-    for on in islice(chain.from_iterable(epochs), steps):
+    passes = 0.0
+    for on in islice(batches(task.size, variant.batch, seed), steps):
         optimizer.step(steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x[on], y[on]))
         passes += getattr(optimizer, "telemetry", steppe.Telemetry(forwards=1, backwards=1)).passes
         schedule.step()

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 import steppe
 from benchmarks import near_sgd_resnet
-from benchmarks.near_sgd_variants import Data, digits, mnist_1d
-from steppe.lab.models import cnn, mlp
-from steppe.lab.tasks import noisy, stream
+from benchmarks.near_sgd_variants import Data, batches, digits, mnist_1d, perceptron, split
+from steppe.lab.models import cnn
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "warnings.json"
 STEPS, BATCH, CLASSES = 2000, 128, 10
@@ -38,18 +37,18 @@ def clothes() -> Data:
 
 @dataclass(frozen=True)
 class Task:
-    """Data, how many of them are trained on, a tuned and a large learning rate, and a model for an example's shape."""
+    """Data, how many of them are trained on, a tuned and a large learning rate, and a model."""
 
     data: Callable[[], Data]
     size: int
     lrs: tuple[float, float]
-    model: Callable[[torch.Size], nn.Module]
+    model: Callable[[Tensor, int], nn.Module]  # of an example and the number of classes
 
 
 TASKS = {
-    "digits": Task(digits, 600, (0.05, 0.2), lambda shape: mlp([*shape, 256, 256, CLASSES])),
-    "MNIST-1D": Task(mnist_1d, 3000, (0.1, 0.4), lambda shape: mlp([*shape, 128, 128, 128, CLASSES])),
-    "Fashion-MNIST": Task(clothes, 2000, (0.05, 0.4), lambda shape: cnn(1, 8, CLASSES)),
+    "digits": Task(digits, 600, (0.05, 0.2), perceptron(256, 256)),
+    "MNIST-1D": Task(mnist_1d, 3000, (0.1, 0.4), perceptron(128, 128, 128)),
+    "Fashion-MNIST": Task(clothes, 2000, (0.05, 0.4), lambda example, classes: cnn(1, 8, classes)),
 }
 
 
@@ -74,22 +73,12 @@ def runs() -> Iterator[dict[str, Any]]:
                     yield about | {"lr": task.lrs[lr], "schedule": schedule, "options": options}
 
 
-def batches(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end, in a new order every epoch."""
-    random = stream(seed, "order")
-    while True:
-        for on in torch.randperm(len(y), generator=random).split(BATCH)[: len(y) // BATCH]:
-            yield x[on], y[on]
-
-
 def train(about: dict[str, Any], data: Data, seed: int = 0) -> dict[str, Any]:
     """Return the test error in per cent, and the step at which each warning came."""
     task, (inputs, labels) = TASKS[about["task"]], data
-    order = torch.randperm(len(labels), generator=stream(seed, "split"))
-    x, y, rest = inputs[order[: task.size]], labels[order[: task.size]], order[task.size :]
-    y = noisy(y, about["noise"], CLASSES, seed)
+    x, y, rest = split(data, task.size, about["noise"], seed)
     torch.manual_seed(seed)
-    model = task.model(x.shape[1:])
+    model = task.model(x[0], CLASSES)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=about["lr"], momentum=0.9, weight_decay=5e-4)
     if about["options"]:
         optimizer = steppe.SAM(optimizer, **about["options"])
@@ -97,10 +86,10 @@ def train(about: dict[str, Any], data: Data, seed: int = 0) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine if about["schedule"] == "cosine" else lambda t: 1.0)
     fired: dict[str, int | None] = dict.fromkeys(SIGNS)
     ratio, losses = 0.0, []
-    for step, part in zip(range(STEPS), batches(x, y, seed), strict=False):
+    for step, on in zip(range(STEPS), batches(task.size, BATCH, seed), strict=False):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), *part)
+            batch = steppe.Batch.supervised(model, nn.CrossEntropyLoss(reduction="none"), x[on], y[on])
             losses.append(float(optimizer.step(batch)))
         schedule.step()
         for name, sign in SIGNS.items():

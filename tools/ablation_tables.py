@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import PAGE, RECORDS, difference
-from marks import between
+from marks import between, markdown
 
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
@@ -73,7 +73,7 @@ def arms(task: Task) -> str:
         cells += [difference(found.get(name), 1) for found in tests]
         near = f"{arm['next_rho']:g}: {mean(arm['next_errors']):.1f}" if "next_rho" in arm else ""
         lines.append([*cells, f"{arm['rho']:g}" if arm["rho"] else "", near, f"{arm['passes']:.2f}"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def grid(rows: dict[str, Task]) -> str:
@@ -85,7 +85,7 @@ def grid(rows: dict[str, Task]) -> str:
         cells = [f"{mean(task[name]['errors']):.1f}" for name in names]
         lines.append([title, cells[0], *(f"{cell}; {difference(tests[name], 1)}"
                                          for name, cell in zip(names[1:], cells[1:], strict=True))])  # fmt: skip
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def ending(task: Task, mark: str) -> Task:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import chosen, label
-from marks import between
+from marks import between, markdown
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "records" / "compare_digits.json"
@@ -50,7 +50,7 @@ def table(rows: list[Row]) -> str:
         cells = [label(row["name"]), f"{row['error']:.1f} ± {row['sd']:.1f}", interval]
         cells += [f"{row['passes']:.0f}", f"{row['fixed_error']:.1f}"]
         lines.append([*cells, chosen(row)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def with_table(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from marks import between
+from marks import between, markdown
 
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
@@ -150,7 +150,7 @@ def table(study: str) -> str:
             f"{row['epoch_ms'] / rows[0]['epoch_ms']:.1f}",
         ]
         lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}", chosen(row)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def short(study: str, names: tuple[str, ...]) -> str:
@@ -162,7 +162,7 @@ def short(study: str, names: tuple[str, ...]) -> str:
         if label(row["name"]) in names:
             cells = [label(row["name"]), _error(row, digits), difference(pair, digits), f"{row['passes']:.0f}"]
             lines.append([*cells, f"{mean(row['fixed_errors']):.{digits}f}"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def overview(studies: dict[str, str], other: int) -> str:
@@ -177,7 +177,7 @@ def overview(studies: dict[str, str], other: int) -> str:
                    for i, (row, test) in enumerate(zip(rows, against(rows, rows[other]), strict=True))}  # fmt: skip
         cells = [title, f"{mean(rows[other]['errors']):.{digits}f}", *(changes.get(name, "") for name in names)]
         lines.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def _title(place: int, row: Record) -> str:
@@ -219,7 +219,7 @@ def summary(studies: dict[str, str]) -> str:
         for count, found in zip(clear, changes, strict=True):
             cells += ["{} / {} / {}".format(*count), _over_studies(found)] if found else ["", ""]
         lines.append([*cells, f"{median(times[name]):.1f}"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def _over_studies(changes: list[float]) -> str:
@@ -258,7 +258,7 @@ def luck(first: str, second: str) -> str:
         near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
         cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
         lines.append([*cells, difference((test, p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(lines)
 
 
 def radii(studies: dict[str, str]) -> str:
@@ -275,7 +275,7 @@ def radii(studies: dict[str, str]) -> str:
         lines.append([method, f"{len(chosen_radii)}", *ends, f"{_near_the_others(chosen_radii)}"])
     every = [["", *methods], ["---", *["---:"] * len(methods)]]
     every += [[studies[name], *(_radius(rows.get(method)) for method in methods)] for name, rows in found.items()]
-    return "\n".join("".join(f"| {' | '.join(cells)} |\n" for cells in each) for each in (lines, every))
+    return "\n".join(map(markdown, (lines, every)))
 
 
 def _near_the_others(radii: list[float]) -> int:

@@ -1,4 +1,6 @@
-"""Text between two marks of a page, which a tool writes."""
+"""Text between two marks of a page, and the tables that tools write there."""
+
+from collections.abc import Iterable, Sequence
 
 
 def between(text: str, name: str, made: str) -> str:
@@ -6,3 +8,8 @@ def between(text: str, name: str, made: str) -> str:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
     before, rest = text.split(begin)
     return before + begin + made + end + rest.split(end)[1]
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """Return a table; the second line holds the alignment of the columns."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -12,6 +12,7 @@ from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.outputs import at_outputs, recording
 from steppe.engine.passes import PARTS
 from steppe.engine.replay import is_compiled
+from steppe.engine.vector import LOW
 from steppe.mean_batch import MeanBatch
 from steppe.pieces.protocol import declared
 from steppe.pieces.rules import Functional
@@ -97,7 +98,7 @@ def _compare(batch: MeanBatch) -> None:
         return
     pairs = zip((half.weight for half in halves), parts, strict=True)
     total = sum(weight / batch.weight * float(part) for weight, part in pairs if weight)
-    low = whole.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(whole.device.type)
+    low = whole.dtype in LOW or torch.is_autocast_enabled(whole.device.type)
     if abs(total - float(whole)) > (3e-2 if low else 1e-4) * max(abs(total), abs(float(whole)), 1e-3):
         warn(
             f"the loss of the batch, {float(whole):.6g}, is not the weighted mean of its parts' losses, {total:.6g}: "
