@@ -68,6 +68,7 @@ _DIGITS = {"model": "mlp-128-128", "epochs": 60, "train_size": 1000}
 _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
 _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
+_WHOLE: dict[str, Any] = {"spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "search_seeds": 1, "seeds": 5}
 _RESNET = {"epochs": 10, "lr": 0.1}
 _DEARER = _DEAR | {"trials": 10, "near": 4, "search_seeds": 1}
 
@@ -127,8 +128,17 @@ STUDIES = {
     "fashion-noise": Study(
         "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
     ),
+    "fashion-clean-long": Study(
+        "Fashion-MNIST 14 x 14, clean, CNN, three times as long", "tasks:fashion", _FASHION | {"epochs": 50}, **_WHOLE
+    ),
+    "fashion-noise-long": Study(
+        "Fashion-MNIST 14 x 14, 40 % noise, CNN, three times as long",
+        "tasks:fashion",
+        _FASHION | {"epochs": 50, "noise": 0.4},
+        **_WHOLE,
+    ),
     "fashion-noise-20": Study(
-        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.2}, **_DEAR
+        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"epochs": 50, "noise": 0.2}, **_WHOLE
     ),
     "resnet-noise": Study(
         "Fashion-MNIST 14 x 14, 2,000 examples, 40 % noise, ResNet, batch norm",
@@ -146,25 +156,38 @@ STUDIES = {
         **_DEARER,
     ),
 }
-for _name, _noise in {"clean": 0.0, "noise-20": 0.2, "noise": 0.4}.items():
+for _name, _noise, _epochs, _cost in (
+    ("clean", 0.0, 40, _WHOLE),
+    ("noise-20", 0.2, 16, _DEARER),
+    ("noise", 0.4, 40, _WHOLE),
+):
     STUDIES[f"fashion28-{_name}"] = Study(
         f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
         "tasks:fashion_28",
-        {"epochs": 16, "lr": 0.1, "noise": _noise},
-        **_DEARER,
+        {"epochs": _epochs, "lr": 0.1, "noise": _noise},
+        **_cost,
     )
 
-STUDIES["digits-noise-seconds"] = replace(
-    STUDIES["digits-noise"],
-    title="Digits, 40 % noise, at equal time",
-    given=_DIGITS | {"noise": 0.4, "equal": "seconds"},
-    trials=24,
-    search_seeds=2,
-    methods=("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM"),
-)
+_FEW = ("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM")
+for _name, _trials in {
+    "digits-noise": 24,
+    "mnist1d-long": 20,
+    "texts-long": 16,
+    "fashion-noise-long": 12,
+    "fashion-clean-long": 12,
+}.items():
+    _study = STUDIES[_name]
+    STUDIES[f"{_name.removesuffix('-long')}-seconds"] = replace(
+        _study,
+        title=f"{_study.title}, at equal time",
+        given=_study.given | {"equal": "seconds"},
+        trials=_trials,
+        near=0 if _name == "digits-noise" else _trials // 2,
+        search_seeds=2 if _name == "digits-noise" else 1,
+        methods=_FEW,
+    )
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
-_FEW = ("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM")
 _LONG: dict[str, Any] = {"methods": _FEW, "trials": 12, "search_seeds": 1, "seeds": 5}
 _VIT = {"model": "vit-s4", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05, "warmup": 1000}
 
