@@ -37,7 +37,18 @@ Record = dict[str, Any]
 
 
 def collect(folder: Path) -> Record:
-    """Return the record of a finished study."""
+    """Return the record of a finished study, with the rows of NAME-rest where that is there."""
+    found, rest = _collect(folder), folder.with_name(f"{folder.name}-rest")
+    if rest.exists():
+        rows, more = found["methods"], _collect(rest)["methods"]
+        if any(rows[i]["errors"] != more[i]["errors"] for i in (0, 1)):
+            raise SystemExit(f"{rest} has other baselines than {folder}")
+        for row in more[2:]:  # the base's epoch was timed once more
+            rows.append(row | {"epoch_ms": round(row["epoch_ms"] * rows[0]["epoch_ms"] / more[0]["epoch_ms"], 2)})
+    return found
+
+
+def _collect(folder: Path) -> Record:
     from steppe.lab import notebook, runs
     from steppe.lab.sweep.space import filled
 
@@ -306,6 +317,8 @@ def titles(text: str) -> dict[str, str]:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         for folder in sorted(path for path in Path(name).iterdir() if (path / "fixed" / "config.json").exists()):
+            if folder.name.endswith("-rest"):
+                continue
             path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
             path.write_text(json.dumps(collect(folder), indent=1) + "\n")
     PAGE.write_text(with_tables(text := PAGE.read_text()))
