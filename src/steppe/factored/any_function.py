@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import CannotFactor, Interception, Matrices, Site, Small, name_of
+from steppe.factored.sites import CannotFactor, Interception, collect_copies, name_of
 
 Values = dict[Any, Tensor]  # by index of a parameter: its value; by id of a result: the result for these values
 
@@ -77,6 +77,7 @@ class AnyFunction:
         return self.derive(passing, func, args, kwargs)
 
     record = evaluate = run
+    collect = staticmethod(collect_copies)
 
     def transposed_product(self, passing: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         """Return ``x W^T`` or ``x (W^T)^T`` of a matrix that the other layers know."""
@@ -127,7 +128,8 @@ class AnyFunction:
 
         def copies(index: int) -> Tensor:
             if index not in values:
-                values[index] = passing.copies_by_part(self, passing.tracked.tensors[index], index, parts)
+                p = passing.tracked.tensors[index]
+                values[index] = passing.copies(self, [p], (index, None), parts.k, parts)[:, 0]
             return values[index]
 
         for t in _tensors((args, kwargs)):
@@ -154,10 +156,6 @@ class AnyFunction:
         if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
             raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
         return parts.cat([t.flatten(0, 1) for t in made])
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies, which are those of the micro-batches."""
-        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]
 
 
 def _for_each(call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:

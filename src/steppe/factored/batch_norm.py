@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from steppe.engine.vector import wide
-from steppe.factored.elementwise import NormLayer, collect_both, scale_and_shift
+from steppe.factored.elementwise import NormLayer, scale_and_shift
 from steppe.factored.gradients import no_view
 from steppe.factored.passes import FirstPass
-from steppe.factored.sites import CannotFactor, Interception, Matrices, Site, Small, Unsure
+from steppe.factored.sites import CannotFactor, Interception, Unsure, collect_copies
 
 
 @dataclass
@@ -59,11 +59,11 @@ class BatchNorm:
             raise Unsure("batch normalisation has one value per channel in a micro-batch")
         passing.mixes = True
         both = scale_and_shift(x, w, b)
-        index = [passing.tracked.index(p) for p in both]
-        if index == [None, None]:
+        index = passing.tracked.index(both[0]), passing.tracked.index(both[1])
+        if index == (None, None):
             copies = torch.stack(both).expand(parts.k, -1, -1)
         else:
-            copies = passing.scale_and_shift(self, both, index, parts.k, parts)
+            copies = passing.copies(self, both, index, parts.k, parts)
         found: list[tuple[Tensor, Tensor]] = []  # means and variances
         chunks = zip(parts.spans, parts.split(copies), strict=True)
         made = [Normalise.apply(x[first:last], c, eps, found) for (first, last, _), c in chunks]  # type: ignore[no-untyped-call]
@@ -74,6 +74,7 @@ class BatchNorm:
         return parts.cat(made)
 
     record = evaluate = run
+    collect = staticmethod(collect_copies)
 
     @staticmethod
     def read(
@@ -88,10 +89,6 @@ class BatchNorm:
     ) -> tuple[Tensor, tuple[Any, Any], Tensor | None, Tensor | None, bool, float, float]:
         """Return the arguments of ``torch.nn.functional.batch_norm``."""
         return input, (running_mean, running_var), weight, bias, training, momentum, eps
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies, which are those of the micro-batches."""
-        collect_both(site, site.deltas[0], small)
 
 
 class Normalise(torch.autograd.Function):

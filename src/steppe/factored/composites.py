@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steppe.engine.functional import functional
 from steppe.factored.any_function import AnyFunction
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import ANY, CannotFactor, Interception, Matrices, Site, Small
+from steppe.factored.sites import ANY, CannotFactor, Interception, collect_copies
 
 
 class Composite:
@@ -114,7 +114,7 @@ class Recurrent:
             raise CannotFactor("a recurrent network whose examples are not along its batch dimension")
         index = [passing.tracked.index(p) for p in weights]
         own = [
-            [p] * parts.k if i is None else passing.copies_by_part(self, p, i, parts)
+            [p] * parts.k if i is None else passing.copies(self, [p], (i, None), parts.k, parts)[:, 0]
             for p, i in zip(weights, index, strict=True)
         ]
         several, made = isinstance(hidden, tuple | list), []
@@ -127,10 +127,7 @@ class Recurrent:
         return (torch.cat(outputs, examples), *(torch.cat(h, 1) for h in last))
 
     record = evaluate = run
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies, which are those of the micro-batches."""
-        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]
+    collect = staticmethod(collect_copies)
 
 
 # ---- modules that are registered

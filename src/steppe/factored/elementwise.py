@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.sites import Matrices, Site, Small, Tracked
+from steppe.factored.sites import Matrices, Site, Small, Tracked, collect_copies
 
 
 def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
@@ -95,15 +95,16 @@ class GroupNormLayer:
     def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Normalise with a copy of scale and shift for every example."""
         x, groups, both, eps = self.read(*args, **kwargs)
-        index = [passing.tracked.index(p) for p in both]
-        if index == [None, None]:
+        index = passing.tracked.index(both[0]), passing.tracked.index(both[1])
+        if index == (None, None):
             return NotImplemented
         n, channels, *size = x.shape
-        scale, shift = passing.scale_and_shift(self, both, index, n, None).unbind(1)
+        scale, shift = passing.copies(self, both, index, n).unbind(1)
         y = F.group_norm(x.reshape(1, n * channels, *size), n * groups, scale.flatten(), shift.flatten(), eps)
         return y.reshape(x.shape)
 
     record = evaluate = run
+    collect = staticmethod(collect_copies)
 
     @staticmethod
     def read(
@@ -112,21 +113,10 @@ class GroupNormLayer:
         """Return the arguments of ``torch.nn.functional.group_norm``."""
         return x, num_groups, scale_and_shift(x, weight, bias), eps
 
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies."""
-        collect_both(site, site.sums(site.deltas[0]), small)
-
 
 def scale_and_shift(x: Tensor, w: Tensor | None, b: Tensor | None) -> list[Tensor]:
     """Return both, or ones and zeros for each channel."""
     return [x.new_ones(x.shape[1]) if w is None else w, x.new_zeros(x.shape[1]) if b is None else b]
-
-
-def collect_both(site: Site, gradients: Tensor, small: Small) -> None:
-    """Add the gradients of scale and shift, ``(n or k, 2, C)``."""
-    for i, t in zip((site.weight, site.bias), gradients.unbind(1), strict=True):
-        if i is not None:
-            small.setdefault(i, []).append(t)
 
 
 class Elementwise:
@@ -167,11 +157,8 @@ class Elementwise:
         p, other = args[at], args[1 - at]
         dims = other.dim() if isinstance(other, Tensor) else p.dim()
         shape = p.shape[1:] if p.dim() == dims else (*[1] * (dims - 1 - p.dim()), *p.shape)
-        copies = passing.copies(self, p.reshape(shape), index, passing.tracked.n)
-        return func(*args[:at], copies, *args[at + 1 :], **kwargs)
+        copies = passing.copies(self, [p.reshape(shape)], (index, None), passing.tracked.n)
+        return func(*args[:at], copies[:, 0], *args[at + 1 :], **kwargs)
 
     record = evaluate = run
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies."""
-        small.setdefault(site.weight, []).append(site.sums(site.deltas[0]))  # type: ignore[arg-type]
+    collect = staticmethod(collect_copies)
