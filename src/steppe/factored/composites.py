@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from steppe.engine.functional import functional
-from steppe.factored.any_function import AnyFunction
+from steppe.factored.copies import AnyFunction
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.sites import ANY, CannotFactor, Interception, collect_copies
 
@@ -42,7 +42,7 @@ class Composite:
     record = evaluate = run
 
 
-def attention(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+def multi_head_attention(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     """Return the output and weights of ``torch.nn.MultiheadAttention``, whose projections are calls of ``F.linear``.
 
     Examples come first, so that the rows of an example are neighbours.
