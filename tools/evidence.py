@@ -239,7 +239,7 @@ def by_task(studies: Iterable[str]) -> list[list[str]]:
     """Return the studies by their tasks: a longer, second or equal-time study of a task has the task's name before it."""
     found: dict[str, list[str]] = {}
     for study in studies:
-        found.setdefault(re.sub(r"-(long|2|seconds)$", "", study), []).append(study)
+        found.setdefault(re.sub(r"(-long|-2|-seconds)+$", "", study), []).append(study)
     return list(found.values())
 
 

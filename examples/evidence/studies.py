@@ -210,6 +210,15 @@ for _name, _trials in {
         methods=_FEW,
     )
 
+STUDIES["fashion-noise-seconds-2"] = replace(
+    STUDIES["fashion-noise-seconds"],
+    title="Fashion-MNIST 14 x 14, 40 % noise, CNN, at equal time, a larger search",
+    given=STUDIES["fashion-noise-seconds"].given | {"search_draw": 1},
+    trials=32,
+    near=16,
+    search_seeds=2,
+)
+
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
 _LONG: dict[str, Any] = {"methods": _FEW, "trials": 12, "search_seeds": 1, "seeds": 5}
 _VIT_S4 = {"model": "vit-s4", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05, "warmup": 1000}
