@@ -236,7 +236,7 @@ def summary(studies: Iterable[str]) -> str:
 
 
 def by_task(studies: Iterable[str]) -> list[list[str]]:
-    """Return the studies by their tasks: a longer, second or equal-time study of a task has the task's name before it."""
+    """Return the studies by their tasks; the name of a longer, second or equal-time study begins with its task's."""
     found: dict[str, list[str]] = {}
     for study in studies:
         found.setdefault(re.sub(r"(-long|-2|-seconds)+$", "", study), []).append(study)
