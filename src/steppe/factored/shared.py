@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from steppe.engine.oracle import Oracle
-from steppe.factored.batch_norm import update_running_statistics
 from steppe.factored.collect import Collector, Cost, Recorded
 from steppe.factored.composites import registered_modules
 from steppe.factored.gradients import squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place
+from steppe.factored.normalisation import update_running_statistics
 from steppe.factored.passes import FirstPass, SecondPass
 from steppe.factored.sites import Interception, Site, Tracked, Unsure
 
