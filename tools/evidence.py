@@ -189,14 +189,17 @@ def short(study: str, names: tuple[str, ...]) -> str:
 
 
 def overview(studies: dict[str, str], other: int) -> str:
-    """Return one table of all studies: what each method changed of the errors of the first row, or of the second."""
+    """Return one table of all studies: what each method changed of the errors of the first row, or of the second.
+
+    An arrow: the search chose about as many epochs as it might, so that a longer training may be better.
+    """
     found = {name: record(name) for name in studies}
     names = list(dict.fromkeys(_title(i, row) for each in found.values() for i, row in enumerate(each["methods"])))
     reference = names.pop(other)
     lines = [["", reference, *names], ["---", *["---:"] * (1 + len(names))]]
     for study, title in studies.items():
         digits, rows = decimals(found[study]), found[study]["methods"]
-        changes = {_title(i, row): _change(test, digits)
+        changes = {_title(i, row): _change(test, digits) + (" ↑" if "epochs high" in row["edges"] else "")
                    for i, (row, test) in enumerate(zip(rows, against(rows, rows[other]), strict=True))}  # fmt: skip
         cells = [title, f"{mean(rows[other]['errors']):.{digits}f}", *(changes.get(name, "") for name in names)]
         lines.append(cells)
