@@ -91,6 +91,15 @@ def _errors(folder: Path, whole: bool = True) -> tuple[dict[str, list[float]], s
     return {method: each[:seeds] for method, each in errors.items()}, next(iter(found.values())).metric
 
 
+def errors_by_seed(folder: Path, digits: int = 2) -> dict[str, list[float]]:
+    """Return the test errors in per cent of the runs that are there, by method and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        run = json.loads(path.read_text())
+        found.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], digits)
+    return {method: [of[seed] for seed in sorted(of)] for method, of in found.items()}
+
+
 def _environment(folder: Path) -> Record:
     found = json.loads(next(iter(sorted((folder / "runs").glob("*.json")))).read_text())["environment"]
     return {key: found[key] for key in ("steppe", "torch", "python", "cpu", "cores", "threads")}

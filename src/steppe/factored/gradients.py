@@ -23,7 +23,8 @@ class Whole:
     """``G_k`` in memory; the second pass turns it into ``W + s_k G_k``, in place where the dtypes allow."""
 
     def __init__(self, uses: Sequence[Use], parts: MicroBatches) -> None:
-        self.parts = parts.in_blocks(uses[0].map.block(uses[0].x, min(parts.m, parts.n)))
+        first, m = uses[0], min(parts.m, parts.n)
+        self.parts = parts.in_blocks(first.map.block(first.x, m)) if isinstance(first.map, Conv) else parts
         self.chunks: list[Tensor] = []  # (k of the chunk, height, width)
         self._perturbed = 0  # chunks
         norms = []

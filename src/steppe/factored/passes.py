@@ -19,7 +19,7 @@ from torch import Tensor
 from steppe.engine.vector import wide
 from steppe.factored.gradients import Gradient
 from steppe.factored.microbatches import Layout, MicroBatches, Place, places
-from steppe.factored.sites import CannotFactor, Interception, Site, Tracked, Unsure
+from steppe.factored.sites import CannotFactor, Index, Interception, Site, Tracked, Unsure
 
 OTHER_PATH = (
     "the second forward pass uses other parameters than the first: it decides by the data of the whole batch, "
@@ -48,23 +48,14 @@ class FirstPass(Interception):
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
-        """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
-        return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
-
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
-        self.mixes |= self.parts is not None  # the gradients are those of whole micro-batches
-        return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
-
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return copies of scale and shift for each row or micro-batch, with one hook on their gradient."""
-        self.mixes |= self.parts is not None and parts is not None
-        copies = torch.stack(tuple(both)).expand(rows, -1, -1)
-        weight, bias = index
-        return self.watch(copies + self._zero(copies), Site(layer, weight, bias, None, (rows,), parts=parts))
+        """Return copies of the parameters at ``w``, with a hook on their gradient."""
+        self.mixes |= self.parts is not None and parts is not None  # the gradients are those of whole micro-batches
+        stacked = torch.stack(tuple(of)) if len(of) > 1 else of[0][None]
+        copies = stacked.expand(rows, *stacked.shape) + self._zero(stacked)
+        return self.watch(copies, Site(layer, *index, None, (rows,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
@@ -238,30 +229,19 @@ class SecondPass(Interception):
         if self.count < len(self.sites):
             raise Unsure(OTHER_PATH)
 
-    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
-        """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
-        return self.rows_of(self.next(layer, index, None), p, index, (rows,))
-
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return ``p + eps_k`` of scale and shift for each row or micro-batch."""
-        weight, bias = index
-        site = self.next(layer, weight, bias)
-        own = zip(both, index, strict=True)
-        copies = torch.stack(
-            [p.expand(self.parts.k, -1) if i is None else p + self.small[i].to(p.dtype) for p, i in own], 1
-        )
-        if parts is not None:
-            return copies
-        assert site.layout is not None
-        copies = self.parts.spread(copies)
-        return copies if rows == self.parts.n else copies[site.layout.example_of_row(rows, copies.device)]
+        """Return ``p + eps_k`` of the parameters."""
+        site = self.next(layer, *index)
 
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return ``p + eps_k`` for each micro-batch, ``(k, *p.shape)``."""
-        self.next(layer, index, None)
-        return p + self.small[index].to(p.dtype)
+        def own(p: Tensor, i: int | None) -> Tensor:
+            if i is None:
+                return p.expand(rows, *p.shape)
+            return p + self.small[i].to(p.dtype) if parts is not None else self.rows_of(site, p, i, (rows,))
+
+        copies = [own(p, i) for p, i in zip(of, index, strict=False)]
+        return torch.stack(copies, 1) if len(copies) > 1 else copies[0][:, None]
 
     def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
         """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from steppe.engine.oracle import Oracle
-from steppe.factored.batch_norm import update_running_statistics
 from steppe.factored.collect import Collector, Cost, Recorded
 from steppe.factored.composites import registered_modules
 from steppe.factored.gradients import squared_norms, uncast
 from steppe.factored.layers import LAYERS
 from steppe.factored.microbatches import MicroBatches, Place, merged
+from steppe.factored.normalisation import update_running_statistics
 from steppe.factored.passes import FirstPass, SecondPass
 from steppe.factored.sites import Interception, Site, Tracked, Unsure
 
@@ -30,7 +30,7 @@ class NotProven(Unsure):
     """A forward pass does other things than those that were proven."""
 
     def __init__(self) -> None:
-        super().__init__("the forward pass takes another path than those that were verified")
+        super().__init__("the forward pass does other things than those that were verified")
 
 
 @dataclass

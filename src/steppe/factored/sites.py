@@ -19,6 +19,7 @@ from steppe.factored.microbatches import Layout, MicroBatches
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+Index = tuple[int | None, int | None]  # of a weight and a bias; ``None`` where it is not perturbed, or not there
 NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
 
@@ -149,6 +150,14 @@ class Site:
         return t if len(self.leading) == 1 else t.reshape(*self.leading, *t.shape[1:])
 
 
+def collect_copies(site: Site, matrices: Matrices, small: Small) -> None:
+    """Add the gradients of copies: those of micro-batches as they are, those of rows summed by example."""
+    gradients = site.sums(site.deltas[0]) if site.parts is None else site.deltas[0]
+    for i, t in zip((site.weight, site.bias), gradients.unbind(1), strict=False):
+        if i is not None:
+            small.setdefault(i, []).append(t)
+
+
 class Mode(TorchFunctionMode):
     """An interception that also surrounds what activation checkpointing computes again in the backward pass."""
 
@@ -232,14 +241,18 @@ class Interception(Mode):
         index = self.tracked.first_in(args)
         return first_in(self.made_of, args) if index is None else index
 
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return scale and shift of each row or micro-batch, ``(rows, 2, C)``; the one or the other may be fixed."""
-        raise NotImplementedError
+        """Return one parameter, or two of a shape, for each row or micro-batch: ``(rows, 1 or 2, *shape)``.
 
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
+        Args:
+            layer: the layer that uses them; :func:`collect_copies` collects their gradients.
+            of: the parameters.
+            index: their indices; one of two may be fixed.
+            rows: how many rows there are, with examples in them, or micro-batches.
+            parts: the micro-batches, where each has a copy.
+        """
         raise NotImplementedError
 
     @contextmanager

@@ -21,7 +21,7 @@ M_SHARPNESS = Recipe(
         ("data, net, radii, seeds", f"{s.UNREAD} in full; here CIFAR-10 and ResNet-18 with WSAM's training"),
         ("numbers", s.UNREAD),
         ("batch norm", "mixes examples, so nets that have it train their micro-batches serially"),
-        ("laptop", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; else " + s.LAPTOP),
+        ("laptop", "the digits with 40 % label noise; digits-1000 is a table of docs/results.md; else " + s.LAPTOP),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, (s.VANILLA, *_family((0.05, 0.1), 128, 64, 32, 16, 8))),),
     laptop=(
