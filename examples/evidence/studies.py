@@ -74,6 +74,7 @@ _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
 _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
 _WHOLE: dict[str, Any] = {"spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "search_seeds": 1, "seeds": 5}
+_MORE: dict[str, Any] = _WHOLE | {"seeds": 10}
 _RESNET = {"epochs": 10, "lr": 0.1}
 _VIT = {"epochs": 12, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
 _DEARER = _DEAR | {"trials": 10, "near": 4, "search_seeds": 1}
@@ -135,16 +136,16 @@ STUDIES = {
         "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
     ),
     "fashion-clean-long": Study(
-        "Fashion-MNIST 14 x 14, clean, CNN, three times as long", "tasks:fashion", _FASHION | {"epochs": 50}, **_WHOLE
+        "Fashion-MNIST 14 x 14, clean, CNN, three times as long", "tasks:fashion", _FASHION | {"epochs": 50}, **_MORE
     ),
     "fashion-noise-long": Study(
         "Fashion-MNIST 14 x 14, 40 % noise, CNN, three times as long",
         "tasks:fashion",
         _FASHION | {"epochs": 50, "noise": 0.4},
-        **_WHOLE,
+        **_MORE,
     ),
     "fashion-noise-20": Study(
-        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"epochs": 50, "noise": 0.2}, **_WHOLE
+        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"epochs": 50, "noise": 0.2}, **_MORE
     ),
     "resnet-noise": Study(
         "Fashion-MNIST 14 x 14, 2,000 examples, 40 % noise, ResNet, batch norm",
@@ -175,9 +176,9 @@ STUDIES = {
     ),
 }
 for _name, _noise, _epochs, _cost in (
-    ("clean", 0.0, 40, _WHOLE),
+    ("clean", 0.0, 40, _MORE),
     ("noise-20", 0.2, 16, _DEARER),
-    ("noise", 0.4, 40, _WHOLE),
+    ("noise", 0.4, 40, _MORE),
 ):
     STUDIES[f"fashion28-{_name}"] = Study(
         f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
@@ -193,6 +194,9 @@ for _name, _trials in {
     "texts-long": 16,
     "fashion-noise-long": 12,
     "fashion-clean-long": 12,
+    "resnet-noise-long": 12,
+    "vit-long": 12,
+    "letters": 12,
 }.items():
     _study = STUDIES[_name]
     STUDIES[f"{_name.removesuffix('-long')}-seconds"] = replace(
@@ -202,8 +206,18 @@ for _name, _trials in {
         trials=_trials,
         near=0 if _name == "digits-noise" else _trials // 2,
         search_seeds=2 if _name == "digits-noise" else 1,
+        seeds=10,
         methods=_FEW,
     )
+
+STUDIES["fashion-noise-seconds-2"] = replace(
+    STUDIES["fashion-noise-seconds"],
+    title="Fashion-MNIST 14 x 14, 40 % noise, CNN, at equal time, a larger search",
+    given=STUDIES["fashion-noise-seconds"].given | {"search_draw": 1},
+    trials=32,
+    near=16,
+    search_seeds=2,
+)
 
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
 _LONG: dict[str, Any] = {"methods": _FEW, "trials": 12, "search_seeds": 1, "seeds": 5}

@@ -39,8 +39,6 @@ class Composite:
         with passing:
             return self.steps(SimpleNamespace(**call.arguments))
 
-    record = evaluate = run
-
 
 def multi_head_attention(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     """Return the output and weights of ``torch.nn.MultiheadAttention``, whose projections are calls of ``F.linear``.
@@ -126,7 +124,6 @@ class Recurrent:
         outputs, *last = zip(*made, strict=True)
         return (torch.cat(outputs, examples), *(torch.cat(h, 1) for h in last))
 
-    record = evaluate = run
     collect = staticmethod(collect_copies)
 
 

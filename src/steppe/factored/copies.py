@@ -48,9 +48,10 @@ PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 class Elementwise:
-    """An elementwise operation with a parameter, or an expansion of one.
+    """An elementwise operation with a parameter, or an expansion of one: without ``vmap``, also in place.
 
     The parameter has no example dimension, or one of size 1. The other operand, or the expansion, has examples first.
+    A small Llama, whose norms multiply by their scales, takes 9 to 11 % more of a step under ``vmap``.
 
     Args:
         in_place: whether the other operand is changed in place.
@@ -88,7 +89,6 @@ class Elementwise:
         copies = passing.copies(self, [p.reshape(shape)], (index, None), passing.tracked.n)
         return func(*args[:at], copies[:, 0], *args[at + 1 :], **kwargs)
 
-    record = evaluate = run
     collect = staticmethod(collect_copies)
 
 
@@ -122,7 +122,6 @@ class AnyFunction:
             raise CannotFactor(f"{label} is used by {name} with activations whose examples do not come first")
         return self.derive(passing, func, args, kwargs)
 
-    record = evaluate = run
     collect = staticmethod(collect_copies)
 
     def transposed_product(self, passing: Interception, func: Any, args: Any, kwargs: Any) -> Any:
@@ -132,7 +131,7 @@ class AnyFunction:
             return NotImplemented
         other = F.linear if func in PRODUCTS else torch.matmul if func is F.linear else None
         layer, W = passing.layers.get(other), passing.tracked.tensors[derived.parameters[0]]
-        return NotImplemented if layer is None else getattr(layer, passing.method)(passing, other, args[0], W)
+        return NotImplemented if layer is None else layer.run(passing, other, args[0], W)
 
     def derive(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the function's value, and note how to make it for other parameters."""
@@ -163,7 +162,6 @@ class AnyFunction:
                 one = (lambda values, i=i: make(values)[i]) if several else make
                 matrix = func in TRANSPOSES and tracked.index(args[0]) is not None and t.dim() == 2
                 passing.derived[id(t)] = Derived(t, tuple(dict.fromkeys(found)), one, matrix)
-                passing.made_of[id(t)] = found[0]
         return result
 
     def by_part(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -129,14 +129,11 @@ class Factors:
                     products = dot(x_k, into_k)
                     if ones and self.bias is not None:
                         products += 1
-                    add_product(y_k, _scaled(products, s_k[:, None, None], y_k.dtype), out_k)
+                    s_k = s_k[:, None, None]
+                    in_place = products.dtype == s_k.dtype == y_k.dtype
+                    add_product(y_k, products.mul_(s_k) if in_place else (products * s_k).to(y_k.dtype), out_k)
         if low:
             y += to
-
-
-def _scaled(products: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``s_k products_k``, in place where the dtypes allow, rounded once."""
-    return products.mul_(s) if products.dtype == s.dtype == dtype else (products * s).to(dtype)
 
 
 class Rows:

@@ -134,7 +134,7 @@ class MatrixLayer:
         call = self.read(*args, **kwargs)
         if call is None or passing.tracked.index(call.x) is not None:
             return NotImplemented
-        weight, bias = passing.tracked.index(call.W), passing.tracked.index(call.b)
+        weight, bias = passing.tracked.pair(call.W, call.b)
         if weight is None and bias is None:
             return NotImplemented
         if isinstance(call.map, Lookup):
@@ -150,8 +150,6 @@ class MatrixLayer:
             args = tuple([x if a is given else a for a in args])
             kwargs = {key: x if a is given else a for key, a in kwargs.items()}
         return self.recorded(passing, call, weight, bias, func(*args, **kwargs))
-
-    record = evaluate = run
 
     def recorded(self, first: FirstPass, call: Call, weight: int | None, bias: int | None, y: Tensor) -> Tensor:
         """Keep the input of the layer, and watch its output."""

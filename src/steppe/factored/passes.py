@@ -36,8 +36,6 @@ class FirstPass(Interception):
         parts: the micro-batches within which examples may influence one another.
     """
 
-    method = "record"
-
     def __init__(
         self,
         tracked: Tracked,
@@ -201,7 +199,6 @@ class SecondPass(Interception):
         small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
     """
 
-    method = "evaluate"
     parts: MicroBatches
 
     def __init__(
