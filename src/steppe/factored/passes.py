@@ -6,6 +6,7 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -20,7 +21,10 @@ from steppe.factored.gradients import Gradient
 from steppe.factored.microbatches import Layout, MicroBatches, Place, places
 from steppe.factored.sites import CannotFactor, Index, Interception, Site, Tracked, Unsure
 
-OTHER_PATH = "the second forward pass uses other parameters than the first"  # it decides by the data of the whole batch
+OTHER_PATH = (
+    "the second forward pass uses other parameters than the first: it decides by the data of the whole batch, "
+    "or by random numbers that torch has not drawn"
+)
 
 
 class FirstPass(Interception):
@@ -113,14 +117,21 @@ class FirstPass(Interception):
             self.check_kept(site)
             self.on_delta(site)
 
-    def structure(self) -> tuple[Any, ...]:
+    def path(self) -> tuple[Any, ...]:
         """Return what the forward pass did with the parameters, whatever the sizes of its data.
 
-        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
-        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
+        Of every site, in order: the layer, the parameters, in how many dimensions examples lie, and how often the same
+        has been before. With it stands whether there is one example, or one micro-batch where its examples influence
+        one another: one fits any layout.
         """
-        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
-        return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
+        kind = self.tracked.unbatched, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1
+        before: Counter[Any] = Counter()
+        made = []
+        for site in self.sites:
+            use = site.layer, site.weight, site.bias, len(site.leading)
+            made.append((*use, before[use], kind))
+            before[use] += 1
+        return tuple(made)
 
     @property
     def independent(self) -> int:
