@@ -116,12 +116,13 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the input, and of scale and shift for each micro-batch."""
         centred, r, w = ctx.saved_tensors
-        shape, dtype, d = d.shape, d.dtype, _by_channel(d, r.shape[0]).to(centred.dtype)
-        count, rw = centred.shape[1] * centred.shape[3], r * w
-        db, dw = d.sum((1, 3)), (d * centred).sum((1, 3)) * r
-        dx = torch.addcmul(_along(rw * db / -count), centred, _along(rw * r * dw / -count))
-        dx.addcmul_(d, _along(rw))
-        return dx.to(dtype).reshape(shape), torch.stack((dw, db), 1).to(w.dtype), None, None
+        zero = torch.zeros_like(r[0])  # the mean of what is centred
+        made = [
+            torch.ops.aten.native_batch_norm_backward(d_k, x_k, w_k, None, None, zero, r_k, True, 0.0, [True] * 3)
+            for d_k, x_k, w_k, r_k in zip(_by_channel(d, len(r)).to(centred.dtype), centred, w.to(r.dtype), r, strict=True)
+        ]
+        dx, dw, db = map(torch.stack, zip(*made, strict=True))
+        return dx.to(d.dtype).reshape(d.shape), torch.stack((dw, db), 1).to(w.dtype), None, None
 
 
 def _by_channel(x: Tensor, k: int) -> Tensor:
