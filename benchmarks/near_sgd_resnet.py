@@ -13,12 +13,13 @@ WIDTH = 8
 Norm = Callable[[int], nn.Module]
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return inputs, labels, test inputs and test labels; images are averaged over 2 x 2 pixels."""
+def data(count: int | None = None, side: int = 14) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return inputs, labels, test inputs and test labels: ``count`` images or all, averaged to ``side`` pixels."""
     raw = idx.mnist(find("fashion-mnist"))
-    images, test = (nn.functional.avg_pool2d(part.float(), 2) for part in (raw.inputs, raw.test_inputs[:TEST]))
+    parts = (raw.inputs[:count], raw.test_inputs[:TEST])
+    images, test = (nn.functional.avg_pool2d(part.float(), 28 // side) for part in parts)
     spread, mean = torch.std_mean(images)
-    return (images - mean) / spread, raw.labels, (test - mean) / spread, raw.test_labels[:TEST]
+    return (images - mean) / spread, raw.labels[:count], (test - mean) / spread, raw.test_labels[:TEST]
 
 
 def model(example: Tensor, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:

@@ -256,13 +256,13 @@ def digits() -> Data:
     return (x - x.mean()) / x.std(), torch.tensor(y)
 
 
-def mnist_1d() -> Data:
-    """6,000 examples of MNIST-1D."""
+def mnist_1d(samples: int = 6000) -> Data:
+    """Return MNIST-1D (Greydanus and Kobak 2020, arXiv 2011.14439): signals of 40 values."""
     import numpy as np
-    from mnist1d.data import get_dataset_args, make_dataset
+    from mnist1d.data import get_dataset_args, make_dataset  # pip install mnist1d
 
     args = get_dataset_args()
-    args.num_samples = 6000
+    args.num_samples = samples
     np.random.seed(args.seed)
     made = make_dataset(args)
     x, y = (torch.cat([torch.tensor(made[key]), torch.tensor(made[f"{key}_test"])]) for key in "xy")

@@ -12,44 +12,43 @@ import steppe
 from steppe.factored import shared
 from steppe.factored.collect import Collector, Cost
 from steppe.factored.gradients import Factors, Whole
-from steppe.factored.maps import Dense, Use
+from steppe.factored.maps import Conv, Dense, Use
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.patches import ConvSpec, from_patches, patches
 from tests.cases import sgdm
 from tests.factored_models import EXAMPLES, Example, hold
 from tests.test_factored import N, assert_equal, ends
 
-SPECS = {
-    "1-d": ConvSpec((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
-    "2-d": ConvSpec((1, 2), (1, 0), (1, 2), 1, torch.Size([5, 3, 3, 2])),
-    "2-d, whole": ConvSpec((1, 1), (0, 0), (1, 1), 1, torch.Size([5, 3, 9, 7])),
-    "3-d": ConvSpec((1, 2, 3), (0, 1, 2), (2, 1, 1), 1, torch.Size([5, 3, 1, 2, 3])),
+CONVS = {
+    "1-d": Conv((2,), (1,), (2,), 1, torch.Size([5, 3, 3])),
+    "2-d": Conv((1, 2), (1, 0), (1, 2), 1, torch.Size([5, 3, 3, 2])),
+    "2-d, whole": Conv((1, 1), (0, 0), (1, 1), 1, torch.Size([5, 3, 9, 7])),
+    "3-d": Conv((1, 2, 3), (0, 1, 2), (2, 1, 1), 1, torch.Size([5, 3, 1, 2, 3])),
 }
 SIZE = (9, 7, 6)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", CONVS)
 def test_patches_convolve_and_their_transpose_too(name: str) -> None:
-    spec = SPECS[name]
+    conv = CONVS[name]
     torch.manual_seed(0)
-    x = torch.randn(4, 3, *SIZE[: len(spec.stride)], dtype=torch.float64, requires_grad=True)
-    W = torch.randn(spec.shape, dtype=torch.float64)
-    y = spec.forward(x, W, 1)
+    x = torch.randn(4, 3, *SIZE[: len(conv.stride)], dtype=torch.float64, requires_grad=True)
+    W = torch.randn(conv.weight, dtype=torch.float64)
+    y = conv.apply(x[None], W.flatten(1)[None])[0]
     columns = W.movedim(1, -1).flatten(1)  # as patches are: channels last
-    rows = patches(x.detach(), spec)
-    assert list(y.shape[2:]) == spec.positions(x.shape[2:])
+    rows = conv.patches(x.detach())
+    assert list(y.shape[2:]) == conv.positions(x.shape[2:])
     torch.testing.assert_close((rows @ columns.mT).mT.reshape(y.shape), y.detach(), rtol=1e-12, atol=1e-12)
     delta = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, delta)
-    back = from_patches(delta.flatten(2).mT @ columns, x.shape, spec)
+    back = conv.from_patches(delta.flatten(2).mT @ columns, x.shape)
     torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_patches_are_those_of_unfold() -> None:
-    spec = ConvSpec((2, 1), (1, 2), (1, 2), 1, torch.Size([1, 3, 2, 3]))
+    conv = Conv((2, 1), (1, 2), (1, 2), 1, torch.Size([1, 3, 2, 3]))
     x = torch.randn(4, 3, 8, 7)
-    theirs = F.unfold(x, spec.shape[2:], spec.dilation, spec.padding, spec.stride).mT
-    ours = patches(x, spec).unflatten(2, (2, 3, 3)).movedim(-1, 2).flatten(2)
+    theirs = F.unfold(x, conv.weight[2:], conv.dilation, conv.padding, conv.stride).mT
+    ours = conv.patches(x).unflatten(2, (2, 3, 3)).movedim(-1, 2).flatten(2)
     assert torch.equal(ours, theirs)
 
 

@@ -1,4 +1,4 @@
-"""The record of the ablations of the cheap forms of m-SAM, and their tables in docs/results.md.
+"""The record of the ablations of the cheap forms of m-SAM, and their tables in docs/results/ablations.md.
 
 ``python tools/ablation_tables.py RESULTS.jsonl ...`` reads what ``examples/evidence/ablations.py`` wrote and writes
 docs/records/ablations.json; without a file it writes the tables.
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence import PAGE, RECORDS, difference
+from evidence import RECORDS, ROOT, difference
 from marks import between, markdown
 
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
-RECORD = RECORDS / "ablations.json"
+RECORD, PAGE = RECORDS / "ablations.json", ROOT / "docs" / "results" / "ablations.md"
 DIGITS, RATES = "digits, 40 % noise", "MNIST-1D"
 NORMS = {"ResNet, batch norm": "batch norm", "ResNet, group norm": "group norm"}
 REFERENCES = ("SGD", "sampled, m = 16")  # of the table of arms

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence import chosen, label
+from evidence import chosen, errors_by_seed, label
 from marks import between, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -22,16 +22,12 @@ def collect(folder: Path) -> None:
     """Write the record: a row a method, the errors by seed, the environment."""
     from steppe.lab import notebook
 
-    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
-    errors: dict[str, dict[int, float]] = {}
-    for run in runs:
-        errors.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], 3)
-    rows = []
+    errors, rows = errors_by_seed(folder, digits=3), []
     for row in notebook.outcomes(folder):
         kept = {key: value for key, value in row.items() if key not in ("paper", "rho", "baseline")}
-        found = errors[row["method"]]
-        rows.append(kept | {"errors": [found[seed] for seed in sorted(found)]})
-    environment = {key: runs[0]["environment"][key] for key in ("steppe", "torch", "python", "cpu", "cores")}
+        rows.append(kept | {"errors": errors[row["method"]]})
+    run = json.loads(min((folder / "runs").glob("*.json")).read_text())
+    environment = {key: run["environment"][key] for key in ("steppe", "torch", "python", "cpu", "cores")}
     record = {"command": "steppe compare", "environment": environment, "methods": rows}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 

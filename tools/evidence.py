@@ -1,11 +1,14 @@
-"""The records of the studies in examples/evidence, and the tables of docs/results.md and the README made from them.
+"""The records of the studies in examples/evidence, and the tables of the docs and the README made from them.
 
 ``python tools/evidence.py FOLDER`` reads the finished studies in FOLDER and writes docs/records/evidence_STUDY.json;
-without a folder it writes the tables between the marks of the pages.
+without a folder it writes the tables between the marks of the pages. docs/results/studies.md says which studies there
+are, and in which order; docs/results.md draws them together.
 """
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +18,7 @@ from marks import between, markdown
 from steppe.lab.statistics import Paired, holm, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
-RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
+RECORDS, PAGE, STUDIES = (ROOT / "docs" / name for name in ("records", "results.md", "results/studies.md"))
 RADIUS, README = ROOT / "docs" / "how-to" / "radius.md", ROOT / "README.md"
 README_ROWS = ("SGD", "SGD, batch 32", "SAM", "WSAM", "m-SAM", "sampled m-SAM")
 NAMES = {
@@ -37,7 +40,18 @@ Record = dict[str, Any]
 
 
 def collect(folder: Path) -> Record:
-    """Return the record of a finished study."""
+    """Return the record of a finished study, with the rows of NAME-rest where that is there."""
+    found, rest = _collect(folder), folder.with_name(f"{folder.name}-rest")
+    if rest.exists():
+        rows, more = found["methods"], _collect(rest)["methods"]
+        if any(rows[i]["errors"] != more[i]["errors"] for i in (0, 1)):
+            raise SystemExit(f"{rest} has other baselines than {folder}")
+        for row in more[2:]:  # the base's epoch was timed once more
+            rows.append(row | {"epoch_ms": round(row["epoch_ms"] * rows[0]["epoch_ms"] / more[0]["epoch_ms"], 2)})
+    return found
+
+
+def _collect(folder: Path) -> Record:
     from steppe.lab import notebook, runs
     from steppe.lab.sweep.space import filled
 
@@ -78,6 +92,15 @@ def _errors(folder: Path, whole: bool = True) -> tuple[dict[str, list[float]], s
         errors[str(run.method)].append(round(record.shown, 4))
     seeds = min(map(len, errors.values()))
     return {method: each[:seeds] for method, each in errors.items()}, next(iter(found.values())).metric
+
+
+def errors_by_seed(folder: Path, digits: int = 2) -> dict[str, list[float]]:
+    """Return the test errors in per cent of the runs that are there, by method and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        run = json.loads(path.read_text())
+        found.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], digits)
+    return {method: [of[seed] for seed in sorted(of)] for method, of in found.items()}
 
 
 def _environment(folder: Path) -> Record:
@@ -192,58 +215,79 @@ def _change(pair: tuple[Paired, float] | None, digits: int) -> str:
     return f"**{text}**" if pair[1] < 0.05 else text
 
 
-def summary(studies: dict[str, str]) -> str:
-    """Return for each method in how many studies it is clearly better, not clear, clearly worse than each baseline.
+def summary(studies: Iterable[str]) -> str:
+    """Return for each method in how many tasks it is clearly better, not clear, clearly worse than each baseline.
 
-    The mean change is that of the error in per cent of the baseline's, with an interval over the studies, each of which
-    is one number. So the interval holds the luck of the searches too. The time of an epoch is the median of its ratio.
+    A task counts once: by the last of its studies that has the method. The mean change is that of the error in per cent
+    of the baseline's, with an interval over the tasks, each of which is one number. So the interval holds the luck of
+    the searches too. The time of an epoch is the median of its ratio.
     """
     counts: dict[str, tuple[list[list[int]], list[list[float]]]] = {}
     times: dict[str, list[float]] = {}
-    for study in studies:
-        rows = record(study)["methods"]
-        for i, row in enumerate(rows):
-            times.setdefault(_title(i, row), []).append(row["epoch_ms"] / rows[0]["epoch_ms"])
+    for rows, i in (place for names in by_task(studies) for place in _latest(names).values()):
+        title = _title(i, rows[i])
+        times.setdefault(title, []).append(rows[i]["epoch_ms"] / rows[0]["epoch_ms"])
+        clear, changes = counts.setdefault(title, ([[0] * 3, [0] * 3], [[], []]))
         for other in (0, 1):
-            reference = mean(rows[other]["errors"])
-            for i, (row, pair) in enumerate(zip(rows, against(rows, rows[other]), strict=True)):
-                if pair is not None:
-                    clear, changes = counts.setdefault(_title(i, row), ([[0] * 3, [0] * 3], [[], []]))
-                    clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
-                    changes[other].append(100 * pair[0].difference / reference)
+            pair = against(rows, rows[other])[i]
+            if pair is not None:
+                clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
+                changes[other].append(100 * pair[0].difference / mean(rows[other]["errors"]))
     heads = [head for name in (BASE, SMALLER) for head in (f"against the {name}", "mean change, 95 % CI")]
-    lines = [["", "studies", *heads, "time of an epoch"], ["---", *["---:"] * 6]]
+    lines = [["", "tasks", *heads, "time of an epoch"], ["---", *["---:"] * 6]]
     for name in [SMALLER, *(name for name in counts if name not in (BASE, SMALLER)), BASE]:
         clear, changes = counts[name]
         cells = [name, f"{len(times[name])}"]
         for count, found in zip(clear, changes, strict=True):
-            cells += ["{} / {} / {}".format(*count), _over_studies(found)] if found else ["", ""]
+            cells += ["{} / {} / {}".format(*count), _over_tasks(found)] if found else ["", ""]
         lines.append([*cells, f"{median(times[name]):.1f}"])
     return markdown(lines)
 
 
-def _over_studies(changes: list[float]) -> str:
+def by_task(studies: Iterable[str]) -> list[list[str]]:
+    """Return the studies by their tasks; the name of a longer, second or equal-time study begins with its task's."""
+    found: dict[str, list[str]] = {}
+    for study in studies:
+        found.setdefault(re.sub(r"(-long|-2|-seconds)+$", "", study), []).append(study)
+    return list(found.values())
+
+
+def _latest(studies: list[str]) -> dict[str, tuple[list[Record], int]]:
+    """Return by method the rows of the last study that has it, and its place there."""
+    found = {}
+    for study in studies:
+        rows = record(study)["methods"]
+        found |= {_title(i, row): (rows, i) for i, row in enumerate(rows)}
+    return found
+
+
+def _over_tasks(changes: list[float]) -> str:
     test = paired(changes, [0.0] * len(changes))
     text = f"{test.difference:+.0f} % ({test.low:+.0f} to {test.high:+.0f})"
     return (f"**{text}**" if test.low > 0 or test.high < 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
 def with_tables(text: str) -> str:
-    """Return the page's text with every table made again from the records."""
-    studies = titles(text)
-    by_passes = at_equal_passes(studies)
-    text = between(text, "summary", summary(by_passes))
+    """Return docs/results.md with every table made again from the records."""
+    studies = titles(STUDIES.read_text())
+    for equal in ("passes", "seconds"):
+        text = between(text, f"summary {equal}", summary(at_equal(equal, studies)))
     text = between(text, "luck", luck("digits-noise", "digits-noise-2"))
-    for i, name in enumerate(("base", "smaller batch")):
-        text = between(text, f"overview {name}", overview(by_passes, i))
-    for study in studies:
+    for equal, i, name in (("passes", 0, "base"), ("passes", 1, "smaller batch"), ("seconds", 0, "seconds")):
+        text = between(text, f"overview {name}", overview(at_equal(equal, studies), i))
+    return text
+
+
+def with_studies(text: str) -> str:
+    """Return docs/results/studies.md with the table of every study made again from its record."""
+    for study in titles(text):
         text = between(text, f"study {study}", table(study))
     return text
 
 
-def at_equal_passes(studies: dict[str, str]) -> dict[str, str]:
-    """Return the studies whose longest runs cost alike in passes; in others they take the same time."""
-    return {name: title for name, title in studies.items() if record(name)["search"]["equal"] == "passes"}
+def at_equal(equal: str, studies: dict[str, str]) -> dict[str, str]:
+    """Return the studies whose longest runs cost alike in passes, or in seconds."""
+    return {name: title for name, title in studies.items() if record(name)["search"]["equal"] == equal}
 
 
 def luck(first: str, second: str) -> str:
@@ -263,7 +307,7 @@ def luck(first: str, second: str) -> str:
 
 def radii(studies: dict[str, str]) -> str:
     """Return the radii that the searches at equal passes chose: by method how far they lie apart, and one by one."""
-    studies = at_equal_passes(studies)
+    studies = at_equal("passes", studies)
     found = {name: {label(row["name"]): row for row in record(name)["methods"] if "rho" in row["chosen"]}
              for name in studies}  # fmt: skip
     methods = list(dict.fromkeys(method for rows in found.values() for method in rows))
@@ -296,8 +340,8 @@ def titles(text: str) -> dict[str, str]:
     """Return the studies that a page has marks for, with their titles: the headings above the marks."""
     found, heading = {}, ""
     for line in text.splitlines():
-        if line.startswith("### "):
-            heading = line.removeprefix("### ")
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
         elif line.startswith("<!-- study ") and line.endswith(": begin -->"):
             found[line.removeprefix("<!-- study ").removesuffix(": begin -->")] = heading
     return found
@@ -306,8 +350,11 @@ def titles(text: str) -> dict[str, str]:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         for folder in sorted(path for path in Path(name).iterdir() if (path / "fixed" / "config.json").exists()):
+            if folder.name.endswith("-rest"):
+                continue
             path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
             path.write_text(json.dumps(collect(folder), indent=1) + "\n")
-    PAGE.write_text(with_tables(text := PAGE.read_text()))
+    STUDIES.write_text(with_studies(STUDIES.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))
     README.write_text(between(README.read_text(), "compare", short("digits-noise", README_ROWS)))
-    RADIUS.write_text(between(RADIUS.read_text(), "chosen radii", radii(titles(text))))
+    RADIUS.write_text(between(RADIUS.read_text(), "chosen radii", radii(titles(STUDIES.read_text()))))

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from evidence import errors_by_seed
 from marks import between
 
 from steppe.lab.statistics import paired
@@ -42,13 +43,13 @@ def judge(folders: dict[str, Path]) -> None:
 
     tasks: dict[str, Any] = {}
     for name, folder in folders.items():
-        tuned, fixed = errors(folder), errors(folder / "fixed")
+        tuned, fixed = errors_by_seed(folder), errors_by_seed(folder / "fixed")
         fixed = {method: found for method, found in fixed.items() if len(found) == len(next(iter(tuned.values())))}
         rows = []
         for row in notebook.outcomes(folder):
             kept = {key: row[key] for key in ("name", "chosen", "edges", "passes")} | {"errors": tuned[row["method"]]}
             rows.append(kept | {"errors_fixed": next((fixed[key] for key in fixed if same(key, row["name"])), [])})
-        equal = errors(folder.with_name(f"{folder.name}-equal"))
+        equal = errors_by_seed(folder.with_name(f"{folder.name}-equal"))
         asked = json.loads((folder / "comparison.json").read_text())["asked"]
         run = json.loads(next((folder / "runs").glob("*.json")).read_text())
         tasks[name] = {"asked": asked, "environment": run["environment"], "rows": rows, "equal": equal}
@@ -63,15 +64,6 @@ def same(method: str, name: str) -> bool:
         if part.split("=")[0] not in ("lr", "epochs", "rho")
     )
     return kept(method) == kept(name)
-
-
-def errors(folder: Path) -> dict[str, list[float]]:
-    """Return the test errors in per cent, by method and seed."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted((folder / "runs").glob("*.json")):
-        run = json.loads(path.read_text())
-        found.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], 2)
-    return {method: [of[seed] for seed in sorted(of)] for method, of in found.items()}
 
 
 def against(a: list[float], b: list[float]) -> str:

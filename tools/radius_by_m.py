@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evidence import errors_by_seed
 from marks import between
 
 ROOT = Path(__file__).parents[1]
@@ -30,16 +31,13 @@ SETTINGS = (
 
 def collect(title: str, folder: Path) -> dict[str, Any]:
     """Return the errors of every method of a comparison, in per cent, by seed."""
-    errors: dict[str, dict[int, float]] = {}
-    for path in sorted((folder / "runs").glob("*.json")):
-        run = json.loads(path.read_text())
-        errors.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], 2)
+    run = json.loads(max((folder / "runs").glob("*.json")).read_text())
     settings, environment = run["settings"], run["environment"]
     return {
         "task": title,
         "settings": {key: settings[key] for key in SETTINGS},
         "environment": {key: environment[key] for key in ("steppe", "torch", "python", "cpu")},
-        "errors": {method: [found[seed] for seed in sorted(found)] for method, found in sorted(errors.items())},
+        "errors": dict(sorted(errors_by_seed(folder).items())),
     }
 
 

@@ -1,7 +1,7 @@
-"""Turn finished laptop recipes into records, and the records into the tables of docs/results.md.
+"""Turn finished laptop recipes into records, and the records into the tables of docs/results/recipes.md.
 
 ``python tools/results_table.py RUNS`` reads RUNS/RECIPE-laptop/STUDY and writes docs/records/RECIPE_laptop.json;
-``python tools/results_table.py`` writes the tables between the markers of docs/results.md.
+``python tools/results_table.py`` writes the tables between the markers of docs/results/recipes.md.
 """
 
 import json
@@ -14,7 +14,7 @@ from steppe.lab.statistics import holm, mean, paired, spread
 from steppe.lab.tables import plain
 
 ROOT = Path(__file__).parents[1]
-RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results.md"
+RECORDS, PAGE = ROOT / "docs" / "records", ROOT / "docs" / "results" / "recipes.md"
 KEPT = ("title", "baseline", "seeds", "settings")
 ROW = ("method", "errors", "passes", "seconds", "collapsed")
 

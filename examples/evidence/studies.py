@@ -4,7 +4,8 @@
     python examples/evidence/studies.py --study digits-clean  # train it, or go on with it; runs/evidence/digits-clean
 
 ``--near`` trains, once a study is done, the second and third best trials of every search with final seeds too: what the
-table would say had the search been a little luckier or less so.
+table would say had the search been a little luckier or less so. ``--rest`` trains the methods that a dear study leaves
+out, into a folder NAME-rest; it searches the base again, with the same result, and tools/evidence.py joins the two.
 
 Further options of ``steppe compare`` may follow. ``--minutes 9`` stops with exit code 75 after so long and keeps
 everything; the same command goes on. So a study for a GPU runs in slices:
@@ -52,6 +53,10 @@ class Study:
     methods: tuple[str, ...] = METHODS
     spaces: dict[str, str] = field(default_factory=dict)
 
+    def rest(self) -> "Study":
+        """Return the study of the methods that this one leaves out."""
+        return replace(self, methods=tuple(method for method in METHODS if method not in self.methods))
+
     def words(self) -> list[str]:
         """Return the command, after ``steppe``."""
         words = ["compare", "--data", self.data]
@@ -69,7 +74,9 @@ _FASHION = {"epochs": 16, "lr": 0.05, "batch_size": 64}
 _SMALL: dict[str, Any] = {"trials": 20, "seeds": 5}
 _DEAR: dict[str, Any] = {"methods": FEWER, "spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "seeds": 5}
 _WHOLE: dict[str, Any] = {"spaces": {"m": "8,16,32"}, "trials": 12, "near": 5, "search_seeds": 1, "seeds": 5}
+_MORE: dict[str, Any] = _WHOLE | {"seeds": 10}
 _RESNET = {"epochs": 10, "lr": 0.1}
+_VIT = {"epochs": 12, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
 _DEARER = _DEAR | {"trials": 10, "near": 4, "search_seeds": 1}
 
 STUDIES = {
@@ -129,16 +136,16 @@ STUDIES = {
         "Fashion-MNIST 14 x 14, 40 % noise, CNN", "tasks:fashion", _FASHION | {"noise": 0.4}, **_DEAR
     ),
     "fashion-clean-long": Study(
-        "Fashion-MNIST 14 x 14, clean, CNN, three times as long", "tasks:fashion", _FASHION | {"epochs": 50}, **_WHOLE
+        "Fashion-MNIST 14 x 14, clean, CNN, three times as long", "tasks:fashion", _FASHION | {"epochs": 50}, **_MORE
     ),
     "fashion-noise-long": Study(
         "Fashion-MNIST 14 x 14, 40 % noise, CNN, three times as long",
         "tasks:fashion",
         _FASHION | {"epochs": 50, "noise": 0.4},
-        **_WHOLE,
+        **_MORE,
     ),
     "fashion-noise-20": Study(
-        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"epochs": 50, "noise": 0.2}, **_WHOLE
+        "Fashion-MNIST 14 x 14, 20 % noise, CNN", "tasks:fashion", _FASHION | {"epochs": 50, "noise": 0.2}, **_MORE
     ),
     "resnet-noise": Study(
         "Fashion-MNIST 14 x 14, 2,000 examples, 40 % noise, ResNet, batch norm",
@@ -152,14 +159,26 @@ STUDIES = {
     "vit": Study(
         "Fashion-MNIST 14 x 14, 2,000 examples, clean, ViT, AdamW",
         "tasks:fashion_vit",
-        {"epochs": 12, "lr": 0.002, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01},
+        _VIT,
         **_DEARER,
+    ),
+    "vit-long": Study(
+        "Fashion-MNIST 14 x 14, 2,000 examples, clean, ViT, AdamW, three times as long",
+        "tasks:fashion_vit",
+        _VIT | {"epochs": 36},
+        **_WHOLE,
+    ),
+    "resnet-noise-long": Study(
+        "Fashion-MNIST 14 x 14, 2,000 examples, 40 % noise, ResNet, batch norm, three times as long",
+        "tasks:fashion_resnet",
+        _RESNET | {"epochs": 30, "noise": 0.4},
+        **_WHOLE,
     ),
 }
 for _name, _noise, _epochs, _cost in (
-    ("clean", 0.0, 40, _WHOLE),
+    ("clean", 0.0, 40, _MORE),
     ("noise-20", 0.2, 16, _DEARER),
-    ("noise", 0.4, 40, _WHOLE),
+    ("noise", 0.4, 40, _MORE),
 ):
     STUDIES[f"fashion28-{_name}"] = Study(
         f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
@@ -175,6 +194,9 @@ for _name, _trials in {
     "texts-long": 16,
     "fashion-noise-long": 12,
     "fashion-clean-long": 12,
+    "resnet-noise-long": 12,
+    "vit-long": 12,
+    "letters": 12,
 }.items():
     _study = STUDIES[_name]
     STUDIES[f"{_name.removesuffix('-long')}-seconds"] = replace(
@@ -184,18 +206,28 @@ for _name, _trials in {
         trials=_trials,
         near=0 if _name == "digits-noise" else _trials // 2,
         search_seeds=2 if _name == "digits-noise" else 1,
+        seeds=10,
         methods=_FEW,
     )
 
+STUDIES["fashion-noise-seconds-2"] = replace(
+    STUDIES["fashion-noise-seconds"],
+    title="Fashion-MNIST 14 x 14, 40 % noise, CNN, at equal time, a larger search",
+    given=STUDIES["fashion-noise-seconds"].given | {"search_draw": 1},
+    trials=32,
+    near=16,
+    search_seeds=2,
+)
+
 _GPU: dict[str, Any] = {"epochs": 60, "device": "cuda", "precision": "bf16"}
 _LONG: dict[str, Any] = {"methods": _FEW, "trials": 12, "search_seeds": 1, "seeds": 5}
-_VIT = {"model": "vit-s4", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05, "warmup": 1000}
+_VIT_S4 = {"model": "vit-s4", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05, "warmup": 1000}
 
 for _data in ("cifar10", "cifar100"):
     STUDIES |= {
         f"{_data}-resnet18": Study(f"{_data}, ResNet-18", _data, _GPU | {"model": "resnet18"}, **_LONG),
         f"{_data}-wrn": Study(f"{_data}, WRN-28-10", _data, _GPU | {"model": "wrn28-10"}, **_LONG),
-        f"{_data}-vit": Study(f"{_data}, ViT-S/4, AdamW", _data, _GPU | _VIT, **_LONG),
+        f"{_data}-vit": Study(f"{_data}, ViT-S/4, AdamW", _data, _GPU | _VIT_S4, **_LONG),
     }
 
 
@@ -220,6 +252,7 @@ def main() -> None:
     options.add_argument("--study", choices=STUDIES)
     options.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="the folder of the studies")
     options.add_argument("--near", action="store_true", help="train the next two trials of a study that is done")
+    options.add_argument("--rest", action="store_true", help="train the methods that a study leaves out")
     given, more = options.parse_known_args()
     if given.study is None:
         print("\n".join(f"{name:24}{study.title}" for name, study in STUDIES.items()))
@@ -230,8 +263,10 @@ def main() -> None:
         return
     from steppe.cli import main as steppe
 
-    words = [*STUDIES[given.study].words(), "--workers", "1", "--out", str(given.out / given.study), *more]
-    sys.argv = ["steppe", *words]
+    study, name = STUDIES[given.study], given.study
+    if given.rest:
+        study, name = study.rest(), f"{name}-rest"
+    sys.argv = ["steppe", *study.words(), "--workers", "1", "--out", str(given.out / name), *more]
     steppe()
 
 

@@ -12,30 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.near_sgd_resnet import data as clothes
 from benchmarks.near_sgd_resnet import model as resnet
+from benchmarks.near_sgd_variants import mnist_1d
 from torch import Tensor, nn
 
-from steppe.lab.data import find
-from steppe.lab.data.idx import mnist
 from steppe.lab.models import build, cnn, mlp
 
 
 def mnist1d() -> dict[str, Any]:
-    """Return MNIST-1D (Greydanus and Kobak 2020, arXiv 2011.14439): 4,000 signals of 40 values."""
-    import numpy as np
-    from mnist1d.data import get_dataset_args, make_dataset  # pip install mnist1d
-
-    made = get_dataset_args()
-    made.num_samples = 5000  # of which the package keeps four fifths for training
-    np.random.seed(made.seed)
-    found = make_dataset(made)
-    inputs = [torch.tensor(found[key], dtype=torch.float32) for key in ("x", "x_test")]
-    classes = [torch.tensor(found[key], dtype=torch.int64) for key in ("y", "y_test")]
-    return {
-        "train": (inputs[0][:3000], classes[0][:3000]),
-        "test": (inputs[1], classes[1]),
-        "model": partial(mlp, [40, 128, 128, 128, 10]),
-    }
+    """Return MNIST-1D: 3,000 signals of 40 values to fit and 1,000 to test."""
+    x, y = mnist_1d(5000)  # of which the package keeps the last fifth for tests
+    return {"train": (x[:3000], y[:3000]), "test": (x[4000:], y[4000:]), "model": partial(mlp, [40, 128, 128, 128, 10])}
 
 
 def fashion() -> dict[str, Any]:
@@ -59,12 +47,8 @@ def fashion_vit() -> dict[str, Any]:
 
 
 def _clothes(count: int, side: int, model: Callable[[], nn.Module]) -> dict[str, Any]:
-    found = mnist(find("fashion-mnist"))
-    images = [nn.functional.avg_pool2d(part[:size].float(), 28 // side)
-              for part, size in ((found.inputs, count), (found.test_inputs, 3000))]  # fmt: skip
-    spread, mean = torch.std_mean(images[0])
-    train, test = ((part - mean) / spread for part in images)
-    return {"train": (train, found.labels[:count]), "test": (test, found.test_labels[:3000]), "model": model}
+    x, y, test_x, test_y = clothes(count, side)
+    return {"train": (x, y), "test": (test_x, test_y), "model": model}
 
 
 def diabetes() -> dict[str, Any]:

@@ -9,8 +9,9 @@ evaluates each micro-batch at ``W + eps_k``: m-SAM in two passes for every ``m``
 From the top: :mod:`~steppe.factored.engine` answers the oracle; :mod:`~steppe.factored.rehearsal` proves a model on
 real data, and :mod:`~steppe.factored.plans` remembers the verdict; :mod:`~steppe.factored.shared` runs the two passes
 of :mod:`~steppe.factored.passes`; :mod:`~steppe.factored.sites` finds every use of a parameter;
-:mod:`~steppe.factored.layers` says what each torch function records and how it is perturbed;
-:mod:`~steppe.factored.maps` and :mod:`~steppe.factored.gradients` are the mathematics.
+:mod:`~steppe.factored.layers` is the table of what each torch function records and how it is perturbed;
+:mod:`~steppe.factored.maps` and :mod:`~steppe.factored.gradients` are the mathematics. ``docs/m-sam.md`` follows a
+layer from the formula to the code.
 """
 
 from steppe.factored.composites import register_factored

@@ -109,14 +109,6 @@ class Collector:
         return self.matrices, small
 
 
-def collected(first: FirstPass, parts: MicroBatches, cost: Cost, rho: Sequence[float] | None = None) -> Gradients:
-    """Return what a :class:`Collector` makes after the pass."""
-    collector = Collector(first, parts, cost, rho)
-    for site in first.sites:
-        collector.take(site)
-    return collector.gradients()
-
-
 def hold_whole(uses: Sequence[Use], parts: MicroBatches, cost: Cost) -> bool:
     """Return whether to hold the gradients of a matrix whole."""
     m = min(parts.m, parts.n)
@@ -125,9 +117,7 @@ def hold_whole(uses: Sequence[Use], parts: MicroBatches, cost: Cost) -> bool:
     if convs and len(convs) < len(uses):
         raise CannotFactor("the weight of a convolution is used by something else, too")
     if convs:  # patches cost as much again, and need a single group
-        return any(
-            map.spec.groups > 1 or cost.whole(2 * m * q, h, w) for map, (q, h, w) in zip(convs, shapes, strict=True)
-        )
+        return any(map.groups > 1 or cost.whole(2 * m * q, h, w) for map, (q, h, w) in zip(convs, shapes, strict=True))
     rows, (_, height, width) = m * sum(q for q, *_ in shapes), shapes[0]
     only_looked_up = all(isinstance(use.map, Lookup) for use in uses)
     return cost.table(rows, height) if only_looked_up else cost.whole(rows, height, width)
@@ -158,8 +148,11 @@ class Recorded:
 
     def of(self, parts: MicroBatches, cost: Cost = TWO_PASSES, rho: Sequence[float] | None = None) -> Gradients:
         """Return the gradients of every micro-batch, as contributions to the batch mean, times the loss scale."""
+        collector = Collector(self.first, parts, cost, rho)
         with torch.no_grad():
-            return collected(self.first, parts, cost, rho)
+            for site in self.first.sites:
+                collector.take(site)
+            return collector.gradients()
 
     def norms(self, parts: MicroBatches) -> Tensor:
         """Return ``norm(G_k)`` over all perturbed parameters together, shape ``(k,)``."""
@@ -194,24 +187,19 @@ class Recorded:
             site.deltas[0] = site.by_row(delta * c.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1)))
 
 
-def _uses(first: FirstPass) -> tuple[Matrices, Small]:
-    matrices: Matrices = {}
-    small: Small = {}
-    with torch.no_grad():
-        for site in first.sites:
-            if site.parts is None:
-                site.layer.collect(site, matrices, small)
-    return matrices, small
-
-
 def relative_cost(first: FirstPass) -> float:
     """Return the multiplications of a step with one micro-batch, relative to two forwards and backwards.
 
     Factors save a weight gradient and pay for Gram matrices. Gradients that are held whole save nothing.
     """
     parts = MicroBatches(first.tracked.n, first.tracked.n)
+    matrices: Matrices = {}
     usual = shared = 0.0
-    for uses in _uses(first)[0].values():
+    with torch.no_grad():
+        for site in first.sites:
+            if site.map is not None:
+                site.layer.collect(site, matrices, {})
+    for uses in matrices.values():
         whole = hold_whole(uses, parts, TWO_PASSES)
         for use in uses:
             if isinstance(use.map, Lookup):

@@ -14,9 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from steppe.engine.functional import functional
-from steppe.factored.any_function import AnyFunction
+from steppe.factored.copies import AnyFunction
 from steppe.factored.microbatches import MicroBatches
-from steppe.factored.sites import ANY, CannotFactor, Interception, Matrices, Site, Small
+from steppe.factored.sites import ANY, CannotFactor, Interception, collect_copies
 
 
 class Composite:
@@ -39,10 +39,8 @@ class Composite:
         with passing:
             return self.steps(SimpleNamespace(**call.arguments))
 
-    record = evaluate = run
 
-
-def attention(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+def multi_head_attention(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     """Return the output and weights of ``torch.nn.MultiheadAttention``, whose projections are calls of ``F.linear``.
 
     Examples come first, so that the rows of an example are neighbours.
@@ -114,7 +112,7 @@ class Recurrent:
             raise CannotFactor("a recurrent network whose examples are not along its batch dimension")
         index = [passing.tracked.index(p) for p in weights]
         own = [
-            [p] * parts.k if i is None else passing.copies_by_part(self, p, i, parts)
+            [p] * parts.k if i is None else passing.copies(self, [p], (i, None), parts.k, parts)[:, 0]
             for p, i in zip(weights, index, strict=True)
         ]
         several, made = isinstance(hidden, tuple | list), []
@@ -126,11 +124,7 @@ class Recurrent:
         outputs, *last = zip(*made, strict=True)
         return (torch.cat(outputs, examples), *(torch.cat(h, 1) for h in last))
 
-    record = evaluate = run
-
-    def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
-        """Add the gradients of the copies, which are those of the micro-batches."""
-        small.setdefault(site.weight, []).append(site.deltas[0])  # type: ignore[arg-type]
+    collect = staticmethod(collect_copies)
 
 
 # ---- modules that are registered

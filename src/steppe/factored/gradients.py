@@ -23,7 +23,8 @@ class Whole:
     """``G_k`` in memory; the second pass turns it into ``W + s_k G_k``, in place where the dtypes allow."""
 
     def __init__(self, uses: Sequence[Use], parts: MicroBatches) -> None:
-        self.parts = parts.in_blocks(uses[0].map.block(uses[0].x, min(parts.m, parts.n)))
+        first, m = uses[0], min(parts.m, parts.n)
+        self.parts = parts.in_blocks(first.map.block(first.x, m)) if isinstance(first.map, Conv) else parts
         self.chunks: list[Tensor] = []  # (k of the chunk, height, width)
         self._perturbed = 0  # chunks
         norms = []
@@ -128,14 +129,11 @@ class Factors:
                     products = dot(x_k, into_k)
                     if ones and self.bias is not None:
                         products += 1
-                    add_product(y_k, _scaled(products, s_k[:, None, None], y_k.dtype), out_k)
+                    s_k = s_k[:, None, None]
+                    in_place = products.dtype == s_k.dtype == y_k.dtype
+                    add_product(y_k, products.mul_(s_k) if in_place else (products * s_k).to(y_k.dtype), out_k)
         if low:
             y += to
-
-
-def _scaled(products: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``s_k products_k``, in place where the dtypes allow, rounded once."""
-    return products.mul_(s) if products.dtype == s.dtype == dtype else (products * s).to(dtype)
 
 
 class Rows:

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from steppe.factored.any_function import AnyFunction
-from steppe.factored.batch_norm import BatchNorm
-from steppe.factored.composites import Composite, Recurrent, attention, bag
-from steppe.factored.elementwise import Elementwise, GroupNormLayer, NormLayer
+from steppe.factored.composites import Composite, Recurrent, bag, multi_head_attention
+from steppe.factored.copies import AnyFunction, Elementwise
 from steppe.factored.gradients import PerturbedMap
 from steppe.factored.maps import Conv, Dense, Lookup, Map, Use
+from steppe.factored.normalisation import BatchNorm, GroupNorm, NormLayer
 from steppe.factored.passes import FirstPass, SecondPass
-from steppe.factored.patches import ConvSpec
 from steppe.factored.sites import ANY, CannotFactor, Matrices, Site, Small
 
 
@@ -103,7 +101,7 @@ def conv_of(stride: Any, padding: Any, dilation: Any, groups: int, shape: torch.
         if padding == "same" and any(r % 2 for r in reach):
             raise CannotFactor("a convolution with padding='same' and an even kernel has no factored form")
         padding = tuple(r // 2 for r in reach) if padding == "same" else 0
-    return Conv(ConvSpec(each(stride), each(padding), each(dilation), groups, shape))
+    return Conv(each(stride), each(padding), each(dilation), groups, shape)
 
 
 def embedding(
@@ -131,38 +129,48 @@ class MatrixLayer:
     def __init__(self, read: Callable[..., Call | None]) -> None:
         self.read = read
 
-    def call(self, passing: FirstPass | SecondPass, args: Any, kwargs: Any) -> tuple[Call | None, Any, Any]:
-        """Return the call, and the indices of weight and bias; no call where nothing is tracked or supported."""
+    def run(self, passing: FirstPass | SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer, with the weight and bias that the pass has."""
         call = self.read(*args, **kwargs)
         if call is None or passing.tracked.index(call.x) is not None:
-            return None, None, None
-        weight, bias = passing.tracked.index(call.W), passing.tracked.index(call.b)
+            return NotImplemented
+        weight, bias = passing.tracked.pair(call.W, call.b)
         if weight is None and bias is None:
-            return None, None, None
+            return NotImplemented
         if isinstance(call.map, Lookup):
             call.lookup, call.unbatched = passing.lookups, passing.lookups in passing.tracked.unbatched
             passing.lookups += 1
-        return call, weight, bias
-
-    def record(self, first: FirstPass, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply the layer, and keep its input."""
-        call, weight, bias = self.call(first, args, kwargs)
-        if call is None:
-            return NotImplemented
         if call.is_a_table():
-            return first.layers[ANY].derive(first, func, args, kwargs)
-        given, call = call.x, call.batched(first.tracked.n)
+            return passing.layers[ANY].derive(passing, func, args, kwargs)
+        if isinstance(passing, SecondPass):
+            return self.perturbed(passing, call.batched(passing.tracked.n), passing.next(self, weight, bias))
+        given, call = call.x, call.batched(passing.tracked.n)
         x = call.x.flatten(0, -2) if isinstance(call.map, Dense) and call.x.dim() > 2 else call.x
         if x is not given:
             args = tuple([x if a is given else a for a in args])
             kwargs = {key: x if a is given else a for key, a in kwargs.items()}
-        y = func(*args, **kwargs)
+        return self.recorded(passing, call, weight, bias, func(*args, **kwargs))
+
+    def recorded(self, first: FirstPass, call: Call, weight: int | None, bias: int | None, y: Tensor) -> Tensor:
+        """Keep the input of the layer, and watch its output."""
         shape = (*call.leading, *y.shape[1 if isinstance(call.map, Conv) else -1 :])
         kept = None if weight is None else call.x.detach()
         if kept is not None and kept.is_floating_point():
             kept = kept.to(y.dtype)
         y = first.watch(y, Site(self, weight, bias, kept, tuple(call.leading), call.map, lookup=call.lookup), shape)
         return y if y.shape == shape else y.reshape(shape)
+
+    def perturbed(self, second: SecondPass, call: Call, site: Site) -> Any:
+        """Return the output with the weight and bias of each micro-batch."""
+        x = call.x.to(low(call.x)) if call.x.is_floating_point() else call.x
+        if site.weight is not None:
+            b_eps = second.small.get(site.bias)  # type: ignore[arg-type]  # none where it is kept with the weight's
+            at = (site, call.map, *second.matrices[site.weight])
+            return PerturbedMap.apply(x, call.W, call.b, b_eps, *at)  # type: ignore[no-untyped-call]
+        y = call.map.apply(x.reshape(1, -1, *x.shape[len(call.leading) :]), call.W[None])
+        y = y.reshape(*call.leading, *y.shape[2:])
+        rows = second.rows_of(site, call.b, site.bias, call.leading)  # type: ignore[arg-type]
+        return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
 
     def collect(self, site: Site, matrices: Matrices, small: Small) -> None:
         """Add the use of the weight, and of the bias with it or by itself."""
@@ -173,25 +181,6 @@ class MatrixLayer:
         if site.bias is not None and not with_weight:
             channels = delta.flatten(2).sum(2) if isinstance(site.map, Conv) else delta
             small.setdefault(site.bias, []).append(site.sums(channels))
-
-    def evaluate(self, second: SecondPass, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply the layer with the weight and bias of each micro-batch."""
-        call, weight, bias = self.call(second, args, kwargs)
-        if call is None:
-            return NotImplemented
-        if call.is_a_table():
-            return second.layers[ANY].derive(second, func, args, kwargs)
-        call = call.batched(second.tracked.n)
-        site = second.next(self, weight, bias)
-        x = call.x.to(low(call.x)) if call.x.is_floating_point() else call.x
-        if weight is not None:
-            b_eps = second.small.get(bias)  # none where it is kept with that of the weight
-            at = (site, call.map, *second.matrices[weight])
-            return PerturbedMap.apply(x, call.W, call.b, b_eps, *at)  # type: ignore[no-untyped-call]
-        y = call.map.apply(x.reshape(1, -1, *x.shape[len(call.leading) :]), call.W[None])
-        y = y.reshape(*call.leading, *y.shape[2:])
-        rows = second.rows_of(site, call.b, bias, call.leading)  # type: ignore[arg-type]
-        return (y + rows.reshape(*rows.shape, *[1] * (y.dim() - rows.dim()))).to(x.dtype)
 
 
 def low(t: Tensor) -> torch.dtype:
@@ -213,10 +202,10 @@ LAYERS: dict[Any, Any] = {
     F.embedding_bag: Composite(F.embedding_bag, bag),
     F.layer_norm: NormLayer((2, 3), channels_first=False, units=True),
     F.rms_norm: NormLayer((2, None), channels_first=False),
-    F.group_norm: GroupNormLayer(),
+    F.group_norm: GroupNorm(),
     F.instance_norm: NormLayer((3, 4), channels_first=True),
     F.batch_norm: BatchNorm(),
-    F.multi_head_attention_forward: Composite(F.multi_head_attention_forward, attention),
+    F.multi_head_attention_forward: Composite(F.multi_head_attention_forward, multi_head_attention),
     **dict.fromkeys((torch.add, torch.sub, torch.mul, torch.div, torch.true_divide), _elementwise),
     **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide), _elementwise),
     **dict.fromkeys((Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__), _elementwise),

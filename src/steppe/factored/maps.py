@@ -11,13 +11,13 @@ Tensors by example are ``(n, q, ...)``, those by micro-batch ``(k, rows, ...)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from steppe.factored.patches import ConvSpec, from_patches, patches
 
 Times = Callable[[Tensor, Tensor], None]  # (y, x): adds a product with the rows of x to the rows of y, in place
 
@@ -42,10 +42,6 @@ class Dense:
         left, right = self.factors(x, d)
         return torch.bmm(left.mT, right)
 
-    def block(self, x: Tensor, m: int) -> int | None:
-        """Return how many micro-batches share a call: all."""
-        return None
-
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Return left and right, ``(n, rows, height)`` and ``(n, rows, width)``."""
         return (x, d) if self.turned else (d, x)
@@ -66,28 +62,42 @@ class Dense:
 
 @dataclass(frozen=True)
 class Conv:
-    """``y = conv(x, W) + b`` in one, two or three dimensions; micro-batches are groups of one convolution."""
+    """``y = conv(x, W) + b`` in one, two or three dimensions; micro-batches are groups of one convolution.
 
-    spec: ConvSpec
+    Its rows are the positions of the output, and at each the patch of the input that the kernel sees, channels last: so
+    it is copied in runs. ``weight`` is the shape of ``W``.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    weight: torch.Size
     turned = False
 
     def apply(self, x: Tensor, P: Tensor, b: Tensor | None = None) -> Tensor:
         """Return the output for ``x``, ``(k, inputs, C, ...)``, with ``b`` of ``(k, height)``."""
         k, bias = x.shape[0], None if b is None else b.flatten()
-        return apart(self.spec.forward(side_by_side(x), self._below(P), k, bias), k)
+        return apart(torch.convolution(side_by_side(x), self._below(P), bias, *self._options(k)), k)
 
     def input_gradient(self, d: Tensor, x: Tensor, P: Tensor) -> Tensor:
         """Return the gradient of the input."""
         k, inputs, channels, *size = x.shape
         like = x.new_empty(inputs, k * channels, *size)  # for its shape alone
-        return apart(self.spec.backward(side_by_side(d), like, self._below(P), [True, False], k)[0], k)
+        return apart(self._backward(side_by_side(d), like, self._below(P), k, [True, False, False])[0], k)
 
     def gradients(self, d: Tensor, x: Tensor) -> Tensor:
         """Return the gradients of the weights, ``(k, height, width)``."""
-        k, (height, *rest) = x.shape[0], self.spec.shape
+        k, (height, *rest) = x.shape[0], self.weight
         like = d.new_empty(k * height, *rest)  # for its shape alone
-        made: Tensor = self.spec.backward(side_by_side(d), side_by_side(x), like, [False, True], k)[1]
+        made: Tensor = self._backward(side_by_side(d), side_by_side(x), like, k, [False, True, False])[1]
         return made.reshape(k, height, -1)
+
+    def _backward(self, d: Tensor, x: Tensor, W: Tensor, k: int, mask: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward.default(d, x, W, None, *self._options(k), mask)
+
+    def _options(self, k: int) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), k * self.groups
 
     def block(self, x: Tensor, m: int) -> int | None:
         """Return how many micro-batches share a call, as a group each: all on an accelerator.
@@ -97,20 +107,20 @@ class Conv:
         """
         if x.device.type != "cpu":
             return None
-        if self.spec.shape[1] < 8 and x.shape[0] <= 16 * m:
+        if self.weight[1] < 8 and x.shape[0] <= 16 * m:
             return 1
-        return max(1, min(32 // m, (4 << 20) // (self.spec.shape.numel() * x.element_size())))
+        return max(1, min(32 // m, (4 << 20) // (self.weight.numel() * x.element_size())))
 
     def _below(self, P: Tensor) -> Tensor:
-        return P.reshape(-1, *self.spec.shape[1:])
+        return P.reshape(-1, *self.weight[1:])
 
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output's gradient by position, and the patch of the input (channels last) at each position."""
-        return self._positions(d), self._patches(x)
+        """Return the output's gradient by position, and the patch of the input at each position."""
+        return self._by_position(d), self._patches(x)
 
     def shape(self, x: Tensor, d: Tensor) -> tuple[int, int, int]:
         """Return the positions of an example, and height and width of ``W``."""
-        return d.shape[1] * d.shape[3:].numel(), self.spec.shape[0], self.spec.shape[1:].numel()
+        return d.shape[1] * d.shape[3:].numel(), self.weight[0], self.weight[1:].numel()
 
     def add_output(self, y: Tensor, x: Tensor, times: Times) -> None:
         """Add ``times`` the patches of ``x`` to the positions of ``y``."""
@@ -120,18 +130,53 @@ class Conv:
 
     def add_input_gradient(self, dx: Tensor, d: Tensor, times: Times) -> None:
         """Add ``times`` the positions of the output's gradient to the patches of the input's."""
-        rows = d.new_zeros(d.shape[0], d.shape[1] * d.shape[3:].numel(), self.spec.shape[1:].numel())
-        times(rows, self._positions(d))
+        rows = d.new_zeros(d.shape[0], d.shape[1] * d.shape[3:].numel(), self.weight[1:].numel())
+        times(rows, self._by_position(d))
         size = dx.flatten(0, 1).shape
-        dx += from_patches(rows.reshape(size[0], -1, rows.shape[-1]), size, self.spec).reshape(dx.shape)
+        dx += self.from_patches(rows.reshape(size[0], -1, rows.shape[-1]), size).reshape(dx.shape)
 
     @staticmethod
-    def _positions(d: Tensor) -> Tensor:
+    def _by_position(d: Tensor) -> Tensor:
         return d.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
 
     def _patches(self, x: Tensor) -> Tensor:
-        rows = patches(x.flatten(0, 1), self.spec)
+        rows = self.patches(x.flatten(0, 1))
         return rows.reshape(x.shape[0], -1, rows.shape[-1])
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return ``(inputs, C, *size)`` as ``(inputs, positions, kernel C)``."""
+        padded = self._padded(x.shape, x)
+        self._inside(padded).copy_(x.movedim(1, -1))
+        first, *strides, channel = padded.stride()
+        steps = [s * by for s, by in zip(strides, self.stride, strict=True)]
+        taps = [s * by for s, by in zip(strides, self.dilation, strict=True)]
+        shape = (x.shape[0], *self.positions(x.shape[2:]), *self.weight[2:], x.shape[1])
+        seen = padded.as_strided(shape, (first, *steps, *taps, channel))
+        return seen.reshape(x.shape[0], -1, self.weight[1:].numel())
+
+    def from_patches(self, rows: Tensor, size: torch.Size) -> Tensor:
+        """Apply the transpose of :meth:`patches`: add every entry to where it was read in ``x`` of this size."""
+        padded, positions = self._padded(size, rows), self.positions(size[2:])
+        rows = rows.reshape(rows.shape[0], *positions, *self.weight[2:], size[1])
+        for tap in product(*map(range, self.weight[2:])):
+            along = zip(tap, self.dilation, self.stride, positions, strict=True)
+            read = [slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in along]
+            seen: tuple[Any, ...] = (..., *tap, slice(None))
+            padded[(slice(None), *read)] += rows[seen]
+        return self._inside(padded).movedim(-1, 1)
+
+    def positions(self, size: Sequence[int]) -> list[int]:
+        """Return the size of the output for that of an input."""
+        dims = zip(size, self.padding, self.dilation, self.weight[2:], self.stride, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in dims]
+
+    def _padded(self, size: torch.Size, like: Tensor) -> Tensor:
+        sides = [length + 2 * p for length, p in zip(size[2:], self.padding, strict=True)]
+        return like.new_zeros(size[0], *sides, size[1])
+
+    def _inside(self, padded: Tensor) -> Tensor:
+        sides = zip(self.padding, padded.shape[1:], strict=False)
+        return padded[(slice(None), *[slice(p, length - p) for p, length in sides])]
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -168,10 +213,6 @@ class Lookup:
         right = self.factors(x, d)[1]
         made: Tensor = torch.ops.aten.embedding_dense_backward(right, rows, k * self.height, -1, False)
         return made.view(k, self.height, -1)
-
-    def block(self, x: Tensor, m: int) -> int | None:
-        """Return how many micro-batches share a call: all."""
-        return None
 
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices, for one-hot rows, and the output's gradient, which is 0 at the padding."""

@@ -57,6 +57,13 @@ class Place:
         return Layout(n, (size // n if self.folded == "outer" else 1) * after)
 
 
+def merged(a: Place | None, b: Place | None) -> Place | None:
+    """Return the place that fits wherever one of both does: one row may be one of several; ``None`` without one."""
+    if a is None or b is None or a.dimension != b.dimension or (a.folded and b.folded and a != b):
+        return None
+    return a if a.folded else b
+
+
 def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
     """Return where ``n`` examples may lie, by layout: along one dimension, or folded into one with others."""
     found: dict[Layout, Place] = {}

@@ -6,6 +6,7 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -18,9 +19,12 @@ from torch import Tensor
 from steppe.engine.vector import wide
 from steppe.factored.gradients import Gradient, same_memory
 from steppe.factored.microbatches import Layout, MicroBatches, Place, places
-from steppe.factored.sites import CannotFactor, Interception, Site, Tracked, Unsure
+from steppe.factored.sites import CannotFactor, Index, Interception, Site, Tracked, Unsure
 
-OTHER_PATH = "the second forward pass uses other parameters than the first"  # it decides by the data of the whole batch
+OTHER_PATH = (
+    "the second forward pass uses other parameters than the first: it decides by the data of the whole batch, "
+    "or by random numbers that torch has not drawn"
+)
 
 
 class FirstPass(Interception):
@@ -32,8 +36,6 @@ class FirstPass(Interception):
         parts: the micro-batches within which examples may influence one another.
     """
 
-    method = "record"
-
     def __init__(
         self,
         tracked: Tracked,
@@ -44,23 +46,14 @@ class FirstPass(Interception):
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
-        """Return a copy of a parameter for each row, ``(rows, *p.shape)``, with a hook on its gradient."""
-        return self.watch(p.expand(rows, *p.shape).clone(), Site(layer, index, None, None, (rows,)))
-
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return a copy of a parameter for each micro-batch, ``(k, *p.shape)``, with a hook on its gradient."""
-        self.mixes |= self.parts is not None  # the gradients are those of whole micro-batches
-        return self.watch(p.expand(parts.k, *p.shape).clone(), Site(layer, index, None, None, (parts.k,), parts=parts))
-
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return copies of scale and shift for each row or micro-batch, with one hook on their gradient."""
-        self.mixes |= self.parts is not None and parts is not None
-        copies = torch.stack(tuple(both)).expand(rows, -1, -1)
-        weight, bias = index
-        return self.watch(copies + self._zero(copies), Site(layer, weight, bias, None, (rows,), parts=parts))
+        """Return copies of the parameters at ``w``, with a hook on their gradient."""
+        self.mixes |= self.parts is not None and parts is not None  # the gradients are those of whole micro-batches
+        stacked = torch.stack(tuple(of)) if len(of) > 1 else of[0][None]
+        copies = stacked.expand(rows, *stacked.shape) + self._zero(stacked)
+        return self.watch(copies, Site(layer, *index, None, (rows,), parts=parts))
 
     def watch(self, y: Tensor, site: Site, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
@@ -124,14 +117,21 @@ class FirstPass(Interception):
             self.check_kept(site)
             self.on_delta(site)
 
-    def structure(self) -> tuple[Any, ...]:
+    def path(self) -> tuple[Any, ...]:
         """Return what the forward pass did with the parameters, whatever the sizes of its data.
 
-        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
-        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
+        Of every site, in order: the layer, the parameters, in how many dimensions examples lie, and how often the same
+        has been before. With it stands whether there is one example, or one micro-batch where its examples influence
+        one another: one fits any layout.
         """
-        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
-        return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
+        kind = self.tracked.unbatched, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1
+        before: Counter[Any] = Counter()
+        made = []
+        for site in self.sites:
+            use = site.layer, site.weight, site.bias, len(site.leading)
+            made.append((*use, before[use], kind))
+            before[use] += 1
+        return tuple(made)
 
     @property
     def independent(self) -> int:
@@ -213,7 +213,6 @@ class SecondPass(Interception):
         small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
     """
 
-    method = "evaluate"
     parts: MicroBatches
 
     def __init__(
@@ -241,30 +240,19 @@ class SecondPass(Interception):
         if self.count < len(self.sites):
             raise Unsure(OTHER_PATH)
 
-    def copies(self, layer: Any, p: Tensor, index: int, rows: int) -> Tensor:
-        """Return ``p + eps_k`` for each row, ``(rows, *p.shape)``."""
-        return self.rows_of(self.next(layer, index, None), p, index, (rows,))
-
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return ``p + eps_k`` of scale and shift for each row or micro-batch."""
-        weight, bias = index
-        site = self.next(layer, weight, bias)
-        own = zip(both, index, strict=True)
-        copies = torch.stack(
-            [p.expand(self.parts.k, -1) if i is None else p + self.small[i].to(p.dtype) for p, i in own], 1
-        )
-        if parts is not None:
-            return copies
-        assert site.layout is not None
-        copies = self.parts.spread(copies)
-        return copies if rows == self.parts.n else copies[site.layout.example_of_row(rows, copies.device)]
+        """Return ``p + eps_k`` of the parameters."""
+        site = self.next(layer, *index)
 
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return ``p + eps_k`` for each micro-batch, ``(k, *p.shape)``."""
-        self.next(layer, index, None)
-        return p + self.small[index].to(p.dtype)
+        def own(p: Tensor, i: int | None) -> Tensor:
+            if i is None:
+                return p.expand(rows, *p.shape)
+            return p + self.small[i].to(p.dtype) if parts is not None else self.rows_of(site, p, i, (rows,))
+
+        copies = [own(p, i) for p, i in zip(of, index, strict=False)]
+        return torch.stack(copies, 1) if len(copies) > 1 else copies[0][:, None]
 
     def rows_of(self, site: Site, p: Tensor, index: int, leading: Iterable[int]) -> Tensor:
         """Return ``p + eps_k`` for every row: ``(*leading, *p.shape)``, or broadcast against it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack
@@ -19,6 +19,8 @@ from steppe.factored.microbatches import Layout, MicroBatches
 
 Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of its uses, (n, *shape)
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
+Index = tuple[int | None, int | None]  # of a weight and a bias; ``None`` where it is not perturbed, or not there
+T = TypeVar("T")
 NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
 
@@ -79,17 +81,21 @@ class Tracked:
         """Return the index of a tracked parameter, ``None`` for anything else."""
         return self.parameters.get(id(t))
 
+    def pair(self, weight: object, bias: object) -> Index:
+        """Return the indices of both."""
+        return self.index(weight), self.index(bias)
+
     def first_in(self, args: Iterable[Any]) -> int | None:
         """Return the index of the first tracked parameter among arguments, also inside lists."""
         return first_in(self.parameters, args)
 
 
-def first_in(known: Mapping[int, int], args: Iterable[Any]) -> int | None:
-    """Return the index of the first argument that is known by its id, also inside lists."""
+def first_in(known: Mapping[int, T], args: Iterable[Any]) -> T | None:
+    """Return what is known, by its id, of the first argument of which anything is, also inside lists."""
     for a in args:
-        index = first_in(known, a) if isinstance(a, list | tuple) else known.get(id(a))
-        if index is not None:
-            return index
+        found = first_in(known, a) if isinstance(a, list | tuple) else known.get(id(a))
+        if found is not None:
+            return found
     return None
 
 
@@ -149,6 +155,14 @@ class Site:
         return t if len(self.leading) == 1 else t.reshape(*self.leading, *t.shape[1:])
 
 
+def collect_copies(site: Site, matrices: Matrices, small: Small) -> None:
+    """Add the gradients of copies: those of micro-batches as they are, those of rows summed by example."""
+    gradients = site.sums(site.deltas[0]) if site.parts is None else site.deltas[0]
+    for i, t in zip((site.weight, site.bias), gradients.unbind(1), strict=False):
+        if i is not None:
+            small.setdefault(i, []).append(t)
+
+
 class Mode(TorchFunctionMode):
     """An interception that also surrounds what activation checkpointing computes again in the backward pass."""
 
@@ -170,8 +184,8 @@ class Mode(TorchFunctionMode):
 class Interception(Mode):
     """The base of both passes: finds the layer of every torch function, and refuses a use that none understands.
 
-    A layer has ``record`` for the first pass, ``collect`` for the gradients of its uses, and ``evaluate`` for the
-    second. ``record`` and ``evaluate`` return ``NotImplemented`` where they do not support the call.
+    A layer has ``run``, which makes what a torch function returns in either pass, or ``NotImplemented`` where it does
+    not support the call; and ``collect``, for the gradients of the uses that the first pass has recorded.
 
     Args:
         tracked: the perturbed parameters.
@@ -179,14 +193,11 @@ class Interception(Mode):
         parts: the micro-batches within which examples may influence one another; ``None`` where none may.
     """
 
-    method: str
-
     def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
         super().__init__()
         self.tracked, self.layers, self.parts = tracked, layers, parts
         self.sites: list[Site] = []
         self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
-        self.made_of: dict[int, int] = {}  # by id, the index of one of their parameters
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
@@ -201,12 +212,12 @@ class Interception(Mode):
         arguments = (*args, *kwargs.values())
         self.called(func, arguments, sys._getframe(1))
         transformed = peek_interpreter_stack() is not None
-        derived = bool(self.made_of) and first_in(self.made_of, arguments) is not None
+        derived = bool(self.derived) and first_in(self.derived, arguments) is not None
         layer = None if transformed or derived else self.layers.get(func)
         if layer is not None:
             self.inside += 1
             try:
-                made = getattr(layer, self.method)(self, func, *args, **kwargs)
+                made = layer.run(self, func, *args, **kwargs)
             finally:
                 self.inside -= 1
             if made is not NotImplemented:
@@ -217,7 +228,7 @@ class Interception(Mode):
         if transformed:
             raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
         with self.understood():
-            return getattr(self.layers[ANY], self.method)(self, func, args, kwargs)
+            return self.layers[ANY].run(self, func, args, kwargs)
 
     def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
         """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
@@ -230,16 +241,23 @@ class Interception(Mode):
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""
         args = list(args)
         index = self.tracked.first_in(args)
-        return first_in(self.made_of, args) if index is None else index
+        if index is None and self.derived:
+            derived = first_in(self.derived, args)
+            index = None if derived is None else derived.parameters[0]
+        return index
 
-    def scale_and_shift(
-        self, layer: Any, both: Sequence[Tensor], index: Sequence[int | None], rows: int, parts: MicroBatches | None
+    def copies(
+        self, layer: Any, of: Sequence[Tensor], index: Index, rows: int, parts: MicroBatches | None = None
     ) -> Tensor:
-        """Return scale and shift of each row or micro-batch, ``(rows, 2, C)``; the one or the other may be fixed."""
-        raise NotImplementedError
+        """Return one parameter, or two of a shape, for each row or micro-batch: ``(rows, 1 or 2, *shape)``.
 
-    def copies_by_part(self, layer: Any, p: Tensor, index: int, parts: MicroBatches) -> Tensor:
-        """Return the parameter of each micro-batch, ``(k, *p.shape)``."""
+        Args:
+            layer: the layer that uses them; :func:`collect_copies` collects their gradients.
+            of: the parameters.
+            index: their indices; one of two may be fixed.
+            rows: how many rows there are, with examples in them, or micro-batches.
+            parts: the micro-batches, where each has a copy.
+        """
         raise NotImplementedError
 
     @contextmanager

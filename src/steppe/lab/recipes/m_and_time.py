@@ -20,8 +20,8 @@ M_SHARPNESS = Recipe(
         ("known", "smaller m generalises better at the same rho; 64 is the m that RW-SAM's authors match"),
         ("data, net, radii, seeds", f"{s.UNREAD} in full; here CIFAR-10 and ResNet-18 with WSAM's training"),
         ("numbers", s.UNREAD),
-        ("batch norm", "mixes examples, so nets that have it train their micro-batches serially"),
-        ("laptop", "the digits with 40 % label noise; digits-1000 is the table of docs/m-sam.md; else " + s.LAPTOP),
+        ("batch norm", "each micro-batch is normalised by its own statistics"),
+        ("laptop", "the digits with 40 % label noise; digits-1000 is in docs/results/recipes.md; else " + s.LAPTOP),
     ),
     paper=(Study("cifar10-resnet18", s.CIFAR10, (s.VANILLA, *_family((0.05, 0.1), 128, 64, 32, 16, 8))),),
     laptop=(
