@@ -439,8 +439,31 @@ def saturated(model: nn.Module, data: Any) -> Tensor:
     return cross_entropy(model, (torch.tanh(data[0]), data[1]))
 
 
-@pytest.mark.parametrize(("between", "shares"), [(lambda s, h: F.relu(h), True), (groups(2), False)])
-def test_float64_decides_where_float32_cannot_tell(monkeypatch, between: Any, shares: bool) -> None:
+class ClassWeights:
+    """A criterion that holds tensors in float32; it may change one of them by the whole batch."""
+
+    def __init__(self, changes: bool) -> None:
+        self.weights, self.center, self.changes = torch.tensor([1.0, 2.0, 0.5]), torch.zeros(3), changes
+
+    def __call__(self, model: nn.Module, data: Any) -> Tensor:
+        z = model(data[0]).float()
+        if self.changes:
+            self.center.mul_(0.5).add_(z.detach().mean(0))
+        shift = torch.zeros(3)
+        shift[:] = self.center
+        return F.cross_entropy(z - shift, data[1], self.weights.to(z.dtype), reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("between", "loss", "shares"),
+    [
+        (lambda s, h: F.relu(h), cross_entropy, True),
+        (groups(2), cross_entropy, False),
+        (lambda s, h: F.relu(h), ClassWeights(changes=False), True),
+        (lambda s, h: F.relu(h), ClassWeights(changes=True), False),
+    ],
+)
+def test_float64_decides_where_float32_cannot_tell(monkeypatch, between: Any, loss: Any, shares: bool) -> None:
     prove = Rehearsal.prove
 
     def proves_nothing_in_float32(self: Rehearsal, plan: Any, permuted: bool) -> None:
@@ -457,7 +480,7 @@ def test_float64_decides_where_float32_cannot_tell(monkeypatch, between: Any, sh
     x, y = vectors()
     for _ in range(4):  # of which the first three rehearse
         calls.clear()
-        opt.step(steppe.Batch(model, cross_entropy, (x.float(), y)))
+        opt.step(steppe.Batch(model, loss, (x.float(), y)))
     assert (len(calls) == 2) is shares
     assert flat(model).dtype == torch.float32
     assert not torch.equal(flat(model), before)
@@ -481,6 +504,59 @@ def test_random_programs(seed: int) -> None:
     """More by ``python -m tests.random_programs FIRST LAST``."""
     verdict, what = trial(seed)
     assert verdict in ("shared", "loop"), what
+
+
+class LayerDrop(nn.Module):
+    """Skips layers at random, as decided in Python, or as it is told."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()) for _ in range(6)])
+        self.draw, self.told, self.skipped = draw, None, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.skipped.append([bool(self.draw() < 0.4) for _ in self.layers] if self.told is None else self.told)
+        for layer, skip in zip(self.layers, self.skipped[-1], strict=True):
+            h = h if skip else h + layer(h)
+        return self.head(h)
+
+
+def test_layers_that_are_dropped_at_random_share_passes() -> None:
+    """Every use of a parameter is proven once, and not every combination of layers."""
+    torch.manual_seed(0)
+    model = LayerDrop(lambda: torch.rand([])).double()
+    told = copy.deepcopy(model)
+    opts = [steppe.SAM(sgd(net), 0.3, m=4, parallel=p) for net, p in ((model, "auto"), (told, False))]
+    forwards, seen = [], set()
+    for _ in range(40):
+        batch = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
+        model.skipped.clear()
+        opts[0].step(steppe.Batch(model, cross_entropy, batch))
+        told.told = model.skipped[-1]
+        opts[1].step(steppe.Batch(told, cross_entropy, batch))
+        torch.testing.assert_close(flat(model), flat(told), rtol=0, atol=1e-11)
+        forwards.append(len(model.skipped))
+        seen.add(tuple(told.told))
+    assert len(seen) > 16
+    assert forwards.count(2) > 30
+    assert set(forwards[20:]) == {2}
+
+
+def test_without_such_draws_every_path_is_rehearsed() -> None:
+    """Which layers run may depend on the data of the whole batch: no path is trusted for the others."""
+    torch.manual_seed(0)
+    model = LayerDrop(None).double()
+    opt = steppe.SAM(sgd(model), 0.3, m=4)
+    batch = steppe.Batch(model, cross_entropy, (torch.randn(12, 6).double(), torch.randint(3, (12,))))
+    forwards = []
+    for at in (0, 1, 0, 1, None, None, 0, 1):
+        model.told = [i == at for i in range(6)]
+        model.skipped.clear()
+        opt.step(batch)
+        forwards.append(len(model.skipped))
+    assert [n > 3 for n in forwards] == [True, True, True, False, True, False, False, False]  # two are due anyway
 
 
 # ---- shapes and memory
@@ -520,7 +596,7 @@ def test_every_length_shares_the_plan_of_one() -> None:
             (entry,) = plans.known(model).entries.values()
     torch.testing.assert_close(*found, rtol=0, atol=1e-11)
     assert rehearsed == [0, 1, 2, 8]
-    assert len(entry.proven) == 1
+    assert len(entry.proven.paths) == 1
 
 
 def test_a_loss_that_is_always_new_is_rarely_rehearsed() -> None:

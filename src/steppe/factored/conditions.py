@@ -8,8 +8,8 @@ activations) are recorded, and cut where a micro-batch asks for its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch
 from steppe.engine.nested import mapped
+from steppe.engine.replay import RandomState
 from steppe.engine.vector import LOW
 from steppe.factored.sites import CannotFactor, Mode
 
@@ -30,8 +31,10 @@ RANDOM = {
     *(Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.random_),
     *(Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_),
 }
+CASTS = {Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16, Tensor.float: torch.float32}
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # their sixth argument is a probability
+DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, *RECURRENT}  # dropout inside
 
 
 class Draws(Mode):
@@ -39,11 +42,15 @@ class Draws(Mode):
 
     Args:
         n: the number of examples in the batch.
+        random: the random numbers that each pass over the whole batch draws, so that all take the same path.
+
+    Attributes:
+        for_all: whether numbers were drawn for the whole batch, such as whether to drop a layer.
     """
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, random: RandomState) -> None:
         super().__init__()
-        self.n = n
+        self.n, self.random, self.for_all = n, random, False
         self.made: list[Tensor] = []  # by the last pass over the whole batch, in order
         self.part: slice | None = None  # the examples of the pass; ``None`` for all
 
@@ -52,11 +59,14 @@ class Draws(Mode):
         self.part, self.count = part, 0
         if part is None:
             self.made.clear()
+            self.random.restore()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.part is None and (func in DROPOUTS or func in DROPPING):
+            self._draw(func, args, kwargs)
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -71,6 +81,12 @@ class Draws(Mode):
         made = func(*args, **kwargs)
         return self._drawn(made) if func in RANDOM else made
 
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Draw what dropout draws in a step: then what follows draws, and decides, as in the step."""
+        args, kwargs = mapped(lambda t: t.detach().clone(), (args, kwargs))
+        with torch.no_grad():
+            func(*args, **kwargs)
+
     def _drawn(self, t: Tensor) -> Tensor:
         if self.part is None:
             if not self.recomputing:  # torch restores its generators there
@@ -78,7 +94,9 @@ class Draws(Mode):
             return t
         if self.count >= len(self.made):
             raise CannotFactor("a micro-batch by itself draws other random numbers than in its batch")
-        piece = _cut(self.made[self.count], t.shape, self.n, self.part)
+        made = self.made[self.count]
+        self.for_all |= made.shape == t.shape and self.part.stop - self.part.start < self.n
+        piece = _cut(made, t.shape, self.n, self.part)
         self.count += 1
         with torch.no_grad():
             return t.copy_(piece)
@@ -102,21 +120,18 @@ def _cut(t: Tensor, shape: torch.Size, n: int, part: slice) -> Tensor:
     return made
 
 
-class InFloat32(Mode):
-    """Runs a model in float32 that runs in low precision by itself.
+class _Wider(Mode):
+    """Runs a model in a wider dtype: casts what torch functions take and return. It has to be the innermost mode.
 
-    Autocast is off, tensors of low precision are cast before each torch function, and parameters are replaced by
-    copies. It has to be the innermost mode.
-
-    Args:
-        parameters: those to copy, where they have low precision.
+    Attributes:
+        narrow: the dtypes that are cast.
+        wide: the dtype that they are cast to.
+        copies: by id, what stands for a parameter.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
-        low = [p for p in parameters if p.dtype in LOW]
-        self.copies = {id(p): p.detach().float().requires_grad_(p.requires_grad) for p in low}
-        self.devices = {"cpu", *(p.device.type for p in parameters)}
+    narrow: Set[torch.dtype]
+    wide: torch.dtype
+    copies: Mapping[int, Tensor]
 
     def copy(self, p: Tensor) -> Tensor:
         """Return what stands for a parameter."""
@@ -125,35 +140,69 @@ class InFloat32(Mode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        cast: list[Tensor] = []
+        if CASTS.get(func) in self.narrow:
+            func, args = Tensor.to, (*args[:1], self.wide)
+        made = func(*self._wide(args, cast), **self._wide(kwargs or {}, cast))
+        if any(t._version for t in cast):
+            raise CannotFactor("a tensor that is changed in place is not cast")
+        return self._wide(made, [])
+
+    def _wide(self, a: Any, cast: list[Tensor]) -> Any:
+        if isinstance(a, Tensor):
+            known = self.copies.get(id(a))
+            if known is None and a.dtype in self.narrow:
+                known = a.to(self.wide)
+                cast.append(known)
+            return a if known is None else known
+        if isinstance(a, dict):
+            return {key: self._wide(value, cast) for key, value in a.items()}
+        if type(a) in (tuple, list):
+            return type(a)([self._wide(value, cast) for value in a])
+        return self.wide if isinstance(a, torch.dtype) and a in self.narrow else a
+
+
+class InFloat32(_Wider):
+    """Runs a model in float32 that runs in low precision by itself.
+
+    Autocast is off, and parameters of low precision are replaced by copies.
+
+    Args:
+        parameters: those to copy, where they have low precision.
+    """
+
+    narrow, wide = LOW, torch.float32
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        low = [p for p in parameters if p.dtype in LOW]
+        self.copies = {id(p): p.detach().float().requires_grad_(p.requires_grad) for p in low}
+        self.devices = {"cpu", *(p.device.type for p in parameters)}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         enabled = [d for d in self.devices if torch.is_autocast_enabled(d)]
         for device in enabled:
             torch.set_autocast_enabled(device, False)
         try:
-            func = torch.Tensor.float if func in (torch.Tensor.half, torch.Tensor.bfloat16) else func
-            return func(*self._wide(args), **self._wide(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
         finally:
             for device in enabled:
                 torch.set_autocast_enabled(device, True)
 
-    def _wide(self, a: Any) -> Any:
-        if isinstance(a, Tensor):
-            return self.copies[id(a)] if id(a) in self.copies else a.float() if a.dtype in LOW else a
-        if isinstance(a, dict):
-            return {key: self._wide(value) for key, value in a.items()}
-        if type(a) in (tuple, list):
-            return type(a)(map(self._wide, a))
-        return torch.float32 if isinstance(a, torch.dtype) and a in LOW else a
 
-
-class InFloat64(nullcontext[None]):
-    """A copy of a model and its batch in float64, where rounding hardly ever moves a unit across the kink of a ReLU.
+class InFloat64(_Wider):
+    """Runs a copy of a model and its batch in float64, where rounding hardly ever moves a unit across a ReLU's kink.
 
     Attributes:
-        batch: the batch of the copies; its loss is the same.
+        batch: the batch of the copies; its loss is the same, and what that holds, such as class weights, is cast.
 
     Raises:
         CannotFactor: the model has more than ``LARGEST`` numbers, or copying it would talk to other processes.
     """
+
+    narrow, wide = {torch.float32, *LOW}, torch.float64
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
@@ -161,15 +210,10 @@ class InFloat64(nullcontext[None]):
         model = batch.model.module if isinstance(batch.model, wraps) else batch.model
         if sum(p.numel() for p in model.parameters()) > LARGEST or any(isinstance(m, wraps) for m in model.modules()):
             raise CannotFactor("the model is not copied")
-        self._copies: dict[int, Any] = {}
-        self.batch = copy(batch)
-        self.batch.model = deepcopy(model, self._copies).double()
+        self.batch, made = copy(batch), dict[int, Any]()
+        self.batch.model = deepcopy(model, made).double()
+        self.copies = {id(p): made[id(p)] for p in model.parameters()}
         self.batch.data = mapped(lambda t: t.double() if t.is_floating_point() else t, batch.data)
-
-    def copy(self, p: Tensor) -> Tensor:
-        """Return what stands for a parameter."""
-        found: Tensor = self._copies[id(p)]
-        return found
 
 
 @contextmanager

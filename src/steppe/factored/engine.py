@@ -200,24 +200,24 @@ class SharedPasses:
         if not self._allowed(entry.plan):
             return None
         before, buffers = RandomState.now(f.passes.parameters.devices), Snapshot(batch.modules())
-        counted, structure = f.passes.counted, None
+        counted, new = f.passes.counted, ""
         try:
             return run(entry.plan)
         except NotProven as error:
-            structure, reason = error.structure, str(error)
+            new = str(error)
         except Exception as error:  # an error of the model itself: the loop will raise it again
             self._fail(f, entry, error)
         before.restore()  # here the error, and with it what was recorded, is gone
         buffers.restore()
         f.passes.counted = counted
-        if structure is None:
+        if not new:
             return None
-        if again and prove(entry, f, batch, m, structure):
+        if again and prove(entry, f, batch, m):
             return self._tried(f, m, run, again=False)
         if self.parallel is True:
-            raise _refusal(entry.plan.reason or reason)
+            raise _refusal(entry.plan.reason or new)
         if not entry.plan.reason:
-            entry.fail(reason, f.step)
+            entry.fail(new, f.step)
         return None
 
     def adds(self, f: Oracle, batch: Batch) -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from math import prod
 
 import torch
@@ -57,6 +56,13 @@ class Place:
         return Layout(n, (size // n if self.folded == "outer" else 1) * after)
 
 
+def merged(a: Place | None, b: Place | None) -> Place | None:
+    """Return the place that fits wherever one of both does: one row may be one of several; ``None`` without one."""
+    if a is None or b is None or a.dimension != b.dimension or (a.folded and b.folded and a != b):
+        return None
+    return a if a.folded else b
+
+
 def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
     """Return where ``n`` examples may lie, by layout: along one dimension, or folded into one with others."""
     found: dict[Layout, Place] = {}
@@ -65,7 +71,9 @@ def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
             layout = place.layout(n, leading)
             if layout is not None:
                 found.setdefault(layout, place)
-    return dict(islice(found.items(), 1)) if n == 1 else found  # one example: all are alike
+                if n == 1:  # all are alike
+                    return found
+    return found
 
 
 @dataclass(frozen=True)

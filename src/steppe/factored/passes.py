@@ -6,7 +6,8 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -16,11 +17,14 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from steppe.engine.vector import wide
-from steppe.factored.gradients import Gradient
+from steppe.factored.gradients import Gradient, same_memory
 from steppe.factored.microbatches import Layout, MicroBatches, Place, places
 from steppe.factored.sites import CannotFactor, Index, Interception, Site, Tracked, Unsure
 
-OTHER_PATH = "the second forward pass uses other parameters than the first"  # it decides by the data of the whole batch
+OTHER_PATH = (
+    "the second forward pass uses other parameters than the first: it decides by the data of the whole batch, "
+    "or by random numbers that torch has not drawn"
+)
 
 
 class FirstPass(Interception):
@@ -30,6 +34,7 @@ class FirstPass(Interception):
         tracked: the perturbed parameters.
         layers: torch function -> layer.
         parts: the micro-batches within which examples may influence one another.
+        proven: the calls of torch functions that a rehearsal has made.
     """
 
     def __init__(
@@ -37,8 +42,9 @@ class FirstPass(Interception):
         tracked: Tracked,
         layers: Mapping[Any, Any],
         parts: MicroBatches | None = None,
+        proven: Set[Any] = frozenset(),
     ) -> None:
-        super().__init__(tracked, layers, parts)
+        super().__init__(tracked, layers, parts, proven)
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -55,7 +61,7 @@ class FirstPass(Interception):
         """Return ``y`` with a hook by which backward stores its gradient, in ``shape``, in the site.
 
         ``y`` must be no view, because a change in place would drop the hook. Where nothing before ``y`` requires a
-        gradient, a zero that does is added.
+        gradient, its graph starts at a zero that does.
 
         Raises:
             CannotFactor: no graph is recorded here.
@@ -63,7 +69,7 @@ class FirstPass(Interception):
         if not torch.is_grad_enabled():
             raise CannotFactor(f"{self.label(site)} is used without gradients, or under checkpoint(use_reentrant=True)")
         if not y.requires_grad:
-            y = y + self._zero(y)
+            y = Started.apply(y, self._zero(y))  # type: ignore[no-untyped-call]
         site.version = 0 if site.kept is None else site.kept._version
         if self.recomputing:
             self._give(site)
@@ -113,14 +119,21 @@ class FirstPass(Interception):
             self.check_kept(site)
             self.on_delta(site)
 
-    def structure(self) -> tuple[Any, ...]:
+    def path(self) -> tuple[Any, ...]:
         """Return what the forward pass did with the parameters, whatever the sizes of its data.
 
-        Of every site, in order: the layer, the parameters, and in how many dimensions examples lie. Then whether there
-        is more than one example, or micro-batch where its examples influence one another: one fits any layout.
+        Of every site, in order: the layer, the parameters, in how many dimensions examples lie, and how often the same
+        has been before. With it stands whether there is one example, or one micro-batch where its examples influence
+        one another: one fits any layout.
         """
-        uses = [(site.layer, site.weight, site.bias, len(site.leading)) for site in self.sites]
-        return (*uses, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1)
+        kind = self.tracked.unbatched, self.mixes, self.mixes and self.independent == 1, self.tracked.n == 1
+        before: Counter[Any] = Counter()
+        made = []
+        for site in self.sites:
+            use = site.layer, site.weight, site.bias, len(site.leading)
+            made.append((*use, before[use], kind))
+            before[use] += 1
+        return tuple(made)
 
     @property
     def independent(self) -> int:
@@ -170,6 +183,20 @@ class FirstPass(Interception):
         return " and ".join(self.tracked.names[i] for i in (site.weight, site.bias) if i is not None)
 
 
+class Started(torch.autograd.Function):
+    """``y + zero`` in the memory of ``y``: a copy of a first activation took 3 % of a step of a CNN."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, zero: Tensor) -> Tensor:
+        """Return ``y``, as no view of it."""
+        return same_memory(y)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[None, None]:
+        """Return no gradients: nothing asks for that of the zero."""
+        return None, None
+
+
 def _checkpointed() -> bool:
     """Return whether activation checkpointing will compute again what is computed here."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -180,9 +207,7 @@ class SecondPass(Interception):
     """A forward pass in which micro-batch ``k`` goes through ``w + eps_k``; gradients flow to ``w``.
 
     Args:
-        tracked: the same as in the first pass.
-        layers: the same as in the first pass.
-        sites: the sites of the first pass, in order.
+        first: the first pass, whose sites are used again, in order.
         parts: the micro-batches.
         matrices: by parameter, the gradients ``G_k`` of a matrix, and ``s_k``, shape ``(k,)``: ``eps_k = s_k G_k``.
         small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
@@ -192,15 +217,13 @@ class SecondPass(Interception):
 
     def __init__(
         self,
-        tracked: Tracked,
-        layers: Mapping[Any, Any],
-        sites: list[Site],
+        first: FirstPass,
         parts: MicroBatches,
         matrices: Mapping[int, tuple[Gradient, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
-        super().__init__(tracked, layers, parts)
-        self.sites, self.matrices, self.small = sites, matrices, small
+        super().__init__(first.tracked, first.layers, parts, first.proven)
+        self.sites, self.matrices, self.small = first.sites, matrices, small
 
     def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
         """Return the site that the first pass recorded here."""

@@ -4,8 +4,7 @@ import logging
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -21,14 +20,14 @@ from steppe.engine.parameters import Parameters
 from steppe.engine.replay import Snapshot, capturing, is_compiled
 from steppe.engine.vector import is_sharded
 from steppe.factored.rehearsal import rehearsed
-from steppe.factored.shared import SharingPlan
+from steppe.factored.shared import Proven, SharingPlan
 from steppe.factored.sites import Tracked
 
 log = logging.getLogger("steppe")
 
 AGAIN = (1, 2, 8, 64, 512)  # uses before a rehearsal is repeated; then every 1024
 TRIES = 3  # steps that may fail for a reason other than the model
-ENTRIES, STRUCTURES = 32, 8  # kept of a model, and of an entry; the least recently used go first
+ENTRIES = 32  # kept of a model; the least recently used go first
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Entry:
 
     Attributes:
         plan: where examples lie in the last pass, or why passes are not shared.
-        proven: the plans of other passes that the model has made, by structure, the last used last.
+        proven: what all its rehearsals have proven.
         uses: how many steps have asked.
         rehearsals: how many have rehearsed.
         failed: the steps that failed since the shared passes last succeeded.
@@ -50,7 +49,7 @@ class Entry:
     """
 
     plan: SharingPlan
-    proven: OrderedDict[Hashable, SharingPlan] = field(default_factory=OrderedDict)
+    proven: Proven = field(default_factory=Proven)
     uses: int = 0
     rehearsals: int = 0
     failed: set[int] = field(default_factory=set)
@@ -62,23 +61,12 @@ class Entry:
         plan = SharingPlan(self.plan.tracked, reason=reason) if reason else rehearsed(f, batch, m)
         self.rehearsals += 1
         if not plan.reason:
-            before = self.proven.get(plan.structure)
-            plan.calls.update(before.calls if before else ())
-            self.proven[plan.structure] = plan
-            self.recall(plan.structure)
-            if len(self.proven) > STRUCTURES:
-                self.proven.popitem(last=False)
-        elif plan.final or not self.proven:
+            self.proven.update(plan.proven)
+            self.plan = replace(plan, proven=self.proven)
+        elif plan.final or not self.proven.paths:
             self.plan = plan
             self.log(plan.reason, always=plan.final)
         return not self.plan.reason
-
-    def recall(self, structure: Hashable) -> bool:
-        """Return to a plan that was proven for a pass, if there is one for this structure."""
-        if structure in self.proven:
-            self.proven.move_to_end(structure)
-            self.plan = self.proven[structure]
-        return structure in self.proven
 
     def due(self) -> bool:
         """Return whether to rehearse again, because data may change what a model does, or may tell at last."""
@@ -167,6 +155,7 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
         entry = Entry(SharingPlan(Tracked.of(f, batch), reason="it changes too often to be rehearsed", final=False))
         if of_model.may_rehearse():
             entry.rehearse(f, batch, m)
+            key = (m, *_key(f.passes.parameters, batch))  # a model may add hooks in its first pass
         of_model.entries[key] = entry
         if len(of_model.entries) > ENTRIES:
             of_model.entries.popitem(last=False)
@@ -177,10 +166,8 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
     return entry
 
 
-def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None, structure: Hashable) -> bool:
-    """Return whether a pass with another structure than the last is proven, if need be by a rehearsal."""
-    if structure != entry.plan.structure and entry.recall(structure):
-        return True
+def prove(entry: Entry, f: Oracle, batch: Batch, m: int | None) -> bool:
+    """Return whether a pass that does something new can be rehearsed now, and is proven."""
     may = not capturing(f.passes.parameters.devices) and known(batch.model).may_rehearse()
     return may and entry.rehearse(f, batch, m)
 

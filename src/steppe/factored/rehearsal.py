@@ -26,7 +26,7 @@ from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches
 from steppe.factored.passes import FirstPass
 from steppe.factored.rounding import Differs, Rounding
-from steppe.factored.shared import NotProven, SharingPlan, record, running, second_pass
+from steppe.factored.shared import NotProven, Proven, SharingPlan, record, running, second_pass
 from steppe.factored.sites import CannotFactor, Tracked, Unsure
 from steppe.factored.unseen import Kernels, watch
 from steppe.pieces.geometry import Euclidean
@@ -60,16 +60,17 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     before = RandomState.now(f.passes.parameters.devices)
     try:
         watch()
-        with f.passes.ranks.apart(), noise_added(batch.model), Draws(len(batch)) as draws:
+        with f.passes.ranks.apart(), noise_added(batch.model), Draws(len(batch), before) as draws:
             rehearsal = Rehearsal(f, batch, m, draws)
             plan = rehearsal.plan(tracked)
             try:
                 rehearsal.prove(plan, permuted=False)
-                if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, tracked)):
+                if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, plan)):
                     rehearsal.prove(plan, permuted=True)
             except Differs as error:
-                if error.final or rehearsal.rounding.low or not _proven_in_float64(f, batch, m, draws, tracked):
+                if error.final or rehearsal.rounding.low or not _proven_in_float64(f, batch, m, draws, plan):
                     raise
+            plan.proven.draws = draws.for_all
             return plan
     except NotProven:
         return SharingPlan(tracked, reason="the model does not do the same in every forward pass", final=False)
@@ -81,7 +82,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         before.restore()
 
 
-def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tracked: Tracked) -> bool:
+def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, plan: SharingPlan) -> bool:
     """Prove a model of low precision in float32; return whether it can be run so.
 
     Raises:
@@ -91,7 +92,7 @@ def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tra
         exact = InFloat32(f.passes.parameters.tensors)
         with no_cast(exact.devices):
             rehearsal = Rehearsal(f, batch, m, draws, exact)
-            rehearsal.prove(rehearsal.plan(tracked), permuted=True)
+            rehearsal.prove(replace(rehearsal.plan(plan.tracked), proven=plan.proven), permuted=True)
     except Differs:
         raise
     except Exception:  # by an operation that has one dtype alone
@@ -99,12 +100,12 @@ def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, tra
     return True
 
 
-def _proven_in_float64(f: Oracle, batch: Batch, m: int | None, draws: Draws, tracked: Tracked) -> bool:
+def _proven_in_float64(f: Oracle, batch: Batch, m: int | None, draws: Draws, plan: SharingPlan) -> bool:
     """Return whether a copy of the model in float64 can be proven, where rounding flips no ReLU."""
     try:
         exact = InFloat64(batch)
         rehearsal = Rehearsal(f, exact.batch, m, draws, exact)
-        plan = rehearsal.plan(tracked)
+        plan = replace(rehearsal.plan(plan.tracked), proven=plan.proven)  # whose path it has to take
         rehearsal.prove(plan, permuted=False)
         rehearsal.prove(plan, permuted=True)
     except Exception:  # it cannot be copied, or is too large, has one dtype alone, or differs there too
@@ -187,7 +188,9 @@ class Rehearsal:
             del site.deltas[1:]
         first.check()
         known = tuple(place for place in found.values() if place is not None)
-        return first, SharingPlan(tracked, first.structure(), known, calls=first.calls)
+        proven = Proven(calls=first.calls)
+        proven.add(first.path(), known)
+        return first, SharingPlan(tracked, proven=proven)
 
     def two_backwards(self, first: FirstPass) -> Tensor:
         """Run one forward, and the backward of the mean and of a sum whose random weights tell examples apart.
@@ -267,7 +270,7 @@ class Rehearsal:
         weights = torch.zeros(self.n, dtype=torch.float64).index_fill(0, rows, 1 / self.n)
         with trial.passes.away_from_w():
             made = trial.passes.gradient(weights=weights, under=running(self.batch.model, second))
-        plan.calls.update(recorded.first.calls | second.calls)
+        plan.proven.calls.update(recorded.first.calls | second.calls)
         return made
 
     def serial(self, trial: Oracle, part: Batch, k: int) -> Vector:

@@ -1,6 +1,9 @@
 """The two shared passes over a batch, as a plan allows them: what the first records, and the second that follows."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -15,18 +18,61 @@ from steppe.factored.collect import Collector, Cost, Recorded
 from steppe.factored.composites import registered_modules
 from steppe.factored.gradients import squared_norms, uncast
 from steppe.factored.layers import LAYERS
-from steppe.factored.microbatches import MicroBatches, Place
+from steppe.factored.microbatches import MicroBatches, Place, merged
 from steppe.factored.normalisation import update_running_statistics
 from steppe.factored.passes import FirstPass, SecondPass
 from steppe.factored.sites import Interception, Site, Tracked, Unsure
+
+PATHS = 8  # kept of a model; the least recently used go first
 
 
 class NotProven(Unsure):
     """A forward pass does other things than those that were proven."""
 
-    def __init__(self, structure: tuple[Any, ...]) -> None:
+    def __init__(self) -> None:
         super().__init__("the forward pass does other things than those that were verified")
-        self.structure = structure
+
+
+@dataclass
+class Proven:
+    """What rehearsals have proven of a model: the paths of its forward pass, whatever the sizes of its data.
+
+    A model that draws a number for the whole batch may skip layers by it (LayerDrop, stochastic depth), and has more
+    paths than can be rehearsed. There each use of a parameter has to be proven, in any combination with others.
+
+    Attributes:
+        paths: the uses of parameters in a pass -> where examples lie; ``None`` where rehearsals found two places.
+        uses: the same for each use by itself.
+        calls: the calls of torch functions, by function and place in the code.
+        draws: whether the model draws a number for the whole batch.
+    """
+
+    paths: OrderedDict[Any, Sequence[Place | None]] = field(default_factory=OrderedDict)
+    uses: dict[Any, Place | None] = field(default_factory=dict)
+    calls: set[Any] = field(default_factory=set)
+    draws: bool = False
+
+    def places(self, first: FirstPass) -> Sequence[Place | None]:
+        """Return where examples lie at every use in a pass; ``None`` where that is not proven."""
+        path = first.path()
+        if path in self.paths:
+            self.paths.move_to_end(path)
+            return self.paths[path]
+        return [self.uses.get(use) if self.draws else None for use in path]
+
+    def add(self, path: Sequence[Any], places: Sequence[Place | None]) -> None:
+        """Add where examples lie in a rehearsed pass."""
+        self.paths[path] = list(map(merged, self.paths.get(path, places), places))
+        self.uses |= {use: merged(self.uses.get(use, place), place) for use, place in zip(path, places, strict=True)}
+        if len(self.paths) > PATHS:
+            self.paths.popitem(last=False)
+
+    def update(self, other: Proven) -> None:
+        """Add what another rehearsal has proven."""
+        for path, places in other.paths.items():
+            self.add(path, places)
+        self.calls |= other.calls
+        self.draws |= other.draws
 
 
 @dataclass(frozen=True)
@@ -35,22 +81,17 @@ class SharingPlan:
 
     Attributes:
         tracked: the perturbed parameters.
-        structure: what the forward pass does with them (:meth:`FirstPass.structure`).
-        places: where examples lie, for every site.
         reason: why micro-batches cannot share passes; empty where they can.
         final: whether the reason holds for every batch.
         cost: the cost of plain SAM in shared passes, relative to that of its two ordinary passes.
-        calls: the calls of torch functions that its rehearsals have made, by function and place in the code. A pass
-            that makes another one runs a part of the model or the loss that has not been proven.
+        proven: what the forward pass may do.
     """
 
     tracked: Tracked
-    structure: tuple[Any, ...] = ()
-    places: tuple[Place, ...] = ()
     reason: str = ""
     final: bool = True
     cost: float = 1.0
-    calls: set[Any] = field(default_factory=set, compare=False, repr=False)
+    proven: Proven = field(default_factory=Proven, compare=False, repr=False)
 
     def apply(self, first: FirstPass) -> None:
         """Give the sites of a pass their layouts.
@@ -58,19 +99,16 @@ class SharingPlan:
         Raises:
             NotProven: the pass does other things than the one that was proven.
         """
-        structure = first.structure()
-        if structure != self.structure:
-            raise NotProven(structure)
-        for site, place in zip(first.sites, self.places, strict=True):
+        for site, place in zip(first.sites, self.proven.places(first), strict=True):
             n = first.tracked.n if site.parts is None else site.parts.k
-            site.layout = place.layout(n, site.leading)
+            site.layout = place.layout(n, site.leading) if place else None
             if site.layout is None:
-                raise NotProven(structure)
+                raise NotProven
 
     def covers(self, passing: Interception) -> None:
         """Raise where a pass made calls that no rehearsal has made; a rehearsal on this batch makes them."""
         if passing.calls:
-            raise NotProven(self.structure)
+            raise NotProven
 
 
 @contextmanager
@@ -105,8 +143,7 @@ def record(
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within)
-    first.proven = plan.calls
+    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within, plan.proven.calls)
     collector = Collector(first, *collected, f.rho.values) if collected else None
     first.on_delta = None if collector is None else _collecting(collector, plan)
     try:
@@ -152,9 +189,7 @@ def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Call
     for site in recorded.first.sites:
         site.free()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
-    second = SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
-    second.proven = recorded.first.proven
-    return second
+    return SecondPass(recorded.first, parts, big, eps)
 
 
 def _log(f: Oracle, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:

@@ -191,19 +191,21 @@ class Interception(Mode):
         tracked: the perturbed parameters.
         layers: torch function -> layer.
         parts: the micro-batches within which examples may influence one another; ``None`` where none may.
+        proven: the calls of torch functions that a rehearsal has made.
     """
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
+    def __init__(
+        self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None, proven: Set[Any] = frozenset()
+    ) -> None:
         super().__init__()
-        self.tracked, self.layers, self.parts = tracked, layers, parts
+        self.tracked, self.layers, self.parts, self.proven = tracked, layers, parts, proven
         self.sites: list[Site] = []
         self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
-        self.proven: Set[Any] = frozenset()  # the calls of torch functions that a rehearsal has made
-        self.calls: set[Any] = set()  # others
+        self.calls: set[Any] = set()  # of torch functions that no rehearsal has made
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -214,21 +216,15 @@ class Interception(Mode):
         transformed = peek_interpreter_stack() is not None
         derived = bool(self.derived) and first_in(self.derived, arguments) is not None
         layer = None if transformed or derived else self.layers.get(func)
-        if layer is not None:
-            self.inside += 1
-            try:
-                made = layer.run(self, func, *args, **kwargs)
-            finally:
-                self.inside -= 1
-            if made is not NotImplemented:
-                return made
+        made = NotImplemented if layer is None else self.at_work(layer.run, func, *args, **kwargs)
+        if made is not NotImplemented:
+            return made
         index = self.first_in(map(_unwrapped, arguments) if transformed else arguments)
         if index is None or name_of(func) in HARMLESS:
             return func(*args, **kwargs)
         if transformed:
             raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
-        with self.understood():
-            return self.layers[ANY].run(self, func, args, kwargs)
+        return self.at_work(self.layers[ANY].run, func, *args, **kwargs)
 
     def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
         """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
@@ -260,12 +256,11 @@ class Interception(Mode):
         """
         raise NotImplementedError
 
-    @contextmanager
-    def understood(self) -> Iterator[None]:
-        """Surround the work of a layer, which knows what it does with parameters."""
+    def at_work(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer makes, which knows what it does with parameters."""
         self.inside += 1
         try:
-            yield
+            return run(self, *args, **kwargs)
         finally:
             self.inside -= 1
 
