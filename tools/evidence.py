@@ -275,7 +275,8 @@ def with_tables(text: str) -> str:
     studies = titles(STUDIES.read_text())
     for equal in ("passes", "seconds"):
         text = between(text, f"summary {equal}", summary(at_equal(equal, studies)))
-    text = between(text, "luck", luck("digits-noise", "digits-noise-2"))
+    for study in ("digits-noise", "fashion-noise-seconds"):
+        text = between(text, f"luck {study}", luck(study, f"{study}-2"))
     for equal, i, name in (("passes", 0, "base"), ("passes", 1, "smaller batch"), ("seconds", 0, "seconds")):
         text = between(text, f"overview {name}", overview(at_equal(equal, studies), i))
     return text
