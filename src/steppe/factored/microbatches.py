@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from math import prod
 
 import torch
@@ -72,7 +71,9 @@ def places(n: int, leading: Sequence[int]) -> dict[Layout, Place]:
             layout = place.layout(n, leading)
             if layout is not None:
                 found.setdefault(layout, place)
-    return dict(islice(found.items(), 1)) if n == 1 else found  # one example: all are alike
+                if n == 1:  # all are alike
+                    return found
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and a use that no layer of :mod:`steppe.factored.layers` understands is refused 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -34,6 +34,7 @@ class FirstPass(Interception):
         tracked: the perturbed parameters.
         layers: torch function -> layer.
         parts: the micro-batches within which examples may influence one another.
+        proven: the calls of torch functions that a rehearsal has made.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class FirstPass(Interception):
         tracked: Tracked,
         layers: Mapping[Any, Any],
         parts: MicroBatches | None = None,
+        proven: Set[Any] = frozenset(),
     ) -> None:
-        super().__init__(tracked, layers, parts)
+        super().__init__(tracked, layers, parts, proven)
         self.on_delta: Callable[[Site], None] | None = None  # called when backward has reached a site
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -191,9 +193,7 @@ class SecondPass(Interception):
     """A forward pass in which micro-batch ``k`` goes through ``w + eps_k``; gradients flow to ``w``.
 
     Args:
-        tracked: the same as in the first pass.
-        layers: the same as in the first pass.
-        sites: the sites of the first pass, in order.
+        first: the first pass, whose sites are used again, in order.
         parts: the micro-batches.
         matrices: by parameter, the gradients ``G_k`` of a matrix, and ``s_k``, shape ``(k,)``: ``eps_k = s_k G_k``.
         small: by parameter, ``eps_k`` itself, ``(k, *shape)``.
@@ -203,15 +203,13 @@ class SecondPass(Interception):
 
     def __init__(
         self,
-        tracked: Tracked,
-        layers: Mapping[Any, Any],
-        sites: list[Site],
+        first: FirstPass,
         parts: MicroBatches,
         matrices: Mapping[int, tuple[Gradient, Tensor]],
         small: Mapping[int, Tensor],
     ) -> None:
-        super().__init__(tracked, layers, parts)
-        self.sites, self.matrices, self.small = sites, matrices, small
+        super().__init__(first.tracked, first.layers, parts, first.proven)
+        self.sites, self.matrices, self.small = first.sites, matrices, small
 
     def next(self, layer: Any, weight: int | None, bias: int | None) -> Site:
         """Return the site that the first pass recorded here."""

@@ -143,8 +143,7 @@ def record(
         needs_g: whether to compute the gradient of the mean, too.
     """
     batch, parameters = f.batch("its examples' gradients"), f.passes.parameters
-    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within)
-    first.proven = plan.proven.calls
+    first = FirstPass(replace(plan.tracked, n=len(batch)), LAYERS, within, plan.proven.calls)
     collector = Collector(first, *collected, f.rho.values) if collected else None
     first.on_delta = None if collector is None else _collecting(collector, plan)
     try:
@@ -190,9 +189,7 @@ def second_pass(f: Oracle, recorded: Recorded, parts: MicroBatches, radial: Call
     for site in recorded.first.sites:
         site.free()
     big = {i: (gradient, scale[rho[i]]) for i, gradient in matrices.items()}
-    second = SecondPass(recorded.first.tracked, LAYERS, recorded.first.sites, parts, big, eps)
-    second.proven = recorded.first.proven
-    return second
+    return SecondPass(recorded.first, parts, big, eps)
 
 
 def _log(f: Oracle, g_norms: Tensor, eps_norms: Tensor, shares: Tensor) -> None:

@@ -191,19 +191,21 @@ class Interception(Mode):
         tracked: the perturbed parameters.
         layers: torch function -> layer.
         parts: the micro-batches within which examples may influence one another; ``None`` where none may.
+        proven: the calls of torch functions that a rehearsal has made.
     """
 
-    def __init__(self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None) -> None:
+    def __init__(
+        self, tracked: Tracked, layers: Mapping[Any, Any], parts: MicroBatches | None, proven: Set[Any] = frozenset()
+    ) -> None:
         super().__init__()
-        self.tracked, self.layers, self.parts = tracked, layers, parts
+        self.tracked, self.layers, self.parts, self.proven = tracked, layers, parts, proven
         self.sites: list[Site] = []
         self.derived: dict[int, Any] = {}  # by id, the functions of parameters alone
         self.mixes = False  # whether examples of a micro-batch influence one another
         self.statistics: list[Any] = []  # those of each micro-batch, from each batch normalisation
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
-        self.proven: Set[Any] = frozenset()  # the calls of torch functions that a rehearsal has made
-        self.calls: set[Any] = set()  # others
+        self.calls: set[Any] = set()  # of torch functions that no rehearsal has made
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
