@@ -73,7 +73,8 @@ class Pending:
         grads = update.grad.materialised()
         kept = {name: (_apart(v, grads), passes.log.rates[name]) for name, v in memory.items()}
         for p, g in zip(parameters, grads, strict=True):
-            p.grad = None if g is None else g.to(getattr(p, "grad_dtype", None) or p.dtype)
+            dtype = getattr(p, "grad_dtype", None) or p.dtype
+            p.grad = g if g is None or g.dtype is dtype else g.to(dtype)
         numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
         perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may and f.reads]
         return cls(parameters, update.beside, kept, numbers, f.reads, perturbed)

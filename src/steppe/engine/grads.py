@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
+from torch._C import _storage_address, _storage_Use_Count  # type: ignore[attr-defined]
 
 from steppe.engine.vector import Vector, is_sharded
 
@@ -59,11 +59,10 @@ def _take(p: Tensor) -> Tensor | None:
         return None
     if g.is_sparse:
         raise TypeError("steppe needs dense gradients, got a sparse one: use nn.Embedding(sparse=False)")
-    if is_sharded(g) and g.placements != p.placements:  # type: ignore[attr-defined]
+    if type(g) is not Tensor and is_sharded(g) and g.placements != p.placements:  # type: ignore[attr-defined]
         whole: Tensor = g.detach().redistribute(placements=p.placements)  # type: ignore[attr-defined]
         return whole  # each rank had a part of the sum
     # DDP's buckets and CUDA graphs write the next gradient into memory that they hold: then g must be copied.
-    # Only the number of holders tells; g and `storage` are two.
-    storage = g.untyped_storage()
-    shared = torch._C._storage_Use_Count(storage._cdata) > 2
-    return g.detach().clone() if shared else g.detach()
+    # Only the number of holders tells; g is one.
+    shared = _storage_Use_Count(_storage_address(g)) > 1
+    return g.detach().clone() if shared else g.detach() if g.requires_grad else g

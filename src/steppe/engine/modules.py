@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.engine.ddp import distributed_run
+from steppe.engine.grads import modules_of
 
 MOST = 2_000  # values that a search looks at: about 1 ms
 LARGE = 1_000  # containers with more items hold data, not models
@@ -33,7 +34,7 @@ class Modules:
     def of(self, closure: object, parameters: Sequence[Tensor]) -> Callable[[], Iterator[nn.Module]]:
         """Return what yields every module inside those that the closure refers to and that hold any parameter."""
         found = referred(closure, parameters) if self._model is None else [self._model]
-        return lambda: chain.from_iterable(module.modules() for module in found)
+        return lambda: chain.from_iterable(map(modules_of, found))
 
 
 def referred(closure: object, parameters: Iterable[Tensor]) -> list[nn.Module]:
@@ -48,13 +49,15 @@ def referred(closure: object, parameters: Iterable[Tensor]) -> list[nn.Module]:
     missing = set(wanted)
     for modules in _levels(closure):
         for module in modules:
-            held = {id(p) for p in module.parameters()}
-            if held & wanted:
+            held = {id(p) for inner in modules_of(module) for p in inner._parameters.values()}
+            if not held.isdisjoint(wanted):
                 found.append(module)
                 missing -= held
         if not missing and not several:
             break
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
+    if len(found) == 1:
+        return found
+    inner = {id(child) for module in found for child in modules_of(module)[1:]}
     return [module for module in found if id(module) not in inner]
 
 

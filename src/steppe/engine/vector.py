@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor that stays on its device
 
 TINY = 1e-12  # added to a norm before dividing by it
 
-
 LOW = {torch.bfloat16, torch.float16}
+PLAIN = {Tensor, nn.Parameter}
 MANY, SMALL = 256, 1024  # tensors, and numbers in one
+KIND = attrgetter("dtype", "device")  # what all tensors of one call must share
 
 
 def wide(t: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def wide(t: Tensor) -> Tensor:
 
 def is_sharded(t: Tensor) -> bool:
     """Tell whether a tensor is spread over ranks (a ``DTensor``)."""
-    return type(t) is not Tensor and hasattr(t, "full_tensor")
+    return type(t) not in PLAIN and hasattr(t, "full_tensor")
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
@@ -62,9 +64,12 @@ def shift_(w: Tensor, t: Tensor, c: Scalar, finite: Tensor | None = None) -> Non
 
 def shift_all_(ws: list[Tensor], ts: list[Tensor], c: Scalar, finite: Tensor | None = None) -> None:
     """Set every ``w <- w + c t`` in place as :func:`shift_` does, in one call where types and devices are the same."""
-    types = {(t.dtype, t.device) for t in (*ws, *ts)}
-    if finite is None and len(types) == 1 and ws[0].dtype not in LOW and isinstance(c, Tensor):
-        torch._foreach_addcmul_(ws, ts, [c.to(ws[0].device)] * len(ws))
+    types = set(map(KIND, (*ws, *ts)))
+    if finite is None and len(types) == 1 and ws[0].dtype not in LOW:
+        if isinstance(c, Tensor) and c.device.type != "cpu":
+            torch._foreach_addcmul_(ws, ts, [c.to(ws[0].device)] * len(ws))
+        else:
+            torch._foreach_add_(ws, ts, alpha=float(c))
         return
     for w, t in zip(ws, ts, strict=True):
         shift_(w, t, c, finite)
@@ -119,6 +124,8 @@ class Vector:
 
     def materialised(self) -> list[Tensor | None]:
         """Return the entries times ``scale``; the tensors themselves where ``scale`` is 1."""
+        if _is_one(self.scale):
+            return list(self.tensors)
         return [None if t is None else _times(t, self.scale) for t in self.tensors]
 
     def map(self, f: Callable[..., Tensor], *others: Vector) -> Vector:
@@ -128,6 +135,9 @@ class Vector:
 
     def where(self, keep: Iterable[object]) -> Vector:
         """Return this vector on the entries where ``keep`` is true, ``None`` elsewhere."""
+        keep = list(keep)
+        if all(keep):
+            return self
         kept = [t if k else None for t, k in zip(self.tensors, keep, strict=True)]
         return self if all(a is b for a, b in zip(kept, self.tensors, strict=True)) else Vector(kept, self.scale)
 
@@ -202,7 +212,8 @@ def alike(*lists: Sequence[Tensor | None]) -> bool:
     tensors = [t for ts in lists for t in ts]
     if {type(t) for t in tensors} != {Tensor}:
         return False
-    return len({(t.dtype, t.device) for t in tensors} | {t.dtype for t in tensors} & LOW) == 1  # type: ignore[union-attr]
+    kinds = set(map(KIND, tensors))
+    return len(kinds) == 1 and kinds.pop()[0] not in LOW
 
 
 def _sum_all(xs: list[Tensor], cx: float, ys: list[Tensor], cy: float) -> tuple[Tensor, ...]:
@@ -271,11 +282,11 @@ def _gathered(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors, on a CPU with more than ``MANY`` small ones as one: the norm of each costs 2 microseconds."""
     if len(tensors) <= MANY or tensors[0].device.type != "cpu":
         return tensors
-    small = [t.numel() <= SMALL for t in tensors]
-    if sum(small) <= MANY:
+    large = [t for t in tensors if t.numel() > SMALL]
+    if len(tensors) - len(large) <= MANY:
         return tensors
-    together = torch.cat([t.reshape(-1) for t, k in zip(tensors, small, strict=True) if k])
-    return [together, *(t for t, k in zip(tensors, small, strict=True) if not k)]
+    small = [t for t in tensors if t.numel() <= SMALL] if large else tensors
+    return [torch._C._nn.flatten_dense_tensors(small), *large]
 
 
 def _sum_type(types: set[torch.dtype]) -> torch.dtype:

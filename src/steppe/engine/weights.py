@@ -41,7 +41,8 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
                 passes.reshard()
                 parameters = passes.parameters.tensors
                 moved = [local(p) for p, t in zip(parameters, eps.tensors, strict=True) if t is not None]
-                saved = [p.clone() for p in moved]  # all before any moves: two may lie on one memory
+                # all before any moves: two may lie on one memory
+                saved = list(torch._foreach_clone(moved)) if moved else []
                 shift_all_(moved, [local(e) for e in eps.present()], eps.scale, finite)
                 torch.clear_autocast_cache()  # an autocast around the whole step holds casts of w
             del eps  # frees the memory of g

@@ -180,5 +180,5 @@ def _by_part(module: nn.Module, passing: Interception, x: Tensor) -> Any:
     own = {name: p for name, p in every.items() if passing.tracked.index(p) is not None}
     of_its_class = functional(module, lambda module, x: type(module).forward(module, x))
     layer: AnyFunction = passing.layers[ANY]
-    with passing.understood(), torch._C.DisableTorchFunction():
-        return layer.by_part(passing, lambda p, x: of_its_class(every | p, x), (own, x), {})
+    with torch._C.DisableTorchFunction():
+        return passing.at_work(layer.by_part, lambda p, x: of_its_class(every | p, x), (own, x), {})

@@ -95,7 +95,7 @@ class Elementwise:
 class AnyFunction:
     """Any torch function of perturbed parameters that no other layer has taken."""
 
-    def run(self, passing: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, passing: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Note a function of parameters alone, or run it for each micro-batch.
 
         Raises:

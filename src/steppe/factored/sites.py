@@ -216,21 +216,15 @@ class Interception(Mode):
         transformed = peek_interpreter_stack() is not None
         derived = bool(self.derived) and first_in(self.derived, arguments) is not None
         layer = None if transformed or derived else self.layers.get(func)
-        if layer is not None:
-            self.inside += 1
-            try:
-                made = layer.run(self, func, *args, **kwargs)
-            finally:
-                self.inside -= 1
-            if made is not NotImplemented:
-                return made
+        made = NotImplemented if layer is None else self.at_work(layer.run, func, *args, **kwargs)
+        if made is not NotImplemented:
+            return made
         index = self.first_in(map(_unwrapped, arguments) if transformed else arguments)
         if index is None or name_of(func) in HARMLESS:
             return func(*args, **kwargs)
         if transformed:
             raise CannotFactor(f"{self.tracked.names[index]} is used by {name_of(func)} inside torch.func")
-        with self.understood():
-            return self.layers[ANY].run(self, func, args, kwargs)
+        return self.at_work(self.layers[ANY].run, func, *args, **kwargs)
 
     def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
         """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
@@ -262,12 +256,11 @@ class Interception(Mode):
         """
         raise NotImplementedError
 
-    @contextmanager
-    def understood(self) -> Iterator[None]:
-        """Surround the work of a layer, which knows what it does with parameters."""
+    def at_work(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer makes, which knows what it does with parameters."""
         self.inside += 1
         try:
-            yield
+            return run(self, *args, **kwargs)
         finally:
             self.inside -= 1
 
