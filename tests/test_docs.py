@@ -1,8 +1,10 @@
 """The code blocks of the pages run as they stand, page by page. The site's build runs the notebooks."""
 
+import importlib.util
 import json
 import re
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,17 @@ def test_the_page_of_the_command_line_is_its_help() -> None:
     import cli_page
 
     assert cli_page.PAGE.read_text() == cli_page.page()
+
+
+def test_the_code_of_m_sam_is_where_its_page_says() -> None:
+    section = (DOCS / "m-sam.md").read_text().partition("## From the formula to the code")[2].partition("\n## ")[0]
+    named = re.findall(r"`([a-z]+)\.([A-Za-z][\w.]+)`", section)
+    assert len(named) > 12
+    for module, name in named:
+        found = importlib.util.find_spec(f"steppe.factored.{module}")
+        assert found is not None, module
+        if name != "py":
+            attrgetter(name)(importlib.import_module(found.name))
 
 
 def test_every_page_is_in_the_navigation() -> None:
