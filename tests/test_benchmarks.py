@@ -146,6 +146,16 @@ def test_the_page_says_in_short_what_the_record_holds() -> None:
         assert sentence.format(f"{min(ratios):.2f} to {max(ratios):.2f}") in text
 
 
+def test_changing_lengths_cost_what_the_page_says() -> None:
+    timed = {row["way"]: row for row in record.read(table.RECORDS / "shapes_cpu.json")["rows"] if "seconds" in row}
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    shared, loop = timed["m-SAM, m=4"], timed["m-SAM, m=4, parallel=False"]["ratio_of_a_step"]
+    assert f"takes {timed['SAM']['ratio']:.2f} times its time with `parallel=False`" in text
+    assert f"shares passes in {shared['steps_of_two_forwards']} of the 60 steps" in text
+    assert f"a step takes {shared['ratio_of_a_step']:.2f} of SAM's in the median, and {loop:.2f} in the loop" in text
+    assert f"the 60 steps take {shared['ratio']:.2f}" in text
+
+
 def test_the_tables_of_the_committed_records() -> None:
     text = f"before\n{table.BEGIN}old\n{table.END}after\n"
     written = table.with_table(text)
