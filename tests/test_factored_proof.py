@@ -308,10 +308,24 @@ def test_a_hook_on_all_modules_is_noticed() -> None:
     torch.testing.assert_close(*found, rtol=0, atol=1e-11)
 
 
+class Scalar(float):
+    """As NumPy's are."""
+
+
 LATER: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
     "a flag": (lambda s, h: h - h.mean(0) if s.step >= 3 else h, lambda losses, _: losses),
     "a flag, detached": (lambda s, h: h - h.detach().mean(0) if s.step >= 3 else h, lambda losses, _: losses),
     "a number that was zero": (lambda s, h: h - float(s.step >= 3) * h.mean(0), lambda losses, _: losses),
+    "a number of another type": (lambda s, h: h - Scalar(s.step >= 3) * h.mean(0), lambda losses, _: losses),
+    "a number in a list": (
+        lambda s, h: h - torch.tensor([0.0, float(s.step >= 3)])[1] * h.mean(0),
+        lambda losses, _: losses,
+    ),
+    "a dimension": (lambda s, h: h - h.mean(-2 if s.step >= 3 else -1, keepdim=True), lambda losses, _: losses),
+    "an equation": (
+        lambda s, h: h - torch.einsum("bi->i" if s.step >= 3 else "bi->bi", h) / 12,
+        lambda losses, _: losses,
+    ),
     "another function": (
         lambda s, h: (torch.cumsum if s.step >= 3 else torch.softmax)(h, 0 if s.step >= 3 else 1),
         lambda losses, _: losses,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -21,7 +22,6 @@ Small = dict[int, list[Tensor]]  # by parameter: the per-example gradients of it
 Matrices = dict[int, list[Any]]  # by parameter: the factors of its uses
 Index = tuple[int | None, int | None]  # of a weight and a bias; ``None`` where it is not perturbed, or not there
 T = TypeVar("T")
-NUMBERS = {bool, int, float}
 ANY = object()  # the key of the layer for functions that have none of their own
 
 
@@ -227,8 +227,8 @@ class Interception(Mode):
         return self.at_work(self.layers[ANY].run, func, *args, **kwargs)
 
     def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
-        """Note a call that no rehearsal has made: another function or place in the code, or a number no longer zero."""
-        numbers = tuple([bool(a) for a in arguments if type(a) in NUMBERS])
+        """Note a call that no rehearsal has made: another function, place, dimension, or number not zero."""
+        numbers = tuple([_about(a) for a in arguments if not isinstance(a, Tensor)])
         call = func, frame.f_code, frame.f_lasti, numbers  # code made anew is equal code
         if call not in self.proven:
             self.calls.add(call)
@@ -272,6 +272,19 @@ HARMLESS = {
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
 }  # functions that do not use a parameter's value
+
+
+def _about(a: Any) -> Any:
+    """Return what may tell how a call mixes examples, whatever their sizes: a dimension, an equation, a zero."""
+    if a is None or isinstance(a, str):
+        return a
+    if isinstance(a, int):
+        return max(-9, min(a, 2))
+    if isinstance(a, list | tuple):
+        return tuple([_about(b) for b in a if not isinstance(b, Tensor)])
+    if isinstance(a, slice):
+        return _about((a.start, a.stop, a.step))
+    return isinstance(a, Number) and bool(a)  # one of NumPy, too
 
 
 def _unwrapped(t: Any) -> Any:
