@@ -66,10 +66,10 @@ def shift_all_(ws: list[Tensor], ts: list[Tensor], c: Scalar, finite: Tensor | N
     """Set every ``w <- w + c t`` in place as :func:`shift_` does, in one call where types and devices are the same."""
     types = set(map(KIND, (*ws, *ts)))
     if finite is None and len(types) == 1 and ws[0].dtype not in LOW:
-        if isinstance(c, Tensor) and c.device.type != "cpu":
+        if isinstance(c, Tensor):
             torch._foreach_addcmul_(ws, ts, [c.to(ws[0].device)] * len(ws))
         else:
-            torch._foreach_add_(ws, ts, alpha=float(c))
+            torch._foreach_add_(ws, ts, alpha=c)
         return
     for w, t in zip(ws, ts, strict=True):
         shift_(w, t, c, finite)
