@@ -14,10 +14,11 @@ import gc
 import os
 import random
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ import steppe
 from benchmarks import record
 from benchmarks.memory import peak
 from benchmarks.models import GPT, VOCABULARY, classify, tokens, with_lora
+from benchmarks.timing import Timer
 
 N, LONGEST = 16, 256
+CPU = torch.device("cpu")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -60,13 +63,6 @@ def of_lengths(lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         yield index, index.roll(-1, 1)
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Return the CPU time of a step."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
 def times(lengths: list[int]) -> list[dict[str, Any]]:
     """Return the CPU time of SAM and m-SAM over all lengths, as ratios to SAM's with ``parallel=False``."""
     ways: dict[str, dict[str, Any]] = {
@@ -86,7 +82,7 @@ def times(lengths: list[int]) -> list[dict[str, Any]]:
     for data in of_lengths(lengths):
         for way, opt in opts.items():
             batch, forwards[way] = steppe.Batch(models[way], classify, data), 0
-            taken[way].append(seconds(lambda opt=opt, batch=batch: opt.step(batch)))
+            taken[way].append(Timer(partial(opt.step, batch), CPU, clock=process_time).once())
             passes[way].append(forwards[way])
     usual = taken["SAM, parallel=False"]
     return [
@@ -139,7 +135,7 @@ def lora() -> list[dict[str, Any]]:
 
     found = []
     for way, argument in (("closure", closure), ("Batch", steppe.Batch(model, classify, data))):
-        most = max(peak(lambda argument=argument: opt.step(argument), torch.device("cpu")) for _ in range(3))
+        most = max(peak(partial(opt.step, argument), CPU) for _ in range(3))
         found.append({"what": "peak of SAM's step, LoRA", "way": way, "mib": round(most / 2**20, 2)})
     return found
 
@@ -161,7 +157,7 @@ def main() -> None:
         print(row, flush=True)
     if options.out:
         settings = {"examples": N, "model": "a GPT of width 64, 2 layers; LoRA: width 128, 4 layers, rank 8"}
-        record.write(options.out, "shapes", torch.device("cpu"), settings, rows)
+        record.write(options.out, "shapes", CPU, settings, rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,8 +112,9 @@ def _environment(folder: Path) -> Record:
 # ---- from records to tables
 
 
+@cache
 def record(study: str) -> Record:
-    """Return the record of a study."""
+    """Return the record of a study, read once."""
     found: Record = json.loads((RECORDS / f"evidence_{study.replace('-', '_')}.json").read_text())
     return found
 
@@ -162,7 +164,7 @@ def table(study: str) -> str:
     others = [f"against {label(rows[i]['name'])}, 95 % CI" for i in (0, 1)]
     heads = ["method", found["metric"], *others, "next two", "as good", "passes", "epoch", "fixed", "chosen"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
-    columns = [against(rows, rows[i]) for i in (0, 1)]
+    columns = _columns(study)
     for i, row in enumerate(rows):
         cells = [label(row["name"]), _error(row, digits)]
         cells += [difference(column[i], digits) for column in columns]
@@ -193,14 +195,13 @@ def overview(studies: dict[str, str], other: int) -> str:
 
     An arrow: the search chose about as many epochs as it might, so that a longer training may be better.
     """
-    found = {name: record(name) for name in studies}
-    names = list(dict.fromkeys(_title(i, row) for each in found.values() for i, row in enumerate(each["methods"])))
+    names = list(dict.fromkeys(_title(i, row) for name in studies for i, row in enumerate(record(name)["methods"])))
     reference = names.pop(other)
     lines = [["", reference, *names], ["---", *["---:"] * (1 + len(names))]]
     for study, title in studies.items():
-        digits, rows = decimals(found[study]), found[study]["methods"]
+        digits, rows = decimals(record(study)), record(study)["methods"]
         changes = {_title(i, row): _change(test, digits) + (" ↑" if "epochs high" in row["edges"] else "")
-                   for i, (row, test) in enumerate(zip(rows, against(rows, rows[other]), strict=True))}  # fmt: skip
+                   for i, (row, test) in enumerate(zip(rows, _columns(study)[other], strict=True))}  # fmt: skip
         cells = [title, f"{mean(rows[other]['errors']):.{digits}f}", *(changes.get(name, "") for name in names)]
         lines.append(cells)
     return markdown(lines)
@@ -227,12 +228,12 @@ def summary(studies: Iterable[str]) -> str:
     """
     counts: dict[str, tuple[list[list[int]], list[list[float]]]] = {}
     times: dict[str, list[float]] = {}
-    for rows, i in (place for names in by_task(studies) for place in _latest(names).values()):
-        title = _title(i, rows[i])
+    for title, study, i in (place for names in by_task(studies) for place in _latest(names)):
+        rows = record(study)["methods"]
         times.setdefault(title, []).append(rows[i]["epoch_ms"] / rows[0]["epoch_ms"])
         clear, changes = counts.setdefault(title, ([[0] * 3, [0] * 3], [[], []]))
         for other in (0, 1):
-            pair = against(rows, rows[other])[i]
+            pair = _columns(study)[other][i]
             if pair is not None:
                 clear[other][1 if pair[1] >= 0.05 else 0 if pair[0].difference < 0 else 2] += 1
                 changes[other].append(100 * pair[0].difference / mean(rows[other]["errors"]))
@@ -255,13 +256,17 @@ def by_task(studies: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def _latest(studies: list[str]) -> dict[str, tuple[list[Record], int]]:
-    """Return by method the rows of the last study that has it, and its place there."""
-    found = {}
-    for study in studies:
-        rows = record(study)["methods"]
-        found |= {_title(i, row): (rows, i) for i, row in enumerate(rows)}
-    return found
+def _latest(studies: list[str]) -> list[tuple[str, str, int]]:
+    """Return of each method its title, the last study that has it, and its place there."""
+    found = {_title(i, row): (study, i) for study in studies for i, row in enumerate(record(study)["methods"])}
+    return [(title, *place) for title, place in found.items()]
+
+
+@cache
+def _columns(study: str) -> tuple[list[tuple[Paired, float] | None], ...]:
+    """Return each method's errors minus those of either baseline."""
+    rows = record(study)["methods"]
+    return tuple(against(rows, rows[i]) for i in (0, 1))
 
 
 def _over_tasks(changes: list[float]) -> str:
@@ -272,13 +277,14 @@ def _over_tasks(changes: list[float]) -> str:
 
 def with_tables(text: str) -> str:
     """Return docs/results.md with every table made again from the records."""
-    studies = titles(STUDIES.read_text())
-    for equal in ("passes", "seconds"):
-        text = between(text, f"summary {equal}", summary(at_equal(equal, studies)))
+    every = titles(STUDIES.read_text())
+    studies = {equal: at_equal(equal, every) for equal in ("passes", "seconds")}
+    for equal in studies:
+        text = between(text, f"summary {equal}", summary(studies[equal]))
     for study in ("digits-noise", "fashion-noise-seconds"):
         text = between(text, f"luck {study}", luck(study, f"{study}-2"))
     for equal, i, name in (("passes", 0, "base"), ("passes", 1, "smaller batch"), ("seconds", 0, "seconds")):
-        text = between(text, f"overview {name}", overview(at_equal(equal, studies), i))
+        text = between(text, f"overview {name}", overview(studies[equal], i))
     return text
 
 
@@ -353,9 +359,8 @@ def titles(text: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        for folder in sorted(path for path in Path(name).iterdir() if (path / "fixed" / "config.json").exists()):
-            if folder.name.endswith("-rest"):
-                continue
+        finished = (path.parent.parent for path in Path(name).glob("*/fixed/config.json"))
+        for folder in sorted(path for path in finished if not path.name.endswith("-rest")):
             path = RECORDS / f"evidence_{folder.name.replace('-', '_')}.json"
             path.write_text(json.dumps(collect(folder), indent=1) + "\n")
     STUDIES.write_text(with_studies(STUDIES.read_text()))

@@ -188,24 +188,24 @@ for _name, _noise, _epochs, _cost in (
     )
 
 _FEW = ("SAM", "SAM(m={m})", "SAM(m={m}, sampled=1)", "SAM(ascent={ascent})", "LateSAM")
-for _name, _trials in {
-    "digits-noise": 24,
-    "mnist1d-long": 20,
-    "texts-long": 16,
-    "fashion-noise-long": 12,
-    "fashion-clean-long": 12,
-    "resnet-noise-long": 12,
-    "vit-long": 12,
-    "letters": 12,
-}.items():
+for _name, _trials, _near, _search_seeds in (
+    ("digits-noise", 24, 0, 2),
+    ("mnist1d-long", 20, 10, 1),
+    ("texts-long", 16, 8, 1),
+    ("fashion-noise-long", 12, 6, 1),
+    ("fashion-clean-long", 12, 6, 1),
+    ("resnet-noise-long", 12, 6, 1),
+    ("vit-long", 12, 6, 1),
+    ("letters", 12, 6, 1),
+):
     _study = STUDIES[_name]
     STUDIES[f"{_name.removesuffix('-long')}-seconds"] = replace(
         _study,
         title=f"{_study.title}, at equal time",
         given=_study.given | {"equal": "seconds"},
         trials=_trials,
-        near=0 if _name == "digits-noise" else _trials // 2,
-        search_seeds=2 if _name == "digits-noise" else 1,
+        near=_near,
+        search_seeds=_search_seeds,
         seeds=10,
         methods=_FEW,
     )

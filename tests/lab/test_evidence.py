@@ -88,6 +88,26 @@ def test_a_record_says_how_each_method_was_searched():
         assert "/" not in str(found["environment"]["steppe"])
 
 
+def test_a_record_holds_the_methods_that_were_trained_later(tmp_path, monkeypatch):
+    (tmp_path / "few-rest").mkdir()
+
+    def rows(milliseconds: list[float], *errors: list[float]) -> dict:
+        return {"methods": [{"errors": e, "epoch_ms": ms} for ms, e in zip(milliseconds, errors, strict=True)]}
+
+    base, smaller = [7.0, 8.0], [6.0, 6.5]
+    found = {
+        "few": rows([2.0, 5.0, 4.0], base, smaller, [5.0, 5.5]),
+        "few-rest": rows([3.0, 7.0, 9.0], base, smaller, [4.0, 4.5]),
+    }
+    monkeypatch.setattr(evidence, "_collect", lambda folder: found[folder.name])
+    joined = evidence.collect(tmp_path / "few")["methods"]
+    assert [row["errors"] for row in joined] == [base, smaller, [5.0, 5.5], [4.0, 4.5]]
+    assert [row["epoch_ms"] for row in joined] == [2.0, 5.0, 4.0, 6.0]  # three times the base's, as it was timed
+    found["few-rest"]["methods"][1]["errors"] = [6.0, 6.6]
+    with pytest.raises(SystemExit, match="few-rest has other baselines than"):
+        evidence.collect(tmp_path / "few")
+
+
 def test_the_tasks_are_what_the_commands_take(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPPE_TEXT", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"fortunes\.pt is not there: run encode_fortunes\.py"):

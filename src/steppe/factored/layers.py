@@ -200,7 +200,7 @@ LAYERS: dict[Any, Any] = {
     torch.conv3d: MatrixLayer(conv(3)),
     F.embedding: MatrixLayer(embedding),
     F.embedding_bag: Composite(F.embedding_bag, bag),
-    F.layer_norm: NormLayer((2, 3), channels_first=False, units=True),
+    F.layer_norm: NormLayer((2, 3), channels_first=False),
     F.rms_norm: NormLayer((2, None), channels_first=False),
     F.group_norm: GroupNorm(),
     F.instance_norm: NormLayer((3, 4), channels_first=True),

@@ -41,22 +41,18 @@ class NormLayer:
     Args:
         arguments: the positions of weight and bias among the arguments of the function.
         channels_first: whether channels are dimension 1 (instance, batch normalisation), not the last dimensions.
-        units: whether the function is faster with ones and zeros for scale and shift than without them, as torch's
-            layer normalisation is on a CPU: 1 % of a step of a transformer.
     """
 
-    def __init__(self, arguments: tuple[int, int | None], channels_first: bool, units: bool = False) -> None:
-        self.arguments, self.channels_first, self.units = arguments, channels_first, units
+    def __init__(self, arguments: tuple[int, int | None], channels_first: bool) -> None:
+        self.arguments, self.channels_first = arguments, channels_first
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], list[Any]]:
         """Return the arguments without scale and shift, and these two."""
         kept, rest, taken = list(args), dict(kwargs), []
-        for position, name, unit in zip(self.arguments, ("weight", "bias"), (1.0, 0.0), strict=True):
+        for position, name in zip(self.arguments, ("weight", "bias"), strict=True):
             value = rest.pop(name, None)
             if position is not None and position < len(kept):
                 value, kept[position] = kept[position], None
-            if value is not None and self.units:
-                rest[name] = torch.full_like(value, unit)
             taken.append(value)
         return kept, rest, taken
 
@@ -147,7 +143,7 @@ class Statistics:
 class BatchNorm:
     """``F.batch_norm``: by the statistics of each micro-batch, or by given ones, where it is an affine map."""
 
-    affine = NormLayer((3, 4), channels_first=True)
+    by_given = NormLayer((3, 4), channels_first=True)
 
     def run(
         self,
@@ -165,7 +161,7 @@ class BatchNorm:
         """Normalise, with a copy of scale and shift for every micro-batch."""
         if not training:
             given = (input, running_mean, running_var, weight, bias, False, momentum, eps)
-            return self.affine.run(passing, func, *given)
+            return self.by_given.run(passing, func, *given)
         parts = passing.parts
         if parts is None or input.shape[0] != parts.n:
             raise CannotFactor("the gradients of single examples are not defined: batch normalisation mixes examples")
