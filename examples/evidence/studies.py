@@ -178,10 +178,12 @@ STUDIES = {
 for _name, _noise, _epochs, _cost in (
     ("clean", 0.0, 40, _MORE),
     ("noise-20", 0.2, 16, _DEARER),
+    ("noise-20-long", 0.2, 40, _WHOLE),
     ("noise", 0.4, 40, _MORE),
 ):
     STUDIES[f"fashion28-{_name}"] = Study(
-        f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN",
+        f"Fashion-MNIST 28 x 28, 2,000 examples, {f'{_noise:.0%} noise' if _noise else 'clean'}, CNN"
+        + (", longer" if _name.endswith("long") else ""),
         "tasks:fashion_28",
         {"epochs": _epochs, "lr": 0.1, "noise": _noise},
         **_cost,
