@@ -146,6 +146,7 @@ CASES = {
     "resnet18_w16_bn": Case("conv", lambda: with_batch_norm(resnet18(16)), images(3, 32), cpu_batch_size=32),
     "resnet18_w32": Case("conv", lambda: resnet18(32), images(3, 32), cpu_batch_size=32),
     "resnet18": Case("conv", lambda: resnet18(64), images(3, 32), cpu_batch_size=32),
+    "resnet18_bn": Case("conv", lambda: with_batch_norm(resnet18(64)), images(3, 32), cpu_batch_size=32),
     "vit_small": Case("transformer", lambda: ViT(128, 4, 4), images(3, 32), cpu_batch_size=32),
     "vit_s": Case("transformer", lambda: ViT(384, 12, 6), images(3, 32), cpu_batch_size=16),
     "resnet18_224": Case("conv", lambda: resnet18(64, 224), images(3, 224), batch_size=64, cpu_batch_size=4),
