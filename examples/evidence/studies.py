@@ -15,6 +15,7 @@ everything; the same command goes on. So a study for a GPU runs in slices:
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,8 +55,11 @@ class Study:
     spaces: dict[str, str] = field(default_factory=dict)
 
     def rest(self) -> "Study":
-        """Return the study of the methods that this one leaves out."""
-        return replace(self, methods=tuple(method for method in METHODS if method not in self.methods))
+        """Return the study of the methods that this one leaves out, without the spaces that none of these searches."""
+        methods = tuple(method for method in METHODS if method not in self.methods)
+        searched = {"lr", "rho", "epochs"}.union(*(re.findall(r"{(\w+)}", method) for method in methods))
+        spaces = {key: text for key, text in self.spaces.items() if key in searched}
+        return replace(self, methods=methods, spaces=spaces)
 
     def words(self) -> list[str]:
         """Return the command, after ``steppe``."""
