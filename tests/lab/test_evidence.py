@@ -161,6 +161,16 @@ def test_a_study_is_a_command(name, images):
     assert [words[i + 1] for i, word in enumerate(words) if word == "--method"] == list(study.methods)
 
 
+def test_the_rest_of_a_study_is_a_command_too():
+    for study in studies.STUDIES.values():
+        rest = study.rest()
+        if rest.methods:
+            chosen = dict(parse(f"{key}={text}") for key, text in rest.spaces.items())
+            asked = presets.asked("digits", {}, list(rest.methods), 5, spaces=chosen)
+            fair.contestants(replace(asked, equal="epochs"), {})
+            assert {"lr", "rho"} & set(study.spaces) <= set(rest.spaces)
+
+
 def test_the_gpu_study_runs_in_slices_and_ends(tmp_path, images):
     words = replace(studies.STUDIES["cifar10-resnet18"], methods=("SAM(m={m}, sampled=1)",)).words()
     small = ["--data-dir", images, "--train-size", 40, "--batch-size", 16]
