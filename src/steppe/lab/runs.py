@@ -208,7 +208,8 @@ def stages(folder: Path) -> list[dict[str, Any]]:
 
 def best_first(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the points of a stage that ended, the best first; the first tried of equals is the first."""
-    return sorted((point for point in points if point["error"] is not None), key=lambda point: point["error"])
+    ended = (point for point in points if point["error"] is not None)
+    return sorted(ended, key=lambda point: point.get("cost", point["error"]))  # older searches have no cost
 
 
 def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:

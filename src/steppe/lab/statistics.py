@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12  # of a value: what may be left of equal numbers after a subtraction
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,16 @@ def spread(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     centre = mean(values)
-    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    found = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return 0.0 if found <= ROUNDING * abs(centre) else found
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
     """Return the comparison of two samples paired by index; p is NaN if the differences have no spread."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     n, difference, sd = len(differences), mean(differences), spread(differences)
+    rounding = ROUNDING * max(map(abs, [*values, *baseline]))
+    difference, sd = (0.0 if abs(number) <= rounding else number for number in (difference, sd))
     if n < 2:
         return Paired(n, difference, math.nan, math.nan, math.nan)
     if sd == 0:

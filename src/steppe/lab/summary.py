@@ -54,6 +54,16 @@ class Summary:
         """Return the name of what the records measure."""
         return next((record.metric for record in self.records.values()), "error %")
 
+    @property
+    def higher(self) -> bool:
+        """Return whether a higher metric is better."""
+        return any(record.higher for record in self.records.values())
+
+    @property
+    def direction(self) -> str:
+        """Return in words which metric is better."""
+        return f"{'higher' if self.higher else 'lower'} is better"
+
     def of(self, method: Method) -> list[Record]:
         """Return a method's records in the order of their seeds."""
         return [record for run, record in self.records.items() if run.method == method]

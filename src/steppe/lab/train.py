@@ -172,6 +172,7 @@ class Session:
             seconds=meter.seconds,
             collapsed=collapsed(last["train_loss"], self.task.classes, self.steps),
             metric=metrics(self.task.own)[1],
+            higher=self.task.own is not None and self.task.own.higher,
             environment=environment() | self.process.describe(),
         )
 

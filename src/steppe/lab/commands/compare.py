@@ -221,8 +221,9 @@ def _reported(folder: Path, console: Console, baseline: str | None, work: "Calla
     except PausedError:
         line(console, "The time is over; everything is kept, and the same command continues.")
         return PAUSED
-    for failure in failures:
-        details = f"\n{failure.details}" if os.environ.get(DEBUG) else ""
-        line(Console(stderr=True), f"{failure.run} failed: {failure.reason}{details}")
+    if failures:
+        details = f"\n{failures[0].details}" if os.environ.get(DEBUG) else ""
+        more = f" ({len(failures) - 1} more runs failed)" if failures[1:] else ""
+        line(Console(stderr=True), f"{failures[0].run} failed: {failures[0].reason}{more}{details}")
     publish(folder, baseline, console)
     return 1 if failures else 0

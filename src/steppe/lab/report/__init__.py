@@ -83,6 +83,8 @@ def render(
         caption=tables.caption(found),
         notes=tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found)),
         fair=None if fairly is None else [fair.table(fairly), fair.chosen(fairly)],
+        metric=found.metric,
+        extreme="highest" if found.higher else "lowest",
         best=[[names.get(cells[0], cells[0]), *cells[1:]] for cells in best_epochs(found)],
         pairs=[[names.get(cell, cell) for cell in _pair(pair)] for pair in summary.pairs(found)],
         minima=table,
@@ -105,7 +107,7 @@ def logarithmic(figure: Figure) -> str:
 
 
 def best_epochs(found: Summary) -> list[list[str]]:
-    """Return each method with its mean test error at the last epoch, its best epoch and the mean error there.
+    """Return each method with its mean test metric at the last epoch, its best epoch and the mean there.
 
     The best epoch is that of the mean curve over the seeds, known in hindsight from the test set.
     """
@@ -117,7 +119,7 @@ def best_epochs(found: Summary) -> list[list[str]]:
             continue
         scale = 100.0 if records[0].metric.endswith("%") else 1.0
         means = [scale * mean([float(v or 0.0) for v in column]) for column in zip(*curves, strict=True)]
-        best = min(range(len(means)), key=means.__getitem__)
+        best = (max if found.higher else min)(range(len(means)), key=means.__getitem__)
         rows.append([str(row.method), tables.mean_value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
         rows[-1] += [f"{records[0].epochs}", tables.mean_value(means[best])]
     return rows
