@@ -16,7 +16,7 @@ from typing import Any
 
 from marks import between, markdown
 
-from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE, STUDIES = (ROOT / "docs" / name for name in ("records", "results.md", "results/studies.md"))
@@ -123,9 +123,7 @@ def label(name: str) -> str:
 
 def against(rows: list[Record], other: Record) -> list[tuple[Paired, float] | None]:
     """Return each method's errors minus those of another, paired by seed, with the p-value Holm-corrected by column."""
-    tests = [None if row is other else paired(row["errors"], other["errors"]) for row in rows]
-    adjusted = holm([float("nan") if test is None else test.p for test in tests])
-    return [None if test is None else (test, p) for test, p in zip(tests, adjusted, strict=True)]
+    return corrected([None if row is other else paired(row["errors"], other["errors"]) for row in rows])
 
 
 def decimals(found: Record) -> int:
@@ -303,10 +301,10 @@ def luck(first: str, second: str) -> str:
     lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
     names = [name for name in before if name in after]
     tests = [paired(after[name]["errors"], before[name]["errors"]) for name in names]
-    for name, test, p in zip(names, tests, holm([test.p for test in tests]), strict=True):
+    for name, test in zip(names, corrected(tests), strict=True):
         near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
         cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
-        lines.append([*cells, difference((test, p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
+        lines.append([*cells, difference(test, digits), f"{chosen(before[name])}; {chosen(after[name])}"])
     return markdown(lines)
 
 

@@ -1,7 +1,7 @@
 """Paired comparisons over seeds, and their correction for multiple comparisons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -49,6 +49,18 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
     half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     p = 2 * float(t.sf(abs(difference) / error, n - 1))
     return Paired(n, difference, difference - half, difference + half, p)
+
+
+def over_seeds(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """Return the comparison over the seeds that both have, ``None`` without any."""
+    seeds = sorted(values.keys() & baseline.keys())
+    return paired([values[seed] for seed in seeds], [baseline[seed] for seed in seeds]) if seeds else None
+
+
+def corrected(tests: Sequence[Paired | None]) -> list[tuple[Paired, float] | None]:
+    """Return each test with its p-value Holm-corrected over all of them."""
+    ps = holm([math.nan if test is None else test.p for test in tests])
+    return [None if test is None else (test, p) for test, p in zip(tests, ps, strict=True)]
 
 
 def holm(ps: Sequence[float]) -> list[float]:

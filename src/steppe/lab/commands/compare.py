@@ -1,5 +1,6 @@
 """``steppe compare``."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -116,26 +117,25 @@ def compare(
             do test $? = 75 || break; done
     """
     from steppe.lab import presets
+    from steppe.lab.sweep.space import parse
 
     source = source_of(data, task)
-    folder = out or _folder(source, fixed, quick)
-    common = (folder, workers, Console(stderr=as_json), _until(minutes), device, precision)
+    tail = ("-fixed" if fixed else "") + ("-quick" if quick else "")
+    folder = out or Path("runs") / f"compare-{source.replace(':', '.')}{tail}"
+    until = math.inf if minutes is None else time.time() + 60 * minutes
+    common = (folder, workers, Console(stderr=as_json), until, device, precision)
     searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
-    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
+    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal}
     searching |= {"validation": validation, "clean": clean_validation or None}
+    searching |= {"spaces": dict(map(parse, space)) if space else None}
     if fixed:
         _refuse(searching)
         code = compared(presets.planned(source, given, method, baseline, seeds, quick), *common)
     else:
         code = searched(presets.asked(source, given, method, seeds, quick, **searching), *common, storage, baseline)
-    raise typer.Exit(_printed(code, folder, baseline) if as_json else code)
-
-
-def _printed(code: int, folder: Path, baseline: str | None) -> int:
-    """Print the results of a comparison that has ended as JSON; return its exit code."""
-    if not code:
+    if as_json and not code:
         print_json(folder, baseline)
-    return code
+    raise typer.Exit(code)
 
 
 def _hardware(device: str, precision: str, model: str) -> "Hardware":
@@ -145,21 +145,6 @@ def _hardware(device: str, precision: str, model: str) -> "Hardware":
     asked = Hardware(device=device, precision=precision).chosen(model)
     asked.open()
     return asked
-
-
-def _until(minutes: float | None) -> float:
-    return float("inf") if minutes is None else time.time() + 60 * minutes
-
-
-def _folder(source: str, fixed: bool, quick: bool) -> Path:
-    """Return the directory of a comparison that names none."""
-    return Path("runs") / f"compare-{source.replace(':', '.')}{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
-
-
-def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
-    from steppe.lab.sweep.space import parse
-
-    return dict(map(parse, texts)) if texts else None
 
 
 def _refuse(searching: dict[str, Any]) -> None:
