@@ -1,6 +1,5 @@
 """``steppe compare``."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -117,25 +116,36 @@ def compare(
             do test $? = 75 || break; done
     """
     from steppe.lab import presets
-    from steppe.lab.sweep.space import parse
 
     source = source_of(data, task)
-    tail = ("-fixed" if fixed else "") + ("-quick" if quick else "")
-    folder = out or Path("runs") / f"compare-{source.replace(':', '.')}{tail}"
-    until = math.inf if minutes is None else time.time() + 60 * minutes
-    common = (folder, workers, Console(stderr=as_json), until, device, precision)
+    folder = out or Path("runs") / f"compare-{source.replace(':', '.')}{'-fixed' * fixed}{'-quick' * quick}"
+    common = (folder, workers, Console(stderr=as_json), _until(minutes), device, precision)
     searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
-    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal}
+    searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
     searching |= {"validation": validation, "clean": clean_validation or None}
-    searching |= {"spaces": dict(map(parse, space)) if space else None}
     if fixed:
         _refuse(searching)
         code = compared(presets.planned(source, given, method, baseline, seeds, quick), *common)
     else:
         code = searched(presets.asked(source, given, method, seeds, quick, **searching), *common, storage, baseline)
-    if as_json and not code:
+    raise typer.Exit(_printed(code, folder, baseline) if as_json else code)
+
+
+def _printed(code: int, folder: Path, baseline: str | None) -> int:
+    """Print the results of a comparison that has ended as JSON; return its exit code."""
+    if not code:
         print_json(folder, baseline)
-    raise typer.Exit(code)
+    return code
+
+
+def _until(minutes: float | None) -> float:
+    return float("inf") if minutes is None else time.time() + 60 * minutes
+
+
+def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
+    from steppe.lab.sweep.space import parse
+
+    return dict(map(parse, texts)) if texts else None
 
 
 def _hardware(device: str, precision: str, model: str) -> "Hardware":

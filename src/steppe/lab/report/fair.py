@@ -21,16 +21,9 @@ from steppe.lab.tables import NONE, interval, mean_value, number, value
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = (
-    "method",
-    "chosen",
-    "at an edge",
-    "as good",
-    "trials",
-    "search passes",
-    "search s",
-    "fixed {metric}",
+    "method", "chosen", "at an edge", "as good", "trials", "search passes", "search s", "fixed {metric}",
     "fixed difference",
-)
+)  # fmt: skip
 ABOVE = 1.05  # times a budget: what a rounded number of epochs may cost more
 CLEAR = 0.05  # a corrected p-value below it is called clear
 WIDER = 8.0  # times the range that is proposed where a search ended at an edge
@@ -162,10 +155,7 @@ def figures(found: Outcomes) -> list[Figure]:
             ranges = [one.space[key] for one in found.asks.contestants if key in one.space]
             kind = "log" if any(isinstance(each, Range) and each.log for each in ranges) else "linear"
             layout = axes(key, f"validation {found.found.metric}", xaxis={"type": kind})
-            caption = (
-                f"Every trial of every method; {found.found.direction}. A star: what the method's final runs were "
-                "trained with."
-            )
+            caption = f"Every trial of every method; {found.found.direction}. A star: the setting of the final runs."
             drawn.append(Figure(f"search-{key}", f"The searches over {key}", caption, data, layout))
     return drawn
 
