@@ -18,10 +18,8 @@ from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState
 from steppe.joint import as_one
 from steppe.options import Base
-from steppe.pieces.protocol import declared
 from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import Pending, Skipped, Stepper
@@ -112,11 +110,21 @@ class SharpnessAware(Facade):
     ) -> None:
         base = as_one(base)
         rule = on_micro_batches(rule, m, sampled, ascent, clip)
-        checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
-        radius = RadiusOfGroups(rho, base)
-        options = (check_finite, cosine, gradient_noise, parallel, max_norm)
-        stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
+        checks.check_rule(rule, base)
+        checks.check_options(parallel, max_norm, model)
+        stepper = Stepper(
+            base,
+            rule,
+            ranks=RankGroups(sync),
+            radius=RadiusOfGroups(rho, base),  # the last check: it writes into the base's groups
+            modules=Modules(model),
+            full=full,
+            check_finite=check_finite,
+            cosine=cosine,
+            gradient_noise=gradient_noise,
+            parallel=parallel,
+            max_norm=max_norm,
+        )
         # not super().__init__, which would make groups: they are the base's
         super().__setstate__(_fields(_stepper=stepper))
 

@@ -1,6 +1,5 @@
 """The template of every method, and rules made of rules."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypedDict
@@ -9,13 +8,13 @@ from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.sampling import Sampled, sampled_average
+from steppe.engine.sampling import sampled_average
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean
-from steppe.pieces.protocol import Declaration, declared
-from steppe.pieces.sample import Mean, Subset, pieces_of
+from steppe.pieces.protocol import Declaration, declared, pieces_of
+from steppe.pieces.sample import Mean, Subset
 from steppe.pieces.select import All
 
 
@@ -111,7 +110,7 @@ class Micro:
         if self.sampled is not None:
             checks.positive_integer("sampled", self.sampled)
         if self.clip is not None:
-            checks.number("clip", self.clip, "a number > 0 or None", low=math.ulp(0.0))
+            checks.positive("clip", self.clip, "a number > 0 or None")
             if self.sampled is None:
                 raise ValueError(f"clip needs sampled=, whose correction it limits, got clip={self.clip!r}")
         for piece in pieces_of(self.rule):
@@ -125,7 +124,7 @@ class Micro:
         """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
         if self.sampled is None:
             return f.average(self.rule, self.m)
-        return sampled_average(f, self.rule, Sampled(self.m, self.sampled, self.seed, self.clip))
+        return sampled_average(f, self.rule, self.m, self.sampled, self.seed, self.clip)
 
     def __repr__(self) -> str:
         some = "" if self.sampled is None else f", sampled={self.sampled}, seed={self.seed}"

@@ -27,8 +27,7 @@ from steppe.engine.vector import Vector, shift_
 from steppe.engine.weights import NotFinite
 from steppe.factored.engine import SharedPasses
 from steppe.factored.statistics import gradient_statistics
-from steppe.pieces.protocol import declared
-from steppe.pieces.sample import pieces_of
+from steppe.pieces.protocol import declared, pieces_of
 from steppe.rule import Micro, Plain, rule_at
 from steppe.telemetry import Telemetry
 from steppe.two_calls import HalfStep, no_closure
@@ -76,7 +75,8 @@ class Pending:
             dtype = getattr(p, "grad_dtype", None) or p.dtype
             p.grad = g if g is None or g.dtype is dtype else g.to(dtype)
         numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
-        perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may and f.reads]
+        movable = zip(parameters, passes.parameters.movable, strict=True)
+        perturbed = [p for p, may in movable if may] if f.reads else []
         return cls(parameters, update.beside, kept, numbers, f.reads, perturbed)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
@@ -155,24 +155,24 @@ class Stepper:
     base: torch.optim.Optimizer
     rule: AnyRule
     radius: RadiusOfGroups
+    ranks: RankGroups
+    modules: Modules
     full: Closure | None
     check_finite: bool
     cosine: bool
     gradient_noise: bool
     parallel: bool | str
     max_norm: float | None
-    ranks: RankGroups
-    modules: Modules
-    state: RuleState
+    state: RuleState = field(default_factory=RuleState)
     scaling: Scaling = field(default_factory=Scaling)
     guess: Guess = field(default_factory=Guess)
-    outgrown: Outgrown | None = None
-    checked: bool = False  # whether what a first batch tells of its loss has been looked at
+    outgrown: Outgrown | None = field(init=False)
+    checked: bool = field(init=False)  # whether what a first batch tells of its loss has been looked at
 
     def __post_init__(self) -> None:
-        check_state(self.base, declared(self.rule).base_state)
-        if any(isinstance(piece, Micro) and piece.sampled for piece in pieces_of(self.rule)):
-            self.outgrown = Outgrown()
+        self.state.names, self.state.numbers = declared(self.rule).remembers, declared(self.rule).numbers
+        sampled = any(isinstance(piece, Micro) and piece.sampled for piece in pieces_of(self.rule))
+        self.outgrown, self.checked = Outgrown() if sampled else None, False
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
@@ -232,7 +232,7 @@ class Stepper:
     def half_step(self, scaler: torch.amp.GradScaler | None) -> HalfStep:
         """Return the step between ``first_step`` and ``second_step``."""
         f = self.oracle(no_closure, scaler)
-        return HalfStep(f, self.rule if f.rho.largest() else Plain())
+        return HalfStep(f, self._rule_at(f.step, f.rho))
 
     def second_half(self, half: HalfStep) -> Pending | Skipped:
         """End a step that ``half_step`` has begun."""
@@ -255,7 +255,7 @@ class Stepper:
     def finish(self, update: Update | None, f: Oracle) -> Pending | Skipped:
         """Hand an update whose gradients are finite on all ranks to the parameters."""
         passes = f.passes
-        device = passes.parameters.tensors[0].device
+        device = passes.parameters.device
         overflow = update is None or (f.guard and not passes.log.finite())
         skip = passes.ranks.any(overflow, device) if f.guard else overflow
         if passes.scale is not None:

@@ -1,15 +1,15 @@
 """An optimizer whose parameter groups, state and checkpoints are those of another one."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from steppe.engine.checks import STEP, check_call, warn
+from steppe.engine.checks import STEP, check_call, check_rule, warn
 from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState, forget_foreign, saves_as_torch, switch
-from steppe.pieces.protocol import declared
 
 
 class Facade(torch.optim.Optimizer):
@@ -61,8 +61,8 @@ class Facade(torch.optim.Optimizer):
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule = rule
-        self._memory.names, self._memory.numbers = declared(rule).remembers, declared(rule).numbers
+        check_rule(rule, self.base)
+        self._stepper = replace(self._stepper, rule=rule)
 
     @property
     def full(self) -> Closure | None:

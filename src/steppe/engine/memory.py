@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steppe.engine.checks import kind
 from steppe.engine.passes import Passes
 from steppe.engine.state import PREFIX
 from steppe.engine.vector import Scalar, Vector
@@ -51,9 +52,8 @@ class Memory:
         entries = self._entries(self.base_state, name)
         for p, t in zip(self.parameters, entries, strict=True):
             if t is not None and not (isinstance(t, Tensor) and t.shape == p.shape):
-                got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
                 raise TypeError(
-                    f"base_state({name!r}) must be a tensor of the parameter's shape {tuple(p.shape)}, got {got}"
+                    f"base_state({name!r}) must be a tensor of the parameter's shape {tuple(p.shape)}, got {kind(t)}"
                 )
         return Vector(entries)
 

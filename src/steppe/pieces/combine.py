@@ -53,7 +53,7 @@ class Weighted:
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
         if self.clip_each is not None:
-            checks.number("clip_each", self.clip_each, "a number > 0 or None", low=math.ulp(0.0))
+            checks.positive("clip_each", self.clip_each, "a number > 0 or None")
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         g = f.g
@@ -190,7 +190,7 @@ class SearchedSlerp:
     def __post_init__(self) -> None:
         checks.positive_integer("every", self.every)
         for name in ("reach", "largest", "spacing"):
-            checks.number(name, getattr(self, name), "a number > 0", low=math.ulp(0.0))
+            checks.positive(name, getattr(self, name))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         alpha: Scalar = f.recall_number("alpha", default=1.0)

@@ -1,6 +1,5 @@
 """The unit step of steepest ascent along ``d``, in the norm that each method chose; rho multiplies it afterwards."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -232,7 +231,7 @@ class Preconditioned:
     declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"exp_avg_sq", "square_avg"}))
 
     def __post_init__(self) -> None:
-        checks.number("damping", self.damping, "a number > 0", low=math.ulp(0.0))
+        checks.positive("damping", self.damping)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         v = f.base_state("exp_avg_sq") + f.base_state("square_avg")
