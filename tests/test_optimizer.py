@@ -317,6 +317,8 @@ def test_nothing_of_the_base_is_changed_by_a_refused_argument() -> None:
         (steppe.SAM, missing),
         (steppe.SAM, {"chek": 1}),
         (steppe.WSAM, {"gamma": 2.0}),
+        (steppe.SAM, {"sync": "all"}),
+        (steppe.PreconditionedSAM, {}),  # which SGD keeps no moments for
     ):
         with pytest.raises((ValueError, TypeError, KeyError)):
             method(base, **bad)

@@ -162,14 +162,14 @@ class SharpnessAware(Facade):
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
-                ``first_step``; nothing has been changed.
+                ``first_step``, or with a closure after :meth:`backward`; nothing has been changed.
         """
         self._refuse_grad_scaler()
         if closure is None and self._pending is not None:
             pending, self._pending = self._pending, None
             self._move(pending)
             return None
-        self._refuse_half_step()
+        self._refuse_unfinished()
         if closure is None:
             self._base_step()
             seen = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
@@ -204,17 +204,14 @@ class SharpnessAware(Facade):
             The loss at ``w``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`step`, or called again before ``step()`` or ``zero_grad()``;
-                nothing has been changed.
+            TypeError, ValueError, RuntimeError: as :meth:`step`; called again before ``step()`` or ``zero_grad()``.
 
         Example:
             >>> loss = optimizer.backward(closure)
             >>> torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             >>> optimizer.step()
         """
-        self._refuse_half_step()
-        self._refuse_second_backward()
-        self._pending = None
+        self._refuse_unfinished()
         closed = as_closure(closure)
         f, pending = self._stepper.passes(closed, scaler)
         self._report(f, pending)
@@ -249,7 +246,7 @@ class SharpnessAware(Facade):
             >>> criterion(model(x), y).backward()
             >>> optimizer.second_step(zero_grad=True)
         """
-        self._refuse_half_step()
+        self._refuse_unfinished()
         half = self._stepper.half_step(scaler)
         half.look()
         self._half = half
@@ -280,10 +277,6 @@ class SharpnessAware(Facade):
         half, self._half = self._half, None
         if half is not None:
             half.leave()
-
-    def _refuse_half_step(self) -> None:
-        if self._half is not None:
-            raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
 
     # ---- after the passes
 

@@ -159,7 +159,7 @@ class Every:
 
     def __call__(self, f: Oracle) -> Update:
         """Return this step's update."""
-        return f.average(self.at(f.step))
+        return f.update(self.at(f.step))
 
     @property
     def declares(self) -> Declaration:
@@ -211,7 +211,7 @@ class WhereSteep:
         f.remember_number("mu", mu)
         f.remember_number("variance", variance)
         c = self.start + (self.end - self.start) * min(1.0, f.step / self.steps)
-        return f.average(self.rule if now >= mu + c * variance**0.5 else Plain())
+        return f.update(self.rule if now >= mu + c * variance**0.5 else Plain())
 
     @property
     def declares(self) -> Declaration:

@@ -216,7 +216,7 @@ class Stepper:
             noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
             f.passes.log.numbers["trace_V"] = noise.trace
         try:
-            update = f.average(self._rule_at(f.step, f.rho))
+            update = f.update(self._rule_at(f.step, f.rho))
         except NotFinite:
             update = None
         else:

@@ -18,6 +18,7 @@ class Facade(torch.optim.Optimizer):
     _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
     _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
+    _half: Any  # between first_step and second_step
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Say how to write what other packages write differently, before the arguments are bound."""
@@ -107,13 +108,17 @@ class Facade(torch.optim.Optimizer):
         if self._pending is not None:
             self._pending.dropped = True
 
-    def _refuse_second_backward(self) -> None:
+    def _refuse_unfinished(self) -> None:
+        """Refuse to begin a step where another one has begun."""
+        if self._half is not None:
+            raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
         if self._pending is not None and self._pending.waits:
             raise RuntimeError(
-                "backward() was called again before step(). It does not add to the gradients in p.grad. To accumulate, "
-                "pass all micro-batches at once, optimizer.backward([batch, ...]), or run them in one closure. To drop "
-                "a step, call zero_grad() first."
+                "gradients of backward() wait for step() without a closure. A second backward() does not add to them: "
+                "to accumulate, pass all micro-batches at once, optimizer.backward([batch, ...]), or run them in one "
+                "closure. To drop a step, call zero_grad() first."
             )
+        self._pending = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; without a radius it gets the optimizer's."""

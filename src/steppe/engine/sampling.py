@@ -52,7 +52,7 @@ def sampled_average(f: Oracle, rule: AnyRule, m: int, k: int, seed: int, clip: f
     try:
         for part, share in parts:
             d = part.g  # held here: a rule that does not need it after its move lets go of it
-            corrections.append(share * n / total * (part.average(rule) + Update(d * -1.0)))
+            corrections.append(share * n / total * (part.update(rule) + Update(d * -1.0)))
             log.add_sample(share / weight, len(part.batch()) / size, part.passes.log)
     finally:
         stream.restore()

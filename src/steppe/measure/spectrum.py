@@ -71,7 +71,7 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
         Av = A @ v
         value = float(v.dot(Av))
         residual = float((Av - value * v).norm())
-        converged = abs(value - before) <= tol * abs(value)
+        converged = residual == 0 or abs(value - before) <= tol * abs(value)
         if converged or products == most:
             break
         v, before = unit(Av), value
