@@ -13,18 +13,17 @@ from torch._compile import _disable_dynamo
 from steppe.batch import Batch, as_closure
 from steppe.engine import checks
 from steppe.engine.ddp import RankGroups, Sync
-from steppe.engine.facade import Facade
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
+from steppe.facade import Facade
 from steppe.joint import as_one
 from steppe.options import Base
 from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
-from steppe.two_calls import HalfStep
 
 Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
@@ -85,9 +84,6 @@ class SharpnessAware(Facade):
     """
 
     telemetry: Telemetry  #: what the last step saw
-    _stepper: Stepper
-    _pending: Pending | Skipped | None  # between backward and step
-    _half: HalfStep | None  # between first_step and second_step
 
     def __init__(
         self,
@@ -111,7 +107,7 @@ class SharpnessAware(Facade):
         base = as_one(base)
         rule = on_micro_batches(rule, m, sampled, ascent, clip)
         checks.check_rule(rule, base)
-        checks.check_options(parallel, max_norm, model)
+        checks.check_options(full, parallel, max_norm, model)
         stepper = Stepper(
             base,
             rule,

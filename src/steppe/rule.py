@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -217,15 +217,6 @@ class WhereSteep:
     def declares(self) -> Declaration:
         """The squared norm's mean and variance, beside what the rule declares."""
         return Declaration(numbers=frozenset({"mu", "variance"}))
-
-
-class Parts(TypedDict, total=False):
-    """The options of every method that choose the examples of a perturbation: see :class:`~steppe.SharpnessAware`."""
-
-    m: int | None
-    sampled: int | None
-    ascent: int | None
-    clip: float | None
 
 
 def on_micro_batches(

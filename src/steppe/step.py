@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe.batch import Batch
+from steppe.check_batch import check_batch
 from steppe.engine.checks import check_state
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
@@ -18,8 +19,7 @@ from steppe.engine.memory import Memory
 from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.outgrown import Outgrown
-from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
-from steppe.engine.parts import check_batch
+from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, names_of, parameters_of, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import PREFIX, RuleState
 from steppe.engine.update import Update
@@ -178,8 +178,7 @@ class Stepper:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
         closure, scale = self.scaling.of_step(closure, scaler)
         groups = self.base.param_groups
-        parameters = [p for group in groups for p in group["params"]]
-        names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
+        parameters = parameters_of(self.base)
         modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
@@ -187,7 +186,7 @@ class Stepper:
         full = self.full
         return Oracle(
             closure,
-            Parameters(parameters, radii, names),
+            Parameters(parameters, radii, names_of(groups)),
             declares=declared(self._rule_at(step, radii)),
             step=step,
             memory=Memory(parameters, self.state.of(self.base), self.base.state, groups[0]),

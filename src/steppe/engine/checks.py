@@ -223,8 +223,10 @@ def check_rule(rule: object, base: torch.optim.Optimizer) -> None:
     check_state(base, declared(rule).base_state)
 
 
-def check_options(parallel: object, max_norm: float | None, model: object) -> None:
+def check_options(full: object, parallel: object, max_norm: float | None, model: object) -> None:
     """Refuse options of the optimizer that are none of the documented ones."""
+    if full is not None and not callable(full):
+        raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
     if parallel not in ("auto", True, False):
         raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
     if max_norm is not None:

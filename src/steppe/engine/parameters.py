@@ -125,6 +125,13 @@ def parameters_of(base: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"]]
 
 
+def names_of(groups: Sequence[Group]) -> list[str] | None:
+    """Return the names of all parameters; ``None`` where a group has none, as of one of several optimizers."""
+    if not all("param_names" in group for group in groups):
+        return None
+    return [name for group in groups for name in group["param_names"]]
+
+
 def steps_of(groups: Sequence[Group]) -> int:
     """Return how many steps came before."""
     return int(groups[0].get(STEP, 0))

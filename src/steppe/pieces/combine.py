@@ -125,7 +125,7 @@ class Damped:
             the first parameter group. 0 is SAM.
 
     Raises:
-        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is negative, in ``step``.
+        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is not, in ``step``.
     """
 
     alpha: float | Schedule = 0.5
@@ -135,9 +135,10 @@ class Damped:
             checks.share("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        kept = 1 - scheduled(self.alpha, f.step, f.group, "alpha")
+        alpha = scheduled(self.alpha, f.step, f.group, "alpha")
+        checks.share("alpha", alpha)
         g = f.g + 0.0 * g_adv  # 0 where there is no gradient at w
-        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), kept * a, a), g))
+        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), (1 - alpha) * a, a), g))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
 from steppe.pieces.which import Matrices, Which
-from steppe.schedule import Schedule, scheduled
+from steppe.schedule import Schedule, check_scheduled, scheduled
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ class LossBudget:
     sigma: float | Schedule = 0.35
 
     def __post_init__(self) -> None:
-        if not callable(self.sigma):
-            checks.non_negative("sigma", self.sigma)
+        check_scheduled("sigma", self.sigma)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         norm = d.norm() + TINY

@@ -1,5 +1,7 @@
 """An optimizer whose parameter groups, state and checkpoints are those of another one."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +12,17 @@ from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState, forget_foreign, saves_as_torch, switch
+from steppe.step import Pending, Skipped, Stepper
+from steppe.two_calls import HalfStep
 
 
 class Facade(torch.optim.Optimizer):
     """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
 
-    _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
+    _stepper: Stepper  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
-    _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
-    _half: Any  # between first_step and second_step
+    _pending: Pending | Skipped | None  # between backward and step: gradients wait in ``p.grad``
+    _half: HalfStep | None  # between first_step and second_step
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Say how to write what other packages write differently, before the arguments are bound."""
@@ -28,7 +32,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """True makes ``GradScaler.step`` set ``grad_scale`` here, which tells that it is the caller of ``step``."""
-        return not getattr(self._pending, "rescaled", False)
+        return self._pending is None or not self._pending.rescaled
 
     def _refuse_grad_scaler(self) -> None:
         if "grad_scale" in self.__dict__:
@@ -42,12 +46,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def base(self) -> torch.optim.Optimizer:
         """The base optimizer."""
-        base: torch.optim.Optimizer = self._stepper.base
-        return base
-
-    @base.setter
-    def base(self, base: torch.optim.Optimizer) -> None:
-        self._stepper.base = base
+        return self._stepper.base
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -57,8 +56,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def rule(self) -> AnyRule:
         """The rule: a function from oracle to update."""
-        rule: AnyRule = self._stepper.rule
-        return rule
+        return self._stepper.rule
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
@@ -68,8 +66,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def full(self) -> Closure | None:
         """The closure over the larger batch of n-SAM."""
-        full: Closure | None = self._stepper.full
-        return full
+        return self._stepper.full
 
     @full.setter
     def full(self, full: Closure | None) -> None:
@@ -164,8 +161,7 @@ class Facade(torch.optim.Optimizer):
 
     def radius(self) -> float:
         """Return the largest radius of the next step."""
-        largest: float = self._stepper.radius.update(self.param_groups).largest()
-        return largest
+        return self._stepper.radius.update(self.param_groups).largest()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
@@ -182,8 +178,7 @@ class Facade(torch.optim.Optimizer):
 
     @property
     def _memory(self) -> RuleState:
-        memory: RuleState = self._stepper.state
-        return memory
+        return self._stepper.state
 
     def _count_step(self) -> int:
         steps = steps_of(self.param_groups) + 1
