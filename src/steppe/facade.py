@@ -16,6 +16,11 @@ from steppe.step import Pending, Skipped, Stepper
 from steppe.two_calls import HalfStep
 
 
+def _of_base(name: str, doc: str) -> Any:
+    """Return a property that is, and sets, an attribute of the base."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
+
+
 class Facade(torch.optim.Optimizer):
     """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
 
@@ -72,32 +77,9 @@ class Facade(torch.optim.Optimizer):
     def full(self, full: Closure | None) -> None:
         self._stepper.full = full
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups, each with its ``rho``."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's state, with the rule's memory beside it."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
+    param_groups = _of_base("param_groups", "The base's parameter groups, each with its ``rho``.")
+    state = _of_base("state", "The base's state, with the rule's memory beside it.")
+    defaults = _of_base("defaults", "The base's defaults.")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, also those that :meth:`backward` has left."""

@@ -13,7 +13,6 @@ from torch._compile import _disable_dynamo
 from steppe.batch import Batch, as_closure
 from steppe.engine import checks
 from steppe.engine.ddp import RankGroups, Sync
-from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
@@ -113,7 +112,7 @@ class SharpnessAware(Facade):
             rule,
             ranks=RankGroups(sync),
             radius=RadiusOfGroups(rho, base),  # the last check: it writes into the base's groups
-            modules=Modules(model),
+            model=model,
             full=full,
             check_finite=check_finite,
             cosine=cosine,

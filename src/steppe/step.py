@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.batch import Batch
 from steppe.check_batch import check_batch
@@ -16,7 +16,7 @@ from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
 from steppe.engine.guess import Guess
 from steppe.engine.memory import Memory
-from steppe.engine.modules import Modules
+from steppe.engine.modules import modules_behind
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.outgrown import Outgrown
 from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, names_of, parameters_of, steps_of
@@ -146,8 +146,8 @@ class Stepper:
         base: the base optimizer.
         rule: the optimizer's rule.
         radius: the radius of every group.
-        full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
-        ranks, modules, state, scaling: find the replicas, modules, memory and loss scale of a step.
+        model, full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
+        ranks, state, scaling: find the replicas, memory and loss scale of a step.
         guess: tells of a run that has learnt nothing.
         outgrown: tells of a correction that is longer than ``g`` while the loss rises, where micro-batches are sampled.
     """
@@ -156,7 +156,7 @@ class Stepper:
     rule: AnyRule
     radius: RadiusOfGroups
     ranks: RankGroups
-    modules: Modules
+    model: nn.Module | None
     full: Closure | None
     check_finite: bool
     cosine: bool
@@ -179,7 +179,7 @@ class Stepper:
         closure, scale = self.scaling.of_step(closure, scaler)
         groups = self.base.param_groups
         parameters = parameters_of(self.base)
-        modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
+        modules = closure.modules if isinstance(closure, Batch) else modules_behind(closure, parameters, self.model)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
         self.state.clear_room(self.base)

@@ -54,14 +54,14 @@ def non_negative(name: str, value: float) -> None:
     number(name, value, "a finite number >= 0")
 
 
-def positive_integer(name: str, value: int) -> None:
+def positive_integer(name: str, value: object, expected: str = "a positive integer") -> None:
     """Raise ``ValueError`` unless ``value`` is an integer above 0."""
     try:
-        integer = 0 if isinstance(value, bool) else operator.index(value)
+        integer = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[call-overload]
     except TypeError:
         integer = 0
     if integer < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def kind(value: object) -> str:
