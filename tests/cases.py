@@ -129,6 +129,8 @@ class Keeps:
             for name, t in (("exp_avg", g), ("exp_avg_sq", g * g)):
                 state[name] = state[name].lerp(t, 0.1) if name in state else 0.1 * t
 
+    step.hooked = True  # so torch runs the hooks of a step once, in the step above, whoever was made before
+
 
 class KeepingSGD(Keeps, torch.optim.SGD):
     pass
