@@ -54,10 +54,10 @@ def non_negative(name: str, value: float) -> None:
     number(name, value, "a finite number >= 0")
 
 
-def positive_integer(name: str, value: object, expected: str = "a positive integer") -> None:
+def positive_integer(name: str, value: Any, expected: str = "a positive integer") -> None:
     """Raise ``ValueError`` unless ``value`` is an integer above 0."""
     try:
-        integer = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[call-overload]
+        integer = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         integer = 0
     if integer < 1:
