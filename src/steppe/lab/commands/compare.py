@@ -218,7 +218,7 @@ def _reported(folder: Path, console: Console, baseline: str | None, work: "Calla
         return PAUSED
     if failures:
         details = f"\n{failures[0].details}" if os.environ.get(DEBUG) else ""
-        more = f" ({len(failures) - 1} more runs failed)" if failures[1:] else ""
+        more = f" (and {len(failures) - 1} more failed)" if failures[1:] else ""
         line(Console(stderr=True), f"{failures[0].run} failed: {failures[0].reason}{more}{details}")
     publish(folder, baseline, console)
     return 1 if failures else 0
