@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from steppe.lab import metrics, own, presets, tasks
+from steppe.lab import files, metrics, own, presets, tasks
 from steppe.lab.errors import LabError
+from steppe.lab.record import Record
 from steppe.lab.train import Session, train
 
 from . import own_tasks
@@ -124,6 +125,12 @@ def test_mistakes_are_told(name, given, message):
 def test_a_metric_that_is_not_finite_is_told():
     with pytest.raises(LabError, match="metric of SGD seed 0 is not finite"):
         train(planned("regression", lr=1e6, epochs=9).runs()[0])
+
+
+def test_a_record_whose_training_metric_is_not_finite_is_read_again(tmp_path):
+    found = replace(train(planned("regression").runs()[0]), train_error=None)
+    files.save(tmp_path / "record.json", found)
+    assert files.load(tmp_path / "record.json", Record) == found
 
 
 def test_functions_that_fail_are_told(monkeypatch):

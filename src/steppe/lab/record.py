@@ -34,7 +34,7 @@ class Record:
     epochs: int
     curves: dict[str, list[float | None]]  # one entry per evaluation; None if a value is missing or not finite
     test_error: float
-    train_error: float
+    train_error: float | None  # None: not finite
     train_loss: float | None
     classes: int
     steps: int

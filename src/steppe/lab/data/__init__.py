@@ -92,7 +92,7 @@ def _own(name: str, folder: str | None) -> RawData:
         if own.validation is None:
             return RawData(*own.train, *own.test, own.classes, own=own)
         both = map(joined, own.train, own.validation)
-        return RawData(*both, *own.test, own.classes, own=own, held=len(own.validation[1]))  # type: ignore[call-arg, misc, arg-type]
+        return RawData(*both, *own.test, own.classes, own=own, held=len(own.validation[1]))  # type: ignore[call-arg, misc]
     if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
         raise LabError(
             f"{name} must return a dict of train, test and model, or four tensors: inputs, labels, test_inputs, "

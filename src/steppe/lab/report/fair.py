@@ -186,7 +186,8 @@ def notes(found: Outcomes) -> list[str]:
     lines = [
         *_verdict(found),
         *_lost(found),
-        f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
+        f"Every method had {asked.trials} trials of {asked.search_seeds} seed{'s' * (asked.search_seeds > 1)}, the "
+        "first of them at fixed parameters, "
         f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
