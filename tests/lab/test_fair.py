@@ -318,6 +318,9 @@ def test_a_metric_that_should_be_high_is_searched_for_its_highest(tmp_path):
     assert "(higher is better)" in page
     assert "where the mean curve is highest" in page
     assert "validation minus error" in page
+    verdict = tables.notes(found)[0]
+    assert page.count(verdict) == 1
+    assert page.index(verdict) < page.index("<table")  # what is clear stands before the numbers
 
 
 def test_another_baseline(folder):

@@ -76,12 +76,15 @@ def render(
     names = {} if fairly is None else _names(fairly)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     every = _figures(found, fairly, table) if drawn is None else drawn
+    told = tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found))
+    lead = told.pop(0) if fairly is not None and told[0].startswith("Clearly") else ""
     return page.from_string(_text("template.html")).render(
         title=tables.title(found),
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
         caption=tables.caption(found),
-        notes=tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found)),
+        lead=lead,
+        notes=told,
         fair=None if fairly is None else [fair.table(fairly), fair.chosen(fairly)],
         metric=found.metric,
         extreme="highest" if found.higher else "lowest",
