@@ -262,10 +262,10 @@ def _recorded(f: Oracle, plan: SharingPlan, *options: Any, **named: Any) -> Reco
 
 
 def _by_groups(plan: SharingPlan, parts: MicroBatches, parameters: Parameters) -> bool:
-    """Return whether to interleave the examples of micro-batches, so that they are groups of a convolution as they lie.
+    """Return whether to interleave the examples of micro-batches: they then are groups of a convolution as they lie.
 
-    That is where a CPU runs a convolutional network: no layer sees several rows of an example. It saves 8 to 15 % of
-    the step of a ResNet.
+    That is where a CPU runs a network of convolutions, none of whose layers sees several rows of an example. With batch
+    norm, which so is one call without copies, it saves 7 % of the step of a ResNet at m = 4.
     """
     if parts.n % parts.m or parts.m in (1, parts.n) or parameters.devices:
         return False

@@ -119,7 +119,7 @@ class Factors:
 
     def _add(self, y: Tensor, x: Tensor, s: Tensor, turned: bool, ones: bool = True) -> None:
         """Add ``s_k x_k G_k^T`` to ``y_k`` in place, or ``turned`` ``s_k x_k G_k``; ``x`` and ``y`` are rows."""
-        assert y.is_contiguous()  # else its parts would be copies where they need not be
+        assert y.is_contiguous()  # else its parts would be copies
         low = y.dtype == torch.float16  # sums end at 65504
         to, x = (torch.zeros_like(y, dtype=torch.float32), x.float()) if low else (y, x)
         with uncast(x):
@@ -133,7 +133,7 @@ class Factors:
                     s_k = s_k[:, None, None]
                     in_place = products.dtype == s_k.dtype == y_k.dtype
                     add_product(y_k, products.mul_(s_k) if in_place else (products * s_k).to(y_k.dtype), out_k)
-        if self.parts.interleaved and to.shape[1] > 1:  # its parts are copies
+        if self.parts.interleaved and to.shape[1] > 1:  # its parts are copies all the same
             to.copy_(self.parts.join(y_parts, to.shape[1]))
         if low:
             y += to

@@ -130,14 +130,16 @@ class MicroBatches:
         """Return ``(n, ...)`` as a list of ``(parts, m, ...)``; views where ``t`` is contiguous."""
         rest = t.shape[1:]
         if self.interleaved:
-            parts = t.reshape(-1, self.k, *rest).transpose(0, 1)
+            parts = t.reshape(self.m, self.k, *rest).transpose(0, 1)
             return [parts] if len(self.spans) == 1 else [parts[a // m : b // m] for a, b, m in self.spans]
         if len(self.spans) == 1:
-            return [t.reshape(self.k, -1, *rest)]
-        return [t[a:b].reshape(-1, m, *rest) for a, b, m in self.spans]
+            return [t.reshape(self.k, self.n // self.k, *rest)]
+        return [t[a:b].reshape((b - a) // m, m, *rest) for a, b, m in self.spans]
 
     def chunks(self, t: Tensor) -> list[Tensor]:
         """Return ``(n, q, ...)`` as a list of ``(parts, m q, ...)``; copies where several rows are interleaved."""
+        if not self.interleaved and len(self.spans) == 1:
+            return [t.reshape(self.k, self.n // self.k * t.shape[1], *t.shape[2:])]
         return [part.flatten(1, 2) for part in self.by_part(t)]
 
     def zip(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -147,10 +149,10 @@ class MicroBatches:
 
     def join(self, chunks: Sequence[Tensor], q: int = 1) -> Tensor:
         """Invert :meth:`chunks`."""
-        parts = [chunk.reshape(chunk.shape[0], -1, q, *chunk.shape[2:]) for chunk in chunks]
-        if self.interleaved:
-            return self.cat([part.transpose(0, 1) for part in parts], 1).flatten(0, 1)
-        return self.cat([part.flatten(0, 1) for part in parts])
+        if not self.interleaved:
+            return self.cat([chunk.reshape(-1, q, *chunk.shape[2:]) for chunk in chunks])
+        parts = [chunk.reshape(chunk.shape[0], self.m, q, *chunk.shape[2:]).transpose(0, 1) for chunk in chunks]
+        return self.cat(parts, 1).flatten(0, 1)
 
     def split(self, t: Tensor) -> list[Tensor]:
         """Return ``(k, ...)`` as a list of chunks."""
@@ -162,8 +164,10 @@ class MicroBatches:
 
     def spread(self, t: Tensor) -> Tensor:
         """Return ``(k, ...)`` repeated for each example of a micro-batch: ``(n, ...)``."""
+        if self.interleaved:
+            return t.expand(self.m, *t.shape).flatten(0, 1)
         sizes = zip(self.split(t), self.spans, strict=True)
-        return self.join([c[:, None].expand(-1, m, *c.shape[1:]) for c, (_, _, m) in sizes])[:, 0]
+        return self.cat([c[:, None].expand(-1, m, *c.shape[1:]).flatten(0, 1) for c, (_, _, m) in sizes])
 
     @staticmethod
     def cat(chunks: Sequence[Tensor], dim: int = 0) -> Tensor:
