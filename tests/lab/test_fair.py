@@ -188,7 +188,7 @@ def test_the_tables_say_what_was_chosen_and_what_fixed_parameters_say(folder):
     assert {one.trials for one in found.each} == {3}
     words = " ".join(tables.notes(found))
     for said in (
-        "3 trials of 1 seeds",
+        "3 trials of 1 seed,",
         "25 % of the training examples",
         "as noisy as the training labels",
         "same number of gradient passes",
