@@ -304,7 +304,7 @@ def test_final_runs_above_the_budget_are_named(folder):
 def test_the_notebook_says_where_the_other_runs_are_if_some_failed(tmp_path, monkeypatch):
     failure = compare.Failure(run=None, reason="no memory", details="")
     monkeypatch.setattr(fair, "run", lambda *arguments: [failure])
-    with pytest.raises(LabError, match="1 of the runs failed, the first: no memory; .*c holds the others"):
+    with pytest.raises(LabError, match=r"1 of the runs failed, the first: no memory; .*c holds the others"):
         notebook.compare(["SAM"], "tests.lab.own_tasks:regression", folder=tmp_path / "c", batch_size=32)
 
 
