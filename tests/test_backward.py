@@ -15,7 +15,7 @@ from tests.cases import BASES, Case, each_base, each_case_and_base, optimizer, s
 def test_backward_and_step_are_one_step(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     a, b = optimizer(case, ours, base), optimizer(case, theirs, base)
-    for split, whole in zip(ours.batches(3), theirs.batches(3), strict=True):
+    for split, whole in zip(ours.batches(2), theirs.batches(2), strict=True):
         before = ours.weights()
         loss = a.backward(split)
         assert same_bits(before, ours.parameters())
@@ -100,6 +100,23 @@ def test_backward_again_is_refused_until_the_gradients_are_dropped() -> None:
     assert same_bits(ours.parameters(), theirs.parameters())
     with pytest.warns(UserWarning, match="not sharpness-aware"):
         a.step()  # nothing is left to finish
+
+
+def test_a_step_with_a_closure_is_refused_while_gradients_wait() -> None:
+    """Else ``step()`` after it would move by the waiting step's memory and the other's gradients."""
+    w = world()
+    opt = steppe.FSAM(sgd(w))
+    opt.backward(w.batch)
+    before = w.weights()
+    for again in (lambda: opt.step(w.batch), opt.first_step):
+        with pytest.raises(RuntimeError, match=r"gradients of backward\(\) wait for step\(\)"):
+            again()
+    assert same_bits(before, w.parameters())
+    opt.zero_grad()
+    opt.step(w.batch)
+    assert opt.telemetry.steps == 1
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        opt.step()  # nothing is left to finish
 
 
 def test_backward_again_after_a_step_that_is_skipped() -> None:
