@@ -47,7 +47,7 @@ def of_indices(f: Oracle, on: Tensor) -> Oracle:
 
 def difference(part: Oracle) -> Vector:
     """Return ``h - d`` of a part."""
-    return part.average(Rule()).grad - part.g
+    return part.update(Rule()).grad - part.g
 
 
 def corrected(f: Oracle, chosen: list[Oracle], change: Callable[[Vector], Vector] = lambda v: v) -> Update:

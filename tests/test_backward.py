@@ -102,6 +102,23 @@ def test_backward_again_is_refused_until_the_gradients_are_dropped() -> None:
         a.step()  # nothing is left to finish
 
 
+def test_a_step_with_a_closure_is_refused_while_gradients_wait() -> None:
+    """Else ``step()`` after it would move by the waiting step's memory and the other's gradients."""
+    w = world()
+    opt = steppe.FSAM(sgd(w))
+    opt.backward(w.batch)
+    before = w.weights()
+    for again in (lambda: opt.step(w.batch), opt.first_step):
+        with pytest.raises(RuntimeError, match=r"gradients of backward\(\) wait for step\(\)"):
+            again()
+    assert same_bits(before, w.parameters())
+    opt.zero_grad()
+    opt.step(w.batch)
+    assert opt.telemetry.steps == 1
+    with pytest.warns(UserWarning, match="not sharpness-aware"):
+        opt.step()  # nothing is left to finish
+
+
 def test_backward_again_after_a_step_that_is_skipped() -> None:
     w = world()
     opt = steppe.SAM(sgd(w))

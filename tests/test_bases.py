@@ -356,6 +356,15 @@ def test_modes_of_schedule_free_bases_are_handed_on() -> None:
 # ---- several optimizers as one
 
 
+def test_names_that_one_of_several_optimizers_lacks_are_known_of_none() -> None:
+    w = world()
+    named = list(w.model.named_parameters())
+    bases = [sgd(named[:2]), sgd([p for _, p in named[2:]])]
+    steppe.SAM(bases).step(w.batch)
+    with pytest.raises(TypeError, match="needs parameter names"):
+        steppe.ASAM([sgd(named[:2]), sgd([p for _, p in named[2:]])], on=steppe.Named()).step(w.batch)
+
+
 def test_several_optimizers_are_one_base() -> None:
     w = world()
     bases = in_parts(w.parameters())

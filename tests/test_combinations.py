@@ -72,7 +72,7 @@ rules = pieces(Rule, Method, samples, geometries, selects, combines)
 
 
 relaxed = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 

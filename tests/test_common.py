@@ -14,6 +14,7 @@ from steppe.factored import gradients
 from tests.cases import (
     BASES,
     CASES,
+    METHODS,
     Case,
     N,
     assert_close,
@@ -130,18 +131,18 @@ def test_resume_is_bit_identical(case: Case) -> None:
 
 
 @each_case
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_the_same_way_by_themselves(case: Case, duplicate) -> None:
+def test_copies_go_the_same_way_by_themselves(case: Case) -> None:
     ours = world(torch.float32)
     opt = optimizer(case, ours)
     run(opt, ours.batches(6)[:3])
-    theirs, twin = duplicate((ours, opt))
-    assert type(twin) is type(opt)
-    before = theirs.weights()
+    before = ours.weights()
+    copies = [copy.deepcopy((ours, opt)), pickle.loads(pickle.dumps((ours, opt)))]
     losses = run(opt, ours.batches(6)[3:])
-    assert same_bits(before, theirs.parameters())
-    assert run(twin, theirs.batches(6)[3:]) == losses
-    assert same_bits(ours.parameters(), theirs.parameters())
+    for theirs, twin in copies:
+        assert type(twin) is type(opt)
+        assert same_bits(before, theirs.parameters())
+        assert run(twin, theirs.batches(6)[3:]) == losses
+        assert same_bits(ours.parameters(), theirs.parameters())
 
 
 @each_case
@@ -165,8 +166,12 @@ def test_parameters_without_gradient_stay_without(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:micro-batches of m=. run in a loop")
-@each_case
-@pytest.mark.parametrize("pattern", [[1, 0], [0, 1], [1, 0, 0, 1, 1], [0, 0, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "pattern"),
+    [(c, p) for c in METHODS for p in ([1, 0], [0, 1], [1, 0, 0, 1, 1], [0, 0, 1])]
+    + [(c, [1, 0, 0, 1, 1]) for c in CASES if c not in METHODS],
+    ids=lambda v: getattr(v, "name", str(v)),
+)
 def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
     model = lambda: Branches([mlp(), nn.Linear(5, 3)], pattern=[[0, 1] if both else [0] for both in pattern])  # noqa: E731
     w = world(torch.float32, model)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe.engine.modules import Modules, referred
+from steppe.engine.modules import modules_behind, referred
 
 NET = nn.Linear(3, 2)
 
@@ -112,27 +112,19 @@ def test_nothing_that_the_search_passes_runs_code_of_its_own() -> None:
 
 def test_a_named_model_is_not_searched_for_and_follows_a_copy() -> None:
     model = nn.Linear(3, 2)
-    modules = Modules(model)
-    assert list(modules.of(lambda: None, list(model.parameters()))()) == [model]
-    other, copied = copy.deepcopy((model, modules))
-    assert list(copied.of(lambda: None, [])()) == [other]
+    assert list(modules_behind(lambda: None, list(model.parameters()), model)()) == [model]
+    other, copied = copy.deepcopy((model, steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)))
+    assert copied._stepper.model is other
     with pytest.raises(TypeError, match=r"torch\.nn.Module or None, got int"):
         steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=3)
 
 
-def test_another_closure_is_searched_anew() -> None:
-    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
-    modules, parameters = Modules(), [*a.parameters(), *b.parameters()]
-    assert list(modules.of(lambda: a, parameters)()) == [a]
-    assert list(modules.of(lambda: b, list(b.parameters()))()) == [b]
-
-
 def test_a_model_that_changes_behind_the_same_closure_is_found() -> None:
     a, b = nn.Linear(3, 2), nn.Linear(3, 2)
-    trainer, modules = Trainer(a), Modules()
+    trainer = Trainer(a)
     for model in (a, b):
         trainer.model = model
-        assert list(modules.of(trainer.loss, list(model.parameters()))()) == [model]
+        assert list(modules_behind(trainer.loss, list(model.parameters()))()) == [model]
 
 
 def test_a_search_that_finds_nothing_ends() -> None:

@@ -124,6 +124,8 @@ def test_saner_in_the_numbers_of_its_authors() -> None:
     for alpha in (-0.1, 1.1):
         with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
             steppe.SANER(sgd(model), alpha=alpha)
+        with pytest.raises(ValueError, match=r"alpha must be"):
+            steppe.SANER(sgd(model), alpha=lambda step, group, alpha=alpha: alpha).step(batch)
 
 
 def test_saner_keeps_a_gradient_that_w_does_not_have() -> None:

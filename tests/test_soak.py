@@ -416,7 +416,7 @@ class Flat:
         (case, base)
         for case in filter(in_reference, METHODS + MICRO + PARALLEL)
         for base in FLAT_BASES
-        if (case.name, base) != ("PreconditionedSAM", "momentum")
+        if (base == "momentum" or case in METHODS) and (case.name, base) != ("PreconditionedSAM", "momentum")
     ],
     ids=lambda v: getattr(v, "name", v),
 )

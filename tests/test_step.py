@@ -176,6 +176,21 @@ def test_a_rule_may_be_replaced() -> None:
     opt.step(w.batch)
     assert all("sharpness.friendly" in state for state in opt.state.values())
     assert opt.base is copy.copy(opt).base
+    for bad in ("SAM", Rule(geometry=steppe.Preconditioned())):
+        with pytest.raises(TypeError, match=r"rule must be a function|needs a base optimizer that keeps"):
+            opt.rule = bad
+    assert opt.rule == Rule(sample=steppe.Friendly())
+
+
+def test_what_is_looked_at_once_is_looked_at_anew_for_another_rule() -> None:
+    w = world()
+    mean = lambda model, x: model(x).square().mean()  # noqa: E731
+    contrast = lambda model, x: (model(x) - model(x).mean(0)).square().mean()  # noqa: E731
+    opt = steppe.SAM(sgd(w.model), m=5)
+    opt.step(steppe.MeanBatch(w.model, mean, w.x))
+    opt.rule = Micro(4)
+    with pytest.warns(UserWarning, match="is not the weighted mean of its parts"):
+        opt.step(steppe.MeanBatch(w.model, contrast, w.x))
 
 
 def test_a_rule_of_some_steps_that_needs_examples_is_refused_at_the_first() -> None:

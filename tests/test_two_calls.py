@@ -10,7 +10,7 @@ from torch import nn
 
 import steppe
 from steppe import Every, Micro, SharpnessAware
-from tests.cases import METHODS, MORE_THAN_TWO, Case, each_base, optimizer, same_bits, scaler, sgd, sgdm, world
+from tests.cases import METHODS, MORE_THAN_TWO, Case, beside_bases, optimizer, same_bits, scaler, sgd, sgdm, world
 
 TWO_GRADIENTS = [c for c in METHODS if not c.looks_inside and c.name != "NSAM" and c.name not in MORE_THAN_TWO]
 MORE = [c for c in METHODS if c not in TWO_GRADIENTS and c.name != "NSAM"]
@@ -23,8 +23,7 @@ def two_calls(opt: SharpnessAware, batch: steppe.Batch, **options: object) -> No
     opt.second_step(zero_grad=True)
 
 
-@each_base
-@pytest.mark.parametrize("case", TWO_GRADIENTS, ids=lambda case: case.name)
+@beside_bases(TWO_GRADIENTS)
 def test_two_calls_are_one_step(case: Case, base: str) -> None:
     ours, theirs = world(), world()
     a, b = optimizer(case, ours, base), optimizer(case, theirs, base)

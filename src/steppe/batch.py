@@ -134,9 +134,9 @@ class Batch:
         """
         losses = self.loss(self.model, self.data)
         if not isinstance(losses, Tensor) or losses.shape != (len(self),):
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f'loss must return one loss per example (reduction="none"), shape ({len(self)},), got {got}'
+                'loss must return one loss per example (reduction="none"), '
+                f"shape ({len(self)},), got {checks.kind(losses)}"
             )
         return losses
 

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from steppe.engine import checks
+from steppe.engine.parameters import parameters_of
 from steppe.engine.state import load_all, switch
 
 
@@ -62,7 +63,7 @@ class Joint(Optimizer):
             raise ValueError("bases must be one optimizer or more, got none")
         for base in bases:
             checks.check_base(base)
-        parameters = [p for base in bases for group in base.param_groups for p in group["params"]]
+        parameters = [p for base in bases for p in parameters_of(base)]
         if len({id(p) for p in parameters}) < len(parameters):
             raise ValueError("bases must have parameters of their own: one parameter is listed twice")
         # not super().__init__, which would make groups: they are the bases'

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.batch import Batch
+from steppe.engine import checks
 from steppe.engine.nested import Data
 
 
@@ -85,8 +86,7 @@ class MeanBatch(Batch):
         """
         loss = self.loss(self.model, self.data)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must return the mean loss, a tensor with one number, got {got}")
+            raise ValueError(f"loss must return the mean loss, a tensor with one number, got {checks.kind(loss)}")
         return loss.reshape(())
 
     def backward(

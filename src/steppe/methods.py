@@ -226,8 +226,8 @@ class NSAM(SharpnessAware):
     """
 
     def __init__(self, base: Base, rho: Radius = 0.05, *, full: Closure, **options: Unpack[Options]) -> None:
-        if not callable(full):
-            raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
+        if full is None:
+            raise TypeError("full must be a closure over the larger batch, got None")
         super().__init__(base, Rule(sample=OnFull()), rho, full=full, **options)
 
 

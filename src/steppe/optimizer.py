@@ -13,20 +13,16 @@ from torch._compile import _disable_dynamo
 from steppe.batch import Batch, as_closure
 from steppe.engine import checks
 from steppe.engine.ddp import RankGroups, Sync
-from steppe.engine.facade import Facade
-from steppe.engine.modules import Modules
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.parameters import RadiusOfGroups, steps_of
 from steppe.engine.passes import Closure
-from steppe.engine.state import RuleState
+from steppe.facade import Facade
 from steppe.joint import as_one
 from steppe.options import Base
-from steppe.pieces.protocol import declared
 from steppe.rule import on_micro_batches
 from steppe.schedule import Schedule
 from steppe.step import Pending, Skipped, Stepper
 from steppe.telemetry import Telemetry
-from steppe.two_calls import HalfStep
 
 Scaler = torch.amp.GradScaler
 KEPT = {"telemetry", "_stepper", "_warned"}  # by copies; schedulers patch ``step``
@@ -87,9 +83,6 @@ class SharpnessAware(Facade):
     """
 
     telemetry: Telemetry  #: what the last step saw
-    _stepper: Stepper
-    _pending: Pending | Skipped | None  # between backward and step
-    _half: HalfStep | None  # between first_step and second_step
 
     def __init__(
         self,
@@ -112,11 +105,21 @@ class SharpnessAware(Facade):
     ) -> None:
         base = as_one(base)
         rule = on_micro_batches(rule, m, sampled, ascent, clip)
-        checks.check_options(rule, parallel, max_norm, model)
-        ranks, memory = RankGroups(sync), RuleState(declared(rule).remembers, declared(rule).numbers)
-        radius = RadiusOfGroups(rho, base)
-        options = (check_finite, cosine, gradient_noise, parallel, max_norm)
-        stepper = Stepper(base, rule, radius, full, *options, ranks, Modules(model), memory)
+        checks.check_rule(rule, base)
+        checks.check_options(full, parallel, max_norm, model)
+        stepper = Stepper(
+            base,
+            rule,
+            ranks=RankGroups(sync),
+            radius=RadiusOfGroups(rho, base),  # the last check: it writes into the base's groups
+            model=model,
+            full=full,
+            check_finite=check_finite,
+            cosine=cosine,
+            gradient_noise=gradient_noise,
+            parallel=parallel,
+            max_norm=max_norm,
+        )
         # not super().__init__, which would make groups: they are the base's
         super().__setstate__(_fields(_stepper=stepper))
 
@@ -154,14 +157,14 @@ class SharpnessAware(Facade):
             TypeError: the method looks inside the batch and ``closure`` is no ``Batch``; nothing has been changed.
             ValueError: a group's ``rho`` is negative or not finite; nothing has been changed.
             RuntimeError: called by ``scaler.step``, or twice without ``scaler.update()`` between, or after
-                ``first_step``; nothing has been changed.
+                ``first_step``, or with a closure after :meth:`backward`; nothing has been changed.
         """
         self._refuse_grad_scaler()
         if closure is None and self._pending is not None:
             pending, self._pending = self._pending, None
             self._move(pending)
             return None
-        self._refuse_half_step()
+        self._refuse_unfinished()
         if closure is None:
             self._base_step()
             seen = Telemetry(steps=steps_of(self.param_groups), skipped=self.telemetry.skipped)
@@ -196,17 +199,14 @@ class SharpnessAware(Facade):
             The loss at ``w``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`step`, or called again before ``step()`` or ``zero_grad()``;
-                nothing has been changed.
+            TypeError, ValueError, RuntimeError: as :meth:`step`; called again before ``step()`` or ``zero_grad()``.
 
         Example:
             >>> loss = optimizer.backward(closure)
             >>> torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             >>> optimizer.step()
         """
-        self._refuse_half_step()
-        self._refuse_second_backward()
-        self._pending = None
+        self._refuse_unfinished()
         closed = as_closure(closure)
         f, pending = self._stepper.passes(closed, scaler)
         self._report(f, pending)
@@ -241,7 +241,7 @@ class SharpnessAware(Facade):
             >>> criterion(model(x), y).backward()
             >>> optimizer.second_step(zero_grad=True)
         """
-        self._refuse_half_step()
+        self._refuse_unfinished()
         half = self._stepper.half_step(scaler)
         half.look()
         self._half = half
@@ -272,10 +272,6 @@ class SharpnessAware(Facade):
         half, self._half = self._half, None
         if half is not None:
             half.leave()
-
-    def _refuse_half_step(self) -> None:
-        if self._half is not None:
-            raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
 
     # ---- after the passes
 

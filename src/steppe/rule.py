@@ -1,21 +1,20 @@
 """The template of every method, and rules made of rules."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 from torch import Tensor
 
 from steppe.engine import checks
 from steppe.engine.oracle import AnyRule, Oracle
-from steppe.engine.sampling import Sampled, sampled_average
+from steppe.engine.sampling import sampled_average
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.pieces.combine import Perturbed
 from steppe.pieces.geometry import Euclidean
-from steppe.pieces.protocol import Declaration, declared
-from steppe.pieces.sample import Mean, Subset, pieces_of
+from steppe.pieces.protocol import Declaration, declared, pieces_of
+from steppe.pieces.sample import Mean, Subset
 from steppe.pieces.select import All
 
 
@@ -111,7 +110,7 @@ class Micro:
         if self.sampled is not None:
             checks.positive_integer("sampled", self.sampled)
         if self.clip is not None:
-            checks.number("clip", self.clip, "a number > 0 or None", low=math.ulp(0.0))
+            checks.positive("clip", self.clip, "a number > 0 or None")
             if self.sampled is None:
                 raise ValueError(f"clip needs sampled=, whose correction it limits, got clip={self.clip!r}")
         for piece in pieces_of(self.rule):
@@ -125,7 +124,7 @@ class Micro:
         """Return the weighted mean of the micro-batches' updates, or an estimate of it from some of them."""
         if self.sampled is None:
             return f.average(self.rule, self.m)
-        return sampled_average(f, self.rule, Sampled(self.m, self.sampled, self.seed, self.clip))
+        return sampled_average(f, self.rule, self.m, self.sampled, self.seed, self.clip)
 
     def __repr__(self) -> str:
         some = "" if self.sampled is None else f", sampled={self.sampled}, seed={self.seed}"
@@ -160,7 +159,7 @@ class Every:
 
     def __call__(self, f: Oracle) -> Update:
         """Return this step's update."""
-        return f.average(self.at(f.step))
+        return f.update(self.at(f.step))
 
     @property
     def declares(self) -> Declaration:
@@ -212,21 +211,12 @@ class WhereSteep:
         f.remember_number("mu", mu)
         f.remember_number("variance", variance)
         c = self.start + (self.end - self.start) * min(1.0, f.step / self.steps)
-        return f.average(self.rule if now >= mu + c * variance**0.5 else Plain())
+        return f.update(self.rule if now >= mu + c * variance**0.5 else Plain())
 
     @property
     def declares(self) -> Declaration:
         """The squared norm's mean and variance, beside what the rule declares."""
         return Declaration(numbers=frozenset({"mu", "variance"}))
-
-
-class Parts(TypedDict, total=False):
-    """The options of every method that choose the examples of a perturbation: see :class:`~steppe.SharpnessAware`."""
-
-    m: int | None
-    sampled: int | None
-    ascent: int | None
-    clip: float | None
 
 
 def on_micro_batches(

@@ -139,14 +139,14 @@ class Window:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        as_schedule(self.rho)
+        check_scheduled("rho", self.rho)
         checks.non_negative("start", self.start)
         if self.stop is not None and not self.stop >= self.start:
             raise ValueError(f"stop must be at least start ({self.start}), got {self.stop!r}")
 
     def __call__(self, step: int, group: Group) -> float:
         inside = step >= self.start and (self.stop is None or step < self.stop)
-        return as_schedule(self.rho)(step, group) if inside else 0.0
+        return scheduled(self.rho, step, group) if inside else 0.0
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ class Tail:
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        as_schedule(self.rho)
+        check_scheduled("rho", self.rho)
         checks.positive_integer("steps", self.steps)
         checks.positive_share("share", self.share)
 
     def __call__(self, step: int, group: Group) -> float:
         inside = step >= self.steps - max(1, round(self.share * self.steps))
-        return as_schedule(self.rho)(step, group) if inside else 0.0
+        return scheduled(self.rho, step, group) if inside else 0.0
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,11 @@ class Periodic:
     every: int
 
     def __post_init__(self) -> None:
-        as_schedule(self.rho)
+        check_scheduled("rho", self.rho)
         checks.positive_integer("every", self.every)
 
     def __call__(self, step: int, group: Group) -> float:
-        return 0.0 if step % self.every else as_schedule(self.rho)(step, group)
-
-
-def as_schedule(rho: float | Schedule) -> Schedule:
-    """Return a number as a constant schedule, and a schedule unchanged."""
-    return rho if callable(rho) else Constant(rho)
+        return 0.0 if step % self.every else scheduled(self.rho, step, group)
 
 
 def _check_ramp(start: float, end: float, steps: int) -> None:
@@ -217,8 +212,14 @@ def _check_ramp(start: float, end: float, steps: int) -> None:
     checks.positive_integer("steps", steps)
 
 
+def check_scheduled(name: str, value: float | Schedule) -> None:
+    """Refuse a negative number; what a schedule answers is checked in :func:`scheduled`."""
+    if not callable(value):
+        checks.non_negative(name, value)
+
+
 def scheduled(value: float | Schedule, step: int, group: Group, name: str = "rho") -> float:
-    """Return the radius of a group at a step, or what else is called ``name``, checked."""
-    now = as_schedule(value)(step, group)
+    """Return a number, or what a schedule answers for a group at a step, checked; ``name`` is its argument's."""
+    now = value(step, group) if callable(value) else value
     checks.non_negative(name, now)
     return float(now)

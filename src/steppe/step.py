@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.batch import Batch
+from steppe.check_batch import check_batch
 from steppe.engine.checks import check_state
 from steppe.engine.ddp import RankGroups
 from steppe.engine.grad_scaler import Scaling
 from steppe.engine.guess import Guess
 from steppe.engine.memory import Memory
-from steppe.engine.modules import Modules
+from steppe.engine.modules import modules_behind
 from steppe.engine.oracle import AnyRule, Oracle
 from steppe.engine.outgrown import Outgrown
-from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, steps_of
-from steppe.engine.parts import check_batch
+from steppe.engine.parameters import Parameters, Radii, RadiusOfGroups, names_of, parameters_of, steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import PREFIX, RuleState
 from steppe.engine.update import Update
@@ -27,8 +27,7 @@ from steppe.engine.vector import Vector, shift_
 from steppe.engine.weights import NotFinite
 from steppe.factored.engine import SharedPasses
 from steppe.factored.statistics import gradient_statistics
-from steppe.pieces.protocol import declared
-from steppe.pieces.sample import pieces_of
+from steppe.pieces.protocol import declared, pieces_of
 from steppe.rule import Micro, Plain, rule_at
 from steppe.telemetry import Telemetry
 from steppe.two_calls import HalfStep, no_closure
@@ -76,7 +75,8 @@ class Pending:
             dtype = getattr(p, "grad_dtype", None) or p.dtype
             p.grad = g if g is None or g.dtype is dtype else g.to(dtype)
         numbers = {name: passes.ranks.mean_number(passes.log.kept[name]) for name in sorted(passes.log.kept)}
-        perturbed = [p for p, may in zip(parameters, passes.parameters.movable, strict=True) if may and f.reads]
+        movable = zip(parameters, passes.parameters.movable, strict=True)
+        perturbed = [p for p, may in movable if may] if f.reads else []
         return cls(parameters, update.beside, kept, numbers, f.reads, perturbed)
 
     def leave_gradients(self, f: Oracle, scaler: torch.amp.GradScaler | None) -> None:
@@ -146,8 +146,8 @@ class Stepper:
         base: the base optimizer.
         rule: the optimizer's rule.
         radius: the radius of every group.
-        full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
-        ranks, modules, state, scaling: find the replicas, modules, memory and loss scale of a step.
+        model, full, check_finite, cosine, gradient_noise, parallel, max_norm: as for :class:`~steppe.SharpnessAware`.
+        ranks, state, scaling: find the replicas, memory and loss scale of a step.
         guess: tells of a run that has learnt nothing.
         outgrown: tells of a correction that is longer than ``g`` while the loss rises, where micro-batches are sampled.
     """
@@ -155,39 +155,38 @@ class Stepper:
     base: torch.optim.Optimizer
     rule: AnyRule
     radius: RadiusOfGroups
+    ranks: RankGroups
+    model: nn.Module | None
     full: Closure | None
     check_finite: bool
     cosine: bool
     gradient_noise: bool
     parallel: bool | str
     max_norm: float | None
-    ranks: RankGroups
-    modules: Modules
-    state: RuleState
+    state: RuleState = field(default_factory=RuleState)
     scaling: Scaling = field(default_factory=Scaling)
     guess: Guess = field(default_factory=Guess)
-    outgrown: Outgrown | None = None
-    checked: bool = False  # whether what a first batch tells of its loss has been looked at
+    outgrown: Outgrown | None = field(init=False)
+    checked: bool = field(init=False)  # whether what a first batch tells of its loss has been looked at
 
     def __post_init__(self) -> None:
-        check_state(self.base, declared(self.rule).base_state)
-        if any(isinstance(piece, Micro) and piece.sampled for piece in pieces_of(self.rule)):
-            self.outgrown = Outgrown()
+        self.state.names, self.state.numbers = declared(self.rule).remembers, declared(self.rule).numbers
+        sampled = any(isinstance(piece, Micro) and piece.sampled for piece in pieces_of(self.rule))
+        self.outgrown, self.checked = Outgrown() if sampled else None, False
 
     def oracle(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> Oracle:
         """Return the oracle of the next step; whatever is wrong with its arguments is found here."""
         closure, scale = self.scaling.of_step(closure, scaler)
         groups = self.base.param_groups
-        parameters = [p for group in groups for p in group["params"]]
-        names = [n for g in groups for n in g["param_names"]] if "param_names" in groups[0] else None
-        modules = closure.modules if isinstance(closure, Batch) else self.modules.of(closure, parameters)
+        parameters = parameters_of(self.base)
+        modules = closure.modules if isinstance(closure, Batch) else modules_behind(closure, parameters, self.model)
         ranks = self.ranks.of_step(modules, parameters)
         radii, step = self.radius.update(groups), steps_of(groups)
         self.state.clear_room(self.base)
         full = self.full
         return Oracle(
             closure,
-            Parameters(parameters, radii, names),
+            Parameters(parameters, radii, names_of(groups)),
             declares=declared(self._rule_at(step, radii)),
             step=step,
             memory=Memory(parameters, self.state.of(self.base), self.base.state, groups[0]),
@@ -216,7 +215,7 @@ class Stepper:
             noise = gradient_statistics(f.batch("gradient_noise=True"), f.passes.parameters.tensors)
             f.passes.log.numbers["trace_V"] = noise.trace
         try:
-            update = f.average(self._rule_at(f.step, f.rho))
+            update = f.update(self._rule_at(f.step, f.rho))
         except NotFinite:
             update = None
         else:
@@ -232,7 +231,7 @@ class Stepper:
     def half_step(self, scaler: torch.amp.GradScaler | None) -> HalfStep:
         """Return the step between ``first_step`` and ``second_step``."""
         f = self.oracle(no_closure, scaler)
-        return HalfStep(f, self.rule if f.rho.largest() else Plain())
+        return HalfStep(f, self._rule_at(f.step, f.rho))
 
     def second_half(self, half: HalfStep) -> Pending | Skipped:
         """End a step that ``half_step`` has begun."""
@@ -255,7 +254,7 @@ class Stepper:
     def finish(self, update: Update | None, f: Oracle) -> Pending | Skipped:
         """Hand an update whose gradients are finite on all ranks to the parameters."""
         passes = f.passes
-        device = passes.parameters.tensors[0].device
+        device = passes.parameters.device
         overflow = update is None or (f.guard and not passes.log.finite())
         skip = passes.ranks.any(overflow, device) if f.guard else overflow
         if passes.scale is not None:

@@ -14,7 +14,7 @@ from steppe.engine.update import Update
 from steppe.engine.vector import Vector
 from steppe.engine.weights import NotFinite
 from steppe.pieces.protocol import declared
-from steppe.rule import Rule, rule_at
+from steppe.rule import Rule
 
 
 def no_closure() -> Tensor:
@@ -39,16 +39,16 @@ class HalfStep:
 
     Args:
         f: an oracle whose closure is :func:`no_closure`.
-        rule: the optimizer's rule.
+        rule: the rule of the step.
 
     Raises:
         TypeError: the rule needs more than the gradients at ``w`` and ``w + eps``; nothing has been changed.
     """
 
     def __init__(self, f: Oracle, rule: AnyRule) -> None:
-        self.f, self.rule, self.finite = f, rule_at(rule, f.step), True
-        needs = declared(self.rule)
-        if needs.examples or needs.parts or not (isinstance(self.rule, Rule) or not needs.g_adv):
+        self.f, self.rule, self.finite = f, rule, True
+        needs = declared(rule)
+        if needs.examples or needs.parts or not (isinstance(rule, Rule) or not needs.g_adv):
             raise TypeError(f"first_step() and second_step() serve rules of two gradients, not {rule!r}: call step()")
         self.ran: list[nn.Module] = []  # the modules of the second pass
         self._away = ExitStack()

@@ -88,8 +88,7 @@ def plain(model: Model, trainer, make, groups, **options):
     return other, losses
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "k"), [("SAM", 1), *((name, 3) for name in METHODS)])
 def test_it_is_the_plain_loop(name: str, k: int, tmp_path) -> None:
     model = Model()
     trainer = Sequential(model, arguments(tmp_path, k), train_dataset=Digits(64 * k), sharpness=METHODS[name])

@@ -23,6 +23,8 @@ def test_power_iteration_finds_the_largest_in_absolute_value_and_lanczos_the_end
     assert eigenpairs(H).value == pytest.approx(5)
     assert eigenpairs(H, which="smallest").value == pytest.approx(-7)
     assert eigenpairs(H, 3, "magnitude").values == pytest.approx((-7, 5, 1))
+    zero = power_iteration(Hessian(quadratic([0.0, 0.0])))
+    assert (zero.value, zero.products, float(zero.vectors[0].norm())) == (0, 1, pytest.approx(1))
 
 
 @pytest.mark.parametrize(("which", "expected"), [("largest", (12, 5)), ("smallest", (-7, -2)), ("magnitude", (12, -7))])

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from steppe.lab.commands.group import app
 from steppe.sde.study import Case, ErrorStudy, curves
 
-TINY = ("--rule", "SGD", "--rule", "m-SAM", "--paths", 64, "--lr", 0.2, "--lr", 0.1, "--rho", 0.2, "--rho", 0.1)
+TINY = ("--rule", "SGD", "--rule", "m-SAM", "--paths", 64, "--lr", 0.5, "--lr", 0.25, "--rho", 0.2, "--rho", 0.1)
 
 
 def command(*arguments):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe.pieces.protocol import declared
+
 FSDP1 = (
     "params must not be flattened by FullyShardedDataParallel, whose ranks see neither the whole norm nor single "
     "parameters: shard with torch.distributed.fsdp.fully_shard"
@@ -39,7 +41,12 @@ def share(name: str, value: float) -> None:
 
 def positive_share(name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``0 < value <= 1``."""
-    number(name, value, "a number in (0, 1]", low=math.nextafter(0.0, 1.0), below=math.nextafter(1.0, 2.0))
+    number(name, value, "a number in (0, 1]", low=math.ulp(0.0), below=math.nextafter(1.0, 2.0))
+
+
+def positive(name: str, value: float, expected: str = "a number > 0") -> None:
+    """Raise ``ValueError`` unless ``0 < value < inf``."""
+    number(name, value, expected, low=math.ulp(0.0))
 
 
 def non_negative(name: str, value: float) -> None:
@@ -47,14 +54,19 @@ def non_negative(name: str, value: float) -> None:
     number(name, value, "a finite number >= 0")
 
 
-def positive_integer(name: str, value: int) -> None:
+def positive_integer(name: str, value: Any, expected: str = "a positive integer") -> None:
     """Raise ``ValueError`` unless ``value`` is an integer above 0."""
     try:
         integer = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         integer = 0
     if integer < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def kind(value: object) -> str:
+    """Return what a value is, for a message: a tensor's shape, else its type."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def grad_scaler(scaler: object) -> None:
@@ -91,8 +103,9 @@ def loss_among(returned: Any) -> Any:
         loss = getattr(returned, "loss", returned)
     if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, Real):
         return loss
-    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise TypeError(f"closure must return the loss, one number, or it as .loss or as the first of several, got {kind}")
+    raise TypeError(
+        f"closure must return the loss, one number, or it as .loss or as the first of several, got {kind(loss)}"
+    )
 
 
 def warn(message: str) -> None:
@@ -151,6 +164,11 @@ def check_base(base: object) -> torch.optim.Optimizer:
     return base
 
 
+def bases_of(base: torch.optim.Optimizer) -> Sequence[torch.optim.Optimizer]:
+    """Return the optimizers of a :class:`~steppe.Joint`; any other is itself."""
+    return getattr(base, "bases", (base,))
+
+
 def _needs_closure(base: torch.optim.Optimizer) -> bool:
     """Tell whether ``step`` cannot be called without a closure."""
     _, *rest = inspect.signature(type(base).step).parameters.values()
@@ -179,9 +197,8 @@ def check_state(base: torch.optim.Optimizer, reads: frozenset[str], begun: bool 
     Raises:
         TypeError: it keeps nothing of that; SGD without momentum is one.
     """
-    parts = getattr(base, "bases", (base,))
-    if reads and not any(_may_keep(part, reads, begun) for part in parts):
-        kinds = " and ".join(sorted({type(part).__name__ for part in parts}))
+    if reads and not any(_may_keep(part, reads, begun) for part in bases_of(base)):
+        kinds = " and ".join(sorted({type(part).__name__ for part in bases_of(base)}))
         raise TypeError(
             f"this method needs a base optimizer that keeps {' or '.join(sorted(reads))}, got {kinds} that does not"
         )
@@ -199,14 +216,21 @@ def _may_keep(base: torch.optim.Optimizer, reads: frozenset[str], begun: bool) -
     return bool(reads & kept)
 
 
-def check_options(rule: object, parallel: object, max_norm: float | None, model: object) -> None:
-    """Refuse options of the optimizer that are none of the documented ones."""
+def check_rule(rule: object, base: torch.optim.Optimizer) -> None:
+    """Refuse what is no rule, and a rule that reads what the base does not keep."""
     if not callable(rule):
         raise TypeError(f"rule must be a function from Oracle to Update, got {rule!r}")
+    check_state(base, declared(rule).base_state)
+
+
+def check_options(full: object, parallel: object, max_norm: float | None, model: object) -> None:
+    """Refuse options of the optimizer that are none of the documented ones."""
+    if full is not None and not callable(full):
+        raise TypeError(f"full must be a closure over the larger batch, got {full!r}")
     if parallel not in ("auto", True, False):
         raise ValueError(f"parallel must be 'auto', True or False, got {parallel!r}")
     if max_norm is not None:
-        number("max_norm", max_norm, "a number > 0 or None", low=math.ulp(0.0))
+        positive("max_norm", max_norm, "a number > 0 or None")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
 

@@ -1,6 +1,5 @@
 """``DistributedDataParallel``: whose gradients make the perturbation, and what is averaged over the ranks."""
 
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from steppe.engine.checks import FSDP1
+from steppe.engine import checks
 from steppe.engine.replay import is_compiled
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector, is_sharded, wide
@@ -25,18 +24,6 @@ BUCKET = 2**23  # numbers in one message: 32 MB of float32
 def distributed_run() -> bool:
     """Tell whether this process is one of a process group."""
     return distributed.is_available() and distributed.is_initialized()
-
-
-def check_sync(sync: Sync) -> None:
-    """Refuse what is neither a name nor a number of ranks."""
-    if isinstance(sync, str) and sync in ("auto", "local", "global"):
-        return
-    try:
-        n = 0 if isinstance(sync, str | bool) else operator.index(sync)
-    except TypeError:
-        n = 0
-    if n < 1:
-        raise ValueError(f"sync must be 'auto', 'local', 'global' or a positive number of ranks, got {sync!r}")
 
 
 @dataclass
@@ -240,7 +227,8 @@ class RankGroups:
     """The ranks of an optimizer's steps: found anew for each, groups of neighbours made once."""
 
     def __init__(self, sync: Sync) -> None:
-        check_sync(sync)
+        if sync not in ("auto", "local", "global"):
+            checks.positive_integer("sync", sync, "'auto', 'local', 'global' or a positive number of ranks")
         self.sync = sync
         self._group: Any = None
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -264,7 +252,7 @@ class RankGroups:
             return Ranks()
         found = list({id(m): m for m in modules()}.values())
         if any(type(m).__name__ == "FullyShardedDataParallel" for m in found):
-            raise TypeError(FSDP1)
+            raise TypeError(checks.FSDP1)
         replicas = [m for m in found if isinstance(m, nn.parallel.DistributedDataParallel)]
         if not replicas:
             return Ranks()

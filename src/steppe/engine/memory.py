@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steppe.engine.checks import kind
 from steppe.engine.passes import Passes
 from steppe.engine.state import PREFIX
 from steppe.engine.vector import Scalar, Vector
@@ -29,35 +30,8 @@ class Memory:
     base_state: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     group: Mapping[str, Any] = field(default_factory=dict)
 
-    def vector(self, name: str, default: Vector) -> Vector:
-        """Return what the rule remembers; ``default`` for a parameter that has none yet."""
-        kept = self._entries(self.state, PREFIX + name)
-        if all(t is None for t in kept):
-            return default
-        missing = default.where(t is None for t in kept).materialised()
-        return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
-
-    def number(self, name: str, default: float) -> float:
-        """Return a number that the rule remembers; ``default`` where there is none yet."""
-        kept = float(self.group.get(PREFIX + name, math.nan))
-        return default if math.isnan(kept) else kept
-
-    def of_base(self, name: str) -> Vector:
-        """Return the base's state of this name; ``None`` for a parameter that has none yet.
-
-        Raises:
-            TypeError: it is no tensor of the parameter's shape.
-        """
-        entries = self._entries(self.base_state, name)
-        for p, t in zip(self.parameters, entries, strict=True):
-            if t is not None and not (isinstance(t, Tensor) and t.shape == p.shape):
-                got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-                raise TypeError(
-                    f"base_state({name!r}) must be a tensor of the parameter's shape {tuple(p.shape)}, got {got}"
-                )
-        return Vector(entries)
-
-    def _entries(self, state: Mapping[Any, Mapping[str, Any]], name: str) -> list[Any]:
+    def entries(self, state: Mapping[Any, Mapping[str, Any]], name: str) -> list[Any]:
+        """Return what one of both states has of every parameter under a name; ``None`` where that is nothing."""
         return [state[p].get(name) if p in state else None for p in self.parameters]
 
 
@@ -84,7 +58,11 @@ class Remembering:
         ``ValueError`` for a name that the rule does not declare.
         """
         self._check_declared("remembers", name)
-        return self._memory.vector(name, default)
+        kept = self._memory.entries(self._memory.state, PREFIX + name)
+        if all(t is None for t in kept):
+            return default
+        missing = default.where(t is None for t in kept).materialised()
+        return Vector([d if t is None else t for t, d in zip(kept, missing, strict=True)])
 
     def remember(self, name: str, v: Vector, rate: float = 1.0) -> None:
         """Keep ``v`` for the next step: in ``optimizer.state``, written once this step has succeeded.
@@ -98,7 +76,8 @@ class Remembering:
     def recall_number(self, name: str, default: float) -> float:
         """Return the number that ``remember_number`` kept under this name, or ``default``."""
         self._check_declared("numbers", name)
-        return self._memory.number(name, default)
+        kept = float(self.group.get(PREFIX + name, math.nan))
+        return default if math.isnan(kept) else kept
 
     def remember_number(self, name: str, value: Scalar) -> None:
         """Keep a number for the next step, in the parameter groups; micro-batches and ranks keep their mean."""
@@ -108,10 +87,17 @@ class Remembering:
     def base_state(self, name: str) -> Vector:
         """Return the base optimizer's state of this name, as its last step left it; not to be changed.
 
-        A parameter that has none yet has no entry. ``ValueError`` for a name that the rule does not declare.
+        A parameter that has none yet has no entry. ``ValueError`` for a name that the rule does not declare,
+        ``TypeError`` where it is no tensor of the parameter's shape.
         """
         self._check_declared("base_state", name)
-        return self._memory.of_base(name)
+        entries = self._memory.entries(self._memory.base_state, name)
+        for p, t in zip(self._memory.parameters, entries, strict=True):
+            if t is not None and not (isinstance(t, Tensor) and t.shape == p.shape):
+                raise TypeError(
+                    f"base_state({name!r}) must be a tensor of the parameter's shape {tuple(p.shape)}, got {kind(t)}"
+                )
+        return Vector(entries)
 
     def _check_declared(self, what: str, name: str) -> None:
         known = getattr(self._declares, what)

@@ -17,24 +17,18 @@ MOST = 2_000  # values that a search looks at: about 1 ms
 LARGE = 1_000  # containers with more items hold data, not models
 
 
-class Modules:
-    """Finds the modules of a closure that hold the optimizer's parameters.
+def modules_behind(
+    closure: object, parameters: Sequence[Tensor], model: nn.Module | None = None
+) -> Callable[[], Iterator[nn.Module]]:
+    """Return what yields every module inside those that a closure refers to and that hold any of the parameters.
 
     A plain closure does not name its model. The modules that it calls are found by a forward hook, but compiled code
     and a direct ``module.forward`` run without hooks, and DDP has to be told before its forward. So the variables that
-    the closure refers to are searched once a step: cells, globals, bound objects, their attributes and methods.
-
-    Args:
-        model: the module that closures run, where the user has named it; then nothing is searched.
+    the closure refers to are searched once a step: cells, globals, bound objects, their attributes and methods. Where
+    the user has named the model, nothing is searched.
     """
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = model
-
-    def of(self, closure: object, parameters: Sequence[Tensor]) -> Callable[[], Iterator[nn.Module]]:
-        """Return what yields every module inside those that the closure refers to and that hold any parameter."""
-        found = referred(closure, parameters) if self._model is None else [self._model]
-        return lambda: chain.from_iterable(map(modules_of, found))
+    found = referred(closure, parameters) if model is None else [model]
+    return lambda: chain.from_iterable(map(modules_of, found))
 
 
 def referred(closure: object, parameters: Iterable[Tensor]) -> list[nn.Module]:

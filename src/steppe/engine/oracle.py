@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from steppe.batch import Batch, Batches, chunks_of
 from steppe.engine.ddp import Ranks
 from steppe.engine.grad_scaler import LossScale
-from steppe.engine.hessian import hessian_vector_product
 from steppe.engine.memory import Memory, Remembering
 from steppe.engine.outputs import at_outputs, holding, recording
 from steppe.engine.parameters import Parameters, Radii
@@ -21,7 +20,7 @@ from steppe.engine.passes import PARTS, Closure, Passes
 from steppe.engine.shortcuts import Shortcuts
 from steppe.engine.update import Update
 from steppe.engine.vector import Vector
-from steppe.engine.weights import moved
+from steppe.engine.weights import hessian_vector_product, moved
 from steppe.pieces.protocol import Declaration
 
 AnyRule = Callable[["Oracle"], Update]  # any function from oracle to update is a rule
@@ -245,21 +244,22 @@ class Oracle(Remembering):
         """Return the closure as a :class:`~steppe.Batch`; ``TypeError`` if it is a plain closure."""
         return self.passes.batch(use)
 
-    def average(self, rule: AnyRule, m: int | None = None) -> Update:
+    def update(self, rule: AnyRule) -> Update:
+        """Return the rule's update on the batch, by shared passes where they are cheaper (:mod:`steppe.factored`)."""
+        update = None if self._shortcuts is None else self._shortcuts.update(self, rule, None)
+        return rule(self) if update is None else update
+
+    def average(self, rule: AnyRule, m: int) -> Update:
         """Return the mean of the rule's updates over micro-batches of ``m`` examples, by their weights: ``size / n``.
 
-        ``m=None`` is the rule's update on the batch. Micro-batches lie within one accumulated batch and one rank. They
-        share passes where the model allows it (:mod:`steppe.factored`).
+        Micro-batches lie within one accumulated batch and one rank. They share passes where the model allows it.
         """
-        if m is not None:
-            self.passes.ranks.stay_within()
-            if isinstance(self.passes.closure, Batches) and self.passes.closure.per_example:
-                return reduce(add, (share * f.average(rule, m) for share, f in self.parts(self.passes.closure.chunks)))
+        self.passes.ranks.stay_within()
+        if isinstance(self.passes.closure, Batches) and self.passes.closure.per_example:
+            return reduce(add, (share * f.average(rule, m) for share, f in self.parts(self.passes.closure.chunks)))
         update = None if self._shortcuts is None else self._shortcuts.update(self, rule, m)
         if update is not None:
             return update
-        if m is None:
-            return rule(self)
         return reduce(add, (share * rule(part) for share, part in self.parts(self.batch(PARTS).split(m))))
 
     def parts(self, batches: Sequence[Batch]) -> Iterator[tuple[float, Oracle]]:

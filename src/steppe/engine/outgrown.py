@@ -70,7 +70,7 @@ class Outgrown:
 def mean_over_ranks(f: Oracle, *numbers: Tensor | float | None) -> list[float]:
     """Return the means of numbers over all ranks; ``None`` is 0."""
     passes = f.passes
-    device = passes.parameters.tensors[0].device
+    device = passes.parameters.device
     mine = [torch.as_tensor(0.0 if x is None else x, dtype=torch.float32, device=device) for x in numbers]
     mean = passes.ranks.mean_number(passes.ranks.shared_mean(torch.stack(mine), passes.parameters.sharded))
     return mean.tolist()  # type: ignore[union-attr]

@@ -51,6 +51,11 @@ class Parameters:
         """Whether parameters are spread over ranks, as under ``fully_shard``."""
         return any(map(is_sharded, self.tensors))
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter, where the ranks exchange numbers."""
+        return self.tensors[0].device
+
     @cached_property
     def devices(self) -> set[torch.device]:
         """The accelerators that hold parameters."""
@@ -113,6 +118,18 @@ def has_rho(base: Any) -> bool:
     inside = [value for value in vars(base).values() if isinstance(value, torch.optim.Optimizer)]
     inside += getattr(base, "bases", ())
     return "rho" in getattr(base, "defaults", {}) or any(map(has_rho, inside))
+
+
+def parameters_of(base: torch.optim.Optimizer) -> list[Tensor]:
+    """Return an optimizer's parameters, group after group."""
+    return [p for group in base.param_groups for p in group["params"]]
+
+
+def names_of(groups: Sequence[Group]) -> list[str] | None:
+    """Return the names of all parameters; ``None`` where a group has none, as of one of several optimizers."""
+    if not all("param_names" in group for group in groups):
+        return None
+    return [name for group in groups for name in group["param_names"]]
 
 
 def steps_of(groups: Sequence[Group]) -> int:

@@ -91,7 +91,7 @@ class Passes:
         shares = [part.weight / total for part in parts]
         if self.batch(PARTS).per_example or not self.parameters.sharded:
             return list(zip(parts, shares, strict=True))
-        mine = torch.tensor(shares, dtype=torch.float64, device=self.parameters.tensors[0].device)
+        mine = torch.tensor(shares, dtype=torch.float64, device=self.parameters.device)
         known = zip(parts, shares, self.ranks.shared_mean(mine, sharded=True).tolist(), strict=True)
         return [(part.times(own / (mean or 1.0)), mean) for part, own, mean in known]  # type: ignore[attr-defined]
 

@@ -1,7 +1,6 @@
 """Random micro-batches of a step's batch: for m-SAM in expectation, and for a perturbation from a part of the batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
@@ -19,37 +18,7 @@ from steppe.engine.vector import TINY, Vector
 Draw = tuple[Batch, Tensor]  # one of the accumulated batches, and the indices of examples in it
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """How micro-batches are drawn.
-
-    Args:
-        m: examples in each.
-        draws: how many of them.
-        seed: of the draws.
-        clip: the largest norm of the correction, in units of ``norm(g)``; ``None`` is any.
-    """
-
-    m: int
-    draws: int
-    seed: int = 0
-    clip: float | None = None
-
-    def of(self, f: Oracle) -> tuple[list[Draw], int]:
-        """Return this step's draws, and how many examples are in the micro-batches that they are drawn from.
-
-        Those are the micro-batches of a partition that weigh something.
-        """
-        batch, how = f.batch(PARTS), (self.seed, f.step, rank_of(f))
-        if batch.per_example:
-            return drawn(batch, self.m, self.draws, *how), len(batch)
-        every = drawn(batch, self.m, len(batch), *how)
-        weighed = f.passes.weighed([batch_of(draw) for draw in every])
-        draws = [draw for draw, (_, share) in zip(every, weighed, strict=True) if share]
-        return draws[: self.draws], sum(len(on) for _, on in draws)
-
-
-def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
+def sampled_average(f: Oracle, rule: AnyRule, m: int, k: int, seed: int, clip: float | None) -> Update:
     """Return ``g + (1 / k) sum_j [u(S_j) - g(S_j)]`` with ``S_1 ... S_k`` disjoint random micro-batches of the batch.
 
     ``g`` is the gradient of the whole batch, ``u(S)`` the rule's update and ``g(S)`` the gradient on ``S``. Its mean
@@ -66,10 +35,16 @@ def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
 
     Of a :class:`~steppe.MeanBatch` only micro-batches that weigh something are drawn, ``k`` of the ``K`` of a
     partition, and the correction is ``(K / k) sum_j w_j / w [u(S_j) - g(S_j)]``.
+
+    Args:
+        f, rule: the step's oracle, and the rule of every micro-batch.
+        m, k: examples in a micro-batch, and how many micro-batches are drawn.
+        seed: of the draws.
+        clip: the largest norm of the correction, in units of ``norm(g)``; ``None`` is any.
     """
     f.passes.ranks.stay_within()
     size, log = len(f.batch(PARTS)), f.passes.log
-    draws, n = how.of(f)
+    draws, n = _draws(f, m, k, seed)
     parts, total = _parts_of_g(f, draws), sum(len(on) for _, on in draws)
     weight = sum(share for _, share in parts)
     stream = RandomState.now(f.passes.parameters.devices)
@@ -77,11 +52,25 @@ def sampled_average(f: Oracle, rule: AnyRule, how: Sampled) -> Update:
     try:
         for part, share in parts:
             d = part.g  # held here: a rule that does not need it after its move lets go of it
-            corrections.append(share * n / total * (part.average(rule) + Update(d * -1.0)))
+            corrections.append(share * n / total * (part.update(rule) + Update(d * -1.0)))
             log.add_sample(share / weight, len(part.batch()) / size, part.passes.log)
     finally:
         stream.restore()
-    return Update(f.g) + _clipped(f, reduce(add, corrections), how.clip)
+    return Update(f.g) + _clipped(f, reduce(add, corrections), clip)
+
+
+def _draws(f: Oracle, m: int, k: int, seed: int) -> tuple[list[Draw], int]:
+    """Return this step's draws, and how many examples are in the micro-batches that they are drawn from.
+
+    Those are the micro-batches of a partition that weigh something.
+    """
+    batch, how = f.batch(PARTS), (seed, f.step, rank_of(f))
+    if batch.per_example:
+        return drawn(batch, m, k, *how), len(batch)
+    every = drawn(batch, m, len(batch), *how)
+    weighed = f.passes.weighed([batch_of(draw) for draw in every])
+    draws = [draw for draw, (_, share) in zip(every, weighed, strict=True) if share]
+    return draws[:k], sum(len(on) for _, on in draws)
 
 
 def _parts_of_g(f: Oracle, draws: Sequence[Draw]) -> list[tuple[Oracle, float]]:

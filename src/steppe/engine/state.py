@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe.engine.checks import STEP, warn
+from steppe.engine.checks import STEP, bases_of, warn
+from steppe.engine.parameters import parameters_of
 from steppe.engine.vector import lerp_, local
 
 PREFIX = "sharpness."
@@ -34,7 +35,7 @@ class RuleState:
         apart: the memory by parameter, where it is not in the base's state.
     """
 
-    names: frozenset[str]
+    names: frozenset[str] = frozenset()
     numbers: frozenset[str] = frozenset()
     room: bool = False
     apart: Memory = field(default_factory=lambda: defaultdict(dict))
@@ -67,8 +68,7 @@ class RuleState:
         if self.warned or not 0 < len(lack) < len(stepped):  # of none: the piece that reads it refuses the base
             return
         self.warned = True
-        parts = getattr(base, "bases", (base,))
-        kinds = sorted({type(part).__name__ for part in parts for p in _parameters(part) if id(p) in lack})
+        kinds = sorted({type(part).__name__ for part in bases_of(base) for p in parameters_of(part) if id(p) in lack})
         warn(
             f"this method reads {' or '.join(sorted(reads))} of the base optimizer, which {' and '.join(kinds)} does "
             f"not keep for {len(lack)} of {len(stepped)} parameters: these take no part in what is made of it. Give "
@@ -87,7 +87,7 @@ class RuleState:
         for group in base.param_groups:
             for name in self.numbers:
                 group.setdefault(PREFIX + name, math.nan)
-        for p in _parameters(base):
+        for p in parameters_of(base):
             if p.grad is not None:
                 for name in self.names:
                     state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))
@@ -109,11 +109,11 @@ class RuleState:
         """Return the base's own ``state_dict`` with the memory: in the entries of its parameters where it has them."""
         saved = dict(base.state_dict())
         if not _is_torchs(saved):
-            memory = {i: dict(self.apart[p]) for i, p in enumerate(_parameters(base)) if self.apart.get(p)}
+            memory = {i: dict(self.apart[p]) for i, p in enumerate(parameters_of(base)) if self.apart.get(p)}
             groups = [{k: v for k, v in group.items() if self._ours(k, radius)} for group in base.param_groups]
             return {**saved, APART: {"state": memory, "groups": groups}}
         state = dict(saved["state"])
-        for i, p in zip(_indices(saved), _parameters(base), strict=True):
+        for i, p in zip(_indices(saved), parameters_of(base), strict=True):
             if self.apart.get(p):
                 state[i] = {**state.get(i, {}), **self.apart[p]}
         return {**saved, "state": state}
@@ -143,8 +143,8 @@ class RuleState:
             group |= {name: value for name, value in before[i].items() if name not in group}
         self.room = False
         self.apart.clear()
-        indices = _indices(saved) if _is_torchs(saved) else range(len(_parameters(base)))
-        for i, p in zip(indices, _parameters(base), strict=True):
+        indices = _indices(saved) if _is_torchs(saved) else range(len(parameters_of(base)))
+        for i, p in zip(indices, parameters_of(base), strict=True):
             if i in memory:
                 self.apart[p] = {name: t.to(p.device, p.dtype, copy=True) for name, t in memory[i].items()}
 
@@ -160,8 +160,7 @@ def load_all(bases: Sequence[Optimizer], checkpoints: Sequence[Mapping[str, Any]
 
     A base that loads in its own way may write into its tensors, so its checkpoint is copied before.
     """
-    parts = [part for base in bases for part in getattr(base, "bases", (base,))]  # of a Joint, each
-    before = [_way_back(part) for part in parts]
+    before = [_way_back(part) for base in bases for part in bases_of(base)]
     try:
         for base, saved in zip(bases, checkpoints, strict=True):
             base.load_state_dict(saved)  # type: ignore[arg-type]
@@ -181,10 +180,6 @@ def _way_back(base: Optimizer) -> Callable[[], None]:
     except Exception:  # some have no checkpoint before their first step, and so nothing to get back
         return lambda: None
     return lambda: base.load_state_dict(saved)
-
-
-def _parameters(base: Optimizer) -> list[Tensor]:
-    return [p for group in base.param_groups for p in group["params"]]
 
 
 def _is_torchs(saved: Mapping[str, Any]) -> bool:

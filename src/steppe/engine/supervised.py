@@ -18,5 +18,9 @@ class Supervised:
     def __call__(self, model: nn.Module, data: Data) -> Tensor:
         """Return the losses, shape ``(n,)``."""
         inputs, targets = data
-        losses = self.criterion(model(inputs), targets)
-        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        return by_example(self.criterion(model(inputs), targets))
+
+
+def by_example(losses: Tensor) -> Tensor:
+    """Return one loss an example: the mean of what it has in further dimensions, as tokens or pixels."""
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses

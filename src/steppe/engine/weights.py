@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe.engine.passes import Passes
-from steppe.engine.vector import Vector, local, shift_all_
+from steppe.engine.vector import TINY, Vector, local, shift_all_, wide
 
 
 class NotFinite(Exception):  # noqa: N818
@@ -53,3 +53,16 @@ def moved(passes: Passes, eps: Vector, guard: bool) -> Iterator[None]:
                     torch._foreach_copy_(moved, saved)  # one call: no interrupt comes half way
                 torch.clear_autocast_cache()
                 passes.reshard()
+
+
+def hessian_vector_product(passes: Passes, v: Vector, guard: bool) -> Vector:
+    """Return the Hessian times ``v``, as :meth:`steppe.Oracle.hvp` says; ``guard`` as for :func:`moved`."""
+    w = passes.parameters.tensors
+    if any(wide(p) is not p for p in w):
+        raise TypeError("hvp needs parameters in float32 or float64: low precision cannot hold its small step")
+    h = float(max(torch.finfo(p.dtype).eps for p in w) ** (1 / 3)) / (v.norm() + TINY)
+    with moved(passes, h * v, guard):
+        ahead = passes.gradient()
+    with moved(passes, -h * v, guard):
+        behind = passes.gradient()
+    return (ahead - behind) / (2 * h)

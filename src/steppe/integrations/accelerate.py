@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from steppe.batch import Batch, Batches
 from steppe.engine.nested import Examples
-from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_examples, takes_parts
+from steppe.integrations.parts import FrameworkUpdate, MicroBatch
 from steppe.optimizer import SharpnessAware
+from steppe.pieces.protocol import declared
 
 RUNS_ON = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 PLAIN = "write the loop in plain torch and call optimizer.step(closure)"
@@ -87,11 +88,12 @@ class Backward:
     def _as_batches(self, batches: Sequence[Any], whole: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return what the rule needs: single examples, parts of the batch, or the whole alone."""
         k = self.accelerator.gradient_accumulation_steps
-        if looks_at_examples(self.optimizer):
+        needs = declared(self.optimizer.rule)
+        if needs.examples:
             sizes = [Examples.of(b).n for b in batches]
             weights = [sum(sizes) / (k * n) for n in sizes]
             return Batches([self._examples(*pair) for pair in zip(batches, weights, strict=True)])
-        if not takes_parts(self.optimizer):
+        if not needs.parts:
             return whole
         value = partial(self._mean, self.model)
         parts = [MicroBatch(self.model, b, self._part, 1 / k, items=self.weight, value=value) for b in batches]

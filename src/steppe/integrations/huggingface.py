@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from steppe.integrations.accelerate import accumulated, sharpness_aware
-from steppe.integrations.parts import looks_at_examples, takes_parts
+from steppe.integrations.parts import seen_by
 from steppe.integrations.trainer_batches import Kept, example_batches, update_of
 from steppe.integrations.trainer_batches import causal_lm_losses as causal_lm_losses
 from steppe.integrations.trainer_batches import classification_losses as classification_losses
 from steppe.optimizer import SharpnessAware
-
-LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
+from steppe.pieces.protocol import declared
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -103,9 +102,10 @@ class SharpnessAwareTrainerMixin(_Trainer):
             self._step -= len(kept)  # the first pass counts them again
         passes = accumulated(self.accelerator, model, [one.run for one in kept])
         closure: Any = passes
-        if optimizer.radius() and looks_at_examples(optimizer):
+        needs = declared(optimizer.rule)
+        if optimizer.radius() and needs.examples:
             closure = example_batches(kept, self._losses, optimizer.rule)
-        elif optimizer.radius() and takes_parts(optimizer):
+        elif optimizer.radius() and needs.parts:
             closure = update_of(kept, passes)
         loss: Tensor = optimizer.backward(closure, scaler=self.accelerator.scaler, rescale=True)
         return loss
@@ -129,9 +129,8 @@ class SharpnessAwareTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the telemetry of the last step to the training logs."""
         if "loss" in logs:
-            telemetry = sharpness_aware(self.accelerator, self.optimizer).telemetry
-            seen = {name: getattr(telemetry, name) for name in LOGGED}
-            logs |= {f"sharpness_{name}": float(value) for name, value in seen.items() if value is not None}
+            seen = seen_by(sharpness_aware(self.accelerator, self.optimizer))
+            logs |= {name: float(value) for name, value in seen.items()}
         super().log(logs, *args, **kwargs)
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from steppe.batch import Batch
+from steppe.engine.parameters import parameters_of
 from steppe.engine.replay import RandomState
 from steppe.integrations.lightning_closures import run_closure_first, step_without_stand_in
-from steppe.integrations.parts import FrameworkUpdate, MicroBatch, looks_at_examples, takes_parts
+from steppe.integrations.parts import FrameworkUpdate, MicroBatch, seen_by
 from steppe.optimizer import SharpnessAware
-from steppe.pieces.sample import Subset, pieces_of
+from steppe.pieces.protocol import declared, pieces_of
+from steppe.pieces.sample import Subset
 from steppe.rule import Micro
 
-LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
 COUNTS = ("_update_count", "_computed", "_forward_cache")  # what a metric changes beside its state
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class SharpnessAwareMixin(_Module):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
         runs, self._runs = self._runs or [], []
-        parameters = [p for group in inner.param_groups for p in group["params"]]
+        parameters = parameters_of(inner)
         earlier = [p.grad if len(runs) > 1 else None for p in parameters]  # of the micro-batches before the last
 
         def first() -> Any:
@@ -177,26 +178,25 @@ class SharpnessAwareMixin(_Module):
         """Log the telemetry of the step; of one of several optimizers, with its number."""
         every = [getattr(o, "optimizer", o) for o in self.trainer.strategy.optimizers]
         which = f"_{every.index(optimizer)}" if len(every) > 1 else ""
-        seen = {name: getattr(optimizer.telemetry, name) for name in LOGGED if self.log_sharpness}
-        for name, value in seen.items():
-            if value is not None:
-                super().log(f"sharpness_{name}{which}", value, on_step=True, on_epoch=False)
+        for name, value in seen_by(optimizer).items() if self.log_sharpness else ():
+            super().log(f"{name}{which}", value, on_step=True, on_epoch=False)
 
     def _update(self, runs: list[_Run], optimizer: SharpnessAware, whole: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure, or where the rule takes parts of the batch, the batch that can be cut.
 
         Lightning's own pass logs and is at ``w``. With ``ascent=`` it is the pass at ``w + eps``.
         """
-        serial = any(isinstance(piece, Micro) and piece.sampled is None for piece in pieces_of(optimizer.rule))
-        if serial or looks_at_examples(optimizer) or optimizer.full is not None:
+        needs, pieces = declared(optimizer.rule), list(pieces_of(optimizer.rule))
+        serial = any(isinstance(piece, Micro) and piece.sampled is None for piece in pieces)
+        if serial or needs.examples or optimizer.full is not None:
             raise NotImplementedError(
                 "in automatic optimisation Lightning's own pass over the batch must be at w, and this method has none "
                 "there, or looks at single examples: use manual optimisation, self.sharpness_step(closure), where the "
                 "closure may be a steppe.Batch" + ("; or sampled=" if serial else "")
             )
-        if not takes_parts(optimizer):
+        if not needs.parts:
             return whole
-        if self.trainer.accumulate_grad_batches > 1 and any(isinstance(p, Subset) for p in pieces_of(optimizer.rule)):
+        if self.trainer.accumulate_grad_batches > 1 and any(isinstance(piece, Subset) for piece in pieces):
             raise NotImplementedError(
                 "ascent= takes its only pass over the batch at w + eps, and Lightning runs the earlier micro-batches "
                 "of accumulate_grad_batches at w: use sampled=, or manual optimisation, self.sharpness_step(batches)"

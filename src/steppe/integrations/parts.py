@@ -14,8 +14,8 @@ from steppe.batch import Batch, Batches
 from steppe.engine.nested import Data, Examples
 from steppe.mean_batch import MeanBatch
 from steppe.optimizer import SharpnessAware
-from steppe.pieces.protocol import declared
 
+LOGGED = ("rho", "gap", "g_norm", "eps_norm", "g_adv_norm", "passes", "skipped")  # of the telemetry
 Pass = Callable[[Data, float, bool], Tensor]
 
 
@@ -133,14 +133,10 @@ class FrameworkUpdate(Batches):
         return other
 
 
-def takes_parts(optimizer: SharpnessAware) -> bool:
-    """Tell whether the rule takes parts of the batch: ``m=``, ``sampled=``, ``ascent=``."""
-    return declared(optimizer.rule).parts
-
-
-def looks_at_examples(optimizer: SharpnessAware) -> bool:
-    """Tell whether the rule looks at single examples."""
-    return declared(optimizer.rule).examples
+def seen_by(optimizer: SharpnessAware) -> dict[str, Any]:
+    """Return what the last step saw, by the names under which frameworks log it."""
+    seen = {f"sharpness_{name}": getattr(optimizer.telemetry, name) for name in LOGGED}
+    return {name: value for name, value in seen.items() if value is not None}
 
 
 def _no_loss(model: nn.Module, data: Data) -> Tensor:

@@ -22,7 +22,7 @@ import steppe
 from steppe import Adaptive, Fisher, Rule, SharpnessAware, Weighted
 from steppe.lab.errors import LabError, unknown
 from steppe.lab.settings import Settings
-from steppe.rule import Parts
+from steppe.options import Parts
 from steppe.schedule import Tail
 
 _PLAIN: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}

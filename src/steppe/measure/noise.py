@@ -65,14 +65,10 @@ def _norms(problem: Problem, batch: Batch) -> Tensor:
         log.debug("per-example gradients in a loop: %s", error)
     squares, total = list[Tensor](), Vector([None] * len(problem.parameters))
     for example in batch.split(1):
-        g = _gradient(problem, example)
+        g = problem.gradient_on(example)
         squares.append(g.norm().square())
         total = total + g
     norms = torch.stack(squares).sqrt()
-    if float((total - _gradient(problem, batch)).norm()) > 1e-3 * float(norms.sum()):
+    if float((total - problem.gradient_on(batch)).norm()) > 1e-3 * float(norms.sum()):
         raise ValueError(f"{MIXED}their gradients alone do not add up to the batch's")
     return norms
-
-
-def _gradient(problem: Problem, batch: Batch) -> Vector:
-    return Vector(torch.autograd.grad(batch.losses().sum(), problem.parameters, allow_unused=True))

@@ -17,6 +17,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import reshard
 from steppe.engine.replay import RandomState, frozen_statistics
+from steppe.engine.supervised import by_example
 from steppe.engine.vector import LOW, Vector, wide
 
 Mode = Literal["eval", "train", "keep"]
@@ -141,8 +142,7 @@ class Problem:
 
     def criterion(self, batch: Batch, outputs: Tensor) -> Tensor:
         """Return every example's loss from the model's outputs, shape ``(n,)``; the loss must be a criterion module."""
-        losses: Tensor = self.loss(outputs, batch.data[1])  # type: ignore[arg-type] # a criterion here
-        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        return by_example(self.loss(outputs, batch.data[1]))  # type: ignore[arg-type] # a criterion here
 
     def oracle(self, closure: Callable[[], Tensor] | None = None) -> Oracle:
         """Return the mean loss as optimizers see it, to be used inside :meth:`untouched`.
@@ -162,8 +162,12 @@ class Problem:
         g = Vector([None] * len(self.parameters))
         with self.untouched():
             for batch in self.batches():
-                g = g + Vector(torch.autograd.grad(batch.losses().sum(), self.parameters, allow_unused=True))
+                g = g + self.gradient_on(batch)
         return g / self.n
+
+    def gradient_on(self, batch: Batch) -> Vector:
+        """Return the gradient of the sum of a batch's losses; to be used inside :meth:`untouched`."""
+        return Vector(torch.autograd.grad(batch.losses().sum(), self.parameters, allow_unused=True))
 
     def backward(self) -> Tensor:
         """Run forward and backward over all batches at the weights that the model has now; return the mean loss."""

@@ -63,7 +63,7 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
     Raises:
         ValueError: ``tol`` or ``most`` is not positive.
     """
-    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive("tol", tol)
     checks.positive_integer("most", most)
     v = unit(gaussian(A.like, torch.Generator().manual_seed(seed)))
     before, converged = float("inf"), False
@@ -71,7 +71,7 @@ def power_iteration(A: Symmetric, tol: float = 1e-3, most: int = 100, seed: int 
         Av = A @ v
         value = float(v.dot(Av))
         residual = float((Av - value * v).norm())
-        converged = abs(value - before) <= tol * abs(value)
+        converged = residual == 0 or abs(value - before) <= tol * abs(value)
         if converged or products == most:
             break
         v, before = unit(Av), value
@@ -112,7 +112,7 @@ def eigenpairs(
     """
     checks.positive_integer("k", k)
     checks.positive_integer("most", most)
-    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive("tol", tol)
     if which not in ("largest", "smallest", "magnitude"):
         raise ValueError(f'which must be "largest", "smallest" or "magnitude", got {which!r}')
     if k > (d := min(most, sum(p.numel() for p in A.like))):
@@ -150,7 +150,7 @@ class Density:
 
         The error is that of the mean over the probes, infinite for a single one.
         """
-        checks.number("width", width, "a number > 0", low=1e-30)
+        checks.positive("width", width)
         normal = torch.distributions.Normal(0.0, width)
         pairs = zip(self.nodes, self.weights, strict=True)
         each = torch.stack([(normal.log_prob(grid.double()[:, None] - x).exp() * w).sum(1) for x, w in pairs])
@@ -174,7 +174,7 @@ def spectral_density(A: Symmetric, probes: int = 8, steps: int = 40, tol: float 
     """
     checks.positive_integer("probes", probes)
     checks.positive_integer("steps", steps)
-    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive("tol", tol)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights, residual, products = [], [], 0.0, 0
     for _ in range(probes):

@@ -135,5 +135,5 @@ def _cosine(rows: Tensor) -> tuple[float, float]:
 
 
 def _check(tol: float, most: int) -> None:
-    checks.number("tol", tol, "a number > 0", low=1e-30)
+    checks.positive("tol", tol)
     checks.number("most", most, f"at least {LEAST}", low=LEAST)

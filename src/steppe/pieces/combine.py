@@ -53,7 +53,7 @@ class Weighted:
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
         if self.clip_each is not None:
-            checks.number("clip_each", self.clip_each, "a number > 0 or None", low=math.ulp(0.0))
+            checks.positive("clip_each", self.clip_each, "a number > 0 or None")
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         g = f.g
@@ -125,7 +125,7 @@ class Damped:
             the first parameter group. 0 is SAM.
 
     Raises:
-        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is negative, in ``step``.
+        ValueError: ``alpha`` is not in [0, 1], or a schedule's answer is not, in ``step``.
     """
 
     alpha: float | Schedule = 0.5
@@ -135,9 +135,10 @@ class Damped:
             checks.share("alpha", self.alpha)
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
-        kept = 1 - scheduled(self.alpha, f.step, f.group, "alpha")
+        alpha = scheduled(self.alpha, f.step, f.group, "alpha")
+        checks.share("alpha", alpha)
         g = f.g + 0.0 * g_adv  # 0 where there is no gradient at w
-        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), kept * a, a), g))
+        return Update(g_adv.map(lambda a, g: torch.where(_between(a, g), (1 - alpha) * a, a), g))
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class SearchedSlerp:
     def __post_init__(self) -> None:
         checks.positive_integer("every", self.every)
         for name in ("reach", "largest", "spacing"):
-            checks.number(name, getattr(self, name), "a number > 0", low=math.ulp(0.0))
+            checks.positive(name, getattr(self, name))
 
     def __call__(self, f: Oracle, g_adv: Vector) -> Update:
         alpha: Scalar = f.recall_number("alpha", default=1.0)

@@ -1,6 +1,5 @@
 """The unit step of steepest ascent along ``d``, in the norm that each method chose; rho multiplies it afterwards."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +12,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.vector import TINY, Vector, norm_of, wide
 from steppe.pieces.protocol import Declaration
 from steppe.pieces.which import Matrices, Which
-from steppe.schedule import Schedule, scheduled
+from steppe.schedule import Schedule, check_scheduled, scheduled
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,7 @@ class LossBudget:
     sigma: float | Schedule = 0.35
 
     def __post_init__(self) -> None:
-        if not callable(self.sigma):
-            checks.non_negative("sigma", self.sigma)
+        check_scheduled("sigma", self.sigma)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         norm = d.norm() + TINY
@@ -232,7 +230,7 @@ class Preconditioned:
     declares: ClassVar[Declaration] = Declaration(base_state=frozenset({"exp_avg_sq", "square_avg"}))
 
     def __post_init__(self) -> None:
-        checks.number("damping", self.damping, "a number > 0", low=math.ulp(0.0))
+        checks.positive("damping", self.damping)
 
     def __call__(self, f: Oracle, d: Vector) -> Vector:
         v = f.base_state("exp_avg_sq") + f.base_state("square_avg")

@@ -6,6 +6,7 @@ most expensive, way. What is declared is relied upon, so a wrong declaration giv
 ``tests/test_protocol.py`` checks the declaration of every piece against what the piece does.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from typing import Any, Literal, Self
@@ -60,6 +61,13 @@ class Declaration:
             numbers=self.numbers | other.numbers,
             base_state=self.base_state | other.base_state,
         )
+
+
+def pieces_of(piece: object) -> Iterator[object]:
+    """Yield a piece and the pieces that it is made of."""
+    yield piece
+    for part in fields(piece) if is_dataclass(piece) else ():
+        yield from pieces_of(getattr(piece, part.name))
 
 
 def declared(piece: Any) -> Declaration:

@@ -1,7 +1,7 @@
 """Which gradient to ascend by: which examples, which weights on them, which memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from steppe.engine.oracle import Oracle
 from steppe.engine.replay import generator
 from steppe.engine.sampling import gradient_of_subset
 from steppe.engine.vector import Vector, is_sharded, shard_like
-from steppe.pieces.protocol import Declaration, declared
+from steppe.pieces.protocol import Declaration, declared, pieces_of
 from steppe.pieces.weights import Exact, Softmax
 
 
@@ -73,13 +73,6 @@ class Subset:
 
     def __call__(self, f: Oracle) -> Vector:
         return gradient_of_subset(f, self.sample, self.m, self.seed)
-
-
-def pieces_of(piece: object) -> Iterator[object]:
-    """Yield a piece and the pieces that it is made of."""
-    yield piece
-    for part in fields(piece) if is_dataclass(piece) else ():
-        yield from pieces_of(getattr(piece, part.name))
 
 
 @dataclass(frozen=True)

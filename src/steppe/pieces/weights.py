@@ -42,7 +42,7 @@ class FiniteDifference:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.number("length", self.length, "a finite number > 0", low=1e-30)
+        checks.positive("length", self.length)
         checks.positive_integer("probes", self.probes)
 
     def __call__(self, f: Oracle) -> Tensor:

@@ -10,7 +10,7 @@ from torch.func import grad, jacrev, vmap
 
 from steppe.batch import Batch
 from steppe.engine.functional import functional
-from steppe.engine.nested import leaves, mapped
+from steppe.engine.nested import Examples, leaves, mapped
 from steppe.engine.replay import RandomState, frozen_statistics
 
 ExampleLoss = Callable[[Tensor, Any], Tensor]  # (x of shape (d,), one example's row of the data) -> ()
@@ -43,7 +43,7 @@ class FiniteSum:
 
     def __post_init__(self) -> None:
         try:
-            Batch(nn.Identity(), lambda model, data: data, self.data)  # it checks the data
+            Examples.of(self.data)
         except (TypeError, ValueError) as error:
             raise SDEError(str(error)) from None
 

@@ -41,7 +41,7 @@ class Scheme:
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        checks.number("lr", self.lr, "a finite number > 0", low=1e-300)
+        checks.positive("lr", self.lr)
         checks.non_negative("rho", self.rho)
         checks.positive_integer("size", self.size)
         if self.full and isinstance(self.rule, Micro):

@@ -1,23 +1,33 @@
 """An optimizer whose parameter groups, state and checkpoints are those of another one."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from steppe.engine.checks import STEP, check_call, warn
+from steppe.engine.checks import STEP, check_call, check_rule, warn
 from steppe.engine.oracle import AnyRule
 from steppe.engine.parameters import steps_of
 from steppe.engine.passes import Closure
 from steppe.engine.state import RuleState, forget_foreign, saves_as_torch, switch
-from steppe.pieces.protocol import declared
+from steppe.step import Pending, Skipped, Stepper
+from steppe.two_calls import HalfStep
+
+
+def _of_base(name: str, doc: str) -> Any:
+    """Return a property that is, and sets, an attribute of the base."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
 
 
 class Facade(torch.optim.Optimizer):
     """An optimizer around ``base``, with a radius in every group and a rule's memory beside the base's state."""
 
-    _stepper: Any  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
+    _stepper: Stepper  # carries out the steps: it holds the base, the rule, ``full``, the radius and the memory
     _warned: set[str]
-    _pending: Any  # between backward and step: gradients wait in ``p.grad``, perhaps for a framework's scaler
+    _pending: Pending | Skipped | None  # between backward and step: gradients wait in ``p.grad``
+    _half: HalfStep | None  # between first_step and second_step
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Say how to write what other packages write differently, before the arguments are bound."""
@@ -27,7 +37,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """True makes ``GradScaler.step`` set ``grad_scale`` here, which tells that it is the caller of ``step``."""
-        return not getattr(self._pending, "rescaled", False)
+        return self._pending is None or not self._pending.rescaled
 
     def _refuse_grad_scaler(self) -> None:
         if "grad_scale" in self.__dict__:
@@ -41,12 +51,7 @@ class Facade(torch.optim.Optimizer):
     @property
     def base(self) -> torch.optim.Optimizer:
         """The base optimizer."""
-        base: torch.optim.Optimizer = self._stepper.base
-        return base
-
-    @base.setter
-    def base(self, base: torch.optim.Optimizer) -> None:
-        self._stepper.base = base
+        return self._stepper.base
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -56,50 +61,25 @@ class Facade(torch.optim.Optimizer):
     @property
     def rule(self) -> AnyRule:
         """The rule: a function from oracle to update."""
-        rule: AnyRule = self._stepper.rule
-        return rule
+        return self._stepper.rule
 
     @rule.setter
     def rule(self, rule: AnyRule) -> None:
-        self._stepper.rule = rule
-        self._memory.names, self._memory.numbers = declared(rule).remembers, declared(rule).numbers
+        check_rule(rule, self.base)
+        self._stepper = replace(self._stepper, rule=rule)
 
     @property
     def full(self) -> Closure | None:
         """The closure over the larger batch of n-SAM."""
-        full: Closure | None = self._stepper.full
-        return full
+        return self._stepper.full
 
     @full.setter
     def full(self, full: Closure | None) -> None:
         self._stepper.full = full
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups, each with its ``rho``."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's state, with the rule's memory beside it."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
+    param_groups = _of_base("param_groups", "The base's parameter groups, each with its ``rho``.")
+    state = _of_base("state", "The base's state, with the rule's memory beside it.")
+    defaults = _of_base("defaults", "The base's defaults.")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, also those that :meth:`backward` has left."""
@@ -107,13 +87,17 @@ class Facade(torch.optim.Optimizer):
         if self._pending is not None:
             self._pending.dropped = True
 
-    def _refuse_second_backward(self) -> None:
+    def _refuse_unfinished(self) -> None:
+        """Refuse to begin a step where another one has begun."""
+        if self._half is not None:
+            raise RuntimeError("the weights are at w + eps: call second_step(), or cancel_step() to go back, first")
         if self._pending is not None and self._pending.waits:
             raise RuntimeError(
-                "backward() was called again before step(). It does not add to the gradients in p.grad. To accumulate, "
-                "pass all micro-batches at once, optimizer.backward([batch, ...]), or run them in one closure. To drop "
-                "a step, call zero_grad() first."
+                "gradients of backward() wait for step() without a closure. A second backward() does not add to them: "
+                "to accumulate, pass all micro-batches at once, optimizer.backward([batch, ...]), or run them in one "
+                "closure. To drop a step, call zero_grad() first."
             )
+        self._pending = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; without a radius it gets the optimizer's."""
@@ -159,8 +143,7 @@ class Facade(torch.optim.Optimizer):
 
     def radius(self) -> float:
         """Return the largest radius of the next step."""
-        largest: float = self._stepper.radius.update(self.param_groups).largest()
-        return largest
+        return self._stepper.radius.update(self.param_groups).largest()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" in state:  # unpickled or copied
@@ -177,8 +160,7 @@ class Facade(torch.optim.Optimizer):
 
     @property
     def _memory(self) -> RuleState:
-        memory: RuleState = self._stepper.state
-        return memory
+        return self._stepper.state
 
     def _count_step(self) -> int:
         steps = steps_of(self.param_groups) + 1

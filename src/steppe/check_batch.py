@@ -14,9 +14,8 @@ from steppe.engine.passes import PARTS
 from steppe.engine.replay import is_compiled
 from steppe.engine.vector import LOW
 from steppe.mean_batch import MeanBatch
-from steppe.pieces.protocol import declared
+from steppe.pieces.protocol import declared, pieces_of
 from steppe.pieces.rules import Functional
-from steppe.pieces.sample import pieces_of
 from steppe.rule import Micro
 
 
@@ -46,15 +45,22 @@ def check_batch(f: Oracle, rule: AnyRule, known: bool) -> bool:
     batch = f.batch(repr(rule) if needs.examples else PARTS)
     if needs.examples:
         batch.require_losses(repr(rule))
-    first, kinds = chunks_of(batch)[0], {type(piece) for piece in pieces_of(rule)}
-    if not known and isinstance(first, MeanBatch) and Micro in kinds:
+    if known:
+        return True
+    first = chunks_of(batch)[0]
+    if isinstance(first, MeanBatch) and _holds(rule, Micro):
         with f.passes.trial(), f.passes.ranks.apart():
             _compare(first)
         return True
-    if not known and Functional in kinds:
+    if needs.examples and _holds(rule, Functional):
         _check_outputs(f, first)
         return True
-    return known
+    return False  # a MeanBatch may come later
+
+
+def _holds(rule: AnyRule, kind: type) -> bool:
+    """Tell whether a rule is of this kind, or is made of one that is."""
+    return any(isinstance(piece, kind) for piece in pieces_of(rule))
 
 
 def _check_outputs(f: Oracle, batch: Batch) -> None:
@@ -77,7 +83,7 @@ def _check_weight(f: Oracle) -> None:
     batch = f.passes.closure
     if not isinstance(batch, Batch) or batch.per_example:
         return
-    nothing = torch.tensor(float(not batch.weight), device=f.passes.parameters.tensors[0].device)
+    nothing = torch.tensor(float(not batch.weight), device=f.passes.parameters.device)
     if f.passes.ranks.shared_mean(nothing, f.passes.parameters.sharded):
         where = "got 0" if nothing else "got 0 on another rank"
         raise ValueError(f"weight must be above 0 for the data of the whole batch, {where}: has it no labelled token?")
