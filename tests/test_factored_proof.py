@@ -247,6 +247,7 @@ def with_table() -> nn.Module:
 
 
 def clamped(s: nn.Module, h: Tensor) -> Tensor:
+    h = h.sin()
     if h.requires_grad:
         h.register_hook(lambda d: d.clamp(-0.08, 0.08))
     return h
