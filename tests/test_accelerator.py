@@ -71,24 +71,27 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) 
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+ON_THE_HOST = (steppe.AESAM, steppe.LightSAM)  # a number that the first decides by, or both remember
 WAYS = {
     "whole": {},
     "serial": {"m": 3, "parallel": False},
     "shared": {"m": 3, "parallel": True},
     "shared, evenly": {"m": 4, "parallel": True, "max_norm": 0.1},
 }
+# parts of a batch are alike to all methods but for what moves beside, is remembered, chosen or weighed
+SERIAL = (steppe.SAM, steppe.WSAM, steppe.FSAM, steppe.ESAM, steppe.RWSAM, steppe.LookSAM, *ON_THE_HOST)
+BY_FACTORS = (steppe.RWSAM, steppe.ReweightedSharpness)  # norms of examples, where the model factors
 SHARED = (steppe.SAM, steppe.USAM, steppe.UnifiedSAM, steppe.WSAM, steppe.CoupledWSAM, steppe.RWSAM)
 CASES = [
     pytest.param("mlp", method, way, id=f"{method.__name__} {way}")
     for method in steppe.METHODS
     for way in WAYS
-    if ("shared" not in way or method in SHARED) and method is not steppe.FunctionalSAM  # of which below
+    if method in {"whole": steppe.METHODS, "serial": SERIAL}.get(way, SHARED)
+    and method is not steppe.FunctionalSAM  # of which below
 ] + [
     pytest.param(name, method, "shared", id=f"{method.__name__} shared {name}")
     for name, method in (("cnn", steppe.RWSAM), ("resnet", steppe.WSAM), ("vit", steppe.SAM), ("gpt", steppe.RWSAM))
 ]
-
-ON_THE_HOST = (steppe.AESAM, steppe.LightSAM)  # a number that the first decides by, or both remember
 
 
 def captured(a: Accelerator, optimizer: steppe.SharpnessAware, batch: steppe.Batch) -> None:
@@ -104,10 +107,11 @@ def captured(a: Accelerator, optimizer: steppe.SharpnessAware, batch: steppe.Bat
 def test_a_step_waits_once_and_leaves_nothing_on_the_cpu(name: str, method: Any, way: str) -> None:
     """The steps are the CPU's; the one read is that of the finite guard. ESAM draws its mask on the host."""
     make = named(method, **WAYS[way])
+    steps = STEPS if "shared" in way or method in BY_FACTORS else 2  # the others rehearse nothing
     with Accelerator() as a:
         model, batch = on_device(a, name)
         optimizer = make(model, batch)
-        waits, strays = last_step(a, lambda: optimizer.step(batch))
+        waits, strays = last_step(a, lambda: optimizer.step(batch), steps)
         state = [t for kept in optimizer.state.values() for t in kept.values() if t is not None and t.dim()]
         found = values(model.parameters())
         if method not in (*ON_THE_HOST, steppe.PreconditionedSAM):  # AdamW, its base, counts its steps on the host
@@ -116,7 +120,7 @@ def test_a_step_waits_once_and_leaves_nothing_on_the_cpu(name: str, method: Any,
     assert set(strays) == ({"aten.rand.generator", "aten.lt.Scalar"} if method is steppe.ESAM else set())
     assert state
     assert all(type(t) is OnDevice for t in state)
-    close(found, on_cpu(name, make))
+    close(found, on_cpu(name, make, steps=steps))
 
 
 @pytest.mark.parametrize("m", [None, 3])
@@ -316,8 +320,9 @@ class Split(nn.Module):
         return self.two(x.to(self.two.weight.device))
 
 
-@pytest.mark.parametrize("method", steppe.METHODS, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize(
+    ("method", "m"), [(method, None) for method in steppe.METHODS] + [(method, 3) for method in SERIAL]
+)
 def test_a_model_on_two_devices(method: Any, m: int | None) -> None:
     ends = []
     for devices in (("cpu", "cpu"), ("cuda:0", "cuda:1")):
