@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from steppe.lab import fair, files, notebook, presets, price, report, runs, spaces, spec, tasks
+from steppe.lab import compare, fair, files, notebook, presets, price, report, runs, spaces, spec, tasks
 from steppe.lab.errors import LabError, PausedError
 from steppe.lab.fair import Asked, Contestant
 from steppe.lab.price import Price
@@ -299,6 +299,13 @@ def test_final_runs_above_the_budget_are_named(folder):
     dear = replace(found.each[2], row=replace(found.each[2].row, passes=1.2 * most))
     found = replace(found, each=[*found.each[:2], dear, *found.each[3:]])
     assert f"{told}SAM {1.2 * most:.3g}." in tables.notes(found)
+
+
+def test_the_notebook_says_where_the_other_runs_are_if_some_failed(tmp_path, monkeypatch):
+    failure = compare.Failure(run=None, reason="no memory", details="")
+    monkeypatch.setattr(fair, "run", lambda *arguments: [failure])
+    with pytest.raises(LabError, match=r"1 of the runs failed, the first: no memory; .*c holds the others"):
+        notebook.compare(["SAM"], "tests.lab.own_tasks:regression", folder=tmp_path / "c", batch_size=32)
 
 
 def test_a_metric_that_should_be_high_is_searched_for_its_highest(tmp_path):
