@@ -71,24 +71,26 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) 
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+ON_THE_HOST = (steppe.AESAM, steppe.LightSAM)  # a number that the first decides by, or both remember
 WAYS = {
     "whole": {},
     "serial": {"m": 3, "parallel": False},
     "shared": {"m": 3, "parallel": True},
     "shared, evenly": {"m": 4, "parallel": True, "max_norm": 0.1},
 }
+# parts of a batch are alike to all methods but for what moves beside, is remembered, chosen or weighed
+SERIAL = (steppe.SAM, steppe.WSAM, steppe.FSAM, steppe.ESAM, steppe.RWSAM, steppe.LookSAM, *ON_THE_HOST)
 SHARED = (steppe.SAM, steppe.USAM, steppe.UnifiedSAM, steppe.WSAM, steppe.CoupledWSAM, steppe.RWSAM)
 CASES = [
     pytest.param("mlp", method, way, id=f"{method.__name__} {way}")
     for method in steppe.METHODS
     for way in WAYS
-    if ("shared" not in way or method in SHARED) and method is not steppe.FunctionalSAM  # of which below
+    if method in {"whole": steppe.METHODS, "serial": SERIAL}.get(way, SHARED)
+    and method is not steppe.FunctionalSAM  # of which below
 ] + [
     pytest.param(name, method, "shared", id=f"{method.__name__} shared {name}")
     for name, method in (("cnn", steppe.RWSAM), ("resnet", steppe.WSAM), ("vit", steppe.SAM), ("gpt", steppe.RWSAM))
 ]
-
-ON_THE_HOST = (steppe.AESAM, steppe.LightSAM)  # a number that the first decides by, or both remember
 
 
 def captured(a: Accelerator, optimizer: steppe.SharpnessAware, batch: steppe.Batch) -> None:
@@ -316,8 +318,9 @@ class Split(nn.Module):
         return self.two(x.to(self.two.weight.device))
 
 
-@pytest.mark.parametrize("method", steppe.METHODS, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize(
+    ("method", "m"), [(method, None) for method in steppe.METHODS] + [(method, 3) for method in SERIAL]
+)
 def test_a_model_on_two_devices(method: Any, m: int | None) -> None:
     ends = []
     for devices in (("cpu", "cpu"), ("cuda:0", "cuda:1")):

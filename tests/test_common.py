@@ -114,10 +114,10 @@ def test_passes_are_as_documented(case: Case) -> None:
 def test_resume_is_bit_identical(case: Case) -> None:
     ours = world(torch.float32)
     opt = optimizer(case, ours, "adam")
-    run(opt, ours.batches(7)[:3])
+    run(opt, ours.batches(5)[:3])
     file = io.BytesIO()
     torch.save({"model": ours.model.state_dict(), "optimizer": opt.state_dict()}, file)
-    losses = run(opt, ours.batches(7)[3:])
+    losses = run(opt, ours.batches(5)[3:])
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
@@ -125,7 +125,7 @@ def test_resume_is_bit_identical(case: Case) -> None:
     resumed = optimizer(case, again, "adam")
     again.model.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
-    assert run(resumed, again.batches(7)[3:]) == losses
+    assert run(resumed, again.batches(5)[3:]) == losses
     assert same_bits(ours.parameters(), again.parameters())
     assert_equal_states(opt.state_dict(), resumed.state_dict())
 
@@ -134,14 +134,14 @@ def test_resume_is_bit_identical(case: Case) -> None:
 def test_copies_go_the_same_way_by_themselves(case: Case) -> None:
     ours = world(torch.float32)
     opt = optimizer(case, ours)
-    run(opt, ours.batches(6)[:3])
+    run(opt, ours.batches(5)[:3])
     before = ours.weights()
     copies = [copy.deepcopy((ours, opt)), pickle.loads(pickle.dumps((ours, opt)))]
-    losses = run(opt, ours.batches(6)[3:])
+    losses = run(opt, ours.batches(5)[3:])
     for theirs, twin in copies:
         assert type(twin) is type(opt)
         assert same_bits(before, theirs.parameters())
-        assert run(twin, theirs.batches(6)[3:]) == losses
+        assert run(twin, theirs.batches(5)[3:]) == losses
         assert same_bits(ours.parameters(), theirs.parameters())
 
 
@@ -178,7 +178,7 @@ def test_gradients_that_come_and_go(case: Case, pattern: list[int]) -> None:
     opt = case.make(torch.optim.Adam(w.parameters(), lr=0.0), w, 0.3)
     opt._stepper.parallel = opt._stepper.parallel and "auto"  # passes that differ cannot be shared
     before = w.weights()
-    run(opt, w.batches(8))
+    run(opt, w.batches(6))
     assert same_bits(before, w.parameters())  # nothing stays perturbed
     for state in opt.state.values():
         assert "exp_avg" in state  # Adam found its own state empty at its first step
@@ -244,7 +244,7 @@ def test_micro_batches_as_large_as_the_batch_change_nothing(case: Case) -> None:
     opt, twin = optimizer(case, ours), optimizer(case, theirs)
     twin._stepper.rule = steppe.Micro(N, twin.rule)
     opt._stepper.parallel = twin._stepper.parallel = False
-    for a, b in zip(ours.batches(4), theirs.batches(4), strict=True):
+    for a, b in zip(ours.batches(2), theirs.batches(2), strict=True):
         opt.step(a)
         twin.step(b)
     assert same_bits(ours.parameters(), theirs.parameters())

@@ -53,8 +53,9 @@ class SharpnessAware(Facade):
             passes (:class:`~steppe.Subset` tells by how much to raise rho). The loss that ``step`` returns is theirs.
         clip: the largest norm of the correction of ``sampled``, in units of ``norm(g)``; ``None`` is any.
         check_finite: skip steps whose gradients are not finite, or of a norm whose square is not, 1.8e19 in float32.
-            The step then waits for its device once; else only for all-reduces, verification of shared passes, ESAM on
-            accumulated batches, and weights of a :class:`~steppe.MeanBatch`.
+            The step then waits for its device once; else only for all-reduces, verification of shared passes, numbers
+            that AESAM decides by or a rule remembers, ESAM on accumulated batches, weights of a
+            :class:`~steppe.MeanBatch`, and at every 50th step for what is told once of a run.
         cosine: keep ``g`` for ``telemetry.cosine``, at the cost of one copy of the parameters.
         gradient_noise: measure ``telemetry.trace_V`` before every step, at the cost of a pass; needs a
             :class:`~steppe.Batch` and a model that factors (:func:`~steppe.factored.gradient_statistics`).

@@ -93,12 +93,12 @@ CHOICES = [
     ("ESAM", {"gamma": 0.5, "beta": 1.0}),
 ]
 WITHIN_A_RANK = ("RWSAM", "ReweightedSharpness", "ESAM")  # these choose or weigh its examples
-BATCHES = ("FunctionalSAM", "XSAM")  # whose examples must be known
+CLOSURES = ("SAM", "WSAM", "NSAM", "LookSAM", "MomentumSAM")  # whatever the method, the passes are the same
 
 
 @pytest.mark.parametrize(
     ("name", "closure"),
-    [(n, c) for n in NAMES for c in (False, True) if n not in WITHIN_A_RANK and not (c and n in BATCHES)],
+    [(n, False) for n in NAMES if n not in WITHIN_A_RANK] + [(n, True) for n in CLOSURES],
 )
 def test_sharded_is_the_whole_batch_on_one(two_ranks, name, closure) -> None:
     expected, norm = alone(name, {"parallel": False})
@@ -292,9 +292,14 @@ def train_on_labels(name: str, options: dict, split: bool):
     return whole(model), *seen
 
 
+PARTS = ({}, {"m": 2}, {"m": 4}, {"m": 2, "sampled": 1}, {"m": 4, "sampled": 1})
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["one", "list"])
-@pytest.mark.parametrize("options", [{}, {"m": 2}, {"m": 4}, {"m": 2, "sampled": 1}, {"m": 4, "sampled": 1}], ids=str)
-@pytest.mark.parametrize("name", ["SAM", "WSAM", "FSAM"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SAM", part) for part in PARTS] + [(name, part) for name in ("WSAM", "FSAM") for part in (PARTS[1], PARTS[4])],
+)
 def test_parts_without_a_label_on_some_ranks(two_ranks, name: str, options: dict, split: bool) -> None:
     """One process with the examples of both ranks, whose labels weigh 1 / (the labels of their rank)."""
     model = net()

@@ -60,6 +60,21 @@ def test_torchs_own_random_numbers_are_replayed():
     assert torch.equal(problem.losses(), problem.losses())
 
 
+def test_the_first_examples_are_read_and_no_more():
+    read = []
+
+    class Stream:
+        def __iter__(self):
+            for batch in batches(data(), 5, 16, 2):
+                read.append(len(batch[0]))
+                yield batch
+
+    problem = Problem(net(), CRITERION, Stream())
+    read.clear()
+    assert problem.first(5).n == 5
+    assert read == [5]
+
+
 def test_parts_are_the_examples_in_order():
     problem = Problem(net(), CRITERION, batches(data(), 5, 16, 2))
     parts = list(problem.split(4))

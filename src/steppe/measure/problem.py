@@ -188,21 +188,21 @@ class Problem:
     def split(self, m: int) -> Iterator[Self]:
         """Yield problems of ``m`` examples in order, batch by batch; the last of a batch has the remainder."""
         checks.positive_integer("m", m)
-        for batch in self._kept():
+        with self.untouched():
+            batches = list(self.batches())
+        for batch in batches:
             yield from map(self._on, batch.split(m))
 
     def first(self, count: int) -> Self:
         """Return the problem of the first ``count`` examples, or of all where there are fewer."""
         checks.positive_integer("count", count)
         chosen: list[Batch] = []
-        for batch in self._kept():
-            left = count - sum(map(len, chosen))
-            chosen += batch.split(left)[:1] if left else []
-        return self._on(*chosen)
-
-    def _kept(self) -> list[Batch]:
         with self.untouched():
-            return list(self.batches())
+            for batch in self.batches():  # no more than these: all may not fit into memory
+                chosen += batch.split(count - sum(map(len, chosen)))[:1]
+                if sum(map(len, chosen)) == count:
+                    break
+        return self._on(*chosen)
 
     def _on(self, *batches: Batch) -> Self:
         part = copy(self)
