@@ -104,6 +104,11 @@ def with_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return a base optimizer for what is trained."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
 def classify(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
     """Every example's cross-entropy; over tokens its mean."""
     inputs, targets = data

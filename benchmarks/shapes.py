@@ -27,16 +27,11 @@ from torch import Tensor, nn
 import steppe
 from benchmarks import record
 from benchmarks.memory import peak
-from benchmarks.models import GPT, VOCABULARY, classify, tokens, with_lora
+from benchmarks.models import GPT, VOCABULARY, classify, sgd, tokens, with_lora
 from benchmarks.timing import Timer
 
 N, LONGEST = 16, 256
 CPU = torch.device("cpu")
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Return a base optimizer for what is trained."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
 class Cut(GPT):

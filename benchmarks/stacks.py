@@ -22,6 +22,7 @@ from torch import nn
 
 import steppe
 from benchmarks import record
+from benchmarks.models import sgd
 from steppe.integrations.accelerate import Backward
 from steppe.integrations.huggingface import SharpnessAwareTrainer
 from steppe.integrations.lightning import SharpnessAwareMixin
@@ -62,11 +63,6 @@ class Data(torch.utils.data.Dataset):
 
 
 Make = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """The base."""
-    return torch.optim.SGD(model.parameters(), lr=1e-3)
 
 
 def plain(make: Make, data: Data) -> None:

@@ -13,7 +13,7 @@ def rehearsed_once(monkeypatch):
     """Models rehearse at their first step alone, for tests that count or spoil single forwards."""
     from steppe.factored import plans
 
-    monkeypatch.setattr(plans.Entry, "due", lambda self: False)
+    monkeypatch.setattr(plans.Entry, "due", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

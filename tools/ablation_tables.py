@@ -12,7 +12,7 @@ from typing import Any
 from evidence import RECORDS, ROOT, difference
 from marks import between, markdown
 
-from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, paired, spread
 
 RECORD, PAGE = RECORDS / "ablations.json", ROOT / "docs" / "results" / "ablations.md"
 DIGITS, RATES = "digits, 40 % noise", "MNIST-1D"
@@ -54,10 +54,10 @@ def written(tasks: dict[str, Task]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def differences(task: Task, pairs: dict[str, str]) -> dict[str, tuple[Paired, float]]:
+def differences(task: Task, pairs: dict[str, str]) -> dict[str, tuple[Paired, float] | None]:
     """Return each arm's errors minus those of its reference, paired by seed, with the Holm-corrected p-value."""
     tests = [paired(task[name]["errors"], task[other]["errors"]) for name, other in pairs.items()]
-    return dict(zip(pairs, zip(tests, holm([test.p for test in tests]), strict=True), strict=True))
+    return dict(zip(pairs, corrected(tests), strict=True))
 
 
 def arms(task: Task) -> str:

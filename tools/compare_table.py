@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence import chosen, errors_by_seed, label
+from evidence import ENVIRONMENT, chosen, errors_by_seed, first_run, label
 from marks import between, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +26,7 @@ def collect(folder: Path) -> None:
     for row in notebook.outcomes(folder):
         kept = {key: value for key, value in row.items() if key not in ("paper", "rho", "baseline")}
         rows.append(kept | {"errors": errors[row["method"]]})
-    run = json.loads(min((folder / "runs").glob("*.json")).read_text())
-    environment = {key: run["environment"][key] for key in ("steppe", "torch", "python", "cpu", "cores")}
+    environment = {key: first_run(folder)["environment"][key] for key in ENVIRONMENT}
     record = {"command": "steppe compare", "environment": environment, "methods": rows}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 

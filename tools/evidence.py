@@ -16,7 +16,7 @@ from typing import Any
 
 from marks import between, markdown
 
-from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, paired, spread
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE, STUDIES = (ROOT / "docs" / name for name in ("records", "results.md", "results/studies.md"))
@@ -33,6 +33,7 @@ NAMES = {
     "LateSAM": "late SAM",
 }
 BASE, SMALLER = "tuned base", "base, quarter of the batch"
+ENVIRONMENT = ("steppe", "torch", "python", "cpu", "cores", "threads")
 KEPT = ("train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay", "optimizer")
 Record = dict[str, Any]
 
@@ -57,8 +58,8 @@ def _collect(folder: Path) -> Record:
     from steppe.lab.sweep.space import filled
 
     asked, prices = (json.loads((folder / "comparison.json").read_text())[key] for key in ("asked", "prices"))
-    final, fixed, environment = _errors(folder), _errors(folder / "fixed", whole=False)[0], _environment(folder)
-    near = _errors(folder / "near")[0] if (folder / "near" / "config.json").exists() else {}
+    final, fixed, run = errors_by_seed(folder), errors_by_seed(folder / "fixed", whole=False), first_run(folder)
+    near = errors_by_seed(folder / "near") if (folder / "near" / "config.json").exists() else {}
     stages = {stage["name"]: stage for stage in runs.stages(folder)}
     rows = []
     for row in notebook.outcomes(folder):
@@ -72,16 +73,18 @@ def _collect(folder: Path) -> Record:
         kept |= {"best_trials": [point["values"] | {"error": round(point["error"], 4)} for point in points[:3]]}
         methods = [str(filled(stages[name]["method"], point["values"])) for point in points[1:3]]
         kept |= {"near_errors": [near[method] for method in methods]} if near else {}
-        rows.append(kept | {"errors": final[0][row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
+        rows.append(kept | {"errors": final[row["method"]], "fixed_errors": list(fixed.values())[len(rows)]})
     settings = {key: asked["settings"][key] for key in KEPT}
     search = {
         key: asked.get(key) for key in ("trials", "near", "search_seeds", "validation", "equal", "spaces", "draw")
     }
-    return {"metric": final[1], "settings": settings, "search": search, "environment": environment, "methods": rows}
+    environment = {key: run["environment"][key] for key in ENVIRONMENT}
+    about = {"metric": run["metric"], "settings": settings, "search": search, "environment": environment}
+    return about | {"methods": rows}
 
 
-def _errors(folder: Path, whole: bool = True) -> tuple[dict[str, list[float]], str]:
-    """Return the errors of every method by seed, in the plan's order, and the metric; not whole: of finished seeds."""
+def errors_by_seed(folder: Path, digits: int = 4, whole: bool = True) -> dict[str, list[float]]:
+    """Return the errors of every method by seed, in the plan's order; not whole: of the seeds that all have."""
     from steppe.lab import runs
 
     plan = runs.read_plan(folder)
@@ -90,23 +93,15 @@ def _errors(folder: Path, whole: bool = True) -> tuple[dict[str, list[float]], s
         raise SystemExit(f"{folder} is not finished")
     errors: dict[str, list[float]] = {str(method): [] for method in plan.methods}
     for run, record in sorted(found.items(), key=lambda item: item[0].seed):
-        errors[str(run.method)].append(round(record.shown, 4))
+        errors[str(run.method)].append(round(record.shown, digits))
     seeds = min(map(len, errors.values()))
-    return {method: each[:seeds] for method, each in errors.items()}, next(iter(found.values())).metric
+    return {method: each[:seeds] for method, each in errors.items()}
 
 
-def errors_by_seed(folder: Path, digits: int = 2) -> dict[str, list[float]]:
-    """Return the test errors in per cent of the runs that are there, by method and seed."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted((folder / "runs").glob("*.json")):
-        run = json.loads(path.read_text())
-        found.setdefault(run["method"], {})[run["seed"]] = round(100 * run["test_error"], digits)
-    return {method: [of[seed] for seed in sorted(of)] for method, of in found.items()}
-
-
-def _environment(folder: Path) -> Record:
-    found = json.loads(next(iter(sorted((folder / "runs").glob("*.json")))).read_text())["environment"]
-    return {key: found[key] for key in ("steppe", "torch", "python", "cpu", "cores", "threads")}
+def first_run(folder: Path) -> Record:
+    """Return the record of one run of a folder, which tells settings, metric and environment of all."""
+    found: Record = json.loads(min((folder / "runs").glob("*.json")).read_text())
+    return found
 
 
 # ---- from records to tables
@@ -128,9 +123,7 @@ def label(name: str) -> str:
 
 def against(rows: list[Record], other: Record) -> list[tuple[Paired, float] | None]:
     """Return each method's errors minus those of another, paired by seed, with the p-value Holm-corrected by column."""
-    tests = [None if row is other else paired(row["errors"], other["errors"]) for row in rows]
-    adjusted = holm([float("nan") if test is None else test.p for test in tests])
-    return [None if test is None else (test, p) for test, p in zip(tests, adjusted, strict=True)]
+    return corrected([None if row is other else paired(row["errors"], other["errors"]) for row in rows])
 
 
 def decimals(found: Record) -> int:
@@ -308,10 +301,10 @@ def luck(first: str, second: str) -> str:
     lines.append(["---", *["---:"] * (len(lines[0]) - 2), "---"])
     names = [name for name in before if name in after]
     tests = [paired(after[name]["errors"], before[name]["errors"]) for name in names]
-    for name, test, p in zip(names, tests, holm([test.p for test in tests]), strict=True):
+    for name, test in zip(names, corrected(tests), strict=True):
         near = ", ".join(f"{mean(errors):.{digits}f}" for errors in before[name].get("near_errors", []))
         cells = [label(name), _error(before[name], digits), near, _error(after[name], digits)]
-        lines.append([*cells, difference((test, p), digits), f"{chosen(before[name])}; {chosen(after[name])}"])
+        lines.append([*cells, difference(test, digits), f"{chosen(before[name])}; {chosen(after[name])}"])
     return markdown(lines)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from evidence import errors_by_seed
+from evidence import errors_by_seed, first_run
 from marks import between
 
 from steppe.lab.statistics import paired
@@ -43,16 +43,14 @@ def judge(folders: dict[str, Path]) -> None:
 
     tasks: dict[str, Any] = {}
     for name, folder in folders.items():
-        tuned, fixed = errors_by_seed(folder), errors_by_seed(folder / "fixed")
-        fixed = {method: found for method, found in fixed.items() if len(found) == len(next(iter(tuned.values())))}
+        tuned, fixed = (errors_by_seed(where, digits=2) for where in (folder, folder / "fixed"))
         rows = []
         for row in notebook.outcomes(folder):
             kept = {key: row[key] for key in ("name", "chosen", "edges", "passes")} | {"errors": tuned[row["method"]]}
             rows.append(kept | {"errors_fixed": next((fixed[key] for key in fixed if same(key, row["name"])), [])})
-        equal = errors_by_seed(folder.with_name(f"{folder.name}-equal"))
+        equal = errors_by_seed(folder.with_name(f"{folder.name}-equal"), digits=2)
         asked = json.loads((folder / "comparison.json").read_text())["asked"]
-        run = json.loads(next((folder / "runs").glob("*.json")).read_text())
-        tasks[name] = {"asked": asked, "environment": run["environment"], "rows": rows, "equal": equal}
+        tasks[name] = {"asked": asked, "environment": first_run(folder)["environment"], "rows": rows, "equal": equal}
     JUDGE.write_text(json.dumps(tasks, indent=1) + "\n")
 
 

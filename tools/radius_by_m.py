@@ -10,34 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence import errors_by_seed
+from evidence import errors_by_seed, first_run
 from marks import between
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "docs" / "records" / "radius_by_m.json", ROOT / "docs" / "how-to" / "radius.md"
-SETTINGS = (
-    "data",
-    "train_size",
-    "noise",
-    "model",
-    "epochs",
-    "batch_size",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "image_size",
-)
+SETTINGS = ("data", "train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay")
+SETTINGS += ("image_size",)
 
 
 def collect(title: str, folder: Path) -> dict[str, Any]:
     """Return the errors of every method of a comparison, in per cent, by seed."""
-    run = json.loads(max((folder / "runs").glob("*.json")).read_text())
+    run = first_run(folder)
     settings, environment = run["settings"], run["environment"]
     return {
         "task": title,
         "settings": {key: settings[key] for key in SETTINGS},
         "environment": {key: environment[key] for key in ("steppe", "torch", "python", "cpu")},
-        "errors": dict(sorted(errors_by_seed(folder).items())),
+        "errors": dict(sorted(errors_by_seed(folder, digits=2).items())),
     }
 
 

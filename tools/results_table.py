@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.lab import report
-from steppe.lab.statistics import holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, over_seeds, spread
 from steppe.lab.tables import plain
 
 ROOT = Path(__file__).parents[1]
@@ -83,16 +83,12 @@ def _many_sams(rows: list[dict[str, Any]]) -> bool:
 
 def _against(rows: list[dict[str, Any]], other: dict[str, Any]) -> list[str]:
     """Return the paired difference of every row to one, its interval and its Holm-corrected p-value."""
-    tests = []
-    for row in rows:
-        seeds = [seed for seed in row["errors"] if seed in other["errors"]]
-        tests.append(paired([row["errors"][s] for s in seeds], [other["errors"][s] for s in seeds]))
-    adjusted = holm([float("nan") if row is other else test.p for row, test in zip(rows, tests, strict=True)])
-    texts = []
-    for row, test, p in zip(rows, tests, adjusted, strict=True):
-        text = f"{test.low:+.2f} to {test.high:+.2f} ({p:.2g})" if p == p else "the same in every seed"
-        texts.append("" if row is other else text)
-    return texts
+    tests = corrected([None if row is other else over_seeds(row["errors"], other["errors"]) for row in rows])
+    return ["" if test is None else _told(*test) for test in tests]
+
+
+def _told(test: Paired, p: float) -> str:
+    return f"{test.low:+.2f} to {test.high:+.2f} ({p:.2g})" if p == p else "the same in every seed"
 
 
 def with_tables(text: str) -> str:

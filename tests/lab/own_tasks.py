@@ -25,6 +25,62 @@ def regression():
     }
 
 
+def high():
+    """The same with the negative error as its metric, which should be high."""
+    task = regression()
+    return task | {"metric": lambda *both: -task["metric"](*both), "higher": True, "name": "minus error"}
+
+
+def named_inputs():
+    """The same with the columns of its inputs in two tensors by name."""
+    task = regression()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = task["model"]()
+
+        def forward(self, parts):
+            return self.line(torch.cat([parts["left"], parts["right"]], 1))
+
+    split = {
+        key: ({"left": task[key][0][:, :1], "right": task[key][0][:, 1:]}, task[key][1]) for key in ("train", "test")
+    }
+    return task | split | {"model": Net}
+
+
+def root():
+    """The same with a metric of whole sets: the root of the mean squared error."""
+    return regression() | {"metric": lambda y, t: (y - t).square().mean().sqrt(), "whole": True, "name": "RMSE"}
+
+
+def validated():
+    """The same with its last 32 training examples held out by the task."""
+    task = regression()
+    (x, y) = task["train"]
+    return task | {"train": (x[:96], y[:96]), "validation": (x[96:], y[96:])}
+
+
+def without_loss():
+    return {key: value for key, value in regression().items() if key not in ("loss", "metric", "name")}
+
+
+def misspelt():
+    return no_model() | {"modle": lambda: nn.Linear(4, 1)}
+
+
+def arrays():
+    return regression() | {"train": tuple(part.numpy() for part in regression()["train"])}
+
+
+def one_number():
+    return root() | {"whole": False}
+
+
+def higher_nothing():
+    return without_loss() | {"loss": regression()["loss"], "higher": True}
+
+
 def tokens():
     """Predict the next of five tokens, each one more than the last, modulo five."""
     starts = torch.arange(96) % 5

@@ -194,7 +194,7 @@ def test_a_users_function_may_take_the_folder_and_give_constants(tmp_path):
         ("nowhere:task", "module 'nowhere' cannot be imported: ModuleNotFoundError: No module"),
         ("my_own:nothing", "module 'my_own' has no function 'nothing'"),
         ("my_own:torch", "module 'my_own' has no function 'torch'"),
-        ("my_own:wrong", "must return four tensors"),
+        ("my_own:wrong", "must return a dict of train, test and model, or four tensors"),
         ("my_own:floats", "labels must be whole numbers"),
     ],
 )

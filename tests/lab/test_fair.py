@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from steppe.lab import fair, files, notebook, presets, price, report, runs, spaces, spec, tasks
+from steppe.lab import compare, fair, files, notebook, presets, price, report, runs, spaces, spec, tasks
 from steppe.lab.errors import LabError, PausedError
 from steppe.lab.fair import Asked, Contestant
 from steppe.lab.price import Price
@@ -188,7 +188,7 @@ def test_the_tables_say_what_was_chosen_and_what_fixed_parameters_say(folder):
     assert {one.trials for one in found.each} == {3}
     words = " ".join(tables.notes(found))
     for said in (
-        "3 trials of 1 seeds",
+        "3 trials of 1 seed,",
         "25 % of the training examples",
         "as noisy as the training labels",
         "same number of gradient passes",
@@ -268,8 +268,66 @@ def test_the_notes_begin_with_what_is_clear(folder):
     better, worse, unclear = (one.name for one in tested)
     assert tables.notes(found)[0] == (
         f"Clearly better than SGD: {better}; clearly worse: {worse}; not clear: {unclear}. "
-        "Clear is a Holm-corrected p below 0.05."
+        "Clear is a Holm-corrected p below 0.05; lower is better."
     )
+    higher = {run: replace(record, higher=True) for run, record in found.found.records.items()}
+    turned = replace(found, found=replace(found.found, records=higher))
+    assert tables.notes(turned)[0] == (
+        f"Clearly better than SGD: {worse}; clearly worse: {better}; not clear: {unclear}. "
+        "Clear is a Holm-corrected p below 0.05; higher is better."
+    )
+    (one,) = (each for each in found.each if each.name == better)
+    row = replace(one.row, p=math.nan)
+    untested = replace(found, each=[replace(each, row=row) if each is one else each for each in found.each])
+    assert f"not tested, for want of two seeds that differ: {better}. " in tables.notes(untested)[0]
+
+
+def test_runs_without_a_result_are_named(folder):
+    found = tables.read(folder)
+    assert not any("without a result" in note for note in tables.notes(found))
+    rows = [found.each[0], replace(found.each[1], row=None), *found.each[2:]]
+    rows[3] = replace(rows[3], row=replace(rows[3].row, n=1))
+    lost = next(note for note in tables.notes(replace(found, each=rows)) if "without a result" in note)
+    assert "SGD(batch_size=8) 3 of 3, SAM(m={m}) 2 of 3; they failed" in lost
+
+
+def test_final_runs_above_the_budget_are_named(folder):
+    found = tables.read(folder)
+    most = found.each[0].fixed.passes
+    told = f"The longest run of SGD cost {most:.3g} passes; final runs above that: "
+    assert f"{told}none." in tables.notes(found)
+    dear = replace(found.each[2], row=replace(found.each[2].row, passes=1.2 * most))
+    found = replace(found, each=[*found.each[:2], dear, *found.each[3:]])
+    assert f"{told}SAM {1.2 * most:.3g}." in tables.notes(found)
+
+
+def test_the_notebook_says_where_the_other_runs_are_if_some_failed(tmp_path, monkeypatch):
+    failure = compare.Failure(run=None, reason="no memory", details="")
+    monkeypatch.setattr(fair, "run", lambda *arguments: [failure])
+    with pytest.raises(LabError, match=r"1 of the runs failed, the first: no memory; .*c holds the others"):
+        notebook.compare(["SAM"], "tests.lab.own_tasks:regression", folder=tmp_path / "c", batch_size=32)
+
+
+def test_a_metric_that_should_be_high_is_searched_for_its_highest(tmp_path):
+    asked = {"methods": ["SAM"], "seeds": 2, "trials": 3, "epochs": 3, "batch_size": 32}
+    stages = {}
+    for name in ("regression", "high"):
+        out = notebook.compare(task=f"tests.lab.own_tasks:{name}", folder=tmp_path / name, **asked)
+        stages[name], found = runs.stages(out), tables.read(out)
+    for low, high in zip(*stages.values(), strict=True):
+        assert low["chosen"] == high["chosen"]  # one metric is the other's negative
+        for point, other in zip(low["points"], high["points"], strict=True):
+            assert other["errors"] == pytest.approx([-error for error in point["errors"]])
+        best = max(high["points"], key=lambda point: point["error"])
+        assert high["chosen"] == best["values"]
+        assert tables.as_good(low) == tables.as_good(high)
+    page = report.render(found.found, fairly=found)
+    assert "(higher is better)" in page
+    assert "where the mean curve is highest" in page
+    assert "validation minus error" in page
+    verdict = tables.notes(found)[0]
+    assert page.count(verdict) == 1
+    assert page.index(verdict) < page.index("<table")  # what is clear stands before the numbers
 
 
 def test_another_baseline(folder):

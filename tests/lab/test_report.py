@@ -286,5 +286,7 @@ def test_a_log_scale_is_offered_where_every_value_is_positive(found):
     assert report.logarithmic(loss)
     error.data[1]["y"] = [0.0] * len(error.data[1]["y"])
     assert report.logarithmic(error) == ""
+    short = [{**trace, "x": trace["x"][:1], "y": trace["y"][:1]} for trace in loss.data if not trace.get("fill")]
+    assert svg.draw(replace(loss, data=short)).count("<circle") == len(short)  # a curve of one point is seen
     lost = svg.draw(replace(loss, data=[{**trace, "y": [None] * len(trace["y"])} for trace in loss.data]))
     assert ElementTree.fromstring(lost) is not None

@@ -100,5 +100,5 @@ def test_a_method_may_have_settings_of_its_own():
     assert own == Settings(momentum=0.8, lr=0.2, batch_size=32)
     (run,) = Plan(Settings(), (method,), 1).runs()
     assert (run.settings.lr, run.settings.batch_size, run.epochs) == (0.2, 32, 300)
-    with pytest.raises(LabError, match="batch size 2000 exceeds"):
+    with pytest.raises(LabError, match="batch-size 2000 exceeds"):
         spec.parse_all(["SGD(batch_size=2000)"], Settings())

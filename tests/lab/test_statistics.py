@@ -40,6 +40,17 @@ def test_no_test_without_spread():
     assert (same.low, same.high) == (-1, -1)
 
 
+def test_what_rounding_leaves_of_equal_numbers_is_no_difference():
+    values, others = [0.1 + 0.2, 0.7], [0.3, 0.7]
+    assert values != others
+    result = paired(values, others)
+    assert (result.difference, result.low, result.high) == (0.0, 0.0, 0.0)
+    assert math.isnan(result.p)
+    shifted = paired([0.1 + 0.2, 0.6], [0.2, 0.5])  # by a tenth in both seeds, but for rounding
+    assert math.isnan(shifted.p)
+    assert spread([0.1 + 0.2, 0.3, 0.3]) == 0
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979's steps 4 3 2 1
     assert holm([0.6, 0.7]) == [1.0, 1.0]

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
-from steppe.batch import Batch
-from steppe.engine.nested import mapped
+from steppe.batch import Batch, Loss
+from steppe.engine.nested import Data, mapped
 from steppe.engine.replay import RandomState
 from steppe.engine.vector import LOW
 from steppe.factored.sites import CannotFactor, Mode
@@ -31,6 +33,7 @@ RANDOM = {
     *(Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.random_),
     *(Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_),
 }
+FACTORS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, torch.lerp, Tensor.lerp}
 CASTS = {Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16, Tensor.float: torch.float32}
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # their sixth argument is a probability
@@ -40,23 +43,27 @@ DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, *REC
 class Draws(Mode):
     """Turns dropout off, records the other random numbers of passes over a batch, and replays them for a part of it.
 
+    A factor of zero without examples, such as the weight of a term that is switched on later, is 0.1 here.
+
     Args:
         n: the number of examples in the batch.
+        m: that in a micro-batch.
         random: the random numbers that each pass over the whole batch draws, so that all take the same path.
 
     Attributes:
         for_all: whether numbers were drawn for the whole batch, such as whether to drop a layer.
     """
 
-    def __init__(self, n: int, random: RandomState) -> None:
+    def __init__(self, n: int, m: int, random: RandomState) -> None:
         super().__init__()
         self.n, self.random, self.for_all = n, random, False
+        self.sizes, self.inside = {n, m, n % m}, False  # the forward pass, where it has begun
         self.made: list[Tensor] = []  # by the last pass over the whole batch, in order
         self.part: slice | None = None  # the examples of the pass; ``None`` for all
 
     def begin(self, part: slice | None = None) -> None:
         """Begin a pass over the whole batch, or over a part of it, which draws what it has drawn in the whole batch."""
-        self.part, self.count = part, 0
+        self.part, self.count, self.inside = part, 0, True
         if part is None:
             self.made.clear()
             self.random.restore()
@@ -69,6 +76,8 @@ class Draws(Mode):
             self._draw(func, args, kwargs)
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if func in FACTORS and (self.inside or self.recomputing) and peek_interpreter_stack() is None:
+            args = tuple([a if i == 0 and func is Tensor.mul_ else self._switched_on(a) for i, a in enumerate(args)])
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
@@ -80,6 +89,12 @@ class Draws(Mode):
             args = (*args[:at], 0.0, *args[at + 1 :]) if len(args) > at else args
         made = func(*args, **kwargs)
         return self._drawn(made) if func in RANDOM else made
+
+    def _switched_on(self, t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.requires_grad or not t.is_floating_point():
+            return t
+        of_examples = t.dim() > 0 and len(t) in self.sizes
+        return t if of_examples or t.any() else t + 0.1
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
         """Draw what dropout draws in a step: then what follows draws, and decides, as in the step."""
@@ -214,6 +229,30 @@ class InFloat64(_Wider):
         self.batch.model = deepcopy(model, made).double()
         self.copies = {id(p): made[id(p)] for p in model.parameters()}
         self.batch.data = mapped(lambda t: t.double() if t.is_floating_point() else t, batch.data)
+
+
+Exact = InFloat32 | InFloat64
+
+
+@dataclass
+class Heard:
+    """A loss times a number, which keeps what it returns, and draws for a part what is drawn for it in the batch."""
+
+    loss: Loss
+    scale: float
+    draws: Draws
+    exact: Exact | None
+    part: slice | None = None  # the examples of the part
+    losses: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module, data: Data) -> Tensor:
+        """Return the losses."""
+        self.draws.begin(self.part)
+        with self.exact or nullcontext():
+            made = self.loss(model, data) * self.scale
+        self.draws.inside = False
+        self.losses.append(made.detach())
+        return made
 
 
 @contextmanager

@@ -176,6 +176,8 @@ class AnyFunction:
                 values[index] = passing.copies(self, [p], (index, None), parts.k, parts)[:, 0]
             return values[index]
 
+        rows = (passing.call, *[_has_examples(t, parts.n) for t in _tensors((args, kwargs))])
+        passing.calls |= {rows} - passing.proven  # a table may have as many rows as a later batch has examples
         for t in _tensors((args, kwargs)):
             index = passing.tracked.index(t)
             if index is not None:  # also where it has as many rows as there are examples

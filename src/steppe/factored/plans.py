@@ -44,6 +44,7 @@ class Entry:
         proven: what all its rehearsals have proven.
         uses: how many steps have asked.
         rehearsals: how many have rehearsed.
+        sizes: the sizes of the batches that were rehearsed on.
         failed: the steps that failed since the shared passes last succeeded.
         said: the kinds of message that have been logged, or shown as a warning.
     """
@@ -52,6 +53,7 @@ class Entry:
     proven: Proven = field(default_factory=Proven)
     uses: int = 0
     rehearsals: int = 0
+    sizes: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
 
@@ -60,6 +62,7 @@ class Entry:
         reason = _unsupported(f.passes.parameters, batch)
         plan = SharingPlan(self.plan.tracked, reason=reason) if reason else rehearsed(f, batch, m)
         self.rehearsals += 1
+        self.sizes.add(len(batch))
         if not plan.reason:
             self.proven.update(plan.proven)
             self.plan = replace(plan, proven=self.proven)
@@ -68,11 +71,16 @@ class Entry:
             self.log(plan.reason, always=plan.final)
         return not self.plan.reason
 
-    def due(self) -> bool:
-        """Return whether to rehearse again, because data may change what a model does, or may tell at last."""
+    def due(self, n: int, m: int | None) -> bool:
+        """Return whether to rehearse again, because data may change what a model does, or may tell at last.
+
+        Code may also decide by the number of examples: by one that is twice or half of those so far, or in the rest.
+        """
         if self.plan.reason and self.plan.final:
             return False
-        return self.uses in AGAIN or self.uses % 1024 == 0
+        other = not min(self.sizes) / 2 < n < 2 * max(self.sizes) if self.sizes else False
+        rest = n % (m or 1) > 0 and not any(size % (m or 1) for size in self.sizes)
+        return self.uses in AGAIN or self.uses % 1024 == 0 or other or rest
 
     def fail(self, reason: str, step: int | None = None) -> None:
         """Note that this step, or with ``None`` every later step, runs in a loop."""
@@ -159,7 +167,7 @@ def entry_for(f: Oracle, batch: Batch, m: int | None) -> Entry:
         of_model.entries[key] = entry
         if len(of_model.entries) > ENTRIES:
             of_model.entries.popitem(last=False)
-    elif entry.due() and not captured:
+    elif entry.due(len(batch), m) and not captured:
         entry.rehearse(f, batch, m)
     of_model.entries.move_to_end(key)
     entry.uses += 1

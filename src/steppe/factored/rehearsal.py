@@ -1,9 +1,9 @@
 """The rehearsal: the update of m-SAM both ways, shared and serial, on real micro-batches; the result is a plan."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import TypeVar
@@ -11,16 +11,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from steppe.batch import Batch, Loss
+from steppe.batch import Batch
 from steppe.engine.grads import drop
-from steppe.engine.nested import Data
+from steppe.engine.nested import mapped
 from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.engine.passes import Passes
 from steppe.engine.replay import RandomState, frozen_statistics, generator
-from steppe.engine.vector import Vector
+from steppe.engine.vector import LOW, Vector
 from steppe.factored.collect import TWO_PASSES, relative_cost
-from steppe.factored.conditions import Draws, InFloat32, InFloat64, no_cast, noise_added
+from steppe.factored.conditions import Draws, Exact, Heard, InFloat32, InFloat64, no_cast, noise_added
+from steppe.factored.held import Held, first_forward, of_loss
 from steppe.factored.layers import LAYERS
 from steppe.factored.maps import Lookup
 from steppe.factored.microbatches import MicroBatches
@@ -34,7 +35,6 @@ from steppe.pieces.protocol import Declaration
 from steppe.rule import Rule
 
 T = TypeVar("T")
-Exact = InFloat32 | InFloat64
 
 TRIED = 4  # micro-batches of each order that are made both ways
 VISIBLE = 1e-3  # the least radius of a rehearsal, in norms of the weights: what is perturbed less shows no mistake
@@ -53,16 +53,20 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
     The price is 5 forwards and 6 backwards of the batch, and 4 of each of at most ``4 TRIED`` micro-batches in all.
     In half precision the second comparison is made in float32, for a forward and two backwards more. Where float32
     cannot tell a difference from rounding, all of it is made again in float64, on a copy of the model. Weights,
-    gradients, buffers and random streams are restored bit for bit. State of the model that is not in a buffer sees the
-    additional passes.
+    gradients, buffers and random streams are restored bit for bit, and so are the numbers, tensors and containers that
+    the model and its loss hold in attributes. The passes run on a copy of the data.
     """
-    tracked = Tracked.of(f, batch)
+    tracked, held, batch = Tracked.of(f, batch), Held(batch), copy(batch)
+    batch.data = mapped(lambda t: t.detach().clone().requires_grad_(t.requires_grad), batch.data)
     before = RandomState.now(f.passes.parameters.devices)
     try:
         watch()
-        with f.passes.ranks.apart(), noise_added(batch.model), Draws(len(batch), before) as draws:
+        with f.passes.ranks.apart(), Draws(len(batch), m or 1, before) as draws, ExitStack() as noise:
+            first_forward(batch, m)
+            noise.enter_context(noise_added(batch.model))
             rehearsal = Rehearsal(f, batch, m, draws)
             plan = rehearsal.plan(tracked)
+            rehearsal.check_held(held)
             try:
                 rehearsal.prove(plan, permuted=False)
                 if not (rehearsal.rounding.low and _proven_in_float32(f, batch, m, draws, plan)):
@@ -80,6 +84,7 @@ def rehearsed(f: Oracle, batch: Batch, m: int | None) -> SharingPlan:
         return SharingPlan(tracked, reason=described(error), final=False)
     finally:
         before.restore()
+        held.restore()
 
 
 def _proven_in_float32(f: Oracle, batch: Batch, m: int | None, draws: Draws, plan: SharingPlan) -> bool:
@@ -118,25 +123,6 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-@dataclass
-class _Heard:
-    """A loss times a number, which keeps what it returns, and draws for a part what is drawn for it in the batch."""
-
-    loss: Loss
-    scale: float
-    draws: Draws
-    exact: Exact | None
-    part: slice | None = None  # the examples of the part
-    losses: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, model: nn.Module, data: Data) -> Tensor:
-        self.draws.begin(self.part)
-        with self.exact or nullcontext():
-            made = self.loss(model, data) * self.scale
-        self.losses.append(made.detach())
-        return made
-
-
 class Rehearsal:
     """The passes of a rehearsal; none of them counts as one of the step's.
 
@@ -149,7 +135,8 @@ class Rehearsal:
         self.parts = MicroBatches(self.n, self.m)
         self.within = None if m is None else self.parts  # examples of one may influence one another
         self.tensors = [exact.copy(p) if exact else p for p in f.passes.parameters.tensors]
-        self.heard = _Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws, exact)
+        self.heard = Heard(batch.loss, float(batch.loss_scale(self.tensors[0].detach())), draws, exact)
+        self.modules = [*batch.modules(), *(one for one in of_loss(batch) if isinstance(one, nn.Module))]
         self.batch = copy(batch)
         self.batch.loss, self.batch.scaler = self.heard, None
         self.ranks = replace(f.passes.ranks, begun=True)
@@ -207,6 +194,8 @@ class Rehearsal:
                 raise Unsure("the losses of this batch are not finite")
             order = torch.randperm(first.independent, generator=generator(self.seed, 0))
             weights = 2.0 ** (order % 5 - 4)  # powers of two commute with rounding, TF32's too
+            if self.heard.scale <= 1 and losses.dtype not in LOW:  # gradients above the loop's: a clamp of them bites
+                weights *= 2.0 ** (self.parts.k.bit_length() + 1)
             weights = (self.parts.spread(weights) if self.within is not None and first.mixes else weights).to(losses)
             smaller = self.first_backward(losses, first)
             (losses @ weights * (smaller / self.n)).backward()
@@ -247,6 +236,17 @@ class Rehearsal:
             self.rounding.check_buffers(after, self.buffers_of_loop(parts))
         self.rounding.check_gradients(ours.materialised(), theirs.materialised(), plan.tracked.names)
 
+    def check_held(self, held: Held) -> None:
+        """Raise where losses depend on what every pass changes in attributes: the loop makes more passes."""
+        part, losses = self.batch.split(self.m)[0], list[Tensor]()
+        with frozen_statistics(self.modules), torch.no_grad():
+            for change in (list, held.advance):
+                names = change()
+                with self.drawing(part, 0):
+                    losses.append(part.losses())
+        if names and not torch.allclose(losses[0], losses[1]):
+            raise Differs(f"the loss depends on {names[0]}, which every forward pass changes")
+
     def first_part(self) -> tuple[Tensor, list[Tensor | None]]:
         """Return the losses of the first micro-batch by itself, at ``w`` and ``w + eps``, and its update."""
         trial = self.oracle(self.batch)
@@ -260,7 +260,7 @@ class Rehearsal:
     def hear(self, run: Callable[[], T]) -> tuple[T, list[Tensor]]:
         """Return what a function returns, and the losses of its passes; running statistics are restored."""
         self.heard.losses.clear()
-        with frozen_statistics(self.batch.modules()):
+        with frozen_statistics(self.modules):
             return run(), self.heard.losses.copy()
 
     def shared(self, trial: Oracle, plan: SharingPlan, rows: Tensor) -> Vector:
@@ -280,7 +280,7 @@ class Rehearsal:
 
     def buffers_of_loop(self, parts: Sequence[Batch]) -> list[Tensor]:
         """Return the buffers after the forwards of all micro-batches."""
-        with frozen_statistics(self.batch.modules()), torch.no_grad():
+        with frozen_statistics(self.modules), torch.no_grad():
             for k, part in enumerate(parts):
                 with self.drawing(part, k):
                     part.losses()
@@ -288,7 +288,7 @@ class Rehearsal:
 
     def buffers(self) -> list[Tensor]:
         """Return copies of the model's buffers."""
-        return [b.clone() for m in self.batch.modules() for b in m._buffers.values() if b is not None]
+        return [b.clone() for m in self.modules for b in m._buffers.values() if b is not None]
 
     @contextmanager
     def drawing(self, part: Batch, k: int) -> Iterator[None]:

@@ -206,12 +206,12 @@ class Interception(Mode):
         self.inside = 0  # whether a layer is at work, and how deep: what it does with parameters is understood
         self.running = False  # whether the forward pass is
         self.calls: set[Any] = set()  # of torch functions that no rehearsal has made
+        self.call: Any = None  # the last one
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        arguments = (*args, *kwargs.values())
+        arguments = (*args, *(kwargs := kwargs or {}).values())
         self.called(func, arguments, sys._getframe(1))
         transformed = peek_interpreter_stack() is not None
         derived = bool(self.derived) and first_in(self.derived, arguments) is not None
@@ -229,9 +229,9 @@ class Interception(Mode):
     def called(self, func: Any, arguments: Iterable[Any], frame: FrameType) -> None:
         """Note a call that no rehearsal has made: another function, place, dimension, or number not zero."""
         numbers = tuple([_about(a) for a in arguments if not isinstance(a, Tensor)])
-        call = func, frame.f_code, frame.f_lasti, numbers  # code made anew is equal code
-        if call not in self.proven:
-            self.calls.add(call)
+        self.call = func, frame.f_code, frame.f_lasti, numbers  # code made anew is equal code
+        if self.call not in self.proven:
+            self.calls.add(self.call)
 
     def first_in(self, args: Iterable[Any]) -> int | None:
         """Return the index of the first perturbed parameter among arguments, or among what is made of parameters."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from steppe.lab import files, single
 from steppe.lab.errors import PausedError, reason
 from steppe.lab.hardware import CPU, Hardware
-from steppe.lab.record import Record
+from steppe.lab.record import Record, told
 from steppe.lab.runs import Plan, Run, finish, finished, open_for
 from steppe.lab.terminal import Display, line
 from steppe.lab.train import Session
@@ -104,7 +104,7 @@ def _tell(display: Display, run: Run, result: Record | Failure, ended: int, coun
     if isinstance(result, Failure):
         display.line(f"{run} failed: {result.reason}")
     else:
-        error = f"{result.metric.rstrip(' %')} {result.shown:.4g}, {result.seconds:.1f} s"
+        error = f"{told(result.metric, result.test_error)}, {result.seconds:.1f} s"
         display.line(f"{ended}/{count} {run}: {error}{', collapsed' if result.collapsed else ''}", always=False)
 
 

@@ -275,7 +275,7 @@ def _search(folder: Path, asks: Comparison, site: Worksite, workers: int, consol
     wanted = asks.search()
     every = sum(len(stage.points()) + asks.asked.near for stage in wanted.stages)
     about = f"{len(asks.contestants)} methods, {asks.asked.trials} trials each, {wanted.seeds} seeds a trial"
-    line(console, f"search: {about}; {100 * wanted.settings.validation:g} % of the training examples held out")
+    line(console, f"search: {about}; {100 * wanted.settings.validation:.3g} % of the training examples held out")
     with Display(console, "search", every) as display:
 
         def tell(text: str, done: int) -> None:

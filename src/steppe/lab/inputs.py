@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from steppe.lab.errors import LabError, one_line
+
 _AHEAD = 3  # batches that are decoded before they are needed
 
 
@@ -96,7 +98,55 @@ class Images:
         return Images(pixels, self.mean.to(device), self.spread.to(device), self.side, device)
 
 
-Examples = Tensor | Images
+@dataclass(frozen=True)
+class Fields:
+    """Several tensors of one set by name; indexing returns the dict of their rows."""
+
+    parts: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, parts: dict[str, Any]) -> "Fields":
+        """Return a set of tensors of one length.
+
+        Raises:
+            LabError: a part is no tensor, or lengths differ.
+        """
+        if not parts or not all(isinstance(part, Tensor) for part in parts.values()):
+            raise LabError("a dict of inputs must hold tensors")
+        if len({len(part) for part in parts.values()}) > 1:
+            raise LabError(f"a dict of inputs has {', '.join(f'{len(p)} {name}' for name, p in parts.items())}")
+        return cls(parts)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, rows: Any) -> dict[str, Tensor]:
+        return self.take(rows).parts
+
+    def take(self, rows: Any) -> "Fields":
+        """Return the chosen rows as a set."""
+        return Fields({name: part[rows] for name, part in self.parts.items()})
+
+    def to(self, device: torch.device) -> "Fields":
+        """Return the set on a device."""
+        return Fields({name: part.to(device) for name, part in self.parts.items()})
+
+
+Examples = Tensor | Images | Fields
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Return two sets of tensors as one.
+
+    Raises:
+        LabError: they do not fit together.
+    """
+    try:
+        if isinstance(first, Fields):
+            return Fields({name: torch.cat([part, second.parts[name]]) for name, part in first.parts.items()})
+        return torch.cat([first, second])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise LabError(f"a task's validation does not fit its train: {one_line(error)}") from error
 
 
 def take(examples: Any, rows: Tensor | slice) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.lab.errors import LabError
 from steppe.lab.files import finite, write, writing
 from steppe.lab.hardware import ALONE, Process
 from steppe.lab.own import OwnTask, losses, metrics
@@ -68,25 +69,30 @@ class Meter:
 def evaluate(
     model: nn.Module, inputs: Any, labels: Tensor, process: Process = ALONE, own: OwnTask | None = None
 ) -> tuple[float, float]:
-    """Return the mean loss and the mean metric, the share of wrong answers, on the first ``len(labels)`` examples.
+    """Return the mean loss and the metric, the share of wrong answers, on the first ``len(labels)`` examples.
 
     The processes share the examples. Each makes the same number of forward passes, which sharded parameters need.
     """
     model.eval()
     loss_of, metric_of = losses(own), metrics(own)[0]
-    share = math.ceil(len(labels) / process.world)
+    share, seen = math.ceil(len(labels) / process.world), []
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+    whole = own is not None and own.whole
+    if whole and process.world > 1:
+        raise LabError("a metric of whole sets is measured by one process alone; leave --devices out")
     for rows in torch.arange(share).split(_CHUNK):
         mine = rows + process.rank * share
         counted = (mine < len(labels)).to(process.device)
         mine = mine.clamp(max=len(labels) - 1)
         with process.autocast():
             outputs = model(inputs[mine])
-        values = [of(outputs, labels[mine])[counted].double().sum() for of in (loss_of, metric_of)]
-        sums += torch.stack(values)
+        seen += [(outputs, labels[mine])] if whole else []
+        of_each = (loss_of,) if whole else (loss_of, metric_of)
+        for i, of in enumerate(of_each):
+            sums[i] += of(outputs, labels[mine])[counted].double().sum()
     model.train()
     loss, error = (process.total(sums) / len(labels)).tolist()
-    return loss, error
+    return loss, float(metric_of(*map(torch.cat, zip(*seen, strict=True)))) if whole else error
 
 
 def keep(path: Path, step: int) -> None:

@@ -90,7 +90,7 @@ def compare(
     except BrokenExecutor:
         raise LabError(f"a worker process was lost; {_GUARD}") from None
     if failures:
-        raise LabError(f"{len(failures)} runs failed; the first: {failures[0].reason}")
+        raise LabError(f"{len(failures)} of the runs failed, the first: {failures[0].reason}; {where} holds the others")
     return where
 
 

@@ -24,6 +24,7 @@ class Preset:
     search_seeds: int = 2
 
 
+ADAMW_LR = 1e-3  # a usual learning rate of AdamW; SGD's would be fifty times too large
 _BASE = ("SGD", "SGD(epochs=2x)")
 _NOISY = (*_BASE, "SAM(rho=0.2)", "SAM(rho=0.5)")
 _DIGITS = (*_NOISY, "WSAM(rho=0.5, gamma=0.9)", *(f"SAM(rho=0.2, m={m})" for m in (64, 32, 16, 8)), "RWSAM(rho=0.5)")
@@ -86,6 +87,8 @@ def settings_for(chosen: Preset, given: Mapping[str, Any]) -> Settings:
     changes = {key: value for key, value in given.items() if value is not None}
     if "data_dir" in changes:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
+    if changes.get("optimizer") == "adamw":
+        changes.setdefault("lr", ADAMW_LR)
     if chosen.whole and "train_size" not in changes:
         changes["train_size"] = tasks.offered(replace(chosen.settings, data_dir=changes.get("data_dir")))
     settings = replace(chosen.settings, **changes)
@@ -142,5 +145,9 @@ def asked(
     models.check(settings.model)
     tasks.check(settings)
     usual: dict[str, Any] = {"trials": default.trials, "search_seeds": default.search_seeds}
+    if held := data.read(settings).held:
+        if options.get("validation") is not None:
+            raise LabError(f"{settings.data} brings its own validation examples; leave --validation out")
+        usual["validation"] = held / settings.train_size
     chosen = usual | {key: value for key, value in options.items() if value is not None}
     return Asked(settings, tuple(methods or default.methods), seeds or default.seeds, **chosen)

@@ -34,7 +34,7 @@ class Record:
     epochs: int
     curves: dict[str, list[float | None]]  # one entry per evaluation; None if a value is missing or not finite
     test_error: float
-    train_error: float
+    train_error: float | None  # None: not finite
     train_loss: float | None
     classes: int
     steps: int
@@ -45,6 +45,7 @@ class Record:
     collapsed: bool
     environment: dict[str, str]
     metric: str = "error %"  # what test_error and train_error are; a name that ends with % is of a share
+    higher: bool = False  # whether a higher one is better
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.epochs < 1:
@@ -60,9 +61,20 @@ class Record:
         return self.test_error * (100 if self.metric.endswith("%") else 1)
 
     @property
+    def cost(self) -> float:
+        """Return what a search makes small: the test error, or a metric that should be high with a minus."""
+        return -self.shown if self.higher else self.shown
+
+    @property
     def passes(self) -> float:
         """Return the number of gradient passes over the training set that the run has cost."""
         return self.backwards / (self.steps / self.epochs)
+
+
+def told(metric: str, value: float) -> str:
+    """Return a metric with its value for a line of text: shares in per cent, others as they are."""
+    name = metric.removesuffix("%").rstrip()
+    return f"{name} {100 * value:.4g} %" if metric.endswith("%") else f"{name} {value:.4g}"
 
 
 @cache

@@ -142,19 +142,10 @@ def _facts(plan: Plan, exact: bool) -> dict[str, object]:
 
 def _refuse_others(folder: Path) -> None:
     """Raise a ``LabError`` for a folder that holds files of something else."""
-    _refuse_old(folder)
     if folder.exists():
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
         if not all(name.startswith(_BEFORE) or name.endswith(".tmp") for name in names if name != LOCK):
             raise LabError(f"{folder} exists and holds no runs (no config.json). Choose another --out")
-
-
-def _refuse_old(folder: Path) -> None:
-    if (folder / "run.json").exists():
-        raise LabError(
-            f"{folder} holds a run of steppe 0.1 (run.json), which this version neither reads nor continues. "
-            "Finish it with steppe 0.1, or choose another --out"
-        )
 
 
 def read_plan(folder: Path) -> Plan:
@@ -165,7 +156,6 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / "config.json"
     if not path.exists():
-        _refuse_old(folder)
         raise LabError(f"{folder} holds no runs (no config.json)")
     try:
         data = read_json(path)
@@ -208,7 +198,8 @@ def stages(folder: Path) -> list[dict[str, Any]]:
 
 def best_first(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the points of a stage that ended, the best first; the first tried of equals is the first."""
-    return sorted((point for point in points if point["error"] is not None), key=lambda point: point["error"])
+    ended = (point for point in points if point["error"] is not None)
+    return sorted(ended, key=lambda point: point.get("cost", point["error"]))  # older searches have no cost
 
 
 def finished(folder: Path, plan: Plan) -> tuple[dict[Run, Record], list[str]]:

@@ -57,7 +57,7 @@ class Settings:
     )
     epochs: int = _setting(150, _COUNT, "Passes over the training data, unless a method sets its own.")
     batch_size: int = _setting(128, _COUNT, "Examples in a batch, over all processes.")
-    lr: float = _setting(0.05, _POSITIVE, "Learning rate after the warm-up; cosine to 0.")
+    lr: float = _setting(0.05, _POSITIVE, "Learning rate after the warm-up; cosine to 0. With adamw 0.001.")
     momentum: float = _setting(0.9, _FINITE, "SGD's momentum.")
     weight_decay: float = _setting(5e-4, _FINITE, "The base optimizer's weight decay.")
     optimizer: str = _setting("sgd", _one_of(OPTIMIZERS), "The base of the methods: sgd or adamw.")
@@ -79,8 +79,9 @@ class Settings:
         if self.data == "digits" and self.data_dir is not None:
             raise LabError("digits come with scikit-learn; data-dir goes with --data fashion-mnist")
         if self.batch_size > self.fitted:
+            held = f" beside the {self.train_size - self.fitted} for validation" if self.validation else ""
             raise LabError(
-                f"batch size {self.batch_size} exceeds the {self.fitted} training examples: no full batch fits"
+                f"batch-size {self.batch_size} exceeds the {self.fitted} training examples{held}: no full batch fits"
             )
 
     @property

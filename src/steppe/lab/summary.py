@@ -7,7 +7,7 @@ from itertools import combinations
 from steppe.lab.record import Record
 from steppe.lab.runs import Context, Plan, Run
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, over_seeds, spread
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class Summary:
         """Return the name of what the records measure."""
         return next((record.metric for record in self.records.values()), "error %")
 
+    @property
+    def higher(self) -> bool:
+        """Return whether a higher metric is better."""
+        return any(record.higher for record in self.records.values())
+
+    @property
+    def direction(self) -> str:
+        """Return in words which metric is better."""
+        return f"{'higher' if self.higher else 'lower'} is better"
+
     def of(self, method: Method) -> list[Record]:
         """Return a method's records in the order of their seeds."""
         return [record for run, record in self.records.items() if run.method == method]
@@ -67,28 +77,19 @@ def summarise(plan: Plan, records: dict[Run, Record], problems: list[str], conte
     """Compute the numbers of a plan's finished runs."""
     found = Summary(plan, records, [], problems, context or Context())
     present = [method for method in plan.methods if found.of(method)]
-    tests = [None if method == plan.reference else _test(found, method, plan.reference) for method in present]
-    for method, test, p in zip(present, tests, _corrected(tests), strict=True):
-        found.rows.append(_row(found, method, test, p))
+    errors = {method: found.errors(method) for method in present}
+    base = errors.get(plan.reference, {})
+    tests = [None if method == plan.reference else over_seeds(errors[method], base) for method in present]
+    for method, test in zip(present, corrected(tests), strict=True):
+        found.rows.append(_row(found, method, *(test or (None, math.nan))))
     return found
 
 
 def pairs(found: Summary) -> list[Pair]:
     """Return the comparison of every two methods that share seeds."""
     couples = [(row.method, other.method) for row, other in combinations(found.rows, 2)]
-    tests = [_test(found, *couple) for couple in couples]
-    every = zip(couples, tests, _corrected(tests), strict=True)
-    return [Pair(*couple, test, p) for couple, test, p in every if test is not None]
-
-
-def _test(found: Summary, method: Method, other: Method) -> Paired | None:
-    errors, others = found.errors(method), found.errors(other)
-    seeds = sorted(errors.keys() & others.keys())
-    return paired([errors[s] for s in seeds], [others[s] for s in seeds]) if seeds else None
-
-
-def _corrected(tests: list[Paired | None]) -> list[float]:
-    return holm([math.nan if test is None else test.p for test in tests])
+    tests = corrected([over_seeds(*map(found.errors, couple)) for couple in couples])
+    return [Pair(*couple, *test) for couple, test in zip(couples, tests, strict=True) if test is not None]
 
 
 def _row(found: Summary, method: Method, test: Paired | None, p: float) -> Row:

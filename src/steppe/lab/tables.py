@@ -75,7 +75,8 @@ def caption(found: Summary) -> str:
     paper = f"Paper: the published error, on {found.context.recipe['setting']}. " if known else ""
     split = "Validation" if found.plan.settings.validation else "Test"
     return (
-        f"{split} {found.metric} at the last epoch: mean and standard deviation (sd) over n seeds. {paper}"
+        f"{split} {found.metric} at the last epoch ({found.direction}): mean and standard deviation (sd) over n seeds. "
+        f"{paper}"
         f"Difference: method minus {found.plan.reference}, paired by seed over the seeds "
         "both have, with the 95 % confidence interval of its mean (each interval on its own, not adjusted) and the "
         f"two-sided p-value of the paired t-test, Holm-corrected over the {comparisons} comparisons of this table. "

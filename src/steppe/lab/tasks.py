@@ -43,10 +43,12 @@ def stream(seed: int, purpose: str) -> torch.Generator:
 
 def load(settings: Settings, seed: int) -> Task:
     """Return the task of one seed; its split and its label noise depend on the seed alone, not on the method."""
-    check(settings)
+    _fits(settings)
     pool, size = data.read(settings), settings.train_size
     common = settings.test_seed if pool.test_labels is None else None  # of the split, for all seeds
     order = torch.randperm(len(pool.labels), generator=stream(seed if common is None else common, "split"))
+    if pool.held and settings.validation:  # the last ones, which the task holds out itself
+        order = torch.cat([order[order < size - pool.held], order[order >= size - pool.held]])
     train, test = order[:size], order[size:]
     if common is not None:
         train = train[torch.randperm(size, generator=stream(seed, "training"))]
@@ -89,18 +91,23 @@ def offered(settings: Settings) -> int:
 
 
 def check(settings: Settings) -> None:
-    """Raise a ``LabError`` if the data cannot be read, are too few, or have no images to augment."""
+    """Raise a ``LabError`` if the data cannot be read or do not fit the settings, or a user's functions fail."""
+    _fits(settings)
+    if (own := data.read(settings).own) is not None:
+        own.check()
+
+
+def _fits(settings: Settings) -> None:
+    """Raise a ``LabError`` if the data are too few, have no class numbers to redraw, or no images to augment."""
     found = offered(settings)
     if settings.train_size > found:
         raise LabError(f"train-size {settings.train_size} exceeds the {found} examples that {settings.data} offers")
+    if found > settings.train_size and data.read(settings).held:
+        raise LabError(f"{settings.data} brings its own validation examples; leave --train-size out")
     inputs = data.read(settings).inputs
     images = isinstance(inputs, Files) or (isinstance(inputs, Tensor) and inputs.dtype == torch.uint8)
-    if (own := data.read(settings).own) is not None:
-        if settings.noise and not own.classes:
-            raise LabError(
-                f"noise {settings.noise} redraws class numbers, and {settings.data} has none: set noise to 0"
-            )
-        own.check()
+    if settings.noise and not data.read(settings).classes:
+        raise LabError(f"noise {settings.noise} redraws class numbers, and {settings.data} has none: set noise to 0")
     if data.augmentation(settings) != "none" and not images:
         raise LabError(f"augment {settings.augment} is for images, and {settings.data} has none")
 

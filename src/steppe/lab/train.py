@@ -95,7 +95,8 @@ class Session:
         stream = tasks.stream(self.run.seed, f"augment/{self.step}")
         change = augment.draw(self.augment, count, (images.shape[-2], images.shape[-1]), stream)
         mine = {key: self.process.share(values) for key, values in change.items()}
-        return augment.apply(images, mine, self.task.inputs.shape[-1])
+        side = self.task.inputs.shape[-1]  # type: ignore[union-attr] # only images are augmented
+        return augment.apply(images, mine, side)
 
     def evaluate(self, epoch: int) -> None:
         """Add a point to the curves; its time does not count as training."""
@@ -172,6 +173,7 @@ class Session:
             seconds=meter.seconds,
             collapsed=collapsed(last["train_loss"], self.task.classes, self.steps),
             metric=metrics(self.task.own)[1],
+            higher=self.task.own is not None and self.task.own.higher,
             environment=environment() | self.process.describe(),
         )
 
@@ -211,7 +213,10 @@ def seed_all(seed: int) -> None:
 
 def built(run: Run, task: tasks.Task) -> nn.Module:
     """Return the model of the task or of the settings, as torch's random generator makes it."""
-    return task.own.model() if task.own else models.build(run.settings.model, task.inputs[0], task.classes)
+    if task.own is not None:
+        return task.own.model()
+    example: Any = task.inputs[0]
+    return models.build(run.settings.model, example, task.classes)
 
 
 @lru_cache(maxsize=1)  # a comparison runs all methods of one seed before the next seed

@@ -118,7 +118,7 @@ def compare(
     from steppe.lab import presets
 
     source = source_of(data, task)
-    folder = out or _folder(source, fixed, quick)
+    folder = out or Path("runs") / f"compare-{source.replace(':', '.')}{'-fixed' * fixed}{'-quick' * quick}"
     common = (folder, workers, Console(stderr=as_json), _until(minutes), device, precision)
     searching: dict[str, Any] = {"trials": trials, "search_seeds": search_seeds, "search_minutes": search_minutes}
     searching |= {"near": near or None, "draw": search_draw or None, "equal": equal, "spaces": _spaces(space)}
@@ -138,6 +138,16 @@ def _printed(code: int, folder: Path, baseline: str | None) -> int:
     return code
 
 
+def _until(minutes: float | None) -> float:
+    return float("inf") if minutes is None else time.time() + 60 * minutes
+
+
+def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
+    from steppe.lab.sweep.space import parse
+
+    return dict(map(parse, texts)) if texts else None
+
+
 def _hardware(device: str, precision: str, model: str) -> "Hardware":
     """Return the hardware after a look whether it is there."""
     from steppe.lab.hardware import Hardware
@@ -145,21 +155,6 @@ def _hardware(device: str, precision: str, model: str) -> "Hardware":
     asked = Hardware(device=device, precision=precision).chosen(model)
     asked.open()
     return asked
-
-
-def _until(minutes: float | None) -> float:
-    return float("inf") if minutes is None else time.time() + 60 * minutes
-
-
-def _folder(source: str, fixed: bool, quick: bool) -> Path:
-    """Return the directory of a comparison that names none."""
-    return Path("runs") / f"compare-{source.replace(':', '.')}{'-fixed' if fixed else ''}{'-quick' if quick else ''}"
-
-
-def _spaces(texts: list[str] | None) -> dict[str, Any] | None:
-    from steppe.lab.sweep.space import parse
-
-    return dict(map(parse, texts)) if texts else None
 
 
 def _refuse(searching: dict[str, Any]) -> None:
@@ -221,8 +216,9 @@ def _reported(folder: Path, console: Console, baseline: str | None, work: "Calla
     except PausedError:
         line(console, "The time is over; everything is kept, and the same command continues.")
         return PAUSED
-    for failure in failures:
-        details = f"\n{failure.details}" if os.environ.get(DEBUG) else ""
-        line(Console(stderr=True), f"{failure.run} failed: {failure.reason}{details}")
+    if failures:
+        details = f"\n{failures[0].details}" if os.environ.get(DEBUG) else ""
+        more = f" (and {len(failures) - 1} more failed)" if failures[1:] else ""
+        line(Console(stderr=True), f"{failures[0].run} failed: {failures[0].reason}{more}{details}")
     publish(folder, baseline, console)
     return 1 if failures else 0

@@ -63,7 +63,7 @@ def publish(folder: Path, baseline: str | None, console: Console) -> None:
     else:
         _show_fair(fairly, console)
     if (measured := curvature.section(folder, found)) is not None:
-        rows = [[name, *cells][:5] for name, _, cells in measured.rows]  # up to the trace: a terminal has 80 columns
+        rows = [cells[:5] for cells in measured.rows]  # up to the trace: a terminal has 80 columns
         table(console, measured.headers[:5], rows, caption=measured.caption)
         bullets(console, measured.notes)
     line(console, f"\nReport: {folder / 'report.html'}")

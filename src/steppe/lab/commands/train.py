@@ -62,6 +62,7 @@ def run(
 
     from steppe.lab import presets, single
     from steppe.lab.hardware import Hardware
+    from steppe.lab.record import told
 
     asked = presets.planned(source_of(data, task), given, [method], seeds=1, first=seed).runs()[0]
     hardware = Hardware(device, devices, nodes, strategy, precision).chosen(asked.settings.model)
@@ -76,19 +77,23 @@ def run(
         print(json.dumps(asdict(found)))
     else:
         loss = "not finite" if found.train_loss is None else f"{found.train_loss:.4f}"
-        result = f"test error {100 * found.test_error:.2f} %, training loss {loss}, {found.seconds:.1f} s"
+        result = f"test {told(found.metric, found.test_error)}, training loss {loss}, {found.seconds:.1f} s"
         line(console, f"{asked}: {result}{', collapsed' if found.collapsed else ''}; in {folder}")
 
 
 def _watch(display: Display) -> "Callable[[Session, dict[str, Any]], None]":
     """Return what shows the metrics of a run on a display."""
+    from steppe.lab.own import metrics as measured
+    from steppe.lab.record import told
+
     seen: dict[str, Any] = {}
 
     def watch(session: "Session", metrics: dict[str, Any]) -> None:
         seen.update(metrics)
         step, epochs = metrics["step"], session.run.epochs
         note = f"epoch {step * epochs // session.steps}/{epochs}"
-        note += f", test error {100 * seen['test_error']:.1f} %" if "test_error" in seen else ""
+        if seen.get("test_error") is not None:
+            note += f", test {told(measured(session.task.own)[1], seen['test_error'])}"
         note += f", loss {seen['loss']:.3f}" if "loss" in seen else ""
         display.update(step, session.steps, note)
         if "test_error" in metrics:

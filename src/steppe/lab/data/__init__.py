@@ -13,6 +13,7 @@ from steppe.lab.data import cifar, idx
 from steppe.lab.data.raw import RawData
 from steppe.lab.errors import LabError, unknown
 from steppe.lab.importing import called
+from steppe.lab.inputs import joined
 from steppe.lab.own import OwnTask, named
 from steppe.lab.settings import Settings
 
@@ -88,9 +89,15 @@ def _own(name: str, folder: str | None) -> RawData:
         return made
     if isinstance(made, dict | OwnTask):
         own = named(made, name)
-        return RawData(*own.train, *own.test, own.classes, own=own)
+        if own.validation is None:
+            return RawData(*own.train, *own.test, own.classes, own=own)
+        both = map(joined, own.train, own.validation)
+        return RawData(*both, *own.test, own.classes, own=own, held=len(own.validation[1]))  # type: ignore[call-arg, misc]
     if not (isinstance(made, tuple) and len(made) == 4 and all(isinstance(part, Tensor) for part in made)):
-        raise LabError(f"{name} must return four tensors: inputs, labels, test_inputs, test_labels, or a RawData")
+        raise LabError(
+            f"{name} must return a dict of train, test and model, or four tensors: inputs, labels, test_inputs, "
+            f"test_labels, not {type(made).__name__}"
+        )
     inputs, labels, test_inputs, test_labels = made
     if labels.is_floating_point() or labels.ndim != 1:
         raise LabError(f"{name}: labels must be whole numbers of shape (n,), not {labels.dtype} {tuple(labels.shape)}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from steppe.lab.errors import LabError
-from steppe.lab.inputs import Files
+from steppe.lab.inputs import Fields, Files
 from steppe.lab.own import OwnTask
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel, of values in [0, 1]
@@ -23,20 +23,22 @@ class RawData:
         classes: number of classes.
         constants: what images are standardised by; None measures it on the training examples chosen.
         own: what else a user's task brings; its labels are anything if ``classes`` is 0.
+        held: how many of the last examples a user's task holds out for validation; 0 draws them.
         scale: standardise float inputs too, by the mean and standard deviation of all their values.
 
     Raises:
         LabError: there are no examples, not one label for each, or labels outside 0 to classes - 1.
     """
 
-    inputs: Tensor | Files
+    inputs: Tensor | Files | Fields
     labels: Tensor
-    test_inputs: Tensor | Files | None
+    test_inputs: Tensor | Files | Fields | None
     test_labels: Tensor | None
     classes: int
     constants: Constants | None = None
     scale: bool = False
     own: OwnTask | None = None
+    held: int = 0
 
     def __post_init__(self) -> None:
         for name, inputs, labels in (

@@ -76,13 +76,18 @@ def render(
     names = {} if fairly is None else _names(fairly)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     every = _figures(found, fairly, table) if drawn is None else drawn
+    told = tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found))
+    lead = told.pop(0) if fairly is not None and told[0].startswith("Clearly") else ""
     return page.from_string(_text("template.html")).render(
         title=tables.title(found),
         headers=headers,
         rows=list(zip(found.rows, cells, strict=True)),
         caption=tables.caption(found),
-        notes=tables.notes(found) if fairly is None else fair.notes(fairly) + _without_bases(tables.notes(found)),
+        lead=lead,
+        notes=told,
         fair=None if fairly is None else [fair.table(fairly), fair.chosen(fairly)],
+        metric=found.metric,
+        extreme="highest" if found.higher else "lowest",
         best=[[names.get(cells[0], cells[0]), *cells[1:]] for cells in best_epochs(found)],
         pairs=[[names.get(cell, cell) for cell in _pair(pair)] for pair in summary.pairs(found)],
         minima=table,
@@ -105,7 +110,7 @@ def logarithmic(figure: Figure) -> str:
 
 
 def best_epochs(found: Summary) -> list[list[str]]:
-    """Return each method with its mean test error at the last epoch, its best epoch and the mean error there.
+    """Return each method with its mean test metric at the last epoch, its best epoch and the mean there.
 
     The best epoch is that of the mean curve over the seeds, known in hindsight from the test set.
     """
@@ -117,7 +122,7 @@ def best_epochs(found: Summary) -> list[list[str]]:
             continue
         scale = 100.0 if records[0].metric.endswith("%") else 1.0
         means = [scale * mean([float(v or 0.0) for v in column]) for column in zip(*curves, strict=True)]
-        best = min(range(len(means)), key=means.__getitem__)
+        best = (max if found.higher else min)(range(len(means)), key=means.__getitem__)
         rows.append([str(row.method), tables.mean_value(means[-1]), f"{records[0].curves['epoch'][best]:.0f}"])
         rows[-1] += [f"{records[0].epochs}", tables.mean_value(means[best])]
     return rows

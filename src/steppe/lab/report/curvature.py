@@ -9,7 +9,7 @@ from steppe.lab.errors import LabError
 from steppe.lab.minima import Measured
 from steppe.lab.report.figures import Figure, axes, curve
 from steppe.lab.spec import Method
-from steppe.lab.statistics import Paired, holm, mean, paired, spread
+from steppe.lab.statistics import Paired, corrected, mean, over_seeds, spread
 from steppe.lab.summary import Summary
 from steppe.lab.tables import MINUS, NONE, number
 
@@ -25,7 +25,7 @@ class Curvature:
     """The table of minima; cells are text."""
 
     headers: list[str]
-    rows: list[tuple[str, bool, list[str]]]  # method, whether it is the baseline, cells
+    rows: list[list[str]]  # of cells, the method first
     caption: str
     notes: list[str]
     figures: list[Figure]
@@ -46,7 +46,7 @@ def section(folder: Path, found: Summary) -> Curvature | None:
     for method, group in measured.items():
         cells = [_spread(list(values[method].values())) for values in by_seed.values()]
         cells += ["baseline" if method == reference else by_method[method] for by_method in tests]
-        rows.append((str(method), method == reference, [str(len(group)), *cells]))
+        rows.append([str(method), str(len(group)), *cells])
     headers = ["method", "n", *COLUMNS, *(f"{name}, difference [95 % CI], p (Holm)" for name in _TESTED)]
     figures = [_slices(measured, found), _spectra(measured, found)]
     return Curvature(headers, rows, _caption(measured, found), notes, figures)
@@ -77,17 +77,13 @@ def _read(folder: Path, found: Summary) -> tuple[Group, list[str]]:
 def _tests(by_seed: dict[Method, dict[int, float]], reference: Method) -> dict[Method, str]:
     """Return by method the paired test against the reference, with its Holm-corrected p-value, as text."""
     base = by_seed.get(reference, {})
-    tests: dict[Method, Paired] = {}
-    for method, values in by_seed.items():
-        seeds = sorted(values.keys() & base.keys())
-        if method != reference and seeds:
-            tests[method] = paired([values[seed] for seed in seeds], [base[seed] for seed in seeds])
-    adjusted = holm([test.p for test in tests.values()])
-    texts = dict.fromkeys(by_seed, NONE)
-    for (method, test), p in zip(tests.items(), adjusted, strict=True):
-        ends = NONE if math.isnan(test.low) else f"{_signed(test.low)} to {_signed(test.high)}"
-        texts[method] = f"{_signed(test.difference)} [{ends}], {number(p, '.2g')}"
-    return texts
+    tests = corrected([None if method == reference else over_seeds(of, base) for method, of in by_seed.items()])
+    return {method: NONE if test is None else _told(*test) for method, test in zip(by_seed, tests, strict=True)}
+
+
+def _told(test: Paired, p: float) -> str:
+    ends = NONE if math.isnan(test.low) else f"{_signed(test.low)} to {_signed(test.high)}"
+    return f"{_signed(test.difference)} [{ends}], {number(p, '.2g')}"
 
 
 def _spread(values: list[float]) -> str:
@@ -153,6 +149,5 @@ def _smooth(x: float, spectrum: dict[str, list[float]], width: float) -> float:
 
 def markdown(table: Curvature) -> str:
     """Return the table as Markdown."""
-    rows = [[name, *cells] for name, _, cells in table.rows]
-    text = ["## Minima", "", *tables.grid(table.headers, rows), "", tables.escaped(table.caption), ""]
+    text = ["## Minima", "", *tables.grid(table.headers, table.rows), "", tables.escaped(table.caption), ""]
     return "\n".join(text + tables.bullets(table.notes)) + "\n"

@@ -21,16 +21,10 @@ from steppe.lab.tables import NONE, interval, mean_value, number, value
 
 HEADERS = ("method", "n", "{metric}", "sd", "difference", "95 % CI", "p (Holm)", "passes", "seconds")
 CHOSEN = (
-    "method",
-    "chosen",
-    "at an edge",
-    "as good",
-    "trials",
-    "search passes",
-    "search s",
-    "fixed {metric}",
+    "method", "chosen", "at an edge", "as good", "trials", "search passes", "search s", "fixed {metric}",
     "fixed difference",
-)
+)  # fmt: skip
+ABOVE = 1.05  # times a budget: what a rounded number of epochs may cost more
 CLEAR = 0.05  # a corrected p-value below it is called clear
 WIDER = 8.0  # times the range that is proposed where a search ended at an edge
 FIXED_KEYS = ("fixed_error", "fixed_sd", "fixed_difference", "fixed_low", "fixed_high", "fixed_p_holm")
@@ -92,12 +86,11 @@ def read(folder: Path, baseline: str | None = None) -> Outcomes | None:
 
 def as_good(stage: Mapping[str, Any]) -> int | None:
     """Return how many trials are worse than the best by less than two standard errors of the paired difference."""
-    ended = [point["errors"] for point in stage["points"] if point["error"] is not None]
-    best = min(ended, key=mean)
-    if len(best) < 2:
+    ended = [point["errors"] for point in runs.best_first(stage["points"])]
+    if not ended or len(best := ended[0]) < 2:
         return None
-    others = [[a - b for a, b in zip(errors, best, strict=True)] for errors in ended if errors is not best]
-    return sum(mean(each) <= 2 * spread(each) / math.sqrt(len(each)) for each in others)
+    others = [[a - b for a, b in zip(errors, best, strict=True)] for errors in ended[1:]]
+    return sum(abs(mean(each)) <= 2 * spread(each) / math.sqrt(len(each)) for each in others)
 
 
 def _summary(folder: Path, baseline: Method) -> Summary:
@@ -161,8 +154,8 @@ def figures(found: Outcomes) -> list[Figure]:
         if len(data) > 1:
             ranges = [one.space[key] for one in found.asks.contestants if key in one.space]
             kind = "log" if any(isinstance(each, Range) and each.log for each in ranges) else "linear"
-            layout = axes(key, "validation error", xaxis={"type": kind})
-            caption = "Every trial of every method. A star: what the method's final runs were trained with."
+            layout = axes(key, f"validation {found.found.metric}", xaxis={"type": kind})
+            caption = f"Every trial of every method; {found.found.direction}. A star: the setting of the final runs."
             drawn.append(Figure(f"search-{key}", f"The searches over {key}", caption, data, layout))
     return drawn
 
@@ -189,10 +182,12 @@ def command(found: Outcomes) -> list[str]:
 def notes(found: Outcomes) -> list[str]:
     """Return what a reader of the tables must know."""
     asked = found.asks.asked
-    held = f"{100 * asked.validation:g} % of the training examples"
+    held = f"{100 * asked.validation:.3g} % of the training examples"
     lines = [
         *_verdict(found),
-        f"Every method had {asked.trials} trials of {asked.search_seeds} seeds, the first of them at fixed parameters, "
+        *_lost(found),
+        f"Every method had {asked.trials} trials of {asked.search_seeds} seed{'s' * (asked.search_seeds > 1)}, the "
+        "first of them at fixed parameters, "
         f"{f'the last {asked.near} near the best of the others, ' if asked.near else ''}"
         f"judged by the last epoch on {held}, held out. The final runs train on all of them, with other seeds.",
         f"{_EQUAL[asked.equal]}; how long to train, up to that, is searched like the learning rate. No run is stopped "
@@ -205,6 +200,7 @@ def notes(found: Outcomes) -> list[str]:
         lines.append(f"The validation labels were {kind}.")
     return [
         *lines,
+        *_longest(found),
         *_minutes(found),
         *_edges(found),
         "As good: how many other trials are within two standard errors of the best. Many: the validation examples and "
@@ -218,13 +214,41 @@ def notes(found: Outcomes) -> list[str]:
 def _verdict(found: Outcomes) -> list[str]:
     """Return which methods are clearly better than the baseline, clearly worse, and neither."""
     tested = [(one.name, one.row.paired.difference, one.row.p) for one in found.each if one.row and one.row.paired]
-    better = [name for name, difference, p in tested if p < CLEAR and difference < 0]
-    worse = [name for name, difference, p in tested if p < CLEAR and difference > 0]
-    unclear = [name for name, _, _ in tested if name not in better + worse]
+    sign = -1 if found.found.higher else 1
+    better = [name for name, difference, p in tested if p < CLEAR and sign * difference < 0]
+    worse = [name for name, difference, p in tested if p < CLEAR and sign * difference > 0]
+    untested = [name for name, _, p in tested if math.isnan(p)]
+    unclear = [name for name, _, _ in tested if name not in better + worse + untested]
     base = next((one.name for one in found.each if one.row and one.row.baseline), "the baseline")
     parts = {f"Clearly better than {base}": better, "clearly worse": worse, "not clear": unclear}
+    parts |= {"not tested, for want of two seeds that differ": untested} if untested else {}
     texts = "; ".join(f"{title}: {', '.join(names) or 'none'}" for title, names in parts.items())
-    return [f"{texts}. Clear is a Holm-corrected p below {CLEAR}."] if tested else []
+    return [f"{texts}. Clear is a Holm-corrected p below {CLEAR}; {found.found.direction}."] if tested else []
+
+
+def _lost(found: Outcomes) -> list[str]:
+    """Return which final runs have no result: the means are over the others, and say too little of a method."""
+    asked = found.found.plan.seeds
+    ended = {one.name: one.row.n if one.row else 0 for one in found.each}
+    lost = ", ".join(f"{name} {asked - n} of {asked}" for name, n in ended.items() if n < asked)
+    why = "they failed, ended with a metric that is not finite, or are still to be trained"
+    return [f"Final runs without a result, which no mean or test counts: {lost}; {why}."] if lost else []
+
+
+def _longest(found: Outcomes) -> list[str]:
+    """Return which final runs cost more than the baseline's longest one, which is that at fixed parameters.
+
+    Prices are measured at a method's usual options before the search, which may choose dearer ones.
+    """
+    unit = found.asks.asked.equal
+    if unit == "epochs" or not (base := found.each[0].fixed):
+        return []
+    most: float = getattr(base, unit)
+    costs = {one.name: getattr(one.row, unit) for one in found.each if one.row}
+    above = ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items() if cost > ABOVE * most)
+    return [
+        f"The longest run of {found.each[0].name} cost {most:.3g} {unit}; final runs above that: {above or 'none'}."
+    ]
 
 
 def _minutes(found: Outcomes) -> list[str]:

@@ -61,7 +61,13 @@ def learning(found: Summary) -> list[Figure]:
     metric = found.metric
     error, loss = _bands(found, "test_error", 100.0 if metric.endswith("%") else 1.0), _bands(found, "train_loss", 1.0)
     return [
-        Figure("test-error", "Test error by epoch", caption, error, axes("epoch", f"test {metric}")),
+        Figure(
+            "test-error",
+            f"Test {metric.rstrip(' %')} by epoch",
+            f"{caption} {found.direction.capitalize()}.",
+            error,
+            axes("epoch", f"test {metric}"),
+        ),
         Figure("train-loss", "Training loss by epoch", caption, loss, axes("epoch", "training loss")),
     ]
 

@@ -15,7 +15,7 @@ _SYMBOLS = {"dropped": "x", "collapsed": "x", "chosen": "star"}
 
 @dataclass(frozen=True)
 class Point:
-    """Errors in per cent at some values of hyper-parameters; ``note`` is a key of ``_SYMBOLS``, or empty."""
+    """Errors at some values of hyper-parameters; ``note`` is a key of ``_SYMBOLS``, or empty."""
 
     at: Mapping[str, Any]
     errors: list[float]
@@ -32,8 +32,9 @@ def sensitivities(found: Summary) -> list[Figure]:
         errors, note = list(found.errors(row.method).values()), "collapsed" if row.collapsed else ""
         at = _values(row.method, found.plan.settings.batch_size)
         points.setdefault(row.method.name, []).append(Point(at, errors, note))
-    caption = "Mean error in per cent, one standard deviation over seeds. A cross: runs collapsed."
-    drawn = (_figure(f"over-{name}", f"Hyper-parameters of {name}", caption, each) for name, each in points.items())
+    caption = f"Mean {found.metric}, one standard deviation over seeds. A cross: runs collapsed."
+    titles = {name: (f"over-{name}", f"Hyper-parameters of {name}", caption, found.metric) for name in points}
+    drawn = (_figure(*titles[name], each) for name, each in points.items())
     return [figure for figure in drawn if figure is not None]
 
 
@@ -53,10 +54,11 @@ def searches(found: Summary) -> list[Figure]:
             points += [Point(each["values"], each["errors"], note)] if each["errors"] else []
         told = ", ".join(f"{key} {value}{_edge(value, key, points)}" for key, value in stage["chosen"].items())
         caption = (
-            f"{stage['method']}: validation error in per cent, mean over {found.context.search['seeds']} seeds; "
+            f"{stage['method']}: validation {found.metric}, mean over {found.context.search['seeds']} seeds; "
             f"chosen (star): {told}. A cross: dropped before its last seed."
         )
-        drawn.append(_figure(f"search-{stage['name']}", f"Search: {stage['name']}", caption, points))
+        titles = f"search-{stage['name']}", f"Search: {stage['name']}", caption, found.metric
+        drawn.append(_figure(*titles, points))
     return [figure for figure in drawn if figure is not None]
 
 
@@ -79,7 +81,7 @@ def _curves(points: list[Point], key: str) -> dict[str, list[Point]]:
     return curves
 
 
-def _figure(id: str, title: str, caption: str, points: list[Point]) -> Figure | None:
+def _figure(id: str, title: str, caption: str, metric: str, points: list[Point]) -> Figure | None:
     """Draw points over the numeric key that gives the longest curve; return None if no curve has two points."""
     keys = [key for key in (points[0].at if points else ()) if all(isinstance(p.at[key], int | float) for p in points)]
     by_key = {key: _curves(points, key) for key in keys}
@@ -98,4 +100,4 @@ def _figure(id: str, title: str, caption: str, points: list[Point]) -> Figure | 
         x, y = [str(point.at[key]) for point in line], [mean(point.errors) for point in line]
         data.append(curve(x, y, label, i, **more))
     order = {"type": "category", "categoryorder": "array", "categoryarray": list(map(str, _grid(points, key)))}
-    return Figure(id, title, caption, data, axes(key, "error, %", xaxis=order, yaxis={"rangemode": "tozero"}))
+    return Figure(id, title, caption, data, axes(key, metric, xaxis=order, yaxis={"rangemode": "tozero"}))

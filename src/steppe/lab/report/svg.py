@@ -111,6 +111,8 @@ def _trace(trace: Trace, xaxis: _Axis, yaxis: _Axis) -> list[str]:
         parts.append(
             f'<path d="{_path(points)}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
         )
+        if len(there := [(x, y) for x, y in points if x is not None and y is not None]) == 1:  # a path of one point
+            parts.append(f'<circle cx="{there[0][0]:.1f}" cy="{there[0][1]:.1f}" r="3" fill="{colour}"/>')
     if "markers" in trace["mode"]:
         spreads = trace.get("error_y", {}).get("array", [0.0] * len(points))
         for (x, y), (px, py), spread, symbol, text in zip(

@@ -187,10 +187,10 @@ class Grid:
             self.study.tell(trial, value, state, skip_if_finished=True)
 
     @patiently
-    def note(self, trial: Trial, errors: list[float], seed: int) -> bool:
-        """Keep the errors of a point's seeds so far; return whether they are in the worst quarter."""
-        trial.set_user_attr(ERRORS, [error for error in errors if math.isfinite(error)])
-        trial.report(fmean(errors), step=seed)
+    def note(self, trial: Trial, errors: list[float], cost: float, seed: int) -> bool:
+        """Keep the finite errors of a point's seeds so far; return whether its mean cost is in the worst quarter."""
+        trial.set_user_attr(ERRORS, errors)
+        trial.report(cost, step=seed)
         return trial.should_prune()
 
     @patiently
@@ -210,7 +210,8 @@ class Grid:
             {
                 "values": self.stage.points()[index],
                 "errors": trial.user_attrs.get(ERRORS, []),
-                "error": finite(trial.value),
+                "error": None if finite(trial.value) is None else fmean(trial.user_attrs[ERRORS]),
+                "cost": finite(trial.value),
                 "seconds": trial.user_attrs.get(SECONDS, 0.0),
                 "passes": trial.user_attrs.get(PASSES, 0.0),
                 "dropped": trial.state is TrialState.PRUNED,

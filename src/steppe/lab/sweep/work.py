@@ -126,19 +126,21 @@ def _work(grids: list[Grid], asked: Search, site: Worksite, values: Mapping[str,
 def _train(grid: Grid, trial: Trial, asked: Search, site: Worksite, values: Mapping[str, Value]) -> None:
     """Train a point seed by seed and tell its mean validation error, or that it gets no further seed."""
     method, settings = filled(grid.stage.method, values), applied(asked.settings, values)
+    costs: list[float] = []
     errors: list[float] = []
     seconds = passes = 0.0
     try:
         for seed in range(asked.first, asked.first + asked.seeds):
             found = train(Run(method, seed, method.under(settings)), site)
-            errors.append(math.inf if found is None else found.shown)
+            costs.append(math.inf if found is None else found.cost)
             if found is not None:
+                errors.append(found.shown)
                 seconds, passes = seconds + found.seconds, passes + found.passes
-            worst = grid.note(trial, errors, seed)
-            if asked.chained and len(errors) < asked.seeds and worst:
+            worst = grid.note(trial, errors, fmean(costs), seed)
+            if asked.chained and len(costs) < asked.seeds and worst:
                 return grid.tell(trial, None, TrialState.PRUNED)
         grid.cost(trial, seconds, passes)
-        grid.tell(trial, fmean(errors), TrialState.COMPLETE)
+        grid.tell(trial, fmean(costs), TrialState.COMPLETE)
     except Exception as error:
         if isinstance(error, PausedError):
             grid.tell(trial, None, TrialState.FAIL, INTERRUPTED)
