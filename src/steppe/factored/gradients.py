@@ -225,7 +225,13 @@ class PerturbedMap(torch.autograd.Function):
 
 def no_view(y: Tensor) -> Tensor:
     """Return the result of an autograd function so that the model may change it in place; views may not be."""
-    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]
+    return same_memory(y) if y._is_view() else y
+
+
+def same_memory(y: Tensor) -> Tensor:
+    """Return a tensor in the memory of ``y`` that autograd does not know as a view of it."""
+    made: Tensor = y.new_empty(0).set_(y)  # type: ignore[call-overload]
+    return made
 
 
 def squared_norms(gradients: Iterable[Gradient], small: Iterable[Tensor]) -> Tensor:
