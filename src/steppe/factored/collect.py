@@ -103,7 +103,7 @@ class Collector:
         """Return the gradients of all matrices, whole or as factors, and of other parameters, ``(k, *shape)``."""
         for i in (self.by_example.keys() | self.by_part.keys()) & (self.matrices.keys() | self.uses.keys()):
             raise CannotFactor(f"{self.first.tracked.names[i]} is used both as a matrix and directly")
-        small = _by_part(self.by_example, self.parts)
+        small = {i: self.parts.sums(reduce(torch.add, ts)) for i, ts in self.by_example.items()}
         for i, copies in self.by_part.items():
             small[i] = reduce(torch.add, [*copies, small[i]] if i in small else copies)
         return self.matrices, small
@@ -121,18 +121,6 @@ def hold_whole(uses: Sequence[Use], parts: MicroBatches, cost: Cost) -> bool:
     rows, (_, height, width) = m * sum(q for q, *_ in shapes), shapes[0]
     only_looked_up = all(isinstance(use.map, Lookup) for use in uses)
     return cost.table(rows, height) if only_looked_up else cost.whole(rows, height, width)
-
-
-def _by_part(by_example: Small, parts: MicroBatches) -> dict[int, Tensor]:
-    """Return the sums over uses and over each micro-batch, in one call for all parameters of a dtype."""
-    total = {i: sum(ts[1:], ts[0]) for i, ts in by_example.items()}
-    if len({(t.dtype, t.device) for t in total.values()}) > 1:
-        return {i: parts.sums(t) for i, t in total.items()}
-    if not total:
-        return {}
-    sums = parts.sums(torch.cat([t.reshape(t.shape[0], -1) for t in total.values()], 1))
-    split = sums.split([t[0].numel() for t in total.values()], 1)
-    return {i: s.reshape(-1, *t.shape[1:]) for (i, t), s in zip(total.items(), split, strict=True)}
 
 
 @dataclass
