@@ -10,7 +10,6 @@ from torch import nn
 
 import steppe
 from steppe import Coupled, Euclidean, Exact, Micro, Reweighted, Rule, SharpnessAware, Unnormalised, Weighted
-from steppe.engine.oracle import Oracle
 from steppe.engine.parameters import Parameters, Radii
 from steppe.factored import gradient_statistics, plans, register_factored
 from steppe.factored.collect import TWO_PASSES
@@ -82,22 +81,6 @@ def test_both_sides_of_the_cost_rule_are_exact(name: str, m: int, whole: bool, m
     hold(whole, monkeypatch)
     make = lambda model, parallel: steppe.SAM(sgdm(model), 0.3, m=m, parallel=parallel)  # noqa: E731
     assert_equal(ends(EXAMPLES[name], make), 1e-10)
-
-
-def test_examples_of_a_convolutional_network_are_interleaved_and_losses_keep_their_order() -> None:
-    example, seen, known = EXAMPLES["cnn"], [], []
-    model = example.model(torch.float64)
-    plain = example.batch(model, N, torch.float64)
-    batch = steppe.Batch(
-        model, lambda model, d: (seen.append(d[1]), plain.loss(model, d[0]))[1], (plain.data, torch.arange(N))
-    )
-    losses = batch.losses().detach()
-    f = Oracle(batch, Parameters(list(model.parameters()), Radii([0.3] * len(list(model.parameters())))))
-    for m in (4, 5):  # 5 does not divide 12
-        SharedPasses(parallel=True).update(f, Rule(), m)
-        known.append(seen[-1].tolist())
-    assert known == [[0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11], list(range(N))]
-    assert torch.allclose(f.losses(), losses, rtol=1e-12)
 
 
 def test_the_cost_rule_prefers_factors_for_few_rows() -> None:

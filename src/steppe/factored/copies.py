@@ -189,8 +189,8 @@ class AnyFunction:
         tensors = {id(t): t for t in _tensors((args, kwargs)) if id(t) not in own}
         examples = [t for t in tensors.values() if _has_examples(t, parts.n)]
         made = []
-        for j, (_, _, m) in enumerate(parts.spans):
-            chunks = {id(t): parts.chunks(t.unflatten(0, (parts.n, -1)))[j] for t in examples}
+        for j, (start, stop, m) in enumerate(parts.spans):
+            chunks = {id(t): _chunk(t, parts.n, slice(start, stop), m) for t in examples}
             chunks |= {key: parts.split(t)[j] for key, t in own.items()}
 
             def call(mine: Mapping[int, Tensor], m: int = m) -> Any:
@@ -201,7 +201,7 @@ class AnyFunction:
             made.append(_for_each(call, chunks))
         if not all(isinstance(t, Tensor) and t.dim() > 1 for t in made):
             raise CannotFactor(f"what {name_of(func)} returns has no dimension of examples")
-        return parts.join(made, made[0].shape[1] // parts.spans[0][2]).flatten(0, 1)
+        return parts.cat([t.flatten(0, 1) for t in made])
 
 
 def _for_each(call: Callable[[Any], Any], chunks: Mapping[int, Tensor]) -> Any:
@@ -244,6 +244,13 @@ def _has_examples(t: Tensor, n: int) -> bool:
     if t.dim() == 0 or t.shape[0] % n:
         return False
     return t.shape[0] == n or (t.requires_grad and not t.is_leaf)
+
+
+def _chunk(t: Tensor, n: int, examples: slice, m: int) -> Tensor:
+    """Return some examples of ``(n q, ...)`` as ``(k, m q, ...)``."""
+    q = len(t) // n
+    rows = t[examples.start * q : examples.stop * q]
+    return rows.reshape(-1, m * q, *t.shape[1:])
 
 
 def scaled_dot_product_attention(

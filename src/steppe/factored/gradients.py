@@ -23,8 +23,8 @@ class Whole:
     """``G_k`` in memory; the second pass turns it into ``W + s_k G_k``, in place where the dtypes allow."""
 
     def __init__(self, uses: Sequence[Use], parts: MicroBatches) -> None:
-        first = uses[0]
-        self.parts = parts.in_blocks(first.map.block(first.x)) if isinstance(first.map, Conv) else parts
+        first, m = uses[0], min(parts.m, parts.n)
+        self.parts = parts.in_blocks(first.map.block(first.x, m)) if isinstance(first.map, Conv) else parts
         self.chunks: list[Tensor] = []  # (k of the chunk, height, width)
         self._perturbed = 0  # chunks
         norms = []
@@ -123,18 +123,15 @@ class Factors:
         low = y.dtype == torch.float16  # sums end at 65504
         to, x = (torch.zeros_like(y, dtype=torch.float32), x.float()) if low else (y, x)
         with uncast(x):
-            y_parts = self.parts.chunks(to)
             for left, right in self.terms:
                 into, out = (left, right) if turned else (right, left)
-                for y_k, (x_k, s_k, into_k, out_k) in zip(y_parts, self.parts.zip(x, s, into, out), strict=True):
+                for y_k, x_k, s_k, into_k, out_k in self.parts.zip(to, x, s, into, out):
                     products = dot(x_k, into_k)
                     if ones and self.bias is not None:
                         products += 1
                     s_k = s_k[:, None, None]
                     in_place = products.dtype == s_k.dtype == y_k.dtype
                     add_product(y_k, products.mul_(s_k) if in_place else (products * s_k).to(y_k.dtype), out_k)
-        if self.parts.interleaved and to.shape[1] > 1:  # its parts are copies all the same
-            to.copy_(self.parts.join(y_parts, to.shape[1]))
         if low:
             y += to
 

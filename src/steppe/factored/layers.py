@@ -215,4 +215,3 @@ LAYERS: dict[Any, Any] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), Recurrent()),
     ANY: AnyFunction(),
 }
-CONVOLUTIONS, LOOPS = {LAYERS[torch.conv1d], LAYERS[torch.conv2d], LAYERS[torch.conv3d]}, {LAYERS[torch.lstm]}

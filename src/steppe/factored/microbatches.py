@@ -86,20 +86,15 @@ class MicroBatches:
         n: the number of examples.
         m: the size of a micro-batch.
         block: how many micro-batches a chunk has at most; ``None`` for any number.
-        interleaved: whether the examples of a micro-batch lie ``k`` apart, not side by side; ``m`` then divides ``n``.
     """
 
     n: int
     m: int
     block: int | None = None
-    interleaved: bool = False
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """For each chunk: its first example, its last example + 1, the size of its micro-batches.
-
-        Where examples are interleaved, these are the places that they have in order.
-        """
+        """For each chunk: its first example, its last example + 1, the size of its micro-batches."""
         m = min(self.m, self.n)
         whole = self.n // m * m
         step = whole if self.block is None else m * self.block
@@ -108,7 +103,7 @@ class MicroBatches:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The first example of each micro-batch, in order."""
+        """The first example of each micro-batch."""
         return list(range(0, self.n, self.m))
 
     @cached_property
@@ -118,7 +113,7 @@ class MicroBatches:
 
     def in_blocks(self, block: int | None) -> "MicroBatches":
         """Return the same in chunks of at most so many micro-batches."""
-        return self if block is None or block >= self.k else _in_blocks(self.n, self.m, block, self.interleaved)
+        return self if block is None or block >= self.k else _in_blocks(self.n, self.m, block)
 
     def sizes(self, like: Tensor) -> Tensor:
         """Return the number of examples in each micro-batch, shape ``(k,)``."""
@@ -126,33 +121,27 @@ class MicroBatches:
         sizes[-1:].fill_(self.spans[-1][2])
         return sizes
 
-    def by_part(self, t: Tensor) -> list[Tensor]:
-        """Return ``(n, ...)`` as a list of ``(parts, m, ...)``; views where ``t`` is contiguous."""
-        rest = t.shape[1:]
-        if self.interleaved:
-            parts = t.reshape(self.m, self.k, *rest).transpose(0, 1)
-            return [parts] if len(self.spans) == 1 else [parts[a // m : b // m] for a, b, m in self.spans]
-        if len(self.spans) == 1:
-            return [t.reshape(self.k, self.n // self.k, *rest)]
-        return [t[a:b].reshape((b - a) // m, m, *rest) for a, b, m in self.spans]
-
     def chunks(self, t: Tensor) -> list[Tensor]:
-        """Return ``(n, q, ...)`` as a list of ``(parts, m q, ...)``; copies where several rows are interleaved."""
-        if not self.interleaved and len(self.spans) == 1:
-            return [t.reshape(self.k, self.n // self.k * t.shape[1], *t.shape[2:])]
-        return [part.flatten(1, 2) for part in self.by_part(t)]
+        """Return ``(n, q, ...)`` as a list of ``(parts, m q, ...)``; views where ``t`` is contiguous."""
+        q, *rest = t.shape[1:]
+        if len(self.spans) == 1:
+            return [t.reshape(self.k, self.n // self.k * q, *rest)]
+        return [t[a:b].reshape((b - a) // m, m * q, *rest) for a, b, m in self.spans]
 
     def zip(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Return the chunks of several tensors together: ``(n, q, ...)`` and ``(k,)`` alike."""
         chunked = [self.split(t) if t.dim() == 1 else self.chunks(t) for t in tensors]
         return list(zip(*chunked, strict=True))
 
-    def join(self, chunks: Sequence[Tensor], q: int = 1) -> Tensor:
+    def join(self, chunks: Sequence[Tensor], q: int) -> Tensor:
         """Invert :meth:`chunks`."""
-        if not self.interleaved:
-            return self.cat([chunk.reshape(-1, q, *chunk.shape[2:]) for chunk in chunks])
-        parts = [chunk.reshape(chunk.shape[0], self.m, q, *chunk.shape[2:]).transpose(0, 1) for chunk in chunks]
-        return self.cat(parts, 1).flatten(0, 1)
+        rest = chunks[0].shape[2:]
+        if len(chunks) == 1:
+            return chunks[0].reshape(-1, q, *rest)
+        joined = chunks[0].new_empty(self.n, q, *rest)
+        for part, chunk in zip(self.chunks(joined), chunks, strict=True):
+            part.copy_(chunk)
+        return joined
 
     def split(self, t: Tensor) -> list[Tensor]:
         """Return ``(k, ...)`` as a list of chunks."""
@@ -160,21 +149,22 @@ class MicroBatches:
 
     def sums(self, t: Tensor) -> Tensor:
         """Return ``(n, ...)`` summed over each micro-batch: ``(k, ...)``."""
-        return self.cat([part.sum(1) for part in self.by_part(t)])
+        return self.cat([t[a:b].reshape((b - a) // m, m, *t.shape[1:]).sum(1) for a, b, m in self.spans])
 
     def spread(self, t: Tensor) -> Tensor:
         """Return ``(k, ...)`` repeated for each example of a micro-batch: ``(n, ...)``."""
-        if self.interleaved:
-            return t.expand(self.m, *t.shape).flatten(0, 1)
-        sizes = zip(self.split(t), self.spans, strict=True)
-        return self.cat([c[:, None].expand(-1, m, *c.shape[1:]).flatten(0, 1) for c, (_, _, m) in sizes])
+        repeated = [
+            c[:, None].expand(-1, m, *c.shape[1:]).flatten(0, 1)
+            for c, (_, _, m) in zip(self.split(t), self.spans, strict=True)
+        ]
+        return self.cat(repeated)
 
     @staticmethod
-    def cat(chunks: Sequence[Tensor], dim: int = 0) -> Tensor:
-        """Concatenate chunks along a dimension; one chunk is not copied."""
-        return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim)
+    def cat(chunks: Sequence[Tensor]) -> Tensor:
+        """Concatenate chunks along the first dimension; one chunk is not copied."""
+        return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
 
 
 @lru_cache
-def _in_blocks(n: int, m: int, block: int, interleaved: bool) -> MicroBatches:
-    return MicroBatches(n, m, block, interleaved)
+def _in_blocks(n: int, m: int, block: int) -> MicroBatches:
+    return MicroBatches(n, m, block)
