@@ -17,7 +17,7 @@ TWO_STAGES = Search(
 
 def result(error):
     """Return what the search reads of a record."""
-    return SimpleNamespace(shown=100 * error, seconds=1.0, passes=2.0)
+    return SimpleNamespace(shown=100 * error, cost=100 * error, seconds=1.0, passes=2.0)
 
 
 def logged(log, seconds):

@@ -307,7 +307,7 @@ def test_a_search_goes_on_when_its_server_is_away_for_a_moment(storage, monkeypa
         if (trial := grid.claim()) is None:
             break
         away.left = 2
-        grid.note(trial, [1.0], seed=0)
+        grid.note(trial, [1.0], cost=1.0, seed=0)
         away.left = 2
         grid.tell(trial, 1.0, TrialState.COMPLETE)
         ended.append(trial.user_attrs[POINT])
