@@ -15,8 +15,18 @@ from marks import between
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "docs" / "records" / "radius_by_m.json", ROOT / "docs" / "how-to" / "radius.md"
-SETTINGS = ("data", "train_size", "noise", "model", "epochs", "batch_size", "lr", "momentum", "weight_decay")
-SETTINGS += ("image_size",)
+SETTINGS = (
+    "data",
+    "train_size",
+    "noise",
+    "model",
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "image_size",
+)
 
 
 def collect(title: str, folder: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class SharedPasses:
 
     def _agreed(self, f: Oracle, found: T | None) -> T | None:
         """Return the result if all ranks that share gradients have one, else ``None``."""
-        found = f.passes.ranks.agreed(found, f.passes.parameters.tensors[0].device)
+        found = f.passes.ranks.agreed(found, f.passes.parameters.device)
         if found is None:
             self._recorded = None
         return found

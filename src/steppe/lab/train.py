@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import steppe
+from steppe.engine.parameters import parameters_of
 from steppe.engine.supervised import Supervised
 from steppe.lab import augment, checkpoint, data, models, spec, tasks
 from steppe.lab.errors import LabError, NotFiniteError
@@ -138,7 +139,7 @@ class Session:
         """Set everything to a state that :meth:`state` returned."""
         own = self.model.state_dict()
         self.model.load_state_dict({key: checkpoint.sharded(value, own[key]) for key, value in state["model"].items()})
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(self.optimizer)
         for i, memory in state["optimizer"]["state"].items():
             memory.update({key: checkpoint.sharded(value, parameters[i]) for key, value in memory.items()})
         self.optimizer.load_state_dict(state["optimizer"])
@@ -215,8 +216,7 @@ def built(run: Run, task: tasks.Task) -> nn.Module:
     """Return the model of the task or of the settings, as torch's random generator makes it."""
     if task.own is not None:
         return task.own.model()
-    example: Any = task.inputs[0]
-    return models.build(run.settings.model, example, task.classes)
+    return models.build(run.settings.model, task.inputs[0], task.classes)
 
 
 @lru_cache(maxsize=1)  # a comparison runs all methods of one seed before the next seed

@@ -2,8 +2,9 @@
 
 import re
 from itertools import pairwise
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from steppe.lab.errors import LabError, unknown
 from steppe.lab.importing import called
@@ -27,7 +28,7 @@ def check(name: str) -> None:
         raise unknown(f"unknown model {name!r}", name, GRAMMAR)
 
 
-def build(name: str, example: Tensor, classes: int) -> nn.Module:
+def build(name: str, example: Any, classes: int) -> nn.Module:
     """Return the model of this name for inputs shaped like ``example``.
 
     ``mlp-WIDTH-WIDTH...``, ``cnn-WIDTH``; ``resnet18``, ``resnet50`` (``-wWIDTH`` for another first width than 64) and

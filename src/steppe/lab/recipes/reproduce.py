@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from steppe.lab import files, models, tasks
 from steppe.lab.errors import LabError, unknown
@@ -29,8 +28,7 @@ def choose(name: str, scale: str, only: str | None, data_dir: Path | None) -> tu
     for study in chosen:
         study.check()
         task = tasks.load(study.settings, seed=0)
-        example: Any = task.inputs[0]
-        models.build(study.settings.model, example, task.classes)
+        models.build(study.settings.model, task.inputs[0], task.classes)
     return recipe, chosen
 
 
